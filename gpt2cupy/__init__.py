@@ -1,0 +1,54 @@
+"""GPT-2 inference from hand-written CUDA kernels on CuPy arrays, and on NumPy without a GPU.
+
+Importing this loads no CuPy, touches no GPU and compiles nothing: the public
+names are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .config import GPT2Config
+    from .errors import Gpt2CupyError
+    from .lm import Completion, LanguageModel, Piece, Score, load
+    from .model import GPT2
+    from .sampling import SamplingParams
+
+_PUBLIC = {
+    "Completion": "lm",
+    "GPT2": "model",
+    "GPT2Config": "config",
+    "Gpt2CupyError": "errors",
+    "LanguageModel": "lm",
+    "Piece": "lm",
+    "SamplingParams": "sampling",
+    "Score": "lm",
+    "load": "lm",
+}
+
+__all__ = [
+    "GPT2",
+    "Completion",
+    "GPT2Config",
+    "Gpt2CupyError",
+    "LanguageModel",
+    "Piece",
+    "SamplingParams",
+    "Score",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

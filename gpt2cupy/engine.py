@@ -1,0 +1,266 @@
+"""The only generation loop: slots, admission, stop conditions.
+
+A stream is an engine with one slot, a list an engine with many; sequences enter
+as slots become free. Each step is queued before the tokens of the last are
+read, so the GPU does not wait for Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .decode import DecodeState, EagerDecoder
+from .decode.eager import choose
+from .model import GPT2
+from .ops.launch import memory_error
+from .sampling import SamplingParams
+
+PREFILL_ROWS = 1024  # prompt tokens run at once; longer prompts come in pieces
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes
+    ----------
+    key : hashable
+        Whatever the caller recognises it by.
+    prompt : numpy.ndarray of int32 [T]
+        At least one token.
+    params : SamplingParams
+    index : int
+        Which of ``params.n`` continuations.
+    eos : int
+        Token that ends it, or -1.
+    """
+
+    key: Any
+    prompt: np.ndarray
+    params: SamplingParams
+    index: int = 0
+    eos: int = -1
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a request as it leaves the engine.
+
+    Attributes
+    ----------
+    key : hashable
+        The request's.
+    id : int
+    logprob : float
+        Under the raw logits.
+    finish_reason : str or None
+        "eos" (``id`` is the end token), "length", or None while it goes on.
+    top : list of (int, float)
+        The most probable tokens, where ``logprobs`` asks for them.
+    """
+
+    key: Any
+    id: int
+    logprob: float
+    finish_reason: str | None
+    top: list[tuple[int, float]]
+
+
+class _Sequence:
+    """A request that holds a row."""
+
+    def __init__(self, request: Request, row: int, limit: int) -> None:
+        self.request = request
+        self.row = row
+        self.limit = limit  # tokens it may still choose in all
+        self.first = 0  # ring step of its first token
+        self.queued = 0  # tokens chosen or about to be
+        self.read = 0  # tokens handed out
+
+
+class Engine:
+    """Continues many requests over a fixed number of slots.
+
+    Parameters
+    ----------
+    model : GPT2
+    slots : int
+        Sequences generated at once.
+    capacity : int, optional
+        Tokens of prompt and continuation per slot; ``n_positions`` by default.
+    """
+
+    def __init__(self, model: GPT2, slots: int = 1, capacity: int | None = None) -> None:
+        self.model = model
+        self.device: Any = contextlib.nullcontext()
+        self.stream: Any = contextlib.nullcontext()
+        if model.xp is np:
+            self._allocate(slots, capacity)
+            return
+        cupy = model.xp
+        # The device first: a stream belongs to the one that is current when it is made.
+        self.device = model.weights.wte.device
+        with self.device:
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+            try:
+                with self.stream:
+                    self._allocate(slots, capacity)
+            except cupy.cuda.memory.OutOfMemoryError as error:
+                raise memory_error(error, f"a cache of {slots} slots") from error
+
+    def _allocate(self, slots: int, capacity: int | None) -> None:
+        self.cache = self.model.new_cache(slots, capacity)
+        self.state = DecodeState(self.model, self.cache, slots)
+        rows = min(PREFILL_ROWS, slots * self.cache.capacity)
+        self.prefill_work = self.model.new_workspace(rows)
+        self.decoder = EagerDecoder(self.model)
+        self.decoder.prepare(self.state)
+        self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
+
+    @property
+    def slots(self) -> int:
+        return self.state.batch
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The engine's device and stream, left again before control returns to the caller."""
+        with self.device, self.stream:
+            yield
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Token]:
+        """Generate until every request is finished, yielding tokens as they are chosen.
+
+        Dropping a request from outside is done by :meth:`drop`.
+        """
+        waiting = deque(requests)
+        self.active: dict[int, _Sequence] = {}
+        try:
+            while waiting or self.active:
+                with self._on_device():
+                    self._admit(waiting)
+                    sequences = list(self.active.values())
+                    wants_top = any(s.request.params.logprobs for s in sequences)
+                    if wants_top:
+                        # The next step overwrites the logits: look at them first.
+                        tokens = [self._read(s, self._top(s)) for s in sequences]
+                        self._step()
+                    else:
+                        self._step()
+                        tokens = [self._read(s, []) for s in sequences]
+                for token in tokens:
+                    if token is not None:
+                        yield token
+        finally:
+            with self._on_device():
+                for row in list(self.active):
+                    self._release(row)
+
+    def drop(self, key: Any) -> None:
+        """End a running request from outside, for instance at a stop string."""
+        for row, sequence in list(self.active.items()):
+            if sequence.request.key == key:
+                with self._on_device():
+                    self._release(row)
+
+    def _admit(self, waiting: deque[Request]) -> None:
+        """Give free rows to waiting requests, run their prompts and choose their first tokens."""
+        admitted = []
+        for row in range(self.slots):
+            if row not in self.active and waiting:
+                request = waiting.popleft()
+                room = self.cache.capacity - len(request.prompt) + 1
+                wanted = request.params.max_new_tokens
+                limit = room if wanted is None else min(wanted, room)
+                sequence = _Sequence(request, row, limit)
+                self.active[row] = sequence
+                self._enter(sequence)
+                admitted.append(sequence)
+        rest = {s.row: s.request.prompt for s in admitted}
+        while rest:
+            self._prefill_piece(rest)
+
+    def _enter(self, sequence: _Sequence) -> None:
+        request, row = sequence.request, sequence.row
+        params = request.params
+        self.cache.reset(row)
+        settings = params.row(request.index, len(request.prompt), request.eos)
+        self.state.assign(row, row, settings)
+        counted = request.prompt if params.counts_tokens else None
+        self.state.set_processors(row, counted, params.logit_bias)
+        self.state.seek(row, len(request.prompt) - 1)
+
+    def _prefill_piece(self, rest: dict[int, np.ndarray]) -> None:
+        """Run as many waiting prompt tokens as fit, packed; remove what was run from ``rest``."""
+        budget = self.prefill_work.rows
+        piece: dict[int, np.ndarray] = {}
+        for row, tokens in rest.items():
+            if budget:
+                piece[row] = tokens[:budget]
+                budget -= len(piece[row])
+        rows = list(piece)
+        x, starts = self.model.prefill(list(piece.values()), rows, self.cache, self.prefill_work)
+        done = []
+        for index, row in enumerate(rows):
+            rest[row] = rest[row][len(piece[row]) :]
+            if not len(rest[row]):
+                del rest[row]
+                done.append((row, int(starts[index + 1]) - 1))
+        for row, last in done:
+            work, logits = self.state.work.first(1), self.state.logits[row : row + 1]
+            self.model.logits(x[last : last + 1], work, logits)
+            choose(self.state, logits, self.state.rows[row : row + 1])
+            sequence = self.active[row]
+            sequence.first = int(self.row_steps[row])
+            sequence.queued = 1
+            self.row_steps[row] += 1
+
+    def _step(self) -> None:
+        """Queue one step for all rows, unless every sequence has its last token queued."""
+        wanting = [s for s in self.active.values() if s.queued < s.limit]
+        if not wanting:
+            return
+        self.decoder.step(self.state)
+        self.row_steps += 1
+        for sequence in self.active.values():
+            sequence.queued += 1
+            row = sequence.row
+            self.cache.lengths[row] = min(self.cache.lengths[row] + 1, self.cache.capacity)
+
+    def _top(self, sequence: _Sequence) -> list[tuple[int, float]]:
+        count = sequence.request.params.logprobs
+        if not count:
+            return []
+        logits = self.state.logits[sequence.row : sequence.row + 1]
+        count = min(count, self.state.vocab_size)
+        ids, logprobs = ops.top_logprobs(logits, self.state.vocab_size, count)
+        if self.model.xp is not np:
+            ids, logprobs = ids.get(), logprobs.get()
+        return list(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True))
+
+    def _read(self, sequence: _Sequence, top: list[tuple[int, float]]) -> Token | None:
+        """Wait for a sequence's next token and end the sequence if it is the last."""
+        if self.active.get(sequence.row) is not sequence:
+            return None
+        request = sequence.request
+        token, logprob = self.state.read(sequence.row, sequence.first + sequence.read)
+        sequence.read += 1
+        reason = None
+        if token == request.eos:
+            reason = "eos"
+        elif sequence.read >= sequence.limit:
+            reason = "length"
+        if reason:
+            self._release(sequence.row)
+        return Token(request.key, token, logprob, reason, top)
+
+    def _release(self, row: int) -> None:
+        self.active.pop(row, None)
+        self.state.assign(row, -1, SamplingParams().row(0, 0, -1))
+        self.cache.reset(row)

@@ -1,0 +1,70 @@
+"""The errors of gpt2cupy: each says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class Gpt2CupyError(Exception):
+    """Base of every error that gpt2cupy raises on purpose.
+
+    Parameters
+    ----------
+    what : str
+        What is wrong, in one sentence without the full stop.
+    where : str, optional
+        The file, argument, tensor or device concerned.
+    remedy : str, optional
+        What the reader can do about it.
+
+    Attributes
+    ----------
+    what, where, remedy : str
+        The three parts, for programs; ``str(error)`` joins them for people.
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        place = f" ({where})" if where else ""
+        advice = f". {remedy}" if remedy else ""
+        super().__init__(f"{what}{place}{advice}")
+
+    def __reduce__(self) -> tuple:
+        # Keyword-only parts do not survive Exception's own pickling.
+        return _rebuild, (type(self), self.what, self.where, self.remedy)
+
+
+def _rebuild(kind: type[Gpt2CupyError], what: str, where: str, remedy: str) -> Gpt2CupyError:
+    return kind(what, where=where, remedy=remedy)
+
+
+class ConfigError(Gpt2CupyError, ValueError):
+    """A configuration that no GPT-2 can have, or that this package does not run."""
+
+
+class CheckpointError(Gpt2CupyError):
+    """A checkpoint that cannot be found, read or trusted."""
+
+
+class TokenizerError(Gpt2CupyError):
+    """Tokenizer files that are missing, broken or do not fit the model."""
+
+
+class InputError(Gpt2CupyError, ValueError):
+    """An argument of a call: a prompt too long, an id out of range, a wrong shape or dtype."""
+
+
+class DeviceError(Gpt2CupyError):
+    """No GPU, an unsupported one, or a CUDA installation that cannot be used."""
+
+
+class CompileError(DeviceError):
+    """A kernel that NVRTC refused, or an NVRTC that is missing or too old for the chip."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The GPU has too little free memory for what was asked."""
+
+
+class ClosedError(Gpt2CupyError, RuntimeError):
+    """A model that was closed, or is in use by another thread."""

@@ -1,0 +1,289 @@
+"""GPT2: the forward pass as it reads on paper, over ops. It knows no sampling and no text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .cache import KVCache
+from .config import GPT2Config
+from .errors import InputError
+from .weights import Weights
+
+Array = Any
+
+
+class Workspace:
+    """The activations of up to ``rows`` tokens, allocated once.
+
+    Attributes
+    ----------
+    x : array [N, C]
+        Residual stream, float32.
+    h, qkv, attended, inner : array
+        Normed input [N, C], [q | k | v] [N, 3C], attention output [N, C] and MLP
+        [N, F], of the weights' dtype.
+    """
+
+    def __init__(self, config: GPT2Config, rows: int, dtype: Any, xp: Any = np) -> None:
+        c = config.n_embd
+        wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+        self.x = xp.empty((rows, c), wide)
+        self.h = xp.empty((rows, c), dtype)
+        self.qkv = xp.empty((rows, 3 * c), dtype)
+        self.attended = xp.empty((rows, c), dtype)
+        self.inner = xp.empty((rows, config.inner_size), dtype)
+
+    @property
+    def rows(self) -> int:
+        return len(self.x)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
+
+    def first(self, rows: int) -> Workspace:
+        """The same memory, seen as the activations of fewer tokens."""
+        if rows == self.rows:
+            return self
+        view = object.__new__(Workspace)
+        for name, array in vars(self).items():
+            setattr(view, name, array[:rows])
+        return view
+
+
+class GPT2:
+    """The forward pass of a GPT-2 on the arrays of its weights (NumPy or CuPy).
+
+    Parameters
+    ----------
+    config : GPT2Config
+    weights : Weights
+    gemv : {"ours", "cublas"}
+        Which kernel multiplies a single row on the GPU.
+    """
+
+    def __init__(self, config: GPT2Config, weights: Weights, *, gemv: str = "ours") -> None:
+        if gemv not in ("ours", "cublas"):
+            raise InputError(
+                f"unknown GEMV backend {gemv!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
+            )
+        self.config = config
+        self.weights = weights
+        self.gemv = gemv
+        if isinstance(weights.wte, np.ndarray):
+            self.xp: Any = np
+        else:
+            import cupy
+
+            self.xp = cupy
+        stacked = [name for name, array in weights.items() if name not in _UNSTACKED]
+        # Indexing a device array costs microseconds: take the layers' views once.
+        self.layers = [
+            {name: getattr(weights, name)[layer] for name in stacked}
+            for layer in range(config.n_layer)
+        ]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str = "shakespeare",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+    ) -> GPT2:
+        """Load a checkpoint as a forward pass alone, without tokenizer and engine.
+
+        Parameters are those of :func:`gpt2cupy.load`.
+        """
+        from .loading import load_model
+
+        return load_model(name_or_path, dtype=dtype, device=device, revision=revision)[0]
+
+    @classmethod
+    def random(
+        cls, config: GPT2Config, seed: int = 0, *, dtype: str = "float32", device: str = "auto"
+    ) -> GPT2:
+        """A model with random weights in GPT-2's initialisation; the same for every device."""
+        from .loading import random_model
+
+        return random_model(config, seed, dtype=dtype, device=device)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.weights.dtype
+
+    def new_cache(self, slots: int = 1, capacity: int | None = None) -> KVCache:
+        """A KV cache of this model's shape and dtype on its device."""
+        return KVCache(self.config, slots, capacity, self.dtype, self.xp)
+
+    def new_workspace(self, rows: int) -> Workspace:
+        return Workspace(self.config, rows, self.dtype, self.xp)
+
+    def forward(
+        self,
+        ids: Array,
+        positions: Array,
+        attend: Callable[[int, Array, Array], None],
+        work: Workspace,
+    ) -> Array:
+        """Run every layer over the rows of ``work``; returns the residual stream [N, C].
+
+        Parameters
+        ----------
+        ids, positions : array of int32 [N]
+        attend : callable(layer, qkv, out)
+            Attention of one layer over its cache.
+        work : Workspace
+            Of exactly N rows.
+        """
+        config, w = self.config, self.weights
+        eps = config.layer_norm_epsilon
+        x = ops.embedding(ids, positions, w.wte, w.wpe, out=work.x)
+        for index, layer in enumerate(self.layers):
+            h = ops.layer_norm(x, layer["ln1_w"], layer["ln1_b"], eps, out=work.h)
+            self._linear(h, layer["qkv_w"], layer["qkv_b"], out=work.qkv)
+            attend(index, work.qkv, work.attended)
+            self._linear(work.attended, layer["proj_w"], layer["proj_b"], residual=x, out=x)
+            h = ops.layer_norm(x, layer["ln2_w"], layer["ln2_b"], eps, out=work.h)
+            self._linear(
+                h, layer["fc_w"], layer["fc_b"], activation=config.activation, out=work.inner
+            )
+            self._linear(work.inner, layer["out_w"], layer["out_b"], residual=x, out=x)
+        return x
+
+    def _linear(self, x: Array, weight: Array, bias: Array | None = None, **options: Any) -> Array:
+        return ops.linear(x, weight, bias, backend=self.gemv, **options)
+
+    def logits(self, x: Array, work: Workspace, out: Array) -> Array:
+        """Logits [N, Vp] (float32) of rows of the residual stream."""
+        w = self.weights
+        h = ops.layer_norm(x, w.lnf_w, w.lnf_b, self.config.layer_norm_epsilon, out=work.h)
+        return self._linear(h, w.lm_head, out=out)
+
+    def prefill(
+        self, tokens: Sequence[np.ndarray], slots: Sequence[int], cache: KVCache, work: Workspace
+    ) -> tuple[Array, np.ndarray]:
+        """Run new tokens of several sequences, packed without padding, extending their slots.
+
+        Parameters
+        ----------
+        tokens : sequence of array of int [T_r]
+            New tokens of each sequence; together at most ``work.rows``.
+        slots : sequence of int
+            Cache slot of each; the tokens follow what it holds.
+        cache : KVCache
+        work : Workspace
+
+        Returns
+        -------
+        x : array [N, C]
+            Residual stream of all tokens, in work's memory.
+        starts : numpy.ndarray of int32 [R + 1]
+            Sequence r owns the rows from ``starts[r]`` to ``starts[r + 1] - 1``.
+        """
+        counts = [len(t) for t in tokens]
+        past = cache.lengths[list(slots)]
+        if max(counts + past, default=0) > cache.capacity:
+            raise InputError(
+                f"{max(counts + past)} tokens do not fit a cache slot of {cache.capacity}",
+                where="prefill",
+                remedy="Shorten the prompt or use a larger cache.",
+            )
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        positions = np.concatenate(
+            [np.arange(p, p + n, dtype=np.int32) for p, n in zip(past, counts, strict=True)]
+        )
+        parts = [np.concatenate(tokens), positions, starts, np.asarray(slots), past]
+        # One copy to the device for all of them.
+        packed = self.xp.asarray(np.concatenate(parts).astype(np.int32))
+        ends = np.cumsum([len(part) for part in parts])
+        ids, places, begin, rows, before = (
+            packed[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
+        )
+        longest = max(counts)
+
+        def attend(layer: int, qkv: Array, out: Array) -> None:
+            k, v = cache.layers[layer]
+            scale = self.config.attention_scale(layer)
+            ops.attention_prefill(qkv, k, v, begin, rows, before, longest, scale, out=out)
+
+        x = self.forward(ids, places, attend, work.first(len(positions)))
+        cache.lengths[list(slots)] += np.asarray(counts, np.int32)
+        return x, starts
+
+    def decode(
+        self,
+        ids: Array,
+        positions: Array,
+        slots: Array,
+        cache: KVCache,
+        work: Workspace,
+        logits: Array,
+    ) -> Array:
+        """One token per row: ids [B] at positions [B] into slots [B] -> logits [B, Vp]."""
+
+        def attend(layer: int, qkv: Array, out: Array) -> None:
+            k, v = cache.layers[layer]
+            scale = self.config.attention_scale(layer)
+            ops.attention_decode(qkv, k, v, slots, positions, scale, out=out)
+
+        x = self.forward(ids, positions, attend, work)
+        return self.logits(x, work, logits)
+
+    def hidden(self, ids: Array) -> Array:
+        """Residual stream after the last layer, before the last norm: ids [B, T] -> [B, T, C]."""
+        host = check_ids(ids, self.config)
+        batch, length = host.shape
+        work = self.new_workspace(batch * length)
+        x, _ = self.prefill(list(host), range(batch), self.new_cache(batch, length), work)
+        return x.reshape(batch, length, -1)
+
+    def __call__(self, ids: Array) -> Array:
+        """Logits of every position, without a cache kept: ids [B, T] -> float32 [B, T, V].
+
+        Raises
+        ------
+        InputError
+            If an id is outside the vocabulary or T exceeds ``n_positions``.
+        """
+        x = self.hidden(ids)
+        batch, length, channels = x.shape
+        out = self.xp.empty((batch * length, self.config.padded_vocab_size), x.dtype)
+        flat = x.reshape(-1, channels)
+        self.logits(flat, self.new_workspace(len(flat)), out)
+        return out.reshape(batch, length, -1)[:, :, : self.config.vocab_size]
+
+
+_UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
+
+
+def check_ids(ids: Array, config: GPT2Config) -> np.ndarray:
+    """Token ids as a host array of int32 [B, T], checked against vocabulary and context."""
+    if hasattr(ids, "get"):
+        ids = ids.get()
+    host = np.asarray(ids)
+    if host.ndim == 1:
+        host = host[None]
+    if host.ndim != 2 or host.size == 0 or host.dtype.kind not in "iu":
+        raise InputError(
+            f"token ids must be integers [B, T], not {host.dtype}{list(host.shape)}", where="ids"
+        )
+    if host.min() < 0 or host.max() >= config.vocab_size:
+        wrong = host[(host < 0) | (host >= config.vocab_size)][0]
+        raise InputError(
+            f"token id {wrong} is outside the vocabulary of {config.vocab_size}",
+            where="ids",
+            remedy="Encode the text with this model's own tokenizer.",
+        )
+    if host.shape[1] > config.n_positions:
+        raise InputError(
+            f"{host.shape[1]} tokens exceed the context of {config.n_positions}",
+            where="ids",
+            remedy="Shorten the input or use score() with a sliding window.",
+        )
+    return host.astype(np.int32)

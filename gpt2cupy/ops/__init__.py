@@ -1,0 +1,21 @@
+"""The array functions of a GPT-2: NumPy in -> reference.py, CuPy in -> the CUDA kernel."""
+
+from .attention import attention_decode, attention_prefill
+from .embedding import embedding
+from .linear import bias_act, gemv, linear
+from .norm import add_layer_norm, layer_norm
+from .sampling import sample, target_logprobs, top_logprobs
+
+__all__ = [
+    "add_layer_norm",
+    "attention_decode",
+    "attention_prefill",
+    "bias_act",
+    "embedding",
+    "gemv",
+    "layer_norm",
+    "linear",
+    "sample",
+    "target_logprobs",
+    "top_logprobs",
+]

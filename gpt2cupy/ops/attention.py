@@ -1,0 +1,138 @@
+"""Attention over the cache, for prompts and for single tokens. Kernels: attention_*.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import reference
+from .launch import Kernel, device_empty, is_device_array, launch
+
+Array = Any
+
+_DECODE_WARPS = 8  # WARPS in attention_decode.cu
+_PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
+
+_PREFILL = (
+    "qkv: ELEM[N,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], starts: int32[R1], "
+    "slots: int32[R], past: int32[R], out: ELEM[N,C], scale: float, NH, T"
+)
+ATTENTION_PREFILL = Kernel("attention_prefill.cu", "attention_prefill", _PREFILL)
+ATTENTION_NAIVE = Kernel("attention_prefill.cu", "attention_naive", _PREFILL)
+ATTENTION_DECODE = Kernel(
+    "attention_decode.cu",
+    "attention_decode",
+    "qkv: ELEM[B,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], slots: int32[B], "
+    "positions: int32[B], out: ELEM[B,C], scale: float, NH, T",
+)
+
+
+def _query_tile(head_size: int) -> int:
+    """Queries of a block; BR in attention_prefill.cu."""
+    return 64 if head_size <= 64 else 32
+
+
+def attention_prefill(
+    qkv: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    slots: Array,
+    past: Array,
+    longest: int,
+    scale: float,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Causal attention of packed new tokens over their own cache, which it extends.
+
+    Parameters
+    ----------
+    qkv : array [N, 3C]
+        Rows of [q | k | v]; the tokens of R sequences one after another.
+    k, v : array [S, NH, T, HS]
+        One layer of the cache; the new keys and values are written to it.
+    starts : array of int32 [R + 1]
+        Sequence r owns the rows from ``starts[r]`` to ``starts[r + 1] - 1``.
+    slots : array of int32 [R]
+        Cache slot of each sequence.
+    past : array of int32 [R]
+        Tokens of each sequence that the cache holds already.
+    longest : int
+        Most new tokens of any sequence (the host must know it to size the grid).
+    scale : float
+        Factor on the scores.
+    out : array [N, C], optional
+
+    Returns
+    -------
+    array [N, C]
+        Of qkv's dtype. The scores exist only as tiles: softmax is online.
+
+    Notes
+    -----
+    Dao et al., "FlashAttention", 2022.
+    """
+    if not is_device_array(qkv):
+        return reference.attention_prefill(
+            qkv, k, v, starts, slots, past, longest, scale, out=out
+        )
+    _, heads, _, head_size = k.shape
+    if out is None:
+        out = device_empty((len(qkv), heads * head_size), qkv.dtype)
+    grid = (-(-longest // _query_tile(head_size)), heads, len(slots))
+    args = (qkv, k, v, starts, slots, past, out, scale)
+    launch(
+        ATTENTION_PREFILL, grid, (_PREFILL_THREADS,), args, elem=qkv.dtype, head_size=head_size
+    )
+    return out
+
+
+def attention_decode(
+    qkv: Array,
+    k: Array,
+    v: Array,
+    slots: Array,
+    positions: Array,
+    scale: float,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Attention of one new token per row over its cache, which it extends.
+
+    Parameters
+    ----------
+    qkv : array [B, 3C]
+        Rows of [q | k | v].
+    k, v : array [S, NH, T, HS]
+        One layer of the cache; key and value are written at ``positions``.
+    slots : array of int32 [B]
+        Cache slot of each row; -1 marks an idle row, whose output is zero.
+    positions : array of int32 [B]
+        Tokens before the new one, that is, its position.
+    scale : float
+        Factor on the scores.
+    out : array [B, C], optional
+
+    Returns
+    -------
+    array [B, C]
+        Of qkv's dtype.
+
+    Notes
+    -----
+    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    if not is_device_array(qkv):
+        return reference.attention_decode(qkv, k, v, slots, positions, scale, out=out)
+    _, heads, _, head_size = k.shape
+    if out is None:
+        out = device_empty((len(qkv), heads * head_size), qkv.dtype)
+    launch(
+        ATTENTION_DECODE,
+        (heads, len(qkv)),
+        (32 * _DECODE_WARPS,),
+        (qkv, k, v, slots, positions, out, scale),
+        elem=qkv.dtype,
+        head_size=head_size,
+    )
+    return out

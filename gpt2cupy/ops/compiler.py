@@ -1,0 +1,210 @@
+"""From a file in cuda_src to a cubin on disk: NVRTC, and a cache that a second process only reads.
+
+Works without a GPU: ``gpt2cupy compile --arch sm_90`` fills the cache ahead of time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompileError, DeviceError
+
+ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+FAST_HEAD_SIZES = (32, 64, 80, 96, 128)
+MAX_HEAD_SIZE = 128
+
+# Every source and the macros it is compiled with.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "embedding.cu": ("ELEM",),
+    "norm.cu": ("ELEM",),
+    "linear.cu": ("ELEM",),
+    "attention_prefill.cu": ("ELEM", "HS"),
+    "attention_decode.cu": ("ELEM", "HS"),
+    "sampling.cu": (),
+    "layout.cu": ("ELEM",),
+}
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def variants(head_sizes: tuple[int, ...] = FAST_HEAD_SIZES) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every (source, macros) pair that a model with one of these head sizes may launch."""
+    for source, macros in SOURCES.items():
+        for elem in ELEMENT_TYPES.values() if "ELEM" in macros else (None,):
+            for size in head_sizes if "HS" in macros else (None,):
+                defines = {"ELEM": elem, "HS": None if size is None else str(size)}
+                yield source, {key: value for key, value in defines.items() if value is not None}
+
+
+@functools.cache
+def source_dir() -> Path:
+    """The folder of the kernels: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise CompileError(
+        "the kernel sources are missing",
+        where=str(package / "cuda_src"),
+        remedy="Reinstall gpt2cupy; its wheel holds them.",
+    )
+
+
+@functools.cache
+def source_closure(source: str) -> tuple[tuple[str, str], ...]:
+    """The file and everything it includes with quotes, as (name, text), each once."""
+    texts: dict[str, str] = {}
+    waiting = [source]
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = (source_dir() / name).read_text(encoding="utf-8")
+            waiting += _INCLUDE.findall(texts[name])
+    return tuple(sorted(texts.items()))
+
+
+def cache_dir() -> Path:
+    """Where cubins are kept: GPT2CUPY_CACHE_DIR, else the user's cache folder."""
+    explicit = os.environ.get("GPT2CUPY_CACHE_DIR")
+    if explicit:
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "gpt2cupy"
+
+
+@functools.cache
+def _process_dir() -> tempfile.TemporaryDirectory:
+    """A folder for this process alone, for when the cache cannot be written."""
+    return tempfile.TemporaryDirectory(prefix="gpt2cupy-")
+
+
+def nvrtc() -> Any:
+    """CuPy's binding of NVRTC, checked to be loadable."""
+    try:
+        from cupy.cuda import nvrtc as binding
+
+        binding.getVersion()
+    except ImportError as error:
+        raise DeviceError(
+            "CuPy is not installed",
+            remedy="Install gpt2cupy[cuda12] or gpt2cupy[cuda13], whichever fits the driver.",
+        ) from error
+    except Exception as error:
+        raise CompileError(
+            f"NVRTC, the CUDA run-time compiler, cannot be loaded: {error}",
+            remedy="Install the NVRTC wheel of your CUDA version: nvidia-cuda-nvrtc-cu12, or "
+            "nvidia-cuda-nvrtc for CUDA 13 (the extras cuda12 and cuda13 bring them).",
+        ) from error
+    return binding
+
+
+def nvrtc_version() -> tuple[int, int]:
+    return nvrtc().getVersion()
+
+
+def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
+    """Path of the compiled source; compiles at most once per key over all processes.
+
+    Parameters
+    ----------
+    source : str
+        File name in cuda_src.
+    defines : mapping
+        Macros, e.g. ``{"ELEM": "__half", "HS": "64"}``.
+    arch : str
+        ``sm_90`` and the like.
+
+    Raises
+    ------
+    CompileError
+        If NVRTC is missing, does not know the architecture, or refuses the source.
+    """
+    options = [f"-arch={arch}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    key = hashlib.sha256(
+        repr((source_closure(source), options, nvrtc_version())).encode()
+    ).hexdigest()
+    name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
+    for folder in (cache_dir(), Path(_process_dir().name)):
+        if (folder / name).is_file():
+            return folder / name
+    binary = compile_source(source, options)
+    try:
+        return _write_atomically(cache_dir() / name, binary)
+    except OSError as error:
+        warnings.warn(
+            f"kernels cannot be kept in {cache_dir()} ({error.strerror}); every process will "
+            "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return _write_atomically(Path(_process_dir().name) / name, binary)
+
+
+def _write_atomically(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def compile_source(source: str, options: list[str]) -> bytes:
+    """Compile one source to a cubin with NVRTC; includes come from memory, CUDA's from its wheel."""
+    binding = nvrtc()
+    texts = dict(source_closure(source))
+    code = texts.pop(source)
+    program = binding.createProgram(code, source, _encoded(texts.values()), _encoded(texts))
+    try:
+        binding.compileProgram(program, (*options, *_cuda_includes()))
+        return binding.getCUBIN(program)
+    except binding.NVRTCError as error:
+        log = binding.getProgramLog(program)
+        if "INVALID_OPTION" in str(error):
+            version = ".".join(map(str, binding.getVersion()))
+            raise CompileError(
+                f"NVRTC {version} does not know an option of {options}",
+                where=source,
+                remedy="It is probably too old for this GPU: sm_100 and sm_120 need NVRTC 12.8.",
+            ) from error
+        raise CompileError(
+            f"NVRTC refused the source:\n{log}",
+            where=f"{source}, {' '.join(options)}",
+            remedy="If a CUDA header is missing, install the CUDA runtime wheel "
+            "(extra cuda12 or cuda13); otherwise report this with the log.",
+        ) from error
+    finally:
+        binding.destroyProgram(program)
+
+
+def _encoded(texts: Iterable[str]) -> tuple[bytes, ...]:
+    return tuple(text.encode() for text in texts)
+
+
+@functools.cache
+def _cuda_includes() -> tuple[str, ...]:
+    """Options naming the folders of cuda_fp16.h and what it includes."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    found = [find_nvidia_header_directory(name) for name in ("cudart", "nvcc")]
+    folders = dict.fromkeys(folder for folder in found if folder)
+    if not any((Path(folder) / "cuda_fp16.h").is_file() for folder in folders):
+        raise CompileError(
+            "the CUDA headers (cuda_fp16.h) are missing",
+            remedy="Install the CUDA runtime wheel: nvidia-cuda-runtime-cu12, or "
+            "nvidia-cuda-runtime for CUDA 13 (the extras cuda12 and cuda13 bring them).",
+        )
+    return tuple(f"-I{folder}" for folder in folders)

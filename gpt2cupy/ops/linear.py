@@ -1,0 +1,220 @@
+"""Products with a weight matrix and their epilogues. Kernels: cuda_src/linear.cu, and cuBLAS.
+
+One row goes to our GEMV or to cuBLAS's, many rows to cuBLASLt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from . import blas, reference
+from .launch import Kernel, device_empty, is_device_array, launch
+
+Array = Any
+
+ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
+BACKENDS = ("ours", "cublas")
+
+_WARPS = 4  # of a GEMV block
+_ROWS = 2  # outputs of a warp; ROWS in linear.cu
+_THREADS = 256
+
+
+def _entries(source: str, name: str, signature: str) -> dict[bool, Kernel]:
+    """The entry whose output is ELEM, and the one whose output is float32."""
+    return {
+        False: Kernel(source, name, signature.replace("OUT", "ELEM")),
+        True: Kernel(source, f"{name}_f32", signature.replace("OUT", "float32")),
+    }
+
+
+_GEMV = (
+    "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
+    "activation: int, M, K"
+)
+GEMV = _entries("linear.cu", "gemv", _GEMV)
+GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV)
+GEMV_NAIVE = _entries("linear.cu", "gemv_naive", _GEMV)
+BIAS_ACT = _entries(
+    "linear.cu",
+    "bias_act",
+    "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M], activation: int, N, M",
+)
+
+
+def gemv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    backend: str = "ours",
+) -> Array:
+    """:func:`linear` for one row on the GPU, with the backend named.
+
+    Parameters
+    ----------
+    x, weight, bias, activation, residual, out
+        As in :func:`linear`; x is [1, K].
+    backend : {"ours", "cublas"}
+        Our kernel with the epilogue inside, or cuBLAS and the epilogue as a
+        second kernel.
+    """
+    if out is None:
+        out = _output(x, weight, residual)
+    code = ACTIVATION_CODES[activation]
+    wide = out.dtype == np.float32
+    if backend == "cublas":
+        if residual is None:
+            blas.gemv(x, weight, out)
+            if bias is not None or code:
+                bias_act(out, bias, activation, out=out)
+        else:
+            product = device_empty((1, len(weight)), out.dtype)
+            blas.gemv(x, weight, product)
+            bias_act(product, bias, activation, residual=residual, out=out)
+        return out
+    if weight.shape[1] % (16 // weight.dtype.itemsize) == 0:
+        kernel, per_block = GEMV[wide], _WARPS * _ROWS
+    else:
+        kernel, per_block = GEMV_SCALAR[wide], _WARPS
+    blocks = -(-len(weight) // per_block)
+    args = (x, weight, bias, residual, out, code)
+    launch(kernel, (blocks,), (32 * _WARPS,), args, elem=weight.dtype)
+    return out
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    backend: str = "ours",
+) -> Array:
+    """``activation(x @ weight.T + bias) + residual``.
+
+    Parameters
+    ----------
+    x : array [N, K]
+    weight : array [M, K]
+        Rows, of x's dtype.
+    bias : array [M], optional
+        Of out's dtype.
+    activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
+    residual : array [N, M], optional
+        Of out's dtype; may be ``out`` itself, which is then updated in place.
+    out : array [N, M], optional
+        Of x's dtype, or float32.
+    backend : {"ours", "cublas"}
+        Which GEMV takes a single row on the GPU.
+
+    Returns
+    -------
+    array [N, M]
+        Of residual's dtype, else of x's, unless ``out`` says otherwise; sums are
+        kept in float32.
+
+    Raises
+    ------
+    InputError
+        On the GPU, for a wrong dtype, shape or layout.
+    """
+    if not is_device_array(x):
+        return reference.linear(
+            x, weight, bias, activation=activation, residual=residual, out=out
+        )
+    if len(x) == 1:
+        return gemv(
+            x, weight, bias, activation=activation, residual=residual, out=out, backend=backend
+        )
+    if out is None:
+        out = _output(x, weight, residual)
+    _check_product(x, weight, bias, out)
+    # What the library's epilogue has is fused; the rest is one more pass over the output.
+    fused = activation if activation in ("relu", "gelu_tanh") and residual is None else None
+    if residual is out:
+        if activation is None:
+            blas.matmul(x, weight, bias, out, add=True)
+            return out
+        residual = out.copy()
+    if activation == fused:
+        blas.matmul(x, weight, bias, out, activation=fused)
+        bias, activation = None, None
+    else:
+        blas.matmul(x, weight, None, out)
+    if bias is not None or activation or residual is not None:
+        bias_act(out, bias, activation, residual=residual, out=out)
+    return out
+
+
+def bias_act(
+    x: Array,
+    bias: Array | None = None,
+    activation: str | None = None,
+    *,
+    residual: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """``activation(x + bias) + residual``, elementwise over [N, M].
+
+    Parameters
+    ----------
+    x : array [N, M]
+    bias : array [M], optional
+    activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
+    residual : array [N, M], optional
+    out : array [N, M], optional
+        May be x or residual. On the GPU all of them have one dtype.
+
+    Returns
+    -------
+    array [N, M]
+    """
+    if not is_device_array(x):
+        return reference.bias_act(x, bias, activation, residual=residual, out=out)
+    if out is None:
+        out = device_empty(x.shape, x.dtype)
+    blocks = min(-(-x.size // _THREADS), 4096)
+    args = (x, bias, residual, out, ACTIVATION_CODES[activation])
+    launch(BIAS_ACT[x.dtype == np.float32], (blocks,), (_THREADS,), args, elem=x.dtype)
+    return out
+
+
+def _output(x: Array, weight: Array, residual: Array | None) -> Array:
+    dtype = x.dtype if residual is None else residual.dtype
+    return device_empty((len(x), len(weight)), dtype)
+
+
+def _check_product(x: Array, weight: Array, bias: Array | None, out: Array) -> None:
+    """What launch() checks for our kernels, for the library's."""
+    n, k = x.shape
+    m = len(weight)
+    wrong = (
+        weight.shape != (m, k)
+        or out.shape != (n, m)
+        or weight.dtype != x.dtype
+        or out.dtype not in (x.dtype, np.float32)
+        or (bias is not None and (bias.shape != (m,) or bias.dtype != out.dtype))
+        or not all(a.flags.c_contiguous for a in (x, weight, out))
+    )
+    if wrong:
+        parts = {"x": x, "weight": weight, "bias": bias, "out": out}
+        seen = ", ".join(
+            f"{name} {array.dtype.name}{list(array.shape)}"
+            for name, array in parts.items()
+            if array is not None
+        )
+        raise InputError(
+            f"arrays that do not fit each other: {seen}",
+            where="linear",
+            remedy="Contiguous x [N, K] and weight [M, K] of one dtype, out [N, M] of it or "
+            "float32, bias [M] of out's dtype.",
+        )

@@ -1,0 +1,108 @@
+"""Layer norm, alone and with the residual addition before it. Kernels: cuda_src/norm.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import reference
+from .launch import Kernel, device_empty, is_device_array, launch
+
+Array = Any
+
+_WARPS = 4  # rows of a block
+
+_LAYER_NORM = (
+    "x: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], eps: float, N, C"
+)
+LAYER_NORM = Kernel("norm.cu", "layer_norm", _LAYER_NORM)
+LAYER_NORM_NAIVE = Kernel("norm.cu", "layer_norm_naive", _LAYER_NORM)
+ADD_LAYER_NORM = Kernel(
+    "norm.cu",
+    "add_layer_norm",
+    "x: ELEM[N,C], residual: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], "
+    "eps: float, N, C",
+)
+
+
+def _grid(rows: int) -> tuple[int, ...]:
+    return (-(-rows // _WARPS),)
+
+
+def layer_norm(
+    x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
+) -> Array:
+    """Normalise each row: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+
+    Parameters
+    ----------
+    x : array [N, C]
+        The residual stream; float32 on the GPU.
+    weight, bias : array [C]
+    eps : float
+        Added to the variance, which divides by C.
+    out : array [N, C], optional
+        Of weight's dtype.
+
+    Returns
+    -------
+    array [N, C]
+        Of weight's dtype; sums are kept in float32.
+
+    Raises
+    ------
+    InputError
+        On the GPU, for a wrong dtype, shape or layout.
+
+    Notes
+    -----
+    Ba, Kiros, Hinton, "Layer Normalization", 2016.
+    """
+    if not is_device_array(x):
+        return reference.layer_norm(x, weight, bias, eps, out=out)
+    if out is None:
+        out = device_empty(x.shape, weight.dtype)
+    launch(
+        LAYER_NORM, _grid(len(x)), (32 * _WARPS,), (x, weight, bias, out, eps), elem=weight.dtype
+    )
+    return out
+
+
+def add_layer_norm(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """``residual += x`` in place, then the layer norm of ``residual``.
+
+    Parameters
+    ----------
+    x : array [N, C]
+        Of weight's dtype.
+    residual : array [N, C]
+        float32 on the GPU; updated in place.
+    weight, bias : array [C]
+    eps : float
+    out : array [N, C], optional
+        Of weight's dtype.
+
+    Returns
+    -------
+    array [N, C]
+        Of weight's dtype.
+
+    Raises
+    ------
+    InputError
+        On the GPU, for a wrong dtype, shape or layout.
+    """
+    if not is_device_array(x):
+        return reference.add_layer_norm(x, residual, weight, bias, eps, out=out)
+    if out is None:
+        out = device_empty(x.shape, weight.dtype)
+    args = (x, residual, weight, bias, out, eps)
+    launch(ADD_LAYER_NORM, _grid(len(x)), (32 * _WARPS,), args, elem=weight.dtype)
+    return out

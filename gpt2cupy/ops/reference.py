@@ -1,0 +1,218 @@
+"""Every op in plain NumPy: the oracle (float64 in, float64 through) and the CPU engine (float32).
+
+Letters: N rows (packed tokens), B batch, T tokens, C channels, NH heads, HS head
+size, K and M the inner and outer size of a product, S cache slots. Inputs
+narrower than float32 are computed in float32, as the kernels do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .reference_sampling import sample, target_logprobs, top_logprobs
+
+Array = Any
+
+__all__ = [
+    "add_layer_norm",
+    "attention_decode",
+    "attention_prefill",
+    "bias_act",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "sample",
+    "target_logprobs",
+    "top_logprobs",
+]
+
+
+def _wide(array: Array) -> Array:
+    """The array in the precision that sums are kept in."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+
+def _store(value: Array, out: Array | None, dtype: Any) -> Array:
+    if out is None:
+        return value.astype(dtype, copy=False)
+    out[...] = value
+    return out
+
+
+def embedding(
+    ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
+) -> Array:
+    x = _wide(wte[ids]) + _wide(wpe[positions])
+    return _store(x, out, x.dtype)
+
+
+def layer_norm(
+    x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
+) -> Array:
+    wide = _wide(x)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    y = centred / np.sqrt(variance + wide.dtype.type(eps)) * _wide(weight) + _wide(bias)
+    return _store(y, out, weight.dtype)
+
+
+def add_layer_norm(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> Array:
+    residual += x
+    return layer_norm(residual, weight, bias, eps, out=out)
+
+
+def activate(x: Array, activation: str | None) -> Array:
+    """Apply an activation by name; None is the identity."""
+    if activation is None:
+        return x
+    if activation == "gelu_tanh":
+        inner = x * x
+        inner *= 0.044715
+        inner += 1
+        inner *= x
+        inner *= math.sqrt(2 / math.pi)
+        np.tanh(inner, out=inner)
+        inner += 1
+        inner *= x
+        inner *= 0.5
+        return inner
+    if activation == "gelu_erf":
+        return 0.5 * x * (1 + _erf(x * x.dtype.type(math.sqrt(0.5))))
+    if activation == "relu":
+        return np.maximum(x, 0)
+    if activation == "silu":
+        # exp of a large positive number overflows to inf, and x / inf is the right 0.
+        with np.errstate(over="ignore"):
+            return x / (1 + np.exp(-x))
+    if activation == "tanh":
+        return np.tanh(x)
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+_erf_scalar = np.frompyfunc(math.erf, 1, 1)
+
+
+def _erf(x: Array) -> Array:
+    # NumPy has no erf; the standard library's is exact to double precision.
+    return _erf_scalar(x).astype(x.dtype)
+
+
+def bias_act(
+    x: Array,
+    bias: Array | None = None,
+    activation: str | None = None,
+    *,
+    residual: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    y = _wide(x) if bias is None else _wide(x) + _wide(bias)
+    y = activate(y, activation)
+    if residual is not None:
+        y = y + residual
+    return _store(y, out, x.dtype if residual is None else residual.dtype)
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    backend: str = "ours",
+) -> Array:
+    # One row: the matrix-vector product streams the rows of `weight` as they lie.
+    wide, matrix = _wide(x), _wide(weight)
+    y = (matrix @ wide[0])[None] if len(x) == 1 else wide @ matrix.T
+    if bias is not None:
+        y += bias
+    y = activate(y, activation)
+    if residual is not None:
+        y = y + residual
+    return _store(y, out, x.dtype if residual is None else residual.dtype)
+
+
+def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:
+    """Split rows of [q | k | v] into three [NH, N, HS] views."""
+    split = _wide(qkv).reshape(len(qkv), 3, n_head, head_size)
+    q, k, v = split.transpose(1, 2, 0, 3)
+    return q, k, v
+
+
+def _attend(q: Array, k: Array, v: Array, scale: float, first: int) -> Array:
+    """Causal attention of T queries at positions first.. over keys 0..; [NH, T, HS]."""
+    scores = (q @ k.transpose(0, 2, 1)) * q.dtype.type(scale)
+    queries, keys = scores.shape[1:]
+    if queries > 1:
+        future = np.arange(keys) > np.arange(first, first + queries)[:, None]
+        scores[:, future] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores @ v
+
+
+def attention_prefill(
+    qkv: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    slots: Array,
+    past: Array,
+    longest: int,
+    scale: float,
+    *,
+    out: Array | None = None,
+) -> Array:
+    _, n_head, _, head_size = k.shape
+    if out is None:
+        out = np.empty((len(qkv), n_head * head_size), qkv.dtype)
+    for row, slot in enumerate(slots):
+        begin, end, first = int(starts[row]), int(starts[row + 1]), int(past[row])
+        if begin == end:
+            continue
+        q, new_k, new_v = _heads(qkv[begin:end], n_head, head_size)
+        last = first + end - begin
+        k[slot, :, first:last] = new_k
+        v[slot, :, first:last] = new_v
+        context = _attend(q, _wide(k[slot, :, :last]), _wide(v[slot, :, :last]), scale, first)
+        out[begin:end] = context.transpose(1, 0, 2).reshape(end - begin, -1)
+    return out
+
+
+def attention_decode(
+    qkv: Array,
+    k: Array,
+    v: Array,
+    slots: Array,
+    positions: Array,
+    scale: float,
+    *,
+    out: Array | None = None,
+) -> Array:
+    _, n_head, capacity, head_size = k.shape
+    if out is None:
+        out = np.empty((len(qkv), n_head * head_size), qkv.dtype)
+    q, new_k, new_v = _heads(qkv, n_head, head_size)
+    for row, slot in enumerate(slots):
+        position = int(positions[row])
+        if slot < 0 or position >= capacity:
+            out[row] = 0
+            continue
+        k[slot, :, position] = new_k[:, row]
+        v[slot, :, position] = new_v[:, row]
+        keys, values = _wide(k[slot, :, : position + 1]), _wide(v[slot, :, : position + 1])
+        out[row] = _attend(q[:, row, None], keys, values, scale, position).reshape(-1)
+    return out

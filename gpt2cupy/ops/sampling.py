@@ -1,0 +1,133 @@
+"""Choosing the next token on the device. Kernels: cuda_src/sampling.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .launch import Kernel, device_empty, is_device_array, launch
+from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
+
+Array = Any
+
+__all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
+
+_THREADS = 1024  # THREADS in sampling.cu
+
+SAMPLE = Kernel(
+    "sampling.cu",
+    "sample",
+    "logits: float32[R,Vp], rows: int32[R], params: uint8[B,48], ids: int32[B], "
+    "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], counts: int32[B,V]?, "
+    "bias: float32[B,V]?, scratch: float32[R,Vp], V: int, Vp, Q",
+)
+TOP_LOGPROBS = Kernel(
+    "sampling.cu",
+    "top_logprobs",
+    "logits: float32[N,Vp], ids: int32[N,K], logprobs: float32[N,K], V: int, Vp, K",
+)
+TARGET_LOGPROBS = Kernel(
+    "sampling.cu",
+    "target_logprobs",
+    "logits: float32[N,Vp], targets: int32[N], logprobs: float32[N], V: int, Vp",
+)
+
+
+def sample(
+    logits: Array,
+    vocab_size: int,
+    rows: Array,
+    params: Array,
+    ids: Array,
+    positions: Array,
+    steps: Array,
+    ring: Array,
+    *,
+    counts: Array | None = None,
+    bias: Array | None = None,
+    scratch: Array | None = None,
+) -> None:
+    """Choose one token per line of logits and advance the state of its row in place.
+
+    Processors apply in transformers' order: bias, repetition, presence and
+    frequency penalties, minimum length, temperature, top-k, top-p, min-p. The
+    choice is the arg-max, of the logits with Gumbel noise where the temperature
+    is positive; the noise is Philox of (seed, position, token id).
+
+    Parameters
+    ----------
+    logits : array of float32 [R, Vp]
+    vocab_size : int
+        V, without the padding.
+    rows : array of int32 [R]
+        The state row of each line.
+    params : array of uint8 [B, 48]
+        ``ROW_PARAMS`` of every row.
+    ids, positions : array of int32 [B]
+        In: token fed last and its position. Out: the token chosen and its.
+    steps : array of uint32 [B]
+        Tokens chosen so far in each row; advanced.
+    ring : array of uint8 [B, Q, 16]
+        ``RING_ENTRY`` of the last Q tokens of each row: id, log-probability
+        under the raw logits, and the step count as a stamp, written last.
+    counts : array of int32 [B, V], optional
+        How often each token was generated, plus ``PROMPT_BIT``; advanced.
+    bias : array of float32 [B, V], optional
+        Added to the logits.
+    scratch : array of float32 [R, Vp], optional
+        Working memory of the GPU; NumPy needs none.
+    """
+    if not is_device_array(logits):
+        reference.sample(
+            logits, vocab_size, rows, params, ids, positions, steps, ring, counts=counts, bias=bias
+        )
+        return
+    if scratch is None:
+        scratch = device_empty(logits.shape, logits.dtype)
+    args = (
+        logits, rows, params, ids, positions, steps, ring, counts, bias, scratch, vocab_size,
+    )  # fmt: skip
+    launch(SAMPLE, (len(logits),), (_THREADS,), args)
+
+
+def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
+    """The ``count`` most probable tokens of each row, best first, and their log-probabilities.
+
+    Parameters
+    ----------
+    logits : array of float32 [N, Vp]
+    vocab_size, count : int
+
+    Returns
+    -------
+    ids : array of int32 [N, count]
+    logprobs : array of float32 [N, count]
+    """
+    if not is_device_array(logits):
+        return reference.top_logprobs(logits, vocab_size, count)
+    shape = (len(logits), count)
+    ids, logprobs = device_empty(shape, np.int32), device_empty(shape, np.float32)
+    launch(TOP_LOGPROBS, (len(logits),), (_THREADS,), (logits, ids, logprobs, vocab_size))
+    return ids, logprobs
+
+
+def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
+    """Log-probability of one given token per row; 0 where the target is no token.
+
+    Parameters
+    ----------
+    logits : array of float32 [N, Vp]
+    vocab_size : int
+    targets : array of int32 [N]
+
+    Returns
+    -------
+    array of float32 [N]
+    """
+    if not is_device_array(logits):
+        return reference.target_logprobs(logits, vocab_size, targets)
+    logprobs = device_empty((len(logits),), np.float32)
+    launch(TARGET_LOGPROBS, (len(logits),), (_THREADS,), (logits, targets, logprobs, vocab_size))
+    return logprobs
