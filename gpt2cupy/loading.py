@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,11 @@ def random_model(config: GPT2Config, seed: int, *, dtype: str, device: str) -> G
     host = Weights.random(config, seed, held)
     if kind == "cpu":
         return GPT2(config, host)
-    return place(config, _tensors(config, host), held, kind, index)
+    return place(config, weight_tensors(config, host), held, kind, index)
 
 
-def _tensors(config: GPT2Config, weights: Weights) -> Any:
+def weight_tensors(config: GPT2Config, weights: Weights) -> Iterator[tuple[str, int | None, Any]]:
+    """(name, layer, array) of weights on the host, as :meth:`Weights.from_tensors` takes them."""
     for name, array in weights.items():
         if name in ("wte", "lm_head"):
             yield name, None, array[: config.vocab_size]

@@ -1,0 +1,34 @@
+"""Which backends there are: NumPy always, CuPy where a GPU can be used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def _gpu_reason() -> str:
+    """Why there is no usable GPU, or nothing."""
+    try:
+        from gpt2cupy.ops.launch import cupy_module
+
+        cupy_module()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and (reason := _gpu_reason()):
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"no GPU: {reason}"))
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request: pytest.FixtureRequest):
+    """NumPy, and CuPy as a gpu test."""
+    return pytest.importorskip(request.param)

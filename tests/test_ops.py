@@ -1,0 +1,258 @@
+"""Every op against its float64 reference, on NumPy and on the GPU, by the error rule."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from error_rule import DTYPES, check
+
+from gpt2cupy import ops
+from gpt2cupy.errors import InputError
+from gpt2cupy.ops import reference
+
+SEEDS = range(5)
+AWKWARD = [1, 19, 99, 128, 768, 989, 1600]
+
+
+def host(array):
+    return array.get() if hasattr(array, "get") else array
+
+
+def draw(rng, shape, dtype, scale=1.0):
+    """Random values already rounded to the dtype, so that rounding inputs is no error."""
+    return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(dtype)
+
+
+def wide(*arrays):
+    return [None if a is None else a.astype(np.float64) for a in arrays]
+
+
+def on(xp, *arrays):
+    return [None if a is None else xp.asarray(a) for a in arrays]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request, xp):
+    if xp is np and request.param != "float32":
+        pytest.skip("the NumPy engine holds float32 only")
+    return DTYPES[request.param]
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_reference_has_the_signature_of_the_op(name):
+    ours = inspect.signature(getattr(ops, name)).parameters
+    theirs = inspect.signature(getattr(reference, name)).parameters
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+@pytest.mark.parametrize("channels", AWKWARD)
+@pytest.mark.parametrize("outlier", [0.0, 3000.0])
+def test_layer_norm(xp, dtype, channels, outlier):
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        x = draw(rng, (5, channels), np.float32)
+        x[:, channels // 2] += outlier
+        w, b = draw(rng, channels, dtype), draw(rng, channels, dtype)
+        exact = reference.layer_norm(*wide(x, w, b))
+        baseline = reference.layer_norm(x, w, b)
+        ours = ops.layer_norm(*on(xp, x, w, b))
+        assert ours.dtype == dtype
+        check(host(ours), baseline, exact, dtype, "layer_norm")
+
+
+@pytest.mark.parametrize("channels", [19, 768])
+def test_add_layer_norm_updates_the_residual(xp, dtype, channels):
+    rng = np.random.default_rng(0)
+    x, r = draw(rng, (3, channels), dtype), draw(rng, (3, channels), np.float32)
+    w, b = draw(rng, channels, dtype), draw(rng, channels, dtype)
+    exact = reference.add_layer_norm(*wide(x, r, w, b))
+    baseline = reference.add_layer_norm(x, r.copy(), w, b)
+    residual = xp.array(r)
+    ours = ops.add_layer_norm(xp.asarray(x), residual, xp.asarray(w), xp.asarray(b))
+    check(host(ours), baseline, exact, dtype, "add_layer_norm")
+    np.testing.assert_array_equal(host(residual), r + x.astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize(("m", "k"), [(1, 8), (19, 99), (99, 768), (2304, 768), (768, 3072)])
+@pytest.mark.parametrize("backend", ["ours", "cublas"])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_linear(xp, dtype, rows, m, k, backend, activation, with_residual):
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        x, w = draw(rng, (rows, k), dtype), draw(rng, (m, k), dtype, k**-0.5)
+        out = np.dtype(np.float32) if with_residual else dtype
+        bias = draw(rng, m, out)
+        residual = draw(rng, (rows, m), out) if with_residual else None
+        options = {"activation": activation}
+        exact = reference.linear(
+            *wide(x, w, bias), **options, residual=wide(residual)[0]
+        )
+        baseline = reference.linear(x, w, bias, **options, residual=residual)
+        target = None if residual is None else xp.asarray(residual.copy())
+        ours = ops.linear(
+            *on(xp, x, w, bias), **options, residual=target, out=target, backend=backend
+        )
+        assert ours.dtype == out
+        # The tanh of half precision is the hardware's approximation, as fine as the dtype.
+        check(host(ours), baseline, exact, dtype if activation else out, f"linear {backend}")
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "relu", "silu", "tanh"])
+def test_bias_act(xp, dtype, activation):
+    rng = np.random.default_rng(0)
+    x, b = draw(rng, (7, 99), dtype, 4.0), draw(rng, 99, dtype)
+    x[0, :4] = [-30, 30, 0, -0.0]
+    exact = reference.bias_act(*wide(x, b), activation)
+    ours = ops.bias_act(*on(xp, x, b), activation)
+    check(host(ours), reference.bias_act(x, b, activation), exact, dtype, activation)
+
+
+def cache_pair(rng, dtype, slots, heads, capacity, head_size, lengths):
+    """A cache whose filled part is random and whose rest is NaN: an over-read shows."""
+    shape = (slots, heads, capacity, head_size)
+    k, v = draw(rng, shape, dtype), draw(rng, shape, dtype)
+    for slot in range(slots):
+        k[slot, :, lengths.get(slot, 0) :] = np.nan
+        v[slot, :, lengths.get(slot, 0) :] = np.nan
+    return k, v
+
+
+HEAD_SIZES = [1, 8, 32, 59, 64, 80, 96, 128]
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("position", [0, 1, 31, 32, 255, 300])
+def test_attention_decode(xp, dtype, head_size, position):
+    for seed in SEEDS if head_size == 64 else [0]:
+        rng = np.random.default_rng(seed)
+        heads = 3
+        qkv = draw(rng, (2, 3 * heads * head_size), dtype)
+        k, v = cache_pair(rng, dtype, 3, heads, 301, head_size, {2: position, 0: 5})
+        slots, positions = np.array([2, 0], np.int32), np.array([position, 5], np.int32)
+        args = (slots, positions, head_size**-0.5)
+        exact = reference.attention_decode(*wide(qkv, k, v), *args)
+        baseline = reference.attention_decode(qkv, k.copy(), v.copy(), *args)
+        kx, vx = on(xp, k, v)
+        ours = ops.attention_decode(xp.asarray(qkv), kx, vx, *on(xp, slots, positions), args[2])
+        check(host(ours), baseline, exact, dtype, f"decode {head_size}")
+        new = qkv.reshape(2, 3, heads, head_size)
+        np.testing.assert_array_equal(host(kx)[2, :, position], new[0, 1])
+        np.testing.assert_array_equal(host(vx)[0, :, 5], new[1, 2])
+
+
+def test_attention_decode_leaves_idle_and_full_rows_alone(xp, dtype):
+    rng = np.random.default_rng(0)
+    qkv = draw(rng, (2, 3 * 64), dtype)
+    k = draw(rng, (1, 1, 4, 64), dtype)
+    kx, vx = on(xp, k, k)
+    rows = on(xp, np.array([-1, 0], np.int32), np.array([0, 4], np.int32))
+    out = ops.attention_decode(xp.asarray(qkv), kx, vx, *rows, 0.125)
+    assert not host(out).any()
+    np.testing.assert_array_equal(host(kx), k)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("lengths", [(1,), (5, 70), (64, 33, 1), (200,)])
+@pytest.mark.parametrize("past", [0, 37])
+def test_attention_prefill(xp, dtype, head_size, lengths, past):
+    rng = np.random.default_rng(len(lengths))
+    heads, total = 2, sum(lengths)
+    qkv = draw(rng, (total, 3 * heads * head_size), dtype)
+    slots = np.arange(len(lengths), dtype=np.int32)[::-1].copy()
+    before = {int(slot): past for slot in slots}
+    k, v = cache_pair(rng, dtype, len(lengths), heads, 240, head_size, before)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    rows = (starts, slots, np.full(len(lengths), past, np.int32))
+    rest = (max(lengths), head_size**-0.5)
+    exact = reference.attention_prefill(*wide(qkv, k, v), *rows, *rest)
+    baseline = reference.attention_prefill(qkv, k.copy(), v.copy(), *rows, *rest)
+    kx, vx = on(xp, k, v)
+    ours = ops.attention_prefill(xp.asarray(qkv), kx, vx, *on(xp, *rows), *rest)
+    check(host(ours), baseline, exact, dtype, f"prefill {head_size}")
+    new = qkv.reshape(total, 3, heads, head_size)
+    last = slots[-1]
+    begin = starts[-2]
+    np.testing.assert_array_equal(
+        host(kx)[last, :, past : past + lengths[-1]], new[begin:, 1].transpose(1, 0, 2)
+    )
+
+
+def test_embedding(xp, dtype):
+    rng = np.random.default_rng(0)
+    wte, wpe = draw(rng, (99, 19), dtype), draw(rng, (10, 19), dtype)
+    ids, positions = np.array([0, 98, 7], np.int32), np.array([9, 0, 3], np.int32)
+    ours = ops.embedding(*on(xp, ids, positions, wte, wpe))
+    expected = wte[ids].astype(np.float32) + wpe[positions].astype(np.float32)
+    np.testing.assert_array_equal(host(ours), expected)
+
+
+@pytest.mark.gpu
+def test_embedding_outside_its_tables_is_zero():
+    import cupy as cp
+
+    wte = cp.ones((9, 8), np.float32)
+    ids = cp.asarray(np.array([-1, 9, 0, 0], np.int32))
+    positions = cp.asarray(np.array([0, 0, -1, 9], np.int32))
+    assert not ops.embedding(ids, positions, wte, wte).any()
+
+
+@pytest.mark.gpu
+def test_what_a_kernel_cannot_take_is_refused():
+    import cupy as cp
+
+    x, w = cp.ones((4, 64), np.float32), cp.ones(64, np.float32)
+    with pytest.raises(InputError, match="float64"):
+        ops.layer_norm(x.astype(np.float64), w, w)
+    with pytest.raises(InputError, match="not contiguous"):
+        ops.layer_norm(cp.ones((64, 4), np.float32).T, w, w)
+    with pytest.raises(InputError, match=r"C=64"):
+        ops.layer_norm(x, w[:32], w)
+    with pytest.raises(InputError, match="fit each other"):
+        ops.linear(x, cp.ones((8, 32), np.float32))
+    with pytest.raises(InputError, match="aligned"):
+        ops.layer_norm(cp.ones(4 * 64 + 1, np.float32)[1:].reshape(4, 64), w, w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_the_ladders_agree_with_their_last_step(dtype_name):
+    import cupy as cp
+
+    from gpt2cupy.ops.attention import ATTENTION_NAIVE
+    from gpt2cupy.ops.launch import launch
+    from gpt2cupy.ops.linear import GEMV_NAIVE, GEMV_SCALAR
+    from gpt2cupy.ops.norm import LAYER_NORM_NAIVE
+
+    dtype = DTYPES[dtype_name]
+    rng = np.random.default_rng(0)
+    x, w, b = draw(rng, (1, 768), dtype), draw(rng, (99, 768), dtype, 0.03), draw(rng, 99, dtype)
+    exact = reference.linear(*wide(x, w, b))
+    baseline = reference.linear(x, w, b)
+    for kernel, blocks in ((GEMV_NAIVE, 1), (GEMV_SCALAR, 25)):
+        out = cp.empty((1, 99), dtype)
+        args = (*on(cp, x, w, b), None, out, 0)
+        launch(kernel[dtype == np.float32], (blocks,), (128,), args, elem=dtype)
+        check(out.get(), baseline, exact, dtype, "gemv ladder")
+
+    rows = draw(rng, (5, 99), np.float32)
+    weight = draw(rng, 99, dtype)
+    out = cp.empty((5, 99), dtype)
+    args = (*on(cp, rows, weight, weight), out, 1e-5)
+    launch(LAYER_NORM_NAIVE, (1,), (32,), args, elem=dtype)
+    exact = reference.layer_norm(*wide(rows, weight, weight))
+    check(out.get(), reference.layer_norm(rows, weight, weight), exact, dtype, "norm ladder")
+
+    qkv = draw(rng, (40, 3 * 128), dtype)
+    k = np.zeros((1, 2, 40, 64), dtype)
+    ints = [np.array(values, np.int32) for values in ([0, 40], [0], [0])]
+    out = cp.empty((40, 128), dtype)
+    args = (*on(cp, qkv, k, k.copy(), *ints), out, 0.125)
+    launch(ATTENTION_NAIVE, (40, 2, 1), (32,), args, elem=dtype, head_size=64)
+    exact = reference.attention_prefill(*wide(qkv, k, k), *ints, 40, 0.125)
+    baseline = reference.attention_prefill(qkv, k.copy(), k.copy(), *ints, 40, 0.125)
+    check(out.get(), baseline, exact, dtype, "attention ladder")

@@ -1,0 +1,46 @@
+"""Run the GPU tests and record what passed: bench/results/gpu-tests.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+
+from gpt2cupy import record
+
+
+class Tally:
+    """Counts outcomes and keeps the names of what failed or was skipped."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+        self.failed: list[str] = []
+        self.skipped: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+        elif report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            self.skipped[report.nodeid] = str(reason)
+        elif report.when == "call":
+            self.passed += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default=str(record.RESULTS / "gpu-tests.json"))
+    args, rest = parser.parse_known_args()
+    tally = Tally()
+    code = pytest.main(["-m", "gpu", "-q", *rest], plugins=[tally])
+    if tally.passed == 0:
+        sys.exit("no GPU test ran: nothing is recorded")
+    results = {"passed": tally.passed, "failed": tally.failed, "skipped": tally.skipped}
+    record.write(args.out, results, gpu=True)
+    print(f"{tally.passed} passed, {len(tally.failed)} failed, {len(tally.skipped)} skipped")
+    sys.exit(int(code))
+
+
+if __name__ == "__main__":
+    main()
