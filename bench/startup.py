@@ -23,8 +23,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gpt2cupy import GPT2Config, record
-from gpt2cupy.checkpoint import resolve
 from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
+from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.timing import Timing
 from gpt2cupy.weights import Weights
 
@@ -47,7 +47,7 @@ def write_checkpoint(folder: Path) -> None:
     fields = config.to_dict() | {"eos_token_id": None}
     (folder / "config.json").write_text(json.dumps(fields))
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(resolve.EMBEDDED["shakespeare"] / name, folder / name)
+        shutil.copy(EMBEDDED["shakespeare"] / name, folder / name)
 
 
 _CHILD = """

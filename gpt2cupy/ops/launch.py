@@ -206,8 +206,11 @@ def _granule(array: Any) -> int:
     """The alignment a kernel may count on: that of a row, up to 16 bytes.
 
     A row of 59 halves takes 118 bytes, so only the first row of such an array
-    can be aligned further; kernels then use narrower accesses.
+    can be aligned further; kernels then use narrower accesses. Integers are
+    read one by one.
     """
+    if array.dtype.kind in "iu":
+        return array.itemsize
     row = array.shape[-1] * array.itemsize
     return min(row & -row, ALIGNMENT)
 
