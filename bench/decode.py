@@ -100,7 +100,9 @@ def main() -> None:
                     f"context {s['context']}: {s['step']['median_us']:.0f} us" for s in steps
                 )
                 per_step = row["end_to_end"]["us_per_step"]
-                print(f"{dtype} batch {batch} {gemv}: {line}; in a text {per_step:.0f} us", flush=True)
+                print(
+                    f"{dtype} batch {batch} {gemv}: {line}; in a text {per_step:.0f} us", flush=True
+                )
         del model
         cupy.get_default_memory_pool().free_all_blocks()
     results = {"model": args.model, "decoder": "eager", "weights": "random", "rows": rows}

@@ -33,9 +33,9 @@ __device__ constexpr int lanes_for(int chunks) {
 }
 
 constexpr int VEC = widest_divisor(HS, WIDEST<elem_t>);
-constexpr int LANES = lanes_for(HS / VEC);                     // lanes that share one key
-constexpr int CHUNKS = (HS / VEC + LANES - 1) / LANES;         // vectors of a key per lane
-constexpr int GROUPS = WARP / LANES;                           // keys a warp has in hand
+constexpr int LANES = lanes_for(HS / VEC);              // lanes that share one key
+constexpr int CHUNKS = (HS / VEC + LANES - 1) / LANES;  // vectors of a key per lane
+constexpr int GROUPS = WARP / LANES;                    // keys a warp has in hand
 
 // A softmax in progress: weights exp(score - top) summed in `sum`, values weighted alike.
 struct Partial {
@@ -133,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attention_decode(const
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int i = 0; i < VEC; i++) own.values[c][i] = own.values[c][i] * old + weight * value[c][i];
+      for (int i = 0; i < VEC; i++)
+        own.values[c][i] = own.values[c][i] * old + weight * value[c][i];
   }
   __syncwarp();
 

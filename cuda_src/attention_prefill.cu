@@ -9,7 +9,8 @@
 //           that writes them may not have run yet.
 // Bytes     N 4C sizeof ELEM at the least; each query tile reads the keys before it again, from L2
 // FLOPs     4 HS per query, head and visible key
-// Work      one block per (tile of BR queries, head, sequence); tiles of BC keys pass through shared
+// Work      one block per (tile of BR queries, head, sequence); tiles of BC keys pass through
+// shared
 //           memory. 16 x 16 threads hold the scores and the output as small squares in registers.
 //           No T x T matrix exists: the softmax is online, as in attention_decode.cu.
 // Source    Dao et al., "FlashAttention", 2022; Milakov, Gimelshein, 2018
@@ -23,11 +24,11 @@
 #define HS 64
 #endif
 
-constexpr int SIDE = 16;                   // threads of a block: SIDE x SIDE
-constexpr int BR = HS <= 64 ? 64 : 32;     // queries of a block; also in gpt2cupy/ops/attention.py
-constexpr int BC = HS <= 64 ? 32 : 16;     // keys of a tile
-constexpr int RPT = BR / SIDE;             // query rows of a thread
-constexpr int CPT = BC / SIDE;             // key columns of a thread
+constexpr int SIDE = 16;                // threads of a block: SIDE x SIDE
+constexpr int BR = HS <= 64 ? 64 : 32;  // queries of a block; also in gpt2cupy/ops/attention.py
+constexpr int BC = HS <= 64 ? 32 : 16;  // keys of a tile
+constexpr int RPT = BR / SIDE;          // query rows of a thread
+constexpr int CPT = BC / SIDE;          // key columns of a thread
 constexpr int DPT = (HS + SIDE - 1) / SIDE;  // output channels of a thread
 
 // Where key (part 1) or value (part 2) of position t of this sequence lies.

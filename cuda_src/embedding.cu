@@ -23,8 +23,7 @@ extern "C" __global__ void embedding(const int* ids,
   bool inside = id >= 0 && id < Vp && position >= 0 && position < P;
   for (int c = threadIdx.x; c < C; c += blockDim.x) {
     float value = 0.0f;
-    if (inside)
-      value = to_float(wte[(size_t)id * C + c]) + to_float(wpe[(size_t)position * C + c]);
+    if (inside) value = to_float(wte[(size_t)id * C + c]) + to_float(wpe[(size_t)position * C + c]);
     x[(size_t)row * C + c] = value;
   }
 }

@@ -24,12 +24,8 @@ constexpr int ROWS = 2;
 // epilogue
 
 template <typename out_t>
-__device__ inline void finish(float sum,
-                              const out_t* bias,
-                              const out_t* residual,
-                              out_t* y,
-                              int m,
-                              int activation) {
+__device__ inline void finish(
+    float sum, const out_t* bias, const out_t* residual, out_t* y, int m, int activation) {
   if (bias) sum += to_float(bias[m]);
   sum = activate(sum, activation);
   if (residual) sum += to_float(residual[m]);
@@ -113,16 +109,10 @@ __device__ inline void gemv_body(const elem_t* x,
   }
 }
 
-#define GEMV_ENTRY(name, body, out_t)                             \
-  extern "C" __global__ void name(const elem_t* x,                \
-                                  const elem_t* weight,           \
-                                  const out_t* bias,              \
-                                  const out_t* residual,          \
-                                  out_t* y,                       \
-                                  int activation,                 \
-                                  int M,                          \
-                                  int K) {                        \
-    body(x, weight, bias, residual, y, activation, M, K);         \
+#define GEMV_ENTRY(name, body, out_t)                                                              \
+  extern "C" __global__ void name(const elem_t* x, const elem_t* weight, const out_t* bias,        \
+                                  const out_t* residual, out_t* y, int activation, int M, int K) { \
+    body(x, weight, bias, residual, y, activation, M, K);                                          \
   }
 
 GEMV_ENTRY(gemv_naive, gemv_naive_body, elem_t)

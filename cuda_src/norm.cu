@@ -15,13 +15,8 @@
 //   layer_norm         one warp per row, float4 loads, three passes of which two hit L1
 #include "common.cuh"
 
-extern "C" __global__ void layer_norm_naive(const float* x,
-                                            const elem_t* weight,
-                                            const elem_t* bias,
-                                            elem_t* y,
-                                            float eps,
-                                            int N,
-                                            int C) {
+extern "C" __global__ void layer_norm_naive(
+    const float* x, const elem_t* weight, const elem_t* bias, elem_t* y, float eps, int N, int C) {
   int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= N) return;
   x += (size_t)row * C;
@@ -38,12 +33,8 @@ extern "C" __global__ void layer_norm_naive(const float* x,
 
 // Normalise one row with one warp. VEC channels per access; C must be a multiple of VEC.
 template <int VEC>
-__device__ inline void normalise_row(const float* x,
-                                     const elem_t* weight,
-                                     const elem_t* bias,
-                                     elem_t* y,
-                                     float eps,
-                                     int C) {
+__device__ inline void normalise_row(
+    const float* x, const elem_t* weight, const elem_t* bias, elem_t* y, float eps, int C) {
   int lane = threadIdx.x % WARP;
   float values[VEC], w[VEC], b[VEC];
 
@@ -73,13 +64,8 @@ __device__ inline void normalise_row(const float* x,
   }
 }
 
-extern "C" __global__ void layer_norm(const float* x,
-                                      const elem_t* weight,
-                                      const elem_t* bias,
-                                      elem_t* y,
-                                      float eps,
-                                      int N,
-                                      int C) {
+extern "C" __global__ void layer_norm(
+    const float* x, const elem_t* weight, const elem_t* bias, elem_t* y, float eps, int N, int C) {
   int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
   if (row >= N) return;
   size_t start = (size_t)row * C;

@@ -4,7 +4,8 @@
 //   token  = argmax(x)                     temperature 0
 //          = argmax(x + gumbel noise)      otherwise: a draw from softmax(x)
 //
-// Shapes    logits, scratch [R, Vp] float; rows [R]: which state row each line of logits belongs to;
+// Shapes    logits, scratch [R, Vp] float; rows [R]: which state row each line of logits belongs
+// to;
 //           params, ids, positions, steps [B]; ring [B, ring_size]; counts [B, V] int and
 //           bias [B, V] float may be null
 // Bytes     4 V per pass over a row: 2 passes when nothing but temperature is asked, else about 10
@@ -120,7 +121,8 @@ __device__ inline float unordered(u32 key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// The largest x such that the tokens of value >= x weigh at least `target`: eight bits of it a pass.
+// The largest x such that the tokens of value >= x weigh at least `target`: eight bits of it a
+// pass.
 template <typename Weight>
 __device__ inline float threshold(const float* x, int V, u64 target, Weight weight, u64* bins) {
   __shared__ u32 chosen;

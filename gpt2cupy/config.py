@@ -166,7 +166,9 @@ class GPT2Config:
             ) from error
         if not isinstance(fields, dict):
             raise ConfigError(
-                "the configuration is not a JSON object", where=str(path), remedy="Restore the file."
+                "the configuration is not a JSON object",
+                where=str(path),
+                remedy="Restore the file.",
             )
         return cls.from_dict(fields, where=str(path))
 

@@ -121,7 +121,6 @@ class Engine:
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)
         self.prefill_work = self.model.new_workspace(rows)
         self.decoder = EagerDecoder(self.model)
-        self.decoder.prepare(self.state)
         self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
 
     @property

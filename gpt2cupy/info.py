@@ -34,18 +34,24 @@ def report(name: str, dtype: str, device: str) -> Iterator[tuple[str, str]]:
     else:
         runtime = model.xp.cuda.runtime
         properties = runtime.getDeviceProperties(model.weights.wte.device.id)
-        yield "device", (
-            f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, "
-            f"{properties['multiProcessorCount']} SMs, {properties['totalGlobalMem'] >> 20} MiB"
+        yield (
+            "device",
+            (
+                f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, "
+                f"{properties['multiProcessorCount']} SMs, {properties['totalGlobalMem'] >> 20} MiB"
+            ),
         )
         yield "driver", f"CUDA {runtime.driverGetVersion()}, runtime {runtime.runtimeGetVersion()}"
         yield "nvrtc", ".".join(map(str, compiler.nvrtc_version()))
         yield "one-row product", f"{model.gemv} (forced by gemv=)"
     yield "kernel cache", str(compiler.cache_dir())
     config = model.config
-    yield "model", (
-        f"{source.name}: {config.n_layer} layers, {config.n_head} heads x {config.head_size}, "
-        f"width {config.n_embd}, context {config.n_positions}, vocabulary {config.vocab_size}"
+    yield (
+        "model",
+        (
+            f"{source.name}: {config.n_layer} layers, {config.n_head} heads x {config.head_size}, "
+            f"width {config.n_embd}, context {config.n_positions}, vocabulary {config.vocab_size}"
+        ),
     )
     yield "dtype", f"{model.dtype} (stored as {source.dtype})"
     engine = Engine(model)

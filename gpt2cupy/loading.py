@@ -11,8 +11,8 @@ from . import checkpoint
 from .config import GPT2Config
 from .errors import InputError
 from .model import GPT2
-from .ops.layout import Uploader
 from .ops.launch import cupy_module, memory_error
+from .ops.layout import Uploader
 from .weights import Weights
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -73,17 +73,13 @@ def attention_prefill(
     Dao et al., "FlashAttention", 2022.
     """
     if not is_device_array(qkv):
-        return reference.attention_prefill(
-            qkv, k, v, starts, slots, past, longest, scale, out=out
-        )
+        return reference.attention_prefill(qkv, k, v, starts, slots, past, longest, scale, out=out)
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
     grid = (-(-longest // _query_tile(head_size)), heads, len(slots))
     args = (qkv, k, v, starts, slots, past, out, scale)
-    launch(
-        ATTENTION_PREFILL, grid, (_PREFILL_THREADS,), args, elem=qkv.dtype, head_size=head_size
-    )
+    launch(ATTENTION_PREFILL, grid, (_PREFILL_THREADS,), args, elem=qkv.dtype, head_size=head_size)
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DeviceError
+from .launch import current_device, submit
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper, ample elsewhere
 
@@ -44,8 +45,7 @@ class _Device:
         self.handle = self.cublas.create()
         self.lt_handle = self.lt.create()
         self.workspace = cupy.empty(WORKSPACE, np.uint8)
-        # For cublasSetWorkspace to last, the stream has to be set before it: see gemv().
-        self.stream = -1
+        self.stream = -1  # setting a stream drops the workspace: both are set when it changes
         self.one, self.zero = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 
@@ -54,11 +54,10 @@ def _device(device: int) -> _Device:
     return _Device()
 
 
-def _current() -> tuple[_Device, int, int]:
+def _stream() -> int:
     import cupy
 
-    device = cupy.cuda.runtime.getDevice()
-    return _device(device), device, cupy.cuda.get_current_stream().ptr
+    return cupy.cuda.get_current_stream().ptr
 
 
 def gemv(x: Any, weight: Any, out: Any) -> None:
@@ -71,7 +70,12 @@ def gemv(x: Any, weight: Any, out: Any) -> None:
     out : cupy.ndarray [1, M]
         Of x's dtype, or float32.
     """
-    own, _, stream = _current()
+    device = current_device()
+    submit(functools.partial(_gemv, _device(device), x, weight, out))
+
+
+def _gemv(own: _Device, x: Any, weight: Any, out: Any) -> None:
+    stream = _stream()
     if own.stream != stream:
         own.cublas.set_stream(own.handle, stream)
         own.cublas.set_workspace(own.handle, own.workspace.data.ptr, WORKSPACE)
@@ -132,14 +136,14 @@ class _Product:
         data = np.array([value], dtype)
         lt.matmul_desc_set_attribute(self.desc, attribute, data.ctypes.data, data.nbytes)
 
-    def run(self, own: _Device, x: Any, weight: Any, bias: Any, add: bool, out: Any, s: int) -> None:
+    def run(self, own: _Device, x: Any, weight: Any, bias: Any, add: bool, out: Any) -> None:
         if bias is not None:
             self._set(own.lt, "BIAS_POINTER", bias.data.ptr, np.uint64)
         beta = own.one if add else own.zero
         own.lt.matmul(
             own.lt_handle, self.desc, own.one.ctypes.data, weight.data.ptr, self.a, x.data.ptr,
             self.b, beta.ctypes.data, out.data.ptr, self.c, out.data.ptr, self.c,
-            self.result.ctypes.data, own.workspace.data.ptr, WORKSPACE, s,
+            self.result.ctypes.data, own.workspace.data.ptr, WORKSPACE, _stream(),
         )  # fmt: skip
 
 
@@ -173,10 +177,10 @@ def matmul(
     activation : {None, "relu", "gelu_tanh"}
         What the library's epilogues have.
     """
-    own, device, stream = _current()
+    device = current_device()
     parts = (["bias"] if bias is not None else []) + ([activation] if activation else [])
     n, k = x.shape
     product = _product(
         device, n, len(weight), k, x.dtype.name, out.dtype.name, "+".join(parts) or None
     )
-    product.run(own, x, weight, bias, add, out, stream)
+    submit(functools.partial(product.run, _device(device), x, weight, bias, add, out))

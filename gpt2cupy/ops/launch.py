@@ -1,4 +1,4 @@
-"""launch(): check the arguments of a kernel, cast its scalars, start it. The only user of RawModule.
+"""launch(): check a kernel's arguments, cast its scalars, start it. The only user of RawModule.
 
 A kernel declares its parameters once, in the order of its C signature::
 
@@ -12,9 +12,12 @@ cannot contradict the arrays, and nothing is left for the kernel to trust.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,8 +63,6 @@ class Kernel:
         File in cuda_src and function in it.
     signature : str
         Parameters as the module's docstring shows them.
-    shared : int
-        Dynamic shared memory in bytes.
     """
 
     def __init__(self, source: str, entry: str, signature: str) -> None:
@@ -117,7 +118,7 @@ def _load(device: int, source: str, elem: np.dtype | None, head_size: int | None
             )
         defines["ELEM"] = compiler.ELEMENT_TYPES[name]
     if "HS" in macros:
-        if not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
+        if head_size is None or not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
             raise InputError(
                 f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
                 f"not {head_size}",
@@ -176,7 +177,7 @@ def launch(
     """
     device = current_device()
     bound: dict[str, int] = {} if head_size is None else {"HS": head_size}
-    values = []
+    values: list[Any] = []
     given = iter(args)
     for parameter in kernel.parameters:
         name, dtype, dims, cast, optional = parameter
@@ -192,14 +193,42 @@ def launch(
         if array.dtype != (dtype or elem) or len(shape) != len(dims):
             _refuse(kernel, parameter, array, elem, bound)
         for size, letter in zip(shape, dims, strict=True):
-            if size != (letter if type(letter) is int else bound.setdefault(letter, size)):
+            if size != (bound.setdefault(letter, size) if isinstance(letter, str) else letter):
                 _refuse(kernel, parameter, array, elem, bound)
         data = array.data
         misaligned = data.ptr % ALIGNMENT and data.ptr % _granule(array)
         if not array._c_contiguous or misaligned or data.device_id != device:
             _refuse(kernel, parameter, array, elem, bound)
         values.append(array)
-    _function(device, kernel, elem, head_size)(grid, block, tuple(values))
+    submit(
+        functools.partial(_function(device, kernel, elem, head_size), grid, block, tuple(values))
+    )
+
+
+_tape = threading.local()
+
+
+def submit(call: Callable[[], Any]) -> None:
+    """Run a checked launch, or put it on the tape while one is being recorded."""
+    calls = getattr(_tape, "calls", None)
+    if calls is None:
+        call()
+    else:
+        calls.append(call)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Callable[[], Any]]]:
+    """Collect the launches made inside instead of running them.
+
+    They hold their arrays, and are valid as long as those are what is meant:
+    checks are made once, when recording, and not again when replaying.
+    """
+    _tape.calls = calls = []
+    try:
+        yield calls
+    finally:
+        _tape.calls = None
 
 
 def _granule(array: Any) -> int:

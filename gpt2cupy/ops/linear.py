@@ -128,9 +128,7 @@ def linear(
         On the GPU, for a wrong dtype, shape or layout.
     """
     if not is_device_array(x):
-        return reference.linear(
-            x, weight, bias, activation=activation, residual=residual, out=out
-        )
+        return reference.linear(x, weight, bias, activation=activation, residual=residual, out=out)
     if len(x) == 1:
         return gemv(
             x, weight, bias, activation=activation, residual=residual, out=out, backend=backend
@@ -142,7 +140,7 @@ def linear(
     # GELU is an approximation about as fine as half precision: four times float32's error.
     library = ("relu",) if x.dtype == np.float32 else ("relu", "gelu_tanh")
     fused = activation if activation in library and residual is None else None
-    if residual is out:
+    if residual is not None and residual is out:
         if activation is None:
             blas.matmul(x, weight, bias, out, add=True)
             return out

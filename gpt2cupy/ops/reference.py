@@ -100,7 +100,7 @@ def activate(x: Array, activation: str | None) -> Array:
     raise ValueError(f"unknown activation {activation!r}")
 
 
-_erf_scalar = np.frompyfunc(math.erf, 1, 1)
+_erf_scalar: Any = np.frompyfunc(math.erf, 1, 1)
 
 
 def _erf(x: Array) -> Array:
