@@ -3,16 +3,14 @@
     python bench/startup.py [--runs 5] [--device cuda] [--out FILE]
 
 Writes a 124M checkpoint of random weights in fp16 to a temporary folder, then
-starts `python -m gpt2cupy.cli generate` on it and stops the clock when the first
-text arrives. The first run fills the kernel cache and is given apart.
+starts `gpt2cupy generate` on it and stops the clock at the first byte after the
+prompt. The first run fills the kernel cache and is given apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,13 +22,15 @@ from safetensors.numpy import save_file
 
 from gpt2cupy import GPT2Config, record
 from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
-from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.timing import Timing
+from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
 from gpt2cupy.weights import Weights
+
+PROMPT = "To be, or not to be, that is the question"
 
 
 def write_checkpoint(folder: Path) -> None:
-    """A 124M checkpoint of random fp16 weights, with the embedded model's tokenizer."""
+    """A 124M checkpoint of random fp16 weights, with a tokenizer of its size."""
     config = GPT2Config.from_name("gpt2")
     weights = Weights.random(config, 0, np.float16)
     tensors = {PREFIX + key: getattr(weights, name) for key, name in WHOLE.items()}
@@ -43,35 +43,27 @@ def write_checkpoint(folder: Path) -> None:
         {key: np.ascontiguousarray(array) for key, array in tensors.items()},
         folder / "model.safetensors",
     )
-    # Ids beyond the small tokenizer have no text: bias cannot help, so end-of-text is its own.
-    fields = config.to_dict() | {"eos_token_id": None}
-    (folder / "config.json").write_text(json.dumps(fields))
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(EMBEDDED["shakespeare"] / name, folder / name)
-
-
-_CHILD = """
-import sys, time
-import gpt2cupy
-lm = gpt2cupy.load(sys.argv[1], device=sys.argv[2])
-for token in lm._engine_for(1).run(lm._requests(["To be, or not to be"], gpt2cupy.SamplingParams())):
-    print(token.id, flush=True)
-    break
-"""
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    # 256 bytes, 50,000 pairs of them and end-of-text: a vocabulary of GPT-2's size.
+    symbols = sorted(BYTE_SYMBOLS, key=BYTE_SYMBOLS.__getitem__)
+    pairs = [(a, b) for a in symbols for b in symbols][:50000]
+    tokens = [*symbols, *(a + b for a, b in pairs), END_OF_TEXT]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(f"{a} {b}" for a, b in pairs))
 
 
 def first_token(folder: Path, device: str) -> float:
-    """Seconds from starting a process to its first token."""
+    """Seconds from starting the command to the first byte after the prompt."""
+    command = [sys.executable, "-m", "gpt2cupy.cli", "generate", PROMPT, "--quiet"]
+    command += ["--model", str(folder), "--device", device, "--max-new-tokens", "8"]
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(folder), device], stdout=subprocess.PIPE, env=os.environ
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
-    if not process.stdout.readline():
-        sys.exit("the child wrote nothing")
+    seen = process.stdout.read(len(PROMPT) + 1)
     seconds = time.perf_counter() - start
-    process.stdout.close()
-    process.wait()
+    process.stdout.read()
+    if process.wait() or len(seen) <= len(PROMPT):
+        sys.exit("the command failed or wrote nothing")
     return seconds
 
 

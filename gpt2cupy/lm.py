@@ -303,14 +303,13 @@ class LanguageModel:
             if params.max_new_tokens == 0:
                 return
             row = _Row(self.tokenizer, params.stop)
-            first, count = 0.0, 0
+            first = 0.0
             engine = self._engine_for(1)
-            for token in engine.run(requests):
+            for count, token in enumerate(engine.run(requests)):
                 now = time.perf_counter()
                 first = first or now
                 text, reason = row.push(token)
                 rate = count / (now - first) if count else 0.0
-                count += 1
                 yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
                 if reason:
                     engine.drop(token.key)

@@ -24,7 +24,7 @@ def _byte_symbols() -> dict[str, int]:
     return symbols | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
-_SYMBOLS = _byte_symbols()
+BYTE_SYMBOLS = _byte_symbols()
 
 
 class Tokenizer:
@@ -93,15 +93,15 @@ class Tokenizer:
         """Build from a vocabulary (printable symbols to ids) and merge lines in order."""
         try:
             ids = {
-                bytes(_SYMBOLS[c] for c in token): id_
+                bytes(BYTE_SYMBOLS[c] for c in token): id_
                 for token, id_ in vocab.items()
                 if token != END_OF_TEXT
             }
-            ranks = {bytes([byte]): rank for rank, byte in enumerate(_SYMBOLS.values())}
+            ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_SYMBOLS.values())}
             for line in merges:
                 if line and not line.startswith("#version"):
                     left, right = line.split(" ")
-                    token = bytes(_SYMBOLS[c] for c in left + right)
+                    token = bytes(BYTE_SYMBOLS[c] for c in left + right)
                     ranks.setdefault(token, len(ranks))
         except (KeyError, ValueError) as error:
             raise TokenizerError(

@@ -1,4 +1,4 @@
-"""The error rule: against float64, ours may err at most twice as much as the baseline, plus one ulp.
+"""The error rule: against float64, ours may err twice as much as the baseline, plus one ulp.
 
 The baseline is PyTorch on the same device and dtype where it is installed; else
 the same computation with inputs rounded to the dtype, float32 sums, and the

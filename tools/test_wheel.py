@@ -44,7 +44,10 @@ def main() -> None:
         )  # fmt: skip
         if len(text.strip()) < 20:
             sys.exit(f"the installed command wrote only {text!r}")
-        check = "import gpt2cupy, sys; assert not {'cupy', 'torch', 'huggingface_hub'} & set(sys.modules)"
+        check = (
+            "import gpt2cupy, sys; "
+            "assert not {'cupy', 'torch', 'huggingface_hub'} & set(sys.modules)"
+        )
         run(user / "python", "-c", check, cwd=away)
     print(f"wheel: {len(sources)} kernel sources inside, the installed command wrote text")
 

@@ -163,7 +163,7 @@ def _write_atomically(path: Path, data: bytes) -> Path:
 
 
 def compile_source(source: str, options: list[str]) -> bytes:
-    """Compile one source to a cubin with NVRTC; includes come from memory, CUDA's from its wheel."""
+    """Compile one source to a cubin with NVRTC; our includes come from memory."""
     binding = nvrtc()
     texts = dict(source_closure(source))
     code = texts.pop(source)

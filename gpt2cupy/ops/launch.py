@@ -224,7 +224,8 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
     They hold their arrays, and are valid as long as those are what is meant:
     checks are made once, when recording, and not again when replaying.
     """
-    _tape.calls = calls = []
+    calls: list[Callable[[], Any]] = []
+    _tape.calls = calls
     try:
         yield calls
     finally:

@@ -1,0 +1,90 @@
+"""SamplingParams refuses what is impossible and names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gpt2cupy import SamplingParams
+from gpt2cupy.errors import InputError
+
+NAN, INF = float("nan"), float("inf")
+
+INVALID = {
+    "max_new_tokens": (-1, 1.5, "4", True),
+    "min_new_tokens": (-1, 1.5, None, False),
+    "temperature": (-0.1, NAN, INF, None, "1"),
+    "top_k": (-1, 2.0, None),
+    "top_p": (0, -0.5, 1.01, NAN, None),
+    "min_p": (-0.1, 1.1, NAN, None),
+    "repetition_penalty": (0, -1.0, NAN, INF, None),
+    "presence_penalty": (NAN, INF, None, "0"),
+    "frequency_penalty": (NAN, -INF, None),
+    "logit_bias": ({-1: 1.0}, {"1": 1.0}, {1: NAN}, {1: INF}, {1: None}, {True: 1.0}),
+    "seed": (-1, 2**64, 1.0, True),
+    "stop": ("", ("",), (1,), ("a", None)),
+    "eos_token_id": (-2, 1.5, "0"),
+    "n": (0, -1, 1.0, None),
+    "logprobs": (-1, 21, 1.0, True),
+}
+VALID = {
+    "max_new_tokens": (0, 1, None),
+    "min_new_tokens": (0, 3),
+    "temperature": (0, 0.0, 1e-3, 100),
+    "top_k": (0, 1, 10**6),
+    "top_p": (1e-9, 1, 1.0),
+    "min_p": (0, 0.5, 1),
+    "repetition_penalty": (0.1, 1, 2.0),
+    "presence_penalty": (-2, 0, 2.0),
+    "frequency_penalty": (-2, 0, 2.0),
+    "logit_bias": ({}, {0: -100, 5: 1.5}),
+    "seed": (0, 2**64 - 1, None),
+    "stop": ((), "a", ("a", "b"), ["a"]),
+    "eos_token_id": (-1, 0, None),
+    "n": (1, 4),
+    "logprobs": (0, 20, None),
+}
+
+
+def cases(table):
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+def test_every_field_is_covered():
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == set(INVALID) == set(VALID)
+
+
+@pytest.mark.parametrize("name, value", cases(INVALID))
+def test_invalid_values_name_the_field(name, value):
+    with pytest.raises(InputError, match=f"^{name}=") as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.where == "SamplingParams" and caught.value.remedy.startswith("It must be")
+
+
+@pytest.mark.parametrize("name, value", cases(VALID))
+def test_valid_values_pass(name, value):
+    SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("given, kept", [("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])
+def test_stop_becomes_a_tuple(given, kept):
+    assert SamplingParams(stop=given).stop == kept
+
+
+def test_the_defaults_are_greedy():
+    params = SamplingParams()
+    assert params.temperature == 0 and not params.counts_tokens
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_a_penalty_counts_tokens(name):
+    assert SamplingParams(**{name: 1.5}).counts_tokens
+
+
+def test_continuations_have_their_own_seeds():
+    params = SamplingParams(seed=2**64 - 1, min_new_tokens=3, top_k=7)
+    first, second = (params.row(index, 5, 9) for index in (0, 1))
+    assert first["seed"] == 2**64 - 1 and second["seed"] == 0
+    assert SamplingParams().row(0, 1, -1)["seed"] != SamplingParams().row(0, 1, -1)["seed"]
