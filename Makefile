@@ -1,24 +1,33 @@
 # Every target installs what it needs into .venv; `make help` lists them.
 PYTHON ?= python3
-# The torch that `make parity` installs; the CPU build is enough.
-TORCH ?= torch
+# What `make parity` compares with, from PyTorch's index of CPU builds where it can be reached: a
+# build marked +cpu goes before the same version from PyPI, which brings gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MODEL ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-EXTRA := $(shell $(PYTHON) tools/detect_extra.py)
+# The extra for this machine's driver, looked up once and only where it is needed.
+EXTRA = $(eval EXTRA := $$(shell $$(PYTHON) tools/detect_extra.py))$(EXTRA)
 # Kernels compile without a GPU, so tests install CUDA's compiler everywhere.
-TEST_EXTRA := $(or $(EXTRA),cuda12)
+TEST_EXTRA = $(or $(EXTRA),cuda12)
 ARCHS := sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120
+LOWEST := .venv-lowest
+LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test compile-all parity gpu-test lint format records release-check clean
+# One environment, filled by one pip at a time.
+.NOTPARALLEL:
+.PHONY: help demo test test-lowest compile-all parity gpu-test lint format records release-check
+.PHONY: clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(VENV)/base: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) -e '.$(if $(EXTRA),[$(EXTRA)])'
 	@touch $@
 
@@ -27,7 +36,7 @@ $(VENV)/test: $(VENV)/base
 	@touch $@
 
 $(VENV)/parity: $(VENV)/test
-	$(PIP) '$(TORCH)'
+	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) -e '.[parity]'
 	@touch $@
 
@@ -39,8 +48,21 @@ demo: $(VENV)/base ## Install and stream text from the embedded model
 	@$(BIN)/gpt2cupy generate "ROMEO:" --max-new-tokens 200 --temperature 0.8 --top-k 50 --seed 7
 
 test: $(VENV)/test ## Run every test that needs no GPU; compile the kernels for sm_75 and sm_90
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity
 	$(BIN)/gpt2cupy compile --arch sm_75 --arch sm_90
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity
+
+# Every "name>=version" of pyproject.toml as "name==version"; needs a Python that the oldest NumPy
+# has wheels for: 3.10 to 3.12.
+$(LOWEST)/test: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	grep -o '"[A-Za-z0-9_-]*>=[0-9.]*' pyproject.toml | tr -d '"' | sed 's/>=/==/' > $(LOWEST)/versions
+	$(LOWEST_PIP) -c $(LOWEST)/versions -e '.[$(TEST_EXTRA),test]'
+	@touch $@
+
+# The tests on the oldest libraries that pyproject.toml admits.
+test-lowest: $(LOWEST)/test
+	$(LOWEST)/bin/gpt2cupy compile --arch sm_75 --arch sm_90
+	$(LOWEST)/bin/python -m pytest -m "not gpu" --ignore=tests/parity
 
 compile-all: $(VENV)/test ## Compile every kernel for all seven architectures
 	$(BIN)/gpt2cupy compile $(ARCHS:%=--arch %)
@@ -51,7 +73,7 @@ parity: $(VENV)/parity ## Compare with Hugging Face transformers on the CPU
 gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gpu-tests.json
 	$(BIN)/python tools/gpu_test.py
 
-lint: $(VENV)/lint ## ruff, mypy, clang-format
+lint: $(VENV)/lint ## Check with ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -69,4 +91,4 @@ release-check: $(VENV)/base ## Fail if a record is stale
 	@$(BIN)/python bench/report.py --records --strict
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

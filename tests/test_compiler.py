@@ -93,7 +93,8 @@ def test_every_kernel_compiles_and_has_its_entries(filled):
         assert path.read_bytes()[:4] == b"\x7fELF", path
     by_source = {path.name.split("-")[0] + ".cu": path.read_bytes() for path in cubins}
     for kernel in every_kernel():
-        assert kernel.entry.encode() in by_source[kernel.source], kernel.entry
+        section = f".text.{kernel.entry}\0".encode()
+        assert section in by_source[kernel.source], kernel.entry
 
 
 def every_kernel() -> list[launch.Kernel]:

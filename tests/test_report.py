@@ -116,10 +116,22 @@ def test_a_changed_source_makes_a_record_stale(tmp_path, monkeypatch):
     assert not record.is_current(written)
 
 
-@pytest.mark.parametrize("name", ["startup", "gpu-tests"])
+@pytest.mark.parametrize("name", ["startup", "cpu", "gpu-tests"])
 def test_every_table_can_be_made(report, name):
     results = {
         "startup": {"model": "124M", "device": "cuda", "first_s": 9.0, "warm": _TIMING},
+        "cpu": {
+            "model": "124M shape, random weights",
+            "dtype": "float32",
+            "batch": 1,
+            "threads": 2,
+            "prompt_tokens": 32,
+            "new_tokens": 48,
+            "rounds": 7,
+            "engines": {"gpt2cupy": {"prefill_ms": 300.0, "tokens_per_second": 20.5}},
+            "best_of_transformers": "transformers eager loop",
+            "ratio_to_best": 1.2,
+        },
         "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
     }[name]
     lines = report.TABLES[name](entry(results)).splitlines()

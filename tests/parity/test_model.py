@@ -1,0 +1,174 @@
+"""Logits and ids against transformers in float32 on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from statistics import median
+
+import numpy as np
+import pytest
+from builders import widened, write_checkpoint
+from error_rule import DTYPES, errors
+
+from gpt2cupy import GPT2, GPT2Config
+from gpt2cupy.config import ACTIVATIONS
+from gpt2cupy.weights import Weights
+
+pytest.importorskip("torch", reason="parity needs torch and transformers")
+transformers = pytest.importorskip("transformers", reason="parity needs torch and transformers")
+pytestmark = pytest.mark.parity
+
+SMALL = GPT2Config(
+    vocab_size=301, n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+)
+MIDDLE = GPT2Config(vocab_size=1000, n_positions=64, n_embd=256, n_layer=4, n_head=4)
+
+
+def heads(size: int, count: int) -> dict[str, int]:
+    return {"n_head": count, "n_embd": size * count}
+
+
+VARIANTS: dict[str, dict] = {
+    "default": {},
+    **{name: {"activation_function": name} for name in ACTIVATIONS},
+    "narrow inner": {"n_inner": 24},
+    "odd inner": {"n_inner": 77},
+    "large epsilon": {"layer_norm_epsilon": 1e-2},
+    "small epsilon": {"layer_norm_epsilon": 1e-12},
+    "no scale": {"scale_attn_weights": False},
+    "inverse layer scale": {"scale_attn_by_inverse_layer_idx": True},
+    "both scales off and on": {
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "upcast": {"reorder_and_upcast_attn": True},
+    "upcast and inverse": {
+        "reorder_and_upcast_attn": True,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "untied": {"tie_word_embeddings": False},
+    "vocabulary of 1": {"vocab_size": 1},
+    "vocabulary of 257": {"vocab_size": 257},
+    "vocabulary of 128": {"vocab_size": 128},
+    "heads of 1": heads(1, 6),
+    "heads of 8": heads(8, 5),
+    "heads of 59": heads(59, 3),
+    "heads of 64": heads(64, 2),
+    "one head": heads(32, 1),
+    "one layer": {"n_layer": 1},
+}
+
+
+def loud(config: GPT2Config, seed: int) -> Weights:
+    """Random weights under which attention is far from uniform and activations far from linear."""
+    weights = Weights.random(config, seed)
+    for name in ("qkv_w", "fc_w", "out_w", "proj_w", "wte", "wpe"):
+        getattr(weights, name)[...] *= 8
+    return weights
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
+    """Within 1e-4 of the largest logit."""
+    assert ours.shape == theirs.shape and ours.dtype == np.float32
+    relative = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"{what}: {relative:.2e} of the largest logit")
+    assert relative <= 1e-4
+
+
+def some_ids(config: GPT2Config, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_embedded_logits(embedded, embedded_folder, hugging_face, their_logits, attention):
+    theirs = hugging_face(embedded_folder, attention)
+    for batch, length in ((1, embedded.config.n_positions), (3, 17), (1, 1)):
+        ids = some_ids(embedded.config, batch, length)
+        assert_close(embedded(ids), their_logits(theirs, ids), f"embedded {batch} x {length}")
+    ids = embedded.encode("First Citizen:\nBefore we proceed any further, hear me speak.")
+    assert_close(embedded(ids), their_logits(theirs, ids), "embedded, text")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_every_configuration(tmp_path, hugging_face, their_logits, variant):
+    config = dataclasses.replace(SMALL, **VARIANTS[variant])
+    write_checkpoint(tmp_path, config, weights=loud(config, 1))
+    ids = some_ids(config, 2, config.n_positions)
+    ours = GPT2.from_pretrained(str(tmp_path), device="cpu")
+    assert ours.config == config
+    assert_close(ours(ids), their_logits(hugging_face(tmp_path), ids), variant)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("stored", DTYPES)
+def test_logits_of_stored_dtypes_and_key_styles(
+    tmp_path, hugging_face, their_logits, stored, prefix
+):
+    weights = Weights.random(SMALL, 2, DTYPES[stored])
+    write_checkpoint(tmp_path, SMALL, weights=weights, prefix=prefix)
+    ids = some_ids(SMALL, 2, 40)
+    ours = GPT2.from_pretrained(str(tmp_path), device="cpu")
+    assert_close(ours(ids), their_logits(hugging_face(tmp_path), ids), stored)
+
+
+def test_logits_of_the_124m_shape(tmp_path, hugging_face, their_logits):
+    config = GPT2Config.from_name("gpt2")
+    write_checkpoint(tmp_path, config, 3)
+    ids = some_ids(config, 1, 96)
+    ours = GPT2.from_pretrained(str(tmp_path), device="cpu")
+    assert_close(ours(ids), their_logits(hugging_face(tmp_path), ids), "124M")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_our_error_is_that_of_hugging_face(tmp_path, hugging_face, their_logits, attention):
+    """Median over 20 seeds of our RMS error against float64, over theirs: at most 1.1."""
+    ratios = []
+    for seed in range(20):
+        weights = write_checkpoint(tmp_path, MIDDLE, seed)
+        ids = some_ids(MIDDLE, 1, 64, seed)
+        exact = GPT2(MIDDLE, widened(MIDDLE, weights))(ids)
+        own = errors(GPT2(MIDDLE, weights)(ids), exact)[1]
+        ratios.append(own / errors(their_logits(hugging_face(tmp_path, attention), ids), exact)[1])
+    print(f"{attention}: median {median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    assert median(ratios) <= 1.1
+
+
+TEXTS = [
+    "",
+    " ",
+    "ROMEO:\nBut, soft! what light through yonder window breaks?",
+    "I'll don't we've they're she'd it's I'M 'S",
+    "two  spaces,   three\n\n\nlines\t\ttabs   ",
+    "naïve café — “quotes” … 1234567 3.14 ½",
+    "日本語 Привет עברית 🙂👩‍👩‍👧 \u0000\u200b",
+    "snake_case(x)[0] != {a: -1};  // #$%^&*",
+]
+
+
+def test_embedded_tokenizer_loads_in_transformers(embedded, embedded_folder):
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(embedded_folder)
+    assert theirs.eos_token_id == embedded.tokenizer.eot_token == embedded.config.eos_token_id
+    for text in TEXTS:
+        ids = embedded.tokenizer.encode(text)
+        assert ids == theirs.encode(text), text
+        assert embedded.tokenizer.decode(ids) == text
+        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        assert theirs.decode(ids, **plain) == text
+    marked = "one<|endoftext|>two"
+    assert embedded.tokenizer.encode(marked, allow_special=True) == theirs.encode(marked)
+
+
+def test_embedded_configuration_is_read_alike(embedded, their_embedded):
+    for field in dataclasses.fields(GPT2Config):
+        assert getattr(their_embedded.config, field.name, None) == getattr(
+            embedded.config, field.name
+        ) or field.name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+
+
+def test_logits_of_the_chosen_model(chosen, their_logits):
+    lm, theirs = chosen
+    for batch, length in ((1, min(512, lm.config.n_positions)), (2, 33)):
+        ids = some_ids(lm.config, batch, length)
+        assert_close(lm(ids), their_logits(theirs, ids), lm.name)
+    ids = lm.encode("Alan Turing theorized that computers would one day become")
+    assert_close(lm(ids), their_logits(theirs, ids), lm.name)

@@ -1,0 +1,377 @@
+"""LanguageModel on the CPU: text, its ends, errors, and that it works after them."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+import gpt2cupy
+from gpt2cupy import GPT2, LanguageModel, SamplingParams
+from gpt2cupy.engine import Token
+from gpt2cupy.errors import ClosedError, InputError
+from gpt2cupy.lm import _Row
+
+TEXT = "To be, or not to be: that is the question.\n"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    with gpt2cupy.load("shakespeare", device="cpu") as model:
+        yield model
+
+
+@pytest.fixture
+def fresh():
+    with gpt2cupy.load("shakespeare", device="cpu") as model:
+        yield model
+
+
+def forcing(tokens):
+    """Options that make a model say these tokens: falling biases, and a penalty once said."""
+    assert len(set(tokens)) == len(tokens), "a token said cannot come again"
+    bias = {token: 1e6 - 1e3 * place for place, token in enumerate(tokens)}
+    return {"logit_bias": bias, "presence_penalty": 5e5, "max_new_tokens": len(tokens)}
+
+
+# -- streaming -----------------------------------------------------------------------------------
+
+
+def test_a_stream_is_the_completion_in_pieces(lm):
+    options = {"max_new_tokens": 40, "temperature": 0.9, "seed": 3}
+    pieces = list(lm.stream("ROMEO:", **options))
+    whole = lm.generate("ROMEO:", **options)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.token for piece in pieces] == whole.tokens
+    assert [piece.logprob for piece in pieces] == whole.logprobs
+    assert [piece.finish_reason for piece in pieces] == [None] * 39 + ["length"]
+    assert pieces[0].tokens_per_second == 0 < pieces[-1].tokens_per_second
+    assert len({piece.prefill_seconds for piece in pieces}) == 1
+    assert whole.text == lm.tokenizer.decode(whole.tokens) and whole.finish_reason == "length"
+
+
+def test_streaming_never_splits_a_character(lm):
+    tokens = lm.tokenizer.encode("é€😀")
+    assert len(tokens) > 3, "these characters take several tokens each"
+    row = _Row(lm.tokenizer, ())
+    texts = [row.push(Token(0, token, 0.0, None, []))[0] for token in tokens]
+    assert "".join(texts) == "é€😀" and "\ufffd" not in "".join(texts)
+    assert [text for text in texts if text] == ["é", "€", "😀"]
+
+
+def test_a_forced_character_arrives_whole(lm):
+    tokens = lm.tokenizer.encode("é€")
+    pieces = list(lm.stream("a", **forcing(tokens)))
+    assert [piece.token for piece in pieces] == tokens
+    assert [piece.text for piece in pieces if piece.text] == ["é", "€"]
+
+
+def test_an_unfinished_character_ends_as_a_replacement(lm):
+    tokens = lm.tokenizer.encode("€")[:-1]
+    done = lm.generate("a", **forcing(tokens))
+    assert done.tokens == tokens and done.text == "\ufffd"
+
+
+# -- where a text ends ---------------------------------------------------------------------------
+
+
+def push_all(lm, text, stops):
+    """The pieces of a row that is fed a text byte by byte, and why it ended."""
+    row, shown = _Row(lm.tokenizer, stops), []
+    singles = [lm.tokenizer.encode(chr(byte))[0] for byte in text.encode()]
+    for place, token in enumerate(singles):
+        last = "length" if place == len(singles) - 1 else None
+        piece, reason = row.push(Token(0, token, 0.0, last, []))
+        shown.append(piece)
+        if reason:
+            return shown, reason
+    raise AssertionError("the row did not end")
+
+
+@pytest.mark.parametrize(
+    "text, stops, shown, reason",
+    [
+        ("one STOP two", ("STOP",), "one ", "stop"),
+        ("one STO two", ("STOP",), "one STO two", "length"),
+        ("one STO", ("STOP",), "one STO", "length"),
+        ("SSTOP", ("STOP",), "S", "stop"),
+        ("aabaab", ("aab",), "", "stop"),
+        ("abcd", ("cd", "bc"), "a", "stop"),
+        ("xyz", ("z",), "xy", "stop"),
+        ("plain", (), "plain", "length"),
+    ],
+)
+def test_stop_strings_across_tokens(lm, text, stops, shown, reason):
+    pieces, why = push_all(lm, text, stops)
+    assert ("".join(pieces), why) == (shown, reason)
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop_string(lm):
+    pieces, _ = push_all(lm, "one STO two", ("STOP",))
+    assert pieces == ["o", "n", "e", " ", "", "", "", "STO ", "t", "w", "o"]
+
+
+def test_a_stop_string_ends_stream_and_completion_alike(lm):
+    free = lm.generate("ROMEO:", max_new_tokens=60).text
+    stop = free[10:16]
+    assert len(lm.tokenizer.encode(stop)) > 1
+    done = lm.generate("ROMEO:", max_new_tokens=60, stop=stop)
+    pieces = list(lm.stream("ROMEO:", max_new_tokens=60, stop=stop))
+    expected = free[: free.index(stop)]
+    assert done.text == "".join(piece.text for piece in pieces) == expected
+    assert done.finish_reason == pieces[-1].finish_reason == "stop"
+    assert len(done.tokens) == len(pieces) < 60
+
+
+def test_end_of_text_ends_and_is_not_shown(lm):
+    eos = lm.tokenizer.eot_token
+    done = lm.generate("ROMEO:", logit_bias={eos: 1e6}, max_new_tokens=5)
+    assert (done.text, done.tokens, done.finish_reason) == ("", [eos], "eos")
+    later = lm.generate("ROMEO:", logit_bias={eos: 1e6}, max_new_tokens=5, min_new_tokens=3)
+    assert later.finish_reason == "eos" and len(later.tokens) == 4 and later.text
+    without = lm.generate("ROMEO:", logit_bias={eos: 1e6}, max_new_tokens=5, eos_token_id=-1)
+    assert without.finish_reason == "length" and without.tokens == [eos] * 5
+
+
+def test_no_new_tokens(lm):
+    assert list(lm.stream("ROMEO:", max_new_tokens=0)) == []
+    done = lm.generate("ROMEO:", max_new_tokens=0)
+    assert (done.text, done.tokens, done.finish_reason) == ("", [], "length")
+
+
+def test_the_whole_context_can_be_used(lm):
+    ids = [5] * lm.config.n_positions
+    assert len(lm.generate(ids, max_new_tokens=1).tokens) == 1
+    assert len(lm.generate(ids[3:], max_new_tokens=None, eos_token_id=-1).tokens) == 4
+
+
+# -- prompts -------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt_starts_from_end_of_text(lm):
+    expected = lm.generate([lm.tokenizer.eot_token], max_new_tokens=8)
+    assert lm.generate("", max_new_tokens=8) == expected
+    assert lm.generate(max_new_tokens=8) == expected
+    assert expected.prompt_tokens == 1
+
+
+def test_ids_are_prompts(lm):
+    ids = lm.tokenizer.encode("ROMEO:")
+    expected = lm.generate("ROMEO:", max_new_tokens=8)
+    for prompt in (ids, tuple(ids), np.array(ids), np.array(ids, np.uint16)):
+        assert lm.generate(prompt, max_new_tokens=8) == expected
+
+
+def test_a_ragged_list_equals_each_alone(lm):
+    prompts = ["R", "To be, or not to be", [5, 6, 7], "", "JULIET:\nO Romeo, Romeo!"]
+    options = {"max_new_tokens": 12, "temperature": 0.8, "seed": 5}
+    alone = [lm.generate(prompt, **options) for prompt in prompts]
+    for max_batch in (1, 2, 16):
+        together = lm.generate(prompts, max_batch=max_batch, **options)
+        assert [each.tokens for each in together] == [each.tokens for each in alone]
+        assert [each.text for each in together] == [each.text for each in alone]
+        assert [each.prompt_tokens for each in together] == [each.prompt_tokens for each in alone]
+    assert lm.generate([], **options) == []
+
+
+def test_several_continuations(lm):
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    three = lm.generate("ROMEO:", n=3, seed=7, **options)
+    assert len({each.text for each in three}) == 3
+    # Number i uses seed + i.
+    for place, each in enumerate(three):
+        assert each.tokens == lm.generate("ROMEO:", seed=7 + place, **options).tokens
+    lists = lm.generate(["ROMEO:", "JULIET:"], n=2, seed=7, **options)
+    assert [len(group) for group in lists] == [2, 2]
+    assert [each.tokens for each in lists[0]] == [each.tokens for each in three[:2]]
+
+
+def test_the_most_probable_tokens_come_along(lm):
+    done = lm.generate("ROMEO:", max_new_tokens=4, logprobs=3)
+    assert [len(top) for top in done.top] == [3] * 4
+    for token, logprob, top in zip(done.tokens, done.logprobs, done.top, strict=True):
+        assert top[0][0] == token and top[0][1] == pytest.approx(logprob, abs=1e-5)
+        assert top == sorted(top, key=lambda entry: -entry[1])
+
+
+def test_parameters_and_options_together(lm):
+    params = SamplingParams(max_new_tokens=9, temperature=0.5, seed=1)
+    assert len(lm.generate("a", params).tokens) == 9
+    assert len(lm.generate("a", params, max_new_tokens=3).tokens) == 3
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, options, says",
+    [
+        ([5] * 513, {}, "513 tokens, the context 512"),
+        ([5] * 500, {"max_new_tokens": 14}, "500 tokens of prompt and 14 new ones"),
+        ([1024], {}, "token id 1024"),
+        ([5, -1], {}, "token id -1"),
+        (["ROMEO:", [5, 4096]], {}, "token id 4096"),
+        ("a", {"logit_bias": {1024: 1.0}}, "token id 1024"),
+        ("a", {"eos_token_id": 5000}, "token id 5000"),
+        ("a", {"temprature": 1.0}, "temprature"),
+        ("a", {"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_errors_leave_the_model_usable(lm, prompt, options, says):
+    expected = lm.generate("ROMEO:", max_new_tokens=4)
+    with pytest.raises(InputError, match=says) as caught:
+        lm.generate(prompt, **options)
+    assert caught.value.remedy
+    assert lm.generate("ROMEO:", max_new_tokens=4) == expected
+
+
+def test_stream_refuses_before_its_first_piece(lm):
+    # At the call, not at the first iteration: a server has not yet answered then.
+    with pytest.raises(InputError, match="token id 1024"):
+        lm.stream([1024])
+    with pytest.raises(InputError, match="one continuation"):
+        lm.stream("a", n=2)
+
+
+def test_calling_checks_its_ids(lm):
+    assert lm([[1, 2, 3]]).shape == (1, 3, lm.config.vocab_size)
+    assert lm([[1, 2, 3]]).dtype == np.float32
+    for wrong in ([[1024]], [[-1]], [[0.5]], [[]], [[1] * 513]):
+        with pytest.raises(InputError):
+            lm(wrong)
+
+
+def test_a_closed_model_says_so():
+    lm = gpt2cupy.load("shakespeare", device="cpu")
+    lm.close()
+    lm.close()
+    for call in (
+        lambda: lm.generate("a"),
+        lambda: list(lm.stream("a")),
+        lambda: lm.score("ab"),
+        lambda: lm([[1]]),
+        lambda: lm.device,
+    ):
+        with pytest.raises(ClosedError, match="closed"):
+            call()
+    assert "closed" in repr(lm)
+
+
+def test_two_streams_at_once_are_refused(fresh):
+    expected = fresh.generate("ROMEO:", max_new_tokens=6).tokens
+    first = fresh.stream("ROMEO:", max_new_tokens=6)
+    tokens = [next(first).token]
+    for call in (
+        lambda: next(fresh.stream("JULIET:")),
+        lambda: fresh.generate("JULIET:"),
+        lambda: fresh.score(TEXT),
+        lambda: fresh([[1]]),
+    ):
+        with pytest.raises(ClosedError, match="another call"):
+            call()
+    tokens += [piece.token for piece in first]
+    assert tokens == expected, "the refused calls did not disturb the first"
+    assert fresh.generate("ROMEO:", max_new_tokens=6).tokens == expected
+
+
+def test_a_stream_left_early_frees_the_model(fresh):
+    expected = fresh.generate("ROMEO:", max_new_tokens=6)
+    stream = fresh.stream("JULIET:", max_new_tokens=50)
+    next(stream)
+    stream.close()
+    assert fresh.generate("ROMEO:", max_new_tokens=6) == expected
+
+
+def test_pickling_is_refused(lm):
+    with pytest.raises(InputError, match="a LanguageModel is not pickled"):
+        pickle.dumps(lm)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(lm):
+    config = gpt2cupy.GPT2Config(vocab_size=100, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(InputError, match="different checkpoints"):
+        LanguageModel(GPT2.random(config, device="cpu"), lm.tokenizer, "odd")
+
+
+# -- scoring -------------------------------------------------------------------------------------
+
+
+def window_by_window(lm, tokens, window, stride):
+    """Log-probability of each token after the first, windows looped by hand."""
+    scores = {}
+    for start in range(0, len(tokens), stride):
+        part = tokens[start : start + window]
+        logits = lm(np.array([part]))[0].astype(np.float64)
+        logprobs = logits - logits.max(axis=-1, keepdims=True)
+        logprobs -= np.log(np.exp(logprobs).sum(axis=-1, keepdims=True))
+        for place in range(len(part)):
+            target = start + place + 1
+            if target < len(tokens):
+                scores.setdefault(target, logprobs[place, tokens[target]])
+    return np.array([scores[target] for target in sorted(scores)])
+
+
+@pytest.mark.parametrize(
+    "window, stride",
+    [(512, 256), (16, 8), (16, 16), (16, 1), (7, 3), (1, 1), (20, 19), (29, 29), (30, 15)],
+)
+@pytest.mark.parametrize("bos", [True, False])
+def test_score_equals_a_loop_over_windows(lm, window, stride, bos):
+    ids = lm.tokenizer.encode(TEXT * 2)
+    score = lm.score(TEXT * 2, window=window, stride=stride, bos=bos)
+    tokens = [lm.tokenizer.eot_token, *ids] if bos else ids
+    assert score.tokens == tokens[1:]
+    expected = window_by_window(lm, tokens, window, stride)
+    np.testing.assert_allclose(score.logprobs, expected, rtol=0, atol=2e-4)
+
+
+def test_score_of_text_shorter_and_longer_than_a_window(lm):
+    tokens = [lm.tokenizer.eot_token, *lm.tokenizer.encode(TEXT)]
+    for window in (len(tokens) - 2, len(tokens) - 1, len(tokens)):
+        score = lm.score(TEXT, window=window, stride=window)
+        expected = window_by_window(lm, tokens, window, window)
+        np.testing.assert_allclose(score.logprobs, expected, rtol=0, atol=2e-4)
+
+
+def test_score_agrees_with_generate(lm):
+    done = lm.generate("ROMEO:", max_new_tokens=10)
+    prompt = lm.tokenizer.encode("ROMEO:")
+    score = lm.score([*prompt, *done.tokens], bos=False)
+    np.testing.assert_allclose(score.logprobs[len(prompt) - 1 :], done.logprobs, atol=2e-4)
+
+
+def test_perplexity_and_bits_per_byte(lm):
+    score = lm.score(TEXT)
+    mean = float(score.logprobs.astype(np.float64).mean())
+    assert score.perplexity == pytest.approx(math.exp(-mean))
+    bits = -mean * len(score.tokens) / math.log(2) / len(TEXT)
+    assert score.bits_per_byte(TEXT) == pytest.approx(bits)
+    assert 0.5 < bits < 3
+
+
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("", {}),
+        ("a", {"bos": False}),
+        ("ab", {"window": 0}),
+        ("ab", {"window": 513}),
+        ("ab", {"window": 8, "stride": 9}),
+        ("ab", {"stride": 0}),
+        ([5, 1024, 5], {}),
+    ],
+)
+def test_score_refuses_the_impossible(lm, text, options):
+    with pytest.raises(InputError):
+        lm.score(text, **options)
+    assert len(lm.score(TEXT).tokens)
+
+
+@pytest.mark.xfail(strict=True, reason="score() looks only at the ids it feeds")
+def test_score_checks_the_last_id_too(lm):
+    # It is only ever a target, so the check of a window's inputs does not see it.
+    for wrong in (1024, -1):
+        with pytest.raises(InputError, match=f"token id {wrong}"):
+            lm.score([5, 6, wrong])
