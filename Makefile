@@ -51,11 +51,12 @@ test: $(VENV)/test ## Run every test that needs no GPU; compile the kernels for 
 	$(BIN)/gpt2cupy compile --arch sm_75 --arch sm_90
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity
 
-# Every "name>=version" of pyproject.toml as "name==version"; needs a Python that the oldest NumPy
-# has wheels for: 3.10 to 3.12.
+# Every "name>=version" of pyproject.toml as "name==version", but for the extra of the other CUDA.
+# Needs a Python that the oldest NumPy has wheels for: 3.10 to 3.12.
 $(LOWEST)/test: pyproject.toml
 	$(PYTHON) -m venv --clear $(LOWEST)
-	grep -o '"[A-Za-z0-9_-]*>=[0-9.]*' pyproject.toml | tr -d '"' | sed 's/>=/==/' > $(LOWEST)/versions
+	sed '/^$(filter-out $(TEST_EXTRA),cuda12 cuda13) = /,/^]/d' pyproject.toml \
+	  | grep -o '"[a-z][A-Za-z0-9_-]*>=[0-9.]*' | sed 's/"//; s/>=/==/' > $(LOWEST)/versions
 	$(LOWEST_PIP) -c $(LOWEST)/versions -e '.[$(TEST_EXTRA),test]'
 	@touch $@
 

@@ -14,19 +14,20 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .config import GPT2Config
     from .errors import Gpt2CupyError
-    from .lm import Completion, LanguageModel, Piece, Score, load
+    from .lm import LanguageModel, load
     from .model import GPT2
     from .sampling import SamplingParams
+    from .text import Completion, Piece, Score
 
 _PUBLIC = {
-    "Completion": "lm",
+    "Completion": "text",
     "GPT2": "model",
     "GPT2Config": "config",
     "Gpt2CupyError": "errors",
     "LanguageModel": "lm",
-    "Piece": "lm",
+    "Piece": "text",
     "SamplingParams": "sampling",
-    "Score": "lm",
+    "Score": "text",
     "load": "lm",
 }
 

@@ -15,11 +15,35 @@ from .errors import ConfigError
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
     "tanh": "tanh",
+}
+
+# Other names of the same fields, which Hugging Face's GPT2Config takes first.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+_FLAGS = (
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
+# Options that would change the result and that are not there, with what they do.
+_UNSUPPORTED = {
+    "add_cross_attention": "cross attention",
+    "pruned_heads": "pruned heads",
+    "quantization_config": "quantised weights",
 }
 
 _SHAPES = {  # n_layer, n_head, n_embd of the published checkpoints
@@ -29,6 +53,9 @@ _SHAPES = {  # n_layer, n_head, n_embd of the published checkpoints
     "gpt2-xl": (48, 25, 1600),
     "distilgpt2": (6, 12, 768),
 }
+
+
+_MAX_BYTES = 1 << 20  # of a config.json; what a wrong file can cost
 
 
 @dataclass(frozen=True)
@@ -58,39 +85,56 @@ class GPT2Config:
     eos_token_id: int | None = 50256
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not ((_is_int(value) and value >= 1) or (name == "n_inner" and value is None)):
                 raise ConfigError(
-                    f"{name} must be a positive integer, not {value!r}",
-                    where="config.json",
+                    f"{name} must be a positive integer, not {value!r}"[:200],
+                    where=name,
                     remedy="Check that the file belongs to a GPT-2 checkpoint.",
                 )
-        if self.n_inner is not None and (not isinstance(self.n_inner, int) or self.n_inner < 1):
-            raise ConfigError(
-                f"n_inner must be null or a positive integer, not {self.n_inner!r}",
-                where="config.json",
-                remedy="null stands for 4 x n_embd.",
-            )
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"{name} must be true or false, not {getattr(self, name)!r}"[:200],
+                    where=name,
+                    remedy="Correct the value; left out, it has Hugging Face's default.",
+                )
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}",
-                where="config.json",
+                where="n_head",
                 remedy="Each head takes n_embd / n_head channels; correct one of the two.",
             )
-        if self.activation_function not in ACTIVATIONS:
+        if self.activation_function not in list(ACTIVATIONS):
             raise ConfigError(
-                f"unknown activation_function {self.activation_function!r}",
-                where="config.json",
+                f"unknown activation_function {self.activation_function!r}"[:200],
+                where="activation_function",
                 remedy=f"Supported: {', '.join(ACTIVATIONS)}.",
             )
         eps = self.layer_norm_epsilon
-        if not isinstance(eps, int | float) or not math.isfinite(eps) or eps <= 0:
+        if not (_is_int(eps) or isinstance(eps, float)) or not 0 <= eps < math.inf:
             raise ConfigError(
-                f"layer_norm_epsilon must be a positive number, not {eps!r}",
-                where="config.json",
+                f"layer_norm_epsilon must be a number from 0 up, not {eps!r}"[:200],
+                where="layer_norm_epsilon",
                 remedy="GPT-2 uses 1e-5.",
             )
+        for name in ("bos_token_id", "eos_token_id"):
+            self._check_token(name)
+
+    def _check_token(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, list) and len(value) <= 1:
+            value = value[0] if value else None
+        if value is not None and not _is_int(value):
+            raise ConfigError(
+                f"{name} must be one integer or null, not {value!r}"[:200],
+                where=name,
+                remedy="Keep one id, and pass the text of others as stop= when generating.",
+            )
+        # Small models keep the default 50256, which they can never produce: it ends nothing.
+        inside = value is not None and 0 <= value < self.vocab_size
+        object.__setattr__(self, name, value if inside else None)
 
     @property
     def head_size(self) -> int:
@@ -157,8 +201,9 @@ class GPT2Config:
         """
         path = Path(path)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            with path.open("rb") as file:
+                fields = json.loads(file.read(_MAX_BYTES))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"cannot read the configuration: {error}",
                 where=str(path),
@@ -174,23 +219,33 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], *, where: str = "config") -> GPT2Config:
-        """Make a configuration from Hugging Face fields; unknown fields that cannot matter pass."""
+        """Make a configuration from Hugging Face fields; unknown fields that cannot matter pass.
+
+        ``n_ctx``, which old files have beside ``n_positions``, is one of them.
+        """
         kind = fields.get("model_type", "gpt2")
         if kind != "gpt2":
             raise ConfigError(
-                f"this is a {kind!r} checkpoint, not a GPT-2",
+                f"this is a {kind!r} checkpoint, not a GPT-2"[:200],
                 where=where,
                 remedy="gpt2cupy runs GPT2LMHeadModel checkpoints only.",
             )
-        if fields.get("add_cross_attention"):
-            raise ConfigError(
-                "cross attention is not supported",
-                where=where,
-                remedy="Use a decoder-only GPT-2 checkpoint.",
-            )
+        for option, meaning in _UNSUPPORTED.items():
+            if fields.get(option):
+                raise ConfigError(
+                    f"{meaning} ({option}) is not supported",
+                    where=where,
+                    remedy="Use a plain decoder-only GPT-2 checkpoint.",
+                )
         names = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in fields.items() if key in names}
-        # Checkpoints of 2019 call the context n_ctx; Hugging Face reads n_positions first.
-        if "n_positions" not in known and "n_ctx" in fields:
-            known["n_positions"] = fields["n_ctx"]
-        return cls(**known)
+        known |= {name: fields[alias] for alias, name in _ALIASES.items() if alias in fields}
+        try:
+            return cls(**known)
+        except ConfigError as error:
+            # The file is more use than the field, which the sentence names already.
+            raise ConfigError(error.what, where=where, remedy=error.remedy) from None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

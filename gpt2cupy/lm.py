@@ -4,133 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from . import loading, ops
-from .engine import Engine, Request, Token
+from .engine import Engine, Request
 from .errors import ClosedError, InputError
-from .model import GPT2, check_ids
+from .model import GPT2, check_ids, check_tokens
 from .sampling import SamplingParams
+from .text import Completion, GrowingText, Piece, Score
 from .tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What :meth:`LanguageModel.stream` yields for each token.
-
-    Attributes
-    ----------
-    text : str
-        New text; "" while a character is incomplete or may belong to a stop string.
-    token : int
-    logprob : float
-        Of the token under the raw logits.
-    finish_reason : str or None
-        "eos", "stop", "length" with the last token, None before.
-    prefill_seconds : float
-        From the call to the first token.
-    tokens_per_second : float
-        Of the tokens after the first; 0 at the first.
-    top : list of (int, float)
-        Most probable tokens, where ``logprobs`` asks for them.
-    """
-
-    text: str
-    token: int
-    logprob: float
-    finish_reason: str | None
-    prefill_seconds: float
-    tokens_per_second: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One finished continuation.
-
-    Attributes
-    ----------
-    text : str
-        Without the prompt.
-    tokens : list of int
-    logprobs : list of float
-        Of each token under the raw logits.
-    finish_reason : str
-        "eos", "stop" or "length".
-    prompt_tokens : int
-    top : list of list of (int, float)
-        Most probable tokens of each step, where ``logprobs`` asks for them.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    prompt_tokens: int
-    top: list[list[tuple[int, float]]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Log-probabilities of given text.
-
-    Attributes
-    ----------
-    tokens : list of int
-        The tokens scored; the first of the input only if something stands before it.
-    logprobs : numpy.ndarray of float32
-        Natural logarithms, one per scored token.
-    """
-
-    tokens: list[int]
-    logprobs: np.ndarray
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(-float(self.logprobs.mean(dtype=np.float64)))
-
-    def bits_per_byte(self, text: str) -> float:
-        """Bits that the text costs per byte of its UTF-8."""
-        total = -float(self.logprobs.sum(dtype=np.float64))
-        return total / math.log(2) / len(text.encode("utf-8"))
-
-
-class _Row:
-    """Text of one continuation while it grows: streaming decoder and stop strings."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.decoder = tokenizer.stream()
-        self.stops = stops
-        self.held = ""  # text that may be the beginning of a stop string
-
-    def push(self, token: Token) -> tuple[str, str | None]:
-        """New text that is safe to show, and the finish reason if it has ended."""
-        text = self.held
-        if token.finish_reason != "eos":
-            text += self.decoder.push(token.id)
-        if token.finish_reason:
-            text += self.decoder.flush()
-        ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if ends:
-            return text[: min(ends)], "stop"
-        keep = 0 if token.finish_reason else self._open_stop(text)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep], token.finish_reason
-
-    def _open_stop(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop string."""
-        most = max((len(stop) - 1 for stop in self.stops), default=0)
-        for size in range(min(most, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self.stops):
-                return size
-        return 0
 
 
 class LanguageModel:
@@ -246,7 +133,7 @@ class LanguageModel:
                 where="prompt",
                 remedy="Shorten the prompt.",
             )
-        return check_ids(np.asarray(ids), self.config)[0]
+        return check_tokens(ids, self.config)
 
     def _requests(self, prompts: Sequence[Any], params: SamplingParams) -> list[Request]:
         eos = params.eos_token_id
@@ -302,7 +189,7 @@ class LanguageModel:
         with self._alone():
             if params.max_new_tokens == 0:
                 return
-            row = _Row(self.tokenizer, params.stop)
+            row = GrowingText(self.tokenizer, params.stop)
             first = 0.0
             engine = self._engine_for(1)
             for count, token in enumerate(engine.run(requests)):
@@ -346,7 +233,14 @@ class LanguageModel:
             If prompt and new tokens do not fit the context, or an id is unknown.
         """
         chosen = _with_options(params, options)
-        single = isinstance(prompt, str) or (len(prompt) > 0 and _is_id(prompt[0]))
+        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise InputError(
+                f"a prompt cannot be a {type(prompt).__name__}",
+                where="prompt",
+                remedy="Pass text, token ids, or a list of either.",
+            )
+        first = prompt[0] if len(prompt) else ()
+        single = isinstance(prompt, str) or (not isinstance(first, str) and np.ndim(first) == 0)
         requests = self._requests([prompt] if single else list(prompt), chosen)
         found = self._complete(requests, chosen, max_batch)
         grouped = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
@@ -356,7 +250,7 @@ class LanguageModel:
     def _complete(
         self, requests: list[Request], params: SamplingParams, max_batch: int
     ) -> list[Completion]:
-        rows = {request.key: _Row(self.tokenizer, params.stop) for request in requests}
+        rows = {request.key: GrowingText(self.tokenizer, params.stop) for request in requests}
         done = {
             request.key: Completion("", [], [], "length", len(request.prompt), [])
             for request in requests
@@ -416,7 +310,7 @@ class LanguageModel:
         ids = ([self.tokenizer.eot_token] if bos else []) + list(ids)
         if len(ids) < 2:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
-        tokens = np.asarray(ids, np.int32)
+        tokens = check_tokens(ids, self.config)
         parts, scored = [], 1  # tokens before `scored` have their log-probability
         with self._alone():
             for start in range(0, len(tokens), stride):
@@ -443,10 +337,6 @@ class LanguageModel:
         """Logits of every position: ids [B, T] -> float32 [B, T, V] on the model's device."""
         with self._alone():
             return self.model(ids)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | np.integer)
 
 
 def _with_options(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:

@@ -14,6 +14,9 @@ from .errors import InputError
 from .ops.reference_sampling import ROW_PARAMS
 
 MAX_LOGPROBS = 20
+# Kernels take 32-bit values; a position is added to some of the integers.
+LARGEST_INT = 2**30
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+        self._require(isinstance(self.stop, str | list | tuple), "stop", "a string or several")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         limit = self.max_new_tokens
@@ -90,9 +97,10 @@ class SamplingParams:
         self._require(positive, "repetition_penalty", "above 0; 1 is off")
         for name in ("presence_penalty", "frequency_penalty"):
             self._require(_is_number(getattr(self, name)), name, "a finite number")
+        self._require(isinstance(self.logit_bias, Mapping), "logit_bias", "a mapping")
         fits = all(_is_int(k, 0) and _is_number(v) for k, v in self.logit_bias.items())
         self._require(fits, "logit_bias", "a mapping of token ids to finite numbers")
-        seed_fits = self.seed is None or (_is_int(self.seed, 0) and self.seed < 2**64)
+        seed_fits = self.seed is None or _is_int(self.seed, 0, 2**64 - 1)
         self._require(seed_fits, "seed", "from 0 to 2**64 - 1, or None")
         self._require(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings")
         eos = self.eos_token_id
@@ -130,14 +138,13 @@ class SamplingParams:
         return np.array([values], ROW_PARAMS)
 
 
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: Any, least: int, most: int = LARGEST_INT) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
-        and least <= value <= most
+        and max(least, -LARGEST_FLOAT) <= value <= min(most, LARGEST_FLOAT)
     )

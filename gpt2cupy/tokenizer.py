@@ -10,22 +10,14 @@ from pathlib import Path
 import tiktoken
 
 from .errors import InputError, TokenizerError
-from .tokenizer_files import (
-    BYTE_SYMBOLS,
-    END_OF_TEXT,
-    Vocabulary,
-    read_folder,
-    read_llmc,
-    read_tokenizer_json,
-)
+from .tokenizer_files import is_file, read_folder, read_llmc, read_tokenizer_json
+from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, Vocabulary
 
 __all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "PATTERN", "StreamDecoder", "Tokenizer"]
 
 # How GPT-2 cuts text into words before byte pairs are merged. Possessive where nothing can be
 # given back, so that the regex engine keeps no stack for it.
-PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
-)
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
 # The rule \s+(?!\S) does keep a stack, of at most a million characters: longer runs of white
 # space are cut where it would cut them. Python's \s has four control characters too many.
 _SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{2,}")
@@ -75,7 +67,7 @@ class Tokenizer:
         path = Path(path)
         if path.suffix == ".json":
             return cls(read_tokenizer_json(path))
-        return cls.from_llmc(path) if path.is_file() else cls.from_folder(path)
+        return cls.from_llmc(path) if is_file(path) else cls.from_folder(path)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -136,7 +128,7 @@ class Tokenizer:
         if names == "all":
             return frozenset(self.specials)
         chosen = frozenset() if names == "none" else frozenset(names)
-        if isinstance(names, str) and chosen or not chosen <= self.specials.keys():
+        if (isinstance(names, str) and chosen) or not chosen <= self.specials.keys():
             raise InputError(
                 f"no special tokens {names!r}",
                 where="allowed_special",

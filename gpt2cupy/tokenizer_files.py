@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,56 +10,20 @@ from typing import Any
 import numpy as np
 
 from .errors import TokenizerError
+from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, Vocabulary, reachable, token_texts
 
-END_OF_TEXT = "<|endoftext|>"
 _LLMC_MAGIC, _LLMC_MODEL_MAGIC = 20240328, 20240326
 _LLMC_HEADER = 256 * 4
 _MAX_BYTES = 64 << 20  # far above any real tokenizer; bounds what a wrong file can cost
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
-def _byte_symbols() -> dict[str, int]:
-    """GPT-2 writes bytes as printable characters: the character of each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols = {chr(byte): byte for byte in printable}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return symbols | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-BYTE_SYMBOLS = _byte_symbols()
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a tokenizer is made of, whatever files it came from.
-
-    Attributes
-    ----------
-    merged : list of int
-        Ids that encoding can make, in the order in which merges apply: bytes first.
-    texts : dict of int to bytes
-        Bytes of every id, the added tokens too.
-    added : dict of str to int
-        Tokens that are matched as a whole and only where allowed.
-    always : set of str
-        Those of ``added`` that are ordinary text to their users and matched everywhere.
-    end : str
-        The end-of-text token's name.
-    """
-
-    merged: list[int]
-    texts: dict[int, bytes]
-    added: dict[str, int] = field(default_factory=dict)
-    always: frozenset[str] = frozenset()
-    end: str = END_OF_TEXT
-
-
 def read_folder(folder: Path) -> Vocabulary:
     """tokenizer.json where there is one, as Hugging Face does, else a vocabulary and merges."""
-    if (folder / "tokenizer.json").is_file():
+    if is_file(folder / "tokenizer.json"):
         return read_tokenizer_json(folder / "tokenizer.json")
     for vocab_name, merges_name in _PAIRS:
-        if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
+        if is_file(folder / vocab_name) and is_file(folder / merges_name):
             return _read_pair(folder / vocab_name, folder / merges_name)
     raise TokenizerError(
         "the folder has no tokenizer",
@@ -127,7 +90,7 @@ class _Added:
         self.always: set[str] = set()
         self.end = END_OF_TEXT
         path = folder / "tokenizer_config.json"
-        options = _json_object(path) if path.is_file() else {}
+        options = _json_object(path) if is_file(path) else {}
         for name in ("add_prefix_space", "add_bos_token"):
             if options.get(name):
                 raise TokenizerError(
@@ -139,7 +102,7 @@ class _Added:
         for id_, entry in decoder.items() if isinstance(decoder, dict) else ():
             self.note(entry, int(id_) if id_.isdecimal() else None, path)
         beside = folder / "added_tokens.json"
-        for token, id_ in (_json_object(beside) if beside.is_file() else {}).items():
+        for token, id_ in (_json_object(beside) if is_file(beside) else {}).items():
             self.note({"content": token, "special": token not in self.always}, id_, beside)
         end = options.get("eos_token")
         end = end.get("content") if isinstance(end, dict) else end
@@ -188,75 +151,9 @@ def _bpe(
             remedy="Take vocabulary and merges from the same checkpoint.",
         ) from error
     alphabet = sorted(vocab[symbol] for symbol in BYTE_SYMBOLS)
-    texts = _texts(vocab) | {id_: text.encode() for text, id_ in added.ids.items()}
-    merged = alphabet + _reachable(alphabet, rules, where)
+    texts = token_texts(vocab) | {id_: text.encode() for text, id_ in added.ids.items()}
+    merged = alphabet + reachable(alphabet, rules, where)
     return Vocabulary(merged, texts, added.ids, frozenset(added.always), added.end)
-
-
-def _reachable(alphabet: list[int], rules: list[tuple[int, int, int]], where: str) -> list[int]:
-    """Tokens that merging can make, by the rank of the rule that makes them.
-
-    tiktoken knows tokens and ranks, not pairs: it joins any two neighbours whose
-    bytes together are a token. That is the same as applying the rules exactly if
-    every token it knows is what the rules make of that token's own bytes: then
-    only the token's own pair can ever stand side by side. Trained vocabularies
-    are like that except for a few tokens, which no text can produce; they are
-    left out here.
-    """
-    ranks = {(left, right): rank for rank, (left, right, _) in enumerate(rules)}
-    born = dict.fromkeys(alphabet, -1)
-    parts: dict[int, tuple[int, int]] = {}
-
-    def meet(left: int, right: int, rank: int) -> bool:
-        """Whether merging left + right arrives at these two: no rule joins across their seam.
-
-        Goes back in time from the finished pair, undoing whichever side was made
-        last, and looks at the two tokens at the seam; ``*_end`` is when each goes.
-        """
-        left_end = right_end = rank
-        while True:
-            if born[left] > born[right]:
-                left_end, left = born[left], parts[left][1]
-            elif born[right] >= 0:
-                right_end, right = born[right], parts[right][0]
-            else:
-                return True
-            across = ranks.get((left, right), rank)
-            # At equal ranks the leftmost pair is merged first.
-            if across < left_end and across <= right_end:
-                return False
-
-    skipped = []
-    for rank, (left, right, token) in enumerate(rules):
-        if left not in born or right not in born:
-            skipped.append((left, right))
-        elif token not in born and ranks[left, right] == rank and meet(left, right, rank):
-            born[token], parts[token] = rank, (left, right)
-    if any(left in born and right in born for left, right in skipped):
-        raise TokenizerError(
-            "a merge uses a token that only a later merge makes",
-            where=where,
-            remedy="Merges must stand in the order in which they were learnt.",
-        )
-    return list(parts)
-
-
-def _texts(vocab: dict[str, int]) -> dict[int, bytes]:
-    """Bytes of each id; a token with other characters than byte symbols stands for itself."""
-    # One translation of all tokens is several times faster than one each.
-    joined = "\n".join(vocab)
-    if set(joined) <= BYTE_SYMBOLS.keys() | {"\n"}:
-        table = {ord(symbol): byte for symbol, byte in BYTE_SYMBOLS.items()} | {10: 256}
-        tokens = joined.translate(table).split(chr(256))
-        return {
-            id_: text.encode("latin-1") for id_, text in zip(vocab.values(), tokens, strict=True)
-        }
-    return {
-        id_: bytes(BYTE_SYMBOLS[c] for c in token)
-        if all(c in BYTE_SYMBOLS for c in token)
-        else token.encode("utf-8", "replace")
-        for token, id_ in vocab.items()
-    }
 
 
 def read_llmc(path: Path) -> Vocabulary:
@@ -278,7 +175,8 @@ def read_llmc(path: Path) -> Vocabulary:
         raise _broken(f"magic {magic} and version {version} are not llm.c's", path)
     # Version 1 did not store the end-of-text token: it was always GPT-2's.
     end = count - 1 if version == 1 else end
-    texts, place = {}, _LLMC_HEADER
+    texts: dict[int, bytes] = {}
+    place = _LLMC_HEADER
     while len(texts) < count and place < len(data):
         size = data[place]
         text = data[place + 1 : place + 1 + size]
@@ -295,6 +193,14 @@ def read_llmc(path: Path) -> Vocabulary:
     return Vocabulary(merged, texts, {texts[end].decode("utf-8", "replace"): end})
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a folder that may not be searched is an error."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
@@ -305,11 +211,15 @@ def _read(path: Path) -> bytes:
             raise _broken(f"it is larger than {_MAX_BYTES >> 20} MiB", path)
         return path.read_bytes()
     except OSError as error:
-        raise TokenizerError(
-            f"cannot read the tokenizer: {error.strerror}",
-            where=str(path),
-            remedy="Check that the file exists and may be read.",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> TokenizerError:
+    return TokenizerError(
+        f"cannot read the tokenizer: {error.strerror}",
+        where=str(path),
+        remedy="Check that the file exists and may be read.",
+    )
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ LAYERS = (
     ("sampling", "model"),
     ("checkpoint", "decode"),
     ("loading", "engine", "record"),
-    ("lm",),
+    ("text", "lm"),
     ("info", "cli"),
 )
 _FLAT = [name for layer in LAYERS for name in layer]

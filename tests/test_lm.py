@@ -12,7 +12,7 @@ import gpt2cupy
 from gpt2cupy import GPT2, LanguageModel, SamplingParams
 from gpt2cupy.engine import Token
 from gpt2cupy.errors import ClosedError, InputError
-from gpt2cupy.lm import _Row
+from gpt2cupy.text import GrowingText
 
 TEXT = "To be, or not to be: that is the question.\n"
 
@@ -55,7 +55,7 @@ def test_a_stream_is_the_completion_in_pieces(lm):
 def test_streaming_never_splits_a_character(lm):
     tokens = lm.tokenizer.encode("é€😀")
     assert len(tokens) > 3, "these characters take several tokens each"
-    row = _Row(lm.tokenizer, ())
+    row = GrowingText(lm.tokenizer, ())
     texts = [row.push(Token(0, token, 0.0, None, []))[0] for token in tokens]
     assert "".join(texts) == "é€😀" and "\ufffd" not in "".join(texts)
     assert [text for text in texts if text] == ["é", "€", "😀"]
@@ -79,7 +79,7 @@ def test_an_unfinished_character_ends_as_a_replacement(lm):
 
 def push_all(lm, text, stops):
     """The pieces of a row that is fed a text byte by byte, and why it ended."""
-    row, shown = _Row(lm.tokenizer, stops), []
+    row, shown = GrowingText(lm.tokenizer, stops), []
     singles = [lm.tokenizer.encode(chr(byte))[0] for byte in text.encode()]
     for place, token in enumerate(singles):
         last = "length" if place == len(singles) - 1 else None
@@ -369,9 +369,14 @@ def test_score_refuses_the_impossible(lm, text, options):
     assert len(lm.score(TEXT).tokens)
 
 
-@pytest.mark.xfail(strict=True, reason="score() looks only at the ids it feeds")
 def test_score_checks_the_last_id_too(lm):
     # It is only ever a target, so the check of a window's inputs does not see it.
     for wrong in (1024, -1):
         with pytest.raises(InputError, match=f"token id {wrong}"):
             lm.score([5, 6, wrong])
+
+
+def test_prompts_of_a_wrong_kind_are_refused(lm):
+    for wrong in (None, 7, [1.5, 2], [None]):
+        with pytest.raises(InputError):
+            lm.generate(wrong, max_new_tokens=2)

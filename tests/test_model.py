@@ -212,3 +212,11 @@ def test_memory_is_given_back():
         with gpt2cupy.load(device="cuda") as lm:
             lm.generate("ROMEO:", max_new_tokens=5)
     assert pool.used_bytes() == used
+
+
+def test_preparing_a_decoder_advances_nothing(xp):
+    engine = Engine(model_on(xp, TINY, Weights.random(TINY, 0)), 1)
+    with engine.stream:
+        engine.decoder.prepare(engine.state)
+    assert host(engine.state.steps).tolist() == [0]
+    assert host(engine.state.positions).tolist() == [0]

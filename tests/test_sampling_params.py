@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from gpt2cupy import SamplingParams
@@ -88,3 +89,26 @@ def test_continuations_have_their_own_seeds():
     first, second = (params.row(index, 5, 9) for index in (0, 1))
     assert first["seed"] == 2**64 - 1 and second["seed"] == 0
     assert SamplingParams().row(0, 1, -1)["seed"] != SamplingParams().row(0, 1, -1)["seed"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": [1]},
+        {"stop": 5},
+        {"temperature": 10**400},
+        {"top_k": 2**31},
+        {"min_new_tokens": 10**12},
+        {"repetition_penalty": 1e39},
+        {"logit_bias": {5: 1e300}},
+    ],
+    ids=str,
+)
+def test_what_no_kernel_could_take_is_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        SamplingParams(**options)
+
+
+def test_numpy_scalars_are_numbers():
+    params = SamplingParams(top_k=np.int64(5), temperature=np.float32(0.5))
+    assert params.top_k == 5 and params.temperature == 0.5

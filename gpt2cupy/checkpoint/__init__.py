@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,54 +10,92 @@ from pathlib import Path
 import numpy as np
 
 from ..config import GPT2Config
-from . import safetensors_file
+from . import llmc_file, safetensors_file
 from .resolve import resolve
+from .stored import StoredTensor, check_finite, not_finite, views
 
-__all__ = ["Checkpoint", "open"]
+__all__ = ["Checkpoint", "StoredTensor", "check_finite", "not_finite", "open"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found and whose header was read; its tensors are mapped, not loaded.
+    """A checkpoint that was found and checked but for its values, which are mapped, not loaded.
 
     Attributes
     ----------
     name : str
         As the user gave it.
     path : Path
-        Folder of the files.
+        Folder of the files, or the llm.c file.
     config : GPT2Config
-    dtype : numpy.dtype
-        What most of its bytes are stored in.
+        With ``tie_word_embeddings`` as the stored tensors have it.
+    stored : tuple of StoredTensor
+        Where every tensor of the model lies.
     """
 
     name: str
     path: Path
     config: GPT2Config
-    dtype: np.dtype
+    stored: tuple[StoredTensor, ...]
 
-    def tensors(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
-        """(name, layer, array) for :meth:`Weights.from_tensors`: mapped views in rows [out, in]."""
-        return safetensors_file.tensors(self.path, self.config)
+    @property
+    def dtype(self) -> np.dtype:
+        """What most of the bytes are stored in: float32, float16 or bfloat16."""
+        sizes: dict[np.dtype, int] = {}
+        for tensor in self.stored:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensors in the files."""
+        return sum(tensor.nbytes for tensor in self.stored)
+
+    def tensors(self, *, finite: bool = False) -> Iterator[tuple[str, int | None, np.ndarray]]:
+        """(name, layer, array) for :meth:`Weights.from_tensors`.
+
+        Arrays are read-only views of the mapped files in rows [out, in]; those
+        stored as [in, out] come as transposed views.
+
+        Parameters
+        ----------
+        finite : bool
+            Check every array for NaN and infinite values before it is yielded,
+            which reads it all.
+
+        Raises
+        ------
+        CheckpointError
+            If a file cannot be mapped, or a value is not finite.
+        """
+        for name, layer, array in views(self.stored):
+            if finite:
+                check_finite(name, layer, array)
+            yield name, layer, array
 
 
-def open(name_or_path: str, *, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint and read its configuration and header.
+def open(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Find a checkpoint and check its configuration and the headers of its files.
 
     Parameters
     ----------
-    name_or_path : str
-        "shakespeare", an alias, a hub id, or a folder in Hugging Face layout.
+    name_or_path : str or path
+        "shakespeare", an alias (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+        distilgpt2), a hub id, a folder in Hugging Face layout, or an llm.c file.
     revision : str, optional
         Branch, tag or commit of a hub id.
 
     Raises
     ------
     CheckpointError
-        If it cannot be found or read.
+        If it cannot be found, read or trusted.
     ConfigError
         If it is not a GPT-2 that this package runs.
     """
-    path = resolve(name_or_path, revision)
-    config = GPT2Config.from_json(path / "config.json")
-    return Checkpoint(name_or_path, path, config, safetensors_file.stored_dtype(path))
+    name = os.fspath(name_or_path)
+    path = resolve(name, revision)
+    if path.is_file():
+        config, tensors = llmc_file.read(path)
+    else:
+        config, tensors = safetensors_file.read(path, GPT2Config.from_json(path / "config.json"))
+    return Checkpoint(name, path, config, tuple(tensors))

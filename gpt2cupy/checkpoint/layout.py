@@ -1,6 +1,12 @@
-"""The table of names: Hugging Face's GPT-2 tensors and where they go in Weights."""
+"""The one table of names: what files call GPT-2's tensors, and where they go in ``Weights``."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..config import GPT2Config
+from ..weights import weight_shapes
 
 # Hugging Face name -> (our name, stored as [in, out] by Conv1D)
 LAYER = {
@@ -25,3 +31,40 @@ WHOLE = {
 }
 HEAD = ("lm_head.weight", "lm_head")  # never under the prefix "transformer."
 PREFIX = "transformer."
+
+# Tensors that do not enter the logits: buffers of the causal mask, and heads for other tasks.
+HARMLESS = re.compile(
+    r"h\.\d+\.attn\.(?:masked_)?bias|(?:multiple_choice_head|score|classifier|qa_outputs)\..*"
+)
+
+# llm.c: no names, this order, every kind with its layers one after the other, rows [out, in].
+LLMC_ORDER = (
+    *("wte", "wpe"),
+    *("ln1_w", "ln1_b", "qkv_w", "qkv_b", "proj_w", "proj_b"),
+    *("ln2_w", "ln2_b", "fc_w", "fc_b", "out_w", "out_b"),
+    *("lnf_w", "lnf_b"),
+)
+
+
+def tensor_shape(config: GPT2Config, name: str) -> tuple[int, ...]:
+    """Shape of one tensor (of one layer) in rows [out, in], the vocabulary without padding."""
+    if name in ("wte", "lm_head"):
+        return config.vocab_size, config.n_embd
+    shape = weight_shapes(config)[name]
+    return shape[1:] if is_stacked(name) else shape
+
+
+def is_stacked(name: str) -> bool:
+    """Whether each layer has a tensor of this name."""
+    return name not in ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
+
+
+def huggingface_keys(config: GPT2Config) -> Iterator[tuple[str, str, int | None, bool]]:
+    """(key without prefix, our name, layer, stored as [in, out]) of every tensor of the model."""
+    for key, name in WHOLE.items():
+        yield key, name, None, False
+    for layer in range(config.n_layer):
+        for key, (name, transposed) in LAYER.items():
+            yield f"h.{layer}.{key}", name, layer, transposed
+    if not config.tie_word_embeddings:
+        yield *HEAD, None, False

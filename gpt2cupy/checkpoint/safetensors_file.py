@@ -6,9 +6,9 @@ each byte once, straight to where it stays.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,186 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import GPT2Config
 from ..errors import CheckpointError
-from ..weights import weight_shapes
-from .layout import HEAD, LAYER, PREFIX, WHOLE
+from .layout import HARMLESS, HEAD, PREFIX, huggingface_keys, tensor_shape
+from .stored import StoredTensor, map_file, unreadable
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# GPT-2 XL's header has 80 KB. Parsed, JSON takes several times its size.
+_MAX_HEADER = _MAX_INDEX = 16 << 20
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WTE = "wte.weight"
+_OTHER_MODEL = "config.json and the weights must belong to the same model."
 
 
-def _file(folder: Path) -> Path:
-    path = folder / "model.safetensors"
-    if path.is_file():
-        return path
-    raise CheckpointError(
-        "the folder has no model.safetensors",
-        where=str(folder),
-        remedy="Convert other weights once with transformers: "
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder).",
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a header."""
+
+    key: str
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read(folder: Path, config: GPT2Config) -> tuple[GPT2Config, list[StoredTensor]]:
+    """The places of all tensors of the model, and the configuration as the file bears it out.
+
+    Everything is checked here: that each tensor is there, of the configured
+    shape and a supported dtype, and that there is none whose absence from the
+    computation would change the result.
+    """
+    entries = _entries(folder)
+    config = _settle_head(config, entries)
+    tensors = []
+    for key, name, layer, transposed in huggingface_keys(config):
+        entry = entries.pop(key, None)
+        if entry is None:
+            raise CheckpointError(
+                f"the tensor {key} is missing", where=str(folder), remedy=_OTHER_MODEL
+            )
+        shape = tensor_shape(config, name)
+        stored = shape[::-1] if transposed else shape
+        if entry.shape != stored:
+            raise CheckpointError(
+                f"{entry.key} has shape {list(entry.shape)}, config.json asks for {list(stored)}",
+                where=str(entry.file),
+                remedy=_OTHER_MODEL,
+            )
+        tensors.append(
+            StoredTensor(name, layer, entry.file, entry.offset, _dtype(entry), stored, transposed)
+        )
+    for key, entry in entries.items():
+        if not HARMLESS.fullmatch(key):
+            raise CheckpointError(
+                f"there is a tensor {entry.key}, which GPT-2 as config.json has it does not use",
+                where=str(entry.file),
+                remedy=f"{_OTHER_MODEL} Adapters must be merged into the weights.",
+            )
+    return config, tensors
+
+
+def _settle_head(config: GPT2Config, entries: dict[str, _Entry]) -> GPT2Config:
+    """Decide whether the embedding is the head too, as Hugging Face does.
+
+    A configuration that says tied is followed unless both are stored and
+    differ; if only the head is stored it is the embedding.
+    """
+    head, wte = entries.get(HEAD[0]), entries.get(_WTE)
+    if not config.tie_word_embeddings or head is None:
+        return config
+    if wte is None:
+        entries[_WTE] = entries.pop(HEAD[0])
+    elif _same_values(head, wte):
+        del entries[HEAD[0]]
+    else:
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _same_values(one: _Entry, other: _Entry) -> bool:
+    if one.shape != other.shape or len(one.shape) != 2:
+        return False
+    first, second = (
+        StoredTensor("", None, entry.file, entry.offset, _dtype(entry), entry.shape).view(
+            map_file(entry.file)
+        )
+        for entry in (one, other)
+    )
+    # In parts, so that memory stays constant; float32 holds every supported dtype exactly.
+    return all(
+        np.array_equal(first[i : i + 1024].astype("f4"), second[i : i + 1024].astype("f4"))
+        for i in range(0, len(first), 1024)
     )
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Entries of a file that the library found valid, and where the data begins."""
+def _dtype(entry: _Entry) -> np.dtype:
+    if entry.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{entry.key} is of type {entry.dtype}, which is not supported",
+            where=str(entry.file),
+            remedy=f"Convert the checkpoint to one of {', '.join(_DTYPES)}.",
+        )
+    return _DTYPES[entry.dtype]
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    """Every tensor of the folder's files by its key, the prefix ``transformer.`` removed."""
+    found: dict[str, _Entry] = {}
+    for file, promised in _files(folder).items():
+        header, begin = _header(file)
+        if lost := promised - header.keys():
+            raise CheckpointError(
+                f"the tensor {min(lost)} is not in the shard that the index names",
+                where=str(file),
+                remedy="Index and shards must belong together; download them again.",
+            )
+        for key, value in header.items():
+            bare = key.removeprefix(PREFIX)
+            if bare in found:
+                raise CheckpointError(
+                    f"the tensor {bare} is stored twice",
+                    where=f"{found[bare].file}, {file}",
+                    remedy="Files of two checkpoints are mixed; keep those of one.",
+                )
+            offset = begin + value["data_offsets"][0]
+            found[bare] = _Entry(key, file, offset, value["dtype"], tuple(value["shape"]))
+    return found
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The files of the weights and the keys that an index promises in each."""
+    if (folder / _SINGLE).is_file():
+        return {folder / _SINGLE: set()}
+    index = folder / _INDEX
+    if not index.is_file():
+        convert = (
+            f"from transformers import GPT2LMHeadModel as M; "
+            f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+        raise CheckpointError(
+            f"the folder has no {_SINGLE}",
+            where=str(folder),
+            remedy=f'Convert weights of another format once: python -c "{convert}"',
+        )
     try:
-        with safe_open(path, framework="numpy"):
-            pass
+        with index.open("rb") as file:
+            places = json.loads(file.read(_MAX_INDEX))["weight_map"]
+        files: dict[Path, set[str]] = {}
+        for key, name in places.items():
+            # A plain name: an index must not lead out of the folder.
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not a file name")
+            files.setdefault(folder / name, set()).add(key)
+    except OSError as error:
+        raise unreadable(index, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"not a valid index of shards: {error!r}"[:200],
+            where=str(index),
+            remedy="It is damaged; download it again.",
+        ) from error
+    return files
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Entries of a file that the library found valid, and where its data begins."""
+    try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            if size > _MAX_HEADER:
+                raise ValueError(f"its header claims {size} bytes")
             header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
+        # Checks the header's form, and that the tensors fill the file without gap or overlap.
+        with safe_open(path, framework="numpy"):
+            pass
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"not a valid safetensors file: {error}",
             where=str(path),
@@ -56,64 +205,3 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         ) from error
     header.pop("__metadata__", None)
     return header, 8 + size
-
-
-def stored_dtype(folder: Path) -> np.dtype:
-    """The dtype of most of the file's bytes."""
-    path = _file(folder)
-    sizes: dict[str, int] = {}
-    for entry in _header(path)[0].values():
-        first, last = entry["data_offsets"]
-        sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + last - first
-    return _dtype(max(sizes, key=lambda name: sizes[name], default="F32"), path)
-
-
-def _dtype(name: str, path: Path) -> np.dtype:
-    if name not in _DTYPES:
-        raise CheckpointError(
-            f"tensors of type {name} are not supported",
-            where=str(path),
-            remedy=f"Convert the checkpoint to one of {', '.join(_DTYPES)}.",
-        )
-    return _DTYPES[name]
-
-
-def tensors(folder: Path, config: GPT2Config) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(name, layer, array) of every tensor of the model; arrays are views of the mapped file."""
-    path = _file(folder)
-    header, begin = _header(path)
-    data = np.memmap(path, np.uint8, "r", offset=0)
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in header) else ""
-    shapes = weight_shapes(config)
-
-    def view(key: str, name: str, layer: int | None, transposed: bool) -> np.ndarray:
-        if key not in header:
-            raise CheckpointError(
-                f"the tensor {key} is missing",
-                where=str(path),
-                remedy="config.json and the weights must belong to the same model.",
-            )
-        entry = header[key]
-        shape = shapes[name][1:] if layer is not None else shapes[name]
-        if name in ("wte", "lm_head"):
-            shape = (config.vocab_size, config.n_embd)
-        stored = shape[::-1] if transposed else shape
-        if tuple(entry["shape"]) != stored:
-            raise CheckpointError(
-                f"{key} has shape {entry['shape']}, config.json asks for {list(stored)}",
-                where=str(path),
-                remedy="config.json and the weights must belong to the same model.",
-            )
-        first = begin + entry["data_offsets"][0]
-        dtype = _dtype(entry["dtype"], path)
-        array = data[first : first + math.prod(stored) * dtype.itemsize].view(dtype)
-        array = array.reshape(stored)
-        return array.T if transposed else array
-
-    for key, name in WHOLE.items():
-        yield name, None, view(prefix + key, name, None, False)
-    for layer in range(config.n_layer):
-        for key, (name, transposed) in LAYER.items():
-            yield name, layer, view(f"{prefix}h.{layer}.{key}", name, layer, transposed)
-    if not config.tie_word_embeddings:
-        yield HEAD[1], None, view(HEAD[0], HEAD[1], None, False)

@@ -15,6 +15,9 @@ import gpt2cupy
 EMBEDDED = Path(gpt2cupy.__file__).parent / "models" / "shakespeare"
 VARIABLE = "GPT2CUPY_PARITY_MODEL"
 
+# Threads that spin while they wait make torch many times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(scope="session")
 def hugging_face() -> Callable[..., Any]:

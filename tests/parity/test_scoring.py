@@ -16,20 +16,21 @@ TEXT = """ROMEO:
 But, soft! what light through yonder window breaks?
 It is the east, and Juliet is the sun.
 Arise, fair sun, and kill the envious moon,
-Who is already sick and pale with grief,
-That thou her maid art far more fair than she.
 """
 
 
 def their_logprobs(model: Any, ids: list[int], window: int, stride: int) -> np.ndarray:
     """Each token's from the first window of inputs that reaches it."""
-    found = []
-    for place in range(1, len(ids)):
-        start = max(-(-(place - window) // stride), 0) * stride
+    found: dict[int, float] = {}
+    for start in range(0, len(ids), stride):
         with torch.inference_mode():
-            logits = model(torch.tensor([ids[start:place]])).logits[0, -1]
-        found.append(float(torch.log_softmax(logits.double(), -1)[ids[place]]))
-    return np.array(found)
+            logits = model(torch.tensor([ids[start : start + window]])).logits[0]
+        logprobs = logits.double().log_softmax(-1)
+        for place in range(start + 1, min(start + window + 1, len(ids))):
+            found.setdefault(place, float(logprobs[place - 1 - start, ids[place]]))
+        if len(found) == len(ids) - 1:
+            break
+    return np.array([found[place] for place in range(1, len(ids))])
 
 
 def assert_same_scores(lm: Any, theirs: Any, text: str, window: int | None, stride: int | None):
@@ -66,14 +67,7 @@ def test_text_longer_than_the_context(embedded, their_embedded):
     ids = np.random.default_rng(0).integers(0, 1000, 700).tolist()
     window, stride = embedded.config.n_positions, embedded.config.n_positions // 2
     score = embedded.score(ids, bos=False)
-    expected, scored = [], 1
-    for start in range(0, len(ids), stride):
-        fed = torch.tensor([ids[start : start + window]])
-        with torch.inference_mode():
-            logprobs = their_embedded(fed).logits[0].double().log_softmax(-1)
-        for place in range(scored, min(start + window + 1, len(ids))):
-            expected.append(float(logprobs[place - 1 - start, ids[place]]))
-        scored = max(scored, min(start + window + 1, len(ids)))
+    expected = their_logprobs(their_embedded, ids, window, stride)
     np.testing.assert_allclose(score.logprobs, expected, rtol=1e-5, atol=2e-5)
 
 

@@ -1,0 +1,106 @@
+"""A tensor as it lies in a file, and the mapped views that loading is made of."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies.
+
+    Attributes
+    ----------
+    name, layer : str, int or None
+        The attribute of ``Weights`` and the layer it belongs to.
+    file : Path
+    offset : int
+        Bytes from the file's beginning.
+    dtype : numpy.dtype
+    shape : tuple of int
+        As stored.
+    transposed : bool
+        Stored as [in, out].
+    """
+
+    name: str
+    layer: int | None
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, data: np.ndarray) -> np.ndarray:
+        """The values in rows [out, in], without a copy, from the bytes of the whole file."""
+        array = data[self.offset : self.offset + self.nbytes].view(self.dtype).reshape(self.shape)
+        return array.T if self.transposed else array
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file as a read-only array; pages are read when they are touched."""
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def views(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """(name, layer, array) of each tensor; every file is mapped once."""
+    mapped: dict[Path, np.ndarray] = {}
+    for tensor in tensors:
+        if tensor.file not in mapped:
+            mapped[tensor.file] = map_file(tensor.file)
+        yield tensor.name, tensor.layer, tensor.view(mapped[tensor.file])
+
+
+def check_finite(name: str, layer: int | None, array: np.ndarray) -> None:
+    """Raise if any value is NaN or infinite; makes no copy and no temporary array.
+
+    Read as integers, floats that are not finite are the largest of either sign:
+    two maxima of integers find them at the speed of memory, in every dtype.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the tensor.
+    """
+    top = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[array.dtype.name]
+    bits = 8 * array.dtype.itemsize
+    rows = array if array.flags.c_contiguous else array.T
+    if (
+        rows.view(f"i{bits // 8}").max() >= top
+        or rows.view(f"u{bits // 8}").max() >= top | 1 << bits - 1
+    ):
+        raise not_finite(name, layer)
+
+
+def not_finite(name: str, layer: int | None) -> CheckpointError:
+    """The error for a tensor with NaN or infinite values."""
+    return CheckpointError(
+        "the weights hold NaN or infinite values",
+        where=name if layer is None else f"{name} of layer {layer}",
+        remedy="The checkpoint is damaged or its training diverged; take another one.",
+    )
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file or folder that the system does not let us read."""
+    return CheckpointError(
+        f"cannot read it: {getattr(error, 'strerror', None) or error}",
+        where=str(path),
+        remedy="Check that it exists and that you may read it.",
+    )
