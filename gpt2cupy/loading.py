@@ -66,7 +66,7 @@ def load_model(
     source = checkpoint.open(name_or_path, revision=revision)
     kind, index = resolve_device(device)
     held = resolve_dtype(dtype, source.dtype, kind)
-    return place(source.config, source.tensors(), held, kind, index), source
+    return place(source.config, source.tensors(finite=kind == "cpu"), held, kind, index), source
 
 
 def random_model(config: GPT2Config, seed: int, *, dtype: str, device: str) -> GPT2:

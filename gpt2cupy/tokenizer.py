@@ -110,9 +110,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        allowed = self._allowed(allowed_special)
         ids: list[int] = []
-        for part in self._split(text, self._allowed(allowed_special)):
-            if part in self.specials:
+        for part in _split(text, allowed):
+            if part in allowed:
                 ids.append(self.specials[part])
             else:
                 ids += self._encode_words(part)
@@ -136,14 +137,6 @@ class Tokenizer:
             )
         return chosen | self._always
 
-    def _split(self, text: str, allowed: frozenset[str]) -> list[str]:
-        """The text cut before and after each allowed token."""
-        if not any(token in text for token in allowed):
-            return [text]
-        # Of several that begin at one place the longest is meant.
-        longest_first = sorted(allowed, key=len, reverse=True)
-        return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of ids, which need not be whole characters."""
         try:
@@ -162,6 +155,15 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """A decoder that takes one id at a time."""
         return StreamDecoder(self)
+
+
+def _split(text: str, tokens: Collection[str]) -> list[str]:
+    """The text cut before and after each of the tokens."""
+    if not any(token in text for token in tokens):
+        return [text]
+    # Of several that begin at one place the longest is meant.
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
 
 
 def _without_long_spaces(text: str) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,11 @@ def read_folder(folder: Path) -> Vocabulary:
 
 def _read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
     lines = _read(merges_path).decode("utf-8", "surrogateescape").split("\n")
-    if lines and lines[0].startswith("#version"):
-        del lines[0]
-    merges = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
+    merges = [
+        line.rstrip("\r").split(" ")
+        for line in lines
+        if line.strip() and not line.startswith("#version")
+    ]
     added = _Added(vocab_path.parent)
     return _bpe(_json_object(vocab_path), merges, added, where=str(merges_path))
 
@@ -100,7 +101,7 @@ class _Added:
                 )
         decoder = options.get("added_tokens_decoder") or {}
         for id_, entry in decoder.items() if isinstance(decoder, dict) else ():
-            self.note(entry, int(id_) if id_.isdecimal() else None, path)
+            self.note(entry, int(id_) if id_.isdecimal() and len(id_) < 12 else None, path)
         beside = folder / "added_tokens.json"
         for token, id_ in (_json_object(beside) if is_file(beside) else {}).items():
             self.note({"content": token, "special": token not in self.always}, id_, beside)
@@ -135,6 +136,10 @@ def _bpe(
     for name in (END_OF_TEXT, added.end):
         if name in vocab:
             added.ids.setdefault(name, vocab[name])
+    owners = dict(zip(vocab.values(), vocab, strict=True))
+    for text, id_ in added.ids.items():
+        if owners.setdefault(id_, text) != text or vocab.get(text, id_) != id_:
+            raise _broken(f"the added token {text!r} clashes with the vocabulary", Path(where))
     if lost := [symbol for symbol in BYTE_SYMBOLS if symbol not in vocab]:
         raise TokenizerError(
             f"the vocabulary has no token for byte {BYTE_SYMBOLS[lost[0]]:#04x}",
@@ -151,7 +156,9 @@ def _bpe(
             remedy="Take vocabulary and merges from the same checkpoint.",
         ) from error
     alphabet = sorted(vocab[symbol] for symbol in BYTE_SYMBOLS)
-    texts = token_texts(vocab) | {id_: text.encode() for text, id_ in added.ids.items()}
+    texts = token_texts(vocab) | {
+        id_: text.encode("utf-8", "replace") for text, id_ in added.ids.items()
+    }
     merged = alphabet + reachable(alphabet, rules, where)
     return Vocabulary(merged, texts, added.ids, frozenset(added.always), added.end)
 
@@ -190,7 +197,8 @@ def read_llmc(path: Path) -> Vocabulary:
     ordinary = {texts[id_] for id_ in merged}
     if len(ordinary) != len(merged) or not all(bytes([b]) in ordinary for b in range(256)):
         raise _broken("a token stands twice or a byte has none", path)
-    return Vocabulary(merged, texts, {texts[end].decode("utf-8", "replace"): end})
+    name = texts[end].decode("utf-8", "replace")
+    return Vocabulary(merged, texts, {name: end}, end=name)
 
 
 def is_file(path: Path) -> bool:

@@ -97,7 +97,7 @@ def token_texts(vocab: dict[str, int]) -> dict[int, bytes]:
     """Bytes of each id; a token with other characters than byte symbols stands for itself."""
     # One translation of all tokens is several times faster than one each.
     joined = "\n".join(vocab)
-    if set(joined) <= BYTE_SYMBOLS.keys() | {"\n"}:
+    if set(joined) <= BYTE_SYMBOLS.keys() | {"\n"} and joined.count("\n") == len(vocab) - 1:
         table = {ord(symbol): byte for symbol, byte in BYTE_SYMBOLS.items()} | {10: 256}
         tokens = joined.translate(table).split(chr(256))
         return {

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from gpt2cupy import GPT2Config
 from gpt2cupy.checkpoint.layout import HEAD, LAYER, PREFIX, WHOLE
+from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
 from gpt2cupy.weights import Weights
 
 TINY = GPT2Config(
@@ -42,17 +43,86 @@ def write_checkpoint(
     dtype: Any = np.float32,
     *,
     prefix: bool = True,
+    shards: int = 1,
     weights: Weights | None = None,
 ) -> Weights:
-    """Write config.json and model.safetensors; returns the weights (random ones by default)."""
+    """Write config.json and safetensors; returns the weights (random ones by default)."""
     weights = weights or Weights.random(config, seed, dtype)
     tensors = hf_tensors(config, weights)
     if not prefix:
         tensors = {key.removeprefix(PREFIX): array for key, array in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder, tensors, shards)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     return weights
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
+    """Write model.safetensors, or several shards with their index."""
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    places = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {key: tensors[key] for key in list(tensors)[shard::shards]}
+        save_file(part, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_llmc(path: Path, config: GPT2Config, weights: Weights) -> None:
+    """Write llm.c's version 3 (float32) or 5 (bfloat16): its order, spelled out once more."""
+    order = [
+        "ln1_w",
+        "ln1_b",
+        "qkv_w",
+        "qkv_b",
+        "proj_w",
+        "proj_b",
+        "ln2_w",
+        "ln2_b",
+        "fc_w",
+        "fc_b",
+        "out_w",
+        "out_b",
+    ]
+    header = np.zeros(256, "<i4")
+    header[:8] = (
+        *(20240326, 3 if weights.dtype == np.float32 else 5),
+        *(config.n_positions, config.vocab_size, config.n_layer, config.n_head, config.n_embd),
+        config.padded_vocab_size,
+    )
+    arrays = [getattr(weights, name) for name in ["wte", "wpe", *order, "lnf_w", "lnf_b"]]
+    path.write_bytes(header.tobytes() + b"".join(a.astype(weights.dtype).tobytes() for a in arrays))
+
+
+def write_llmc_tokenizer(path: Path, tokens: list[bytes], end: int, version: int = 2) -> None:
+    """Write llm.c's gpt2_tokenizer.bin."""
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240328, version, len(tokens), end if version == 2 else 0
+    path.write_bytes(header.tobytes() + b"".join(bytes([len(t)]) + t for t in tokens))
+
+
+def write_bpe(
+    folder: Path,
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    names: tuple[str, str] = ("vocab.json", "merges.txt"),
+) -> None:
+    """Write a vocabulary and merges as OpenAI and Hugging Face do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(json.dumps(vocab))
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / names[1]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def small_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A small vocabulary in GPT-2's order (bytes, merges, end of text) and its merges."""
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("a", "a"), ("aa", "aa"), ("Ã", "©")]
+    tokens = [*BYTE_SYMBOLS, *(left + right for left, right in merges), END_OF_TEXT]
+    return {token: id_ for id_, token in enumerate(tokens)}, merges
 
 
 def with_outliers(config: GPT2Config, weights: Weights, size: float = 2000.0) -> Weights:

@@ -78,13 +78,11 @@ def check_finite(name: str, layer: int | None, array: np.ndarray) -> None:
     CheckpointError
         Naming the tensor.
     """
-    top = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[array.dtype.name]
-    bits = 8 * array.dtype.itemsize
+    infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[array.dtype.name]
+    size = array.dtype.itemsize
+    sign = 1 << 8 * size - 1
     rows = array if array.flags.c_contiguous else array.T
-    if (
-        rows.view(f"i{bits // 8}").max() >= top
-        or rows.view(f"u{bits // 8}").max() >= top | 1 << bits - 1
-    ):
+    if rows.view(f"i{size}").max() >= infinity or rows.view(f"u{size}").max() >= sign | infinity:
         raise not_finite(name, layer)
 
 

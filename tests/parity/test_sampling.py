@@ -123,7 +123,7 @@ def small(tmp_path_factory, hugging_face):
     """A model whose distributions are neither flat nor single peaks."""
     folder = tmp_path_factory.mktemp("sampled")
     weights = Weights.random(CONFIG, 0)
-    weights.wte[...] *= 30
+    weights.wte[...] *= 12
     write_checkpoint(folder, CONFIG, weights=weights)
     return hugging_face(folder)
 

@@ -1,0 +1,146 @@
+"""Token ids against transformers' GPT2TokenizerFast, on GPT-2's own merges and on others."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from builders import write_bpe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2cupy.checkpoint.resolve import EMBEDDED
+from gpt2cupy.errors import TokenizerError
+from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT, Tokenizer
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("GPT2CUPY_TEST_DATA", ROOT.parent / "shared" / "data"))
+ODD = [
+    *("", " ", "  ", "   a", "a   ", "\n\n", " \n ", "\t\ta", "\r\n", "\u3000\u3000x", "\xa0 \xa0"),
+    *("'s", "'S", "don't 've'll'", "\u2019s", "123abc", "½²٣", "a1!b2?", "_x_"),
+    *("e\u0301", "\u0301", "क्षि", "한국어", "中文字", "العربية", "\u200d", "\ufeff", "\u202e"),
+    *("👩\u200d👩\u200d👧", "🇫🇷", "\U0001f44d\U0001f3fd", "\U0010ffff"),
+    *(chr(code) for code in (0, 1, 7, 11, 12, 27, 28, 29, 30, 31, 127, 133, 0x2028, 0x180E)),
+    *(END_OF_TEXT, "<|endoftext", "\ufffd"),
+]
+# Any text, and text that keeps meeting what tokenizers trip over.
+texts = st.one_of(
+    st.text(), st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=3))).map("".join)
+)
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory) -> Path:
+    path = DATA / "gpt2-merges.bpe"
+    if not path.is_file():
+        pytest.skip("GPT-2's merges are not there: tools/fetch_data.py, GPT2CUPY_TEST_DATA")
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(line.split(" ")) for line in lines]
+    tokens = [*BYTE_SYMBOLS, *(left + right for left, right in merges), END_OF_TEXT]
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_bpe(folder, {token: id_ for id_, token in enumerate(tokens)}, merges)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_folder) -> tuple[Tokenizer, object]:
+    """Ours and theirs."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2TokenizerFast(
+        str(gpt2_folder / "vocab.json"), str(gpt2_folder / "merges.txt")
+    )
+    return Tokenizer.from_folder(gpt2_folder), theirs
+
+
+def test_the_vocabulary_is_gpt2s(gpt2):
+    ours, theirs = gpt2
+    assert ours.vocab_size == len(theirs) == 50257
+    assert ours.eot_token == 50256
+    assert ours.encode("Hello world") == [15496, 995]
+
+
+@settings(max_examples=1000)
+@given(texts)
+def test_any_text(gpt2, text):
+    ours, theirs = gpt2
+    ids = theirs(text)["input_ids"]
+    assert ours.encode(text, allowed_special="all") == ids
+    assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@settings(max_examples=200)
+@given(texts)
+def test_special_tokens_as_plain_text(gpt2, text):
+    ours, theirs = gpt2
+    ids = theirs(text + END_OF_TEXT + text, split_special_tokens=True)["input_ids"]
+    assert ours.encode(text + END_OF_TEXT + text) == ids
+
+
+@pytest.mark.parametrize("planes", [range(0, 0x3000), range(0x3000, 0x20000), range(0x20000, 0x110000)])
+def test_every_character_in_every_company(gpt2, planes):
+    """Letter, digit, space, or none of them: both must think the same of each character."""
+    ours, theirs = gpt2
+    characters = [chr(code) for code in planes if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(characters), 4096):
+        text = "".join(f"a{c}b 1{c}2 !{c}?  {c} \n" for c in characters[start : start + 4096])
+        assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids, hex(start)
+
+
+@given(st.lists(st.integers(0, 50256)))
+def test_any_ids_decode_alike(gpt2, ids):
+    ours, theirs = gpt2
+    assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("text", [" " * 300_000 + "x", "a" * 100_000, "\n \t" * 100_000], ids=len)
+def test_long_runs(gpt2, text):
+    ours, theirs = gpt2
+    assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids
+
+
+@settings(max_examples=300)
+@given(texts)
+def test_the_embedded_tokenizer(text):
+    transformers = pytest.importorskip("transformers")
+    folder = EMBEDDED["shakespeare"]
+    if "ours" not in _loaded:
+        _loaded["ours"] = Tokenizer.from_folder(folder)
+        _loaded["theirs"] = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    ids = _loaded["theirs"](text)["input_ids"]
+    assert _loaded["ours"].encode(text, allowed_special="all") == ids
+
+
+_loaded: dict[str, object] = {}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_merges(tmp_path, seed):
+    """Merges in any order, with tokens that several pairs make and ones that none can."""
+    models = pytest.importorskip("tokenizers.models")
+    tokenizers = pytest.importorskip("tokenizers")
+    rng = random.Random(seed)
+    letters = "abc"[: rng.randint(1, 3)]
+    vocab = {symbol: id_ for id_, symbol in enumerate(BYTE_SYMBOLS)}
+    tokens, merges = list(letters), []
+    for _ in range(rng.randint(1, 25)):
+        left, right = rng.choice(tokens), rng.choice(tokens)
+        if (left, right) not in merges and len(left + right) <= 12:
+            merges.append((left, right))
+            tokens += [left + right] * (left + right not in vocab)
+            vocab.setdefault(left + right, len(vocab))
+    ids = list(vocab.values())
+    rng.shuffle(ids)
+    vocab = dict(zip(vocab, ids, strict=True))
+    write_bpe(tmp_path, vocab, merges)
+    theirs = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    try:
+        ours = Tokenizer.from_folder(tmp_path)
+    except TokenizerError as error:
+        assert "later merge" in error.what  # noqa: PT017
+        return
+    for _ in range(50):
+        text = "".join(rng.choices(letters, k=rng.randint(1, 40)))
+        assert ours.encode(text) == theirs.encode(text).ids, (merges, text)
