@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gpt2cupy"
 LAYERS = (
     ("_version", "errors"),
     ("config",),
-    ("weights", "cache", "tokenizer_files", "tokenizer", "timing"),
+    ("weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference"),
     ("ops.compiler", "ops.launch"),
     ("ops.blas", "ops"),

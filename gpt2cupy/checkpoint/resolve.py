@@ -53,7 +53,7 @@ def resolve(name: str, revision: str | None) -> Path:
 def _local(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
-        return path if path.exists() else None
+        return path if name and path.exists() else None
     except (OSError, RuntimeError, ValueError) as error:
         raise unreadable(Path(name), error) from error
 

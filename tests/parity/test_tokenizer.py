@@ -78,11 +78,12 @@ def test_special_tokens_as_plain_text(gpt2, text):
     assert ours.encode(text + END_OF_TEXT + text) == ids
 
 
-@pytest.mark.parametrize("planes", [range(0, 0x3000), range(0x3000, 0x20000), range(0x20000, 0x110000)])
-def test_every_character_in_every_company(gpt2, planes):
+def test_every_character_in_every_company(gpt2):
     """Letter, digit, space, or none of them: both must think the same of each character."""
     ours, theirs = gpt2
-    characters = [chr(code) for code in planes if not 0xD800 <= code < 0xE000]
+    # Of the planes with little or nothing in them, samples.
+    codes = [*range(0x33480), *range(0x33480, 0x110000, 251), *range(0xE0000, 0xE0200)]
+    characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
     for start in range(0, len(characters), 4096):
         text = "".join(f"a{c}b 1{c}2 !{c}?  {c} \n" for c in characters[start : start + 4096])
         assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids, hex(start)
@@ -100,19 +101,18 @@ def test_long_runs(gpt2, text):
     assert ours.encode(text) == theirs.backend_tokenizer.encode(text).ids
 
 
-@settings(max_examples=300)
-@given(texts)
-def test_the_embedded_tokenizer(text):
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Tokenizer, object]:
     transformers = pytest.importorskip("transformers")
     folder = EMBEDDED["shakespeare"]
-    if "ours" not in _loaded:
-        _loaded["ours"] = Tokenizer.from_folder(folder)
-        _loaded["theirs"] = transformers.GPT2TokenizerFast.from_pretrained(folder)
-    ids = _loaded["theirs"](text)["input_ids"]
-    assert _loaded["ours"].encode(text, allowed_special="all") == ids
+    return Tokenizer.from_folder(folder), transformers.GPT2TokenizerFast.from_pretrained(folder)
 
 
-_loaded: dict[str, object] = {}
+@settings(max_examples=300)
+@given(texts)
+def test_the_embedded_tokenizer(embedded, text):
+    ours, theirs = embedded
+    assert ours.encode(text, allowed_special="all") == theirs(text)["input_ids"]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -139,7 +139,7 @@ def test_any_merges(tmp_path, seed):
     try:
         ours = Tokenizer.from_folder(tmp_path)
     except TokenizerError as error:
-        assert "later merge" in error.what  # noqa: PT017
+        assert "later merge" in error.what
         return
     for _ in range(50):
         text = "".join(rng.choices(letters, k=rng.randint(1, 40)))
