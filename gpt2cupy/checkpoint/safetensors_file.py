@@ -27,7 +27,7 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # GPT-2 XL's header has 80 KB. Parsed, JSON takes several times its size.
-_MAX_HEADER = _MAX_INDEX = 16 << 20
+_MAX_HEADER = _MAX_INDEX = 4 << 20
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WTE = "wte.weight"
 _OTHER_MODEL = "config.json and the weights must belong to the same model."

@@ -1,0 +1,372 @@
+"""Checkpoints in Hugging Face layout: what is read, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+import tracemalloc
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from builders import BFLOAT16, TINY, hf_tensors, write_checkpoint, write_tensors
+from safetensors.numpy import load_file, save_file
+
+from gpt2cupy import checkpoint
+from gpt2cupy.errors import CheckpointError, ConfigError, Gpt2CupyError
+from gpt2cupy.weights import Weights
+
+UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
+MEMORY = 4 << 20  # bytes that reading may take, whatever the file
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
+
+
+def loaded(path: Path) -> Weights:
+    found = checkpoint.open(path)
+    return Weights.from_tensors(found.config, found.tensors(finite=True), found.dtype)
+
+
+def same(one: Weights, other: Weights) -> bool:
+    theirs = dict(other.items())
+    mine = dict(one.items())
+    return mine.keys() == theirs.keys() and all(
+        # A checkpoint stores every bias in its dtype; ours keeps two kinds in float32.
+        np.array_equal(array.astype(one.dtype), theirs[name].astype(one.dtype))
+        for name, array in mine.items()
+    )
+
+
+def refused(path: Path, kind: type[Gpt2CupyError] = CheckpointError) -> Gpt2CupyError:
+    with pytest.raises(kind) as caught:
+        for _ in checkpoint.open(path).tensors(finite=True):
+            pass
+    error = caught.value
+    assert error.where and error.remedy
+    # The process can go on.
+    assert checkpoint.open("shakespeare").config.n_layer == 6
+    return error
+
+
+def edit(folder: Path, change) -> None:
+    """Apply ``change`` to the dict of stored tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# -- what is read --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_form_gives_the_same_weights(tmp_path, config, dtype, prefix, shards):
+    weights = write_checkpoint(tmp_path, config, 0, dtype, prefix=prefix, shards=shards)
+    found = checkpoint.open(tmp_path)
+    assert found.config == config
+    assert found.dtype == dtype
+    assert found.nbytes == sum(a.nbytes for a in hf_tensors(config, weights).values())
+    assert same(loaded(tmp_path), weights)
+
+
+def test_tensors_are_read_only_views_in_rows(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    for name, _, array in checkpoint.open(tmp_path).tensors():
+        assert not array.flags.writeable and not array.flags.owndata
+        # The GPU loader transposes what Conv1D stored as [in, out].
+        transposed = name in ("qkv_w", "proj_w", "fc_w", "out_w")
+        assert array.flags.f_contiguous if transposed else array.flags.c_contiguous
+        assert array.shape[-1] == (TINY.inner_size if name == "out_w" else array.shape[-1])
+
+
+def test_reading_maps_and_does_not_load(tmp_path):
+    config = dataclasses.replace(TINY, vocab_size=50_000, n_embd=64)
+    write_checkpoint(tmp_path, config)
+    assert (tmp_path / "model.safetensors").stat().st_size > 12 << 20
+    tracemalloc.start()
+    for _ in checkpoint.open(tmp_path).tensors(finite=True):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MEMORY
+
+
+def test_the_embedded_model():
+    found = checkpoint.open("shakespeare")
+    assert (found.name, found.dtype) == ("shakespeare", np.float16)
+    assert sum(array.nbytes for _, _, array in found.tensors(finite=True)) == found.nbytes
+
+
+def test_buffers_and_other_heads_are_left_out(tmp_path):
+    weights = write_checkpoint(tmp_path, TINY)
+    mask = np.tril(np.ones((1, 1, 48, 48), np.uint8))
+    extra = {f"transformer.h.{i}.attn.bias": mask for i in range(2)}
+    extra |= {"transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32)}
+    extra |= {"score.weight": np.zeros((2, 32), np.float64)}
+    edit(tmp_path, lambda tensors: tensors.update(extra))
+    assert same(loaded(tmp_path), weights)
+
+
+def test_mixed_dtypes_are_named_by_most_bytes(tmp_path):
+    write_checkpoint(tmp_path, TINY, dtype=np.float16)
+    key = "transformer.ln_f.weight"
+    edit(tmp_path, lambda tensors: tensors.update({key: tensors[key].astype(np.float32)}))
+    assert checkpoint.open(tmp_path).dtype == np.float16
+
+
+# -- the head ------------------------------------------------------------------------------------
+
+
+def test_a_stored_head_equal_to_the_embedding_is_tied(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].copy()}))
+    assert checkpoint.open(tmp_path).config.tie_word_embeddings
+
+
+def test_a_stored_head_that_differs_is_used_though_the_config_says_tied(tmp_path):
+    weights = write_checkpoint(tmp_path, UNTIED)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    assert not checkpoint.open(tmp_path).config.tie_word_embeddings
+    assert same(loaded(tmp_path), weights)
+
+
+def test_a_head_alone_is_the_embedding_too(tmp_path):
+    weights = write_checkpoint(tmp_path, TINY)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    assert same(loaded(tmp_path), weights)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    (tmp_path / "config.json").write_text(json.dumps(UNTIED.to_dict()))
+    assert "lm_head.weight is missing" in refused(tmp_path).what
+
+
+# -- tensors that are wrong ----------------------------------------------------------------------
+
+
+def test_a_missing_tensor(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    edit(tmp_path, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.bias"))
+    assert "h.1.mlp.c_fc.bias is missing" in refused(tmp_path).what
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "transformer.h.2.ln_1.bias",
+        "transformer.h.0.attn.c_attn.lora_A.weight",
+        "transformer.h.0.crossattention.c_attn.weight",
+        "model.norm.weight",
+        "transformer.lm_head.weight",
+    ],
+)
+def test_a_tensor_that_would_change_the_result(tmp_path, key):
+    write_checkpoint(tmp_path, UNTIED)
+    edit(tmp_path, lambda tensors: tensors.update({key: np.zeros(32, np.float32)}))
+    assert "lm_head" in key or key in refused(tmp_path).what
+    refused(tmp_path)
+
+
+def test_a_tensor_stored_twice(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    edit(tmp_path, lambda t: t.update({"wpe.weight": t["transformer.wpe.weight"].copy()}))
+    assert "wpe.weight is stored twice" in refused(tmp_path).what
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (48, 31), (47, 32), (48 * 32,), (48, 32, 1)], ids=str)
+def test_a_wrong_shape(tmp_path, shape):
+    write_checkpoint(tmp_path, TINY)
+    key = "transformer.wpe.weight"
+    edit(tmp_path, lambda tensors: tensors.update({key: np.zeros(shape, np.float32)}))
+    assert "[48, 32]" in refused(tmp_path).what
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float64, np.int32, np.int8, np.bool_, ml_dtypes.float8_e4m3fn], ids=str
+)
+def test_a_wrong_dtype(tmp_path, dtype):
+    write_checkpoint(tmp_path, TINY)
+    key = "transformer.h.0.ln_1.weight"
+    edit(tmp_path, lambda tensors: tensors.update({key: np.ones(32, dtype)}))
+    assert f"{key} is of type" in refused(tmp_path).what
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["transformer.h.1.attn.c_attn.weight", "transformer.wte.weight"])
+def test_values_that_are_not_finite(tmp_path, dtype, value, key):
+    tensors = hf_tensors(TINY, write_checkpoint(tmp_path, TINY, dtype=dtype))
+    tensors[key][-1, -1] = value
+    write_tensors(tmp_path, tensors)
+    error = refused(tmp_path)
+    assert "NaN or infinite" in error.what
+    assert error.where == ("qkv_w of layer 1" if "c_attn" in key else "wte")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_largest_finite_values_pass(dtype):
+    limit = ml_dtypes.finfo(dtype).max
+    tiny = ml_dtypes.finfo(dtype).smallest_subnormal
+    checkpoint.check_finite("wte", None, np.array([[limit, -limit, 0.0, -0.0, tiny]], dtype))
+
+
+# -- files that are wrong ------------------------------------------------------------------------
+
+
+def with_header(folder: Path, header: object, size: int | None = None, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = struct.pack("<Q", len(text) if size is None else size)
+    (folder / "model.safetensors").write_bytes(length + text + data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**27, 2**40, 2**63, 2**64 - 1])
+def test_a_hostile_header_length(tmp_path, size):
+    write_checkpoint(tmp_path, TINY)
+    with_header(tmp_path, {}, size=size)
+    tracemalloc.start()
+    assert "safetensors" in refused(tmp_path).what
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MEMORY
+
+
+def test_overlapping_offsets(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    with_header(tmp_path, {"a": entry, "b": entry}, data=bytes(16))
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**62]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]},
+        {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]},
+        {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4]},
+        {},
+        [],
+        None,
+    ],
+    ids=str,
+)
+def test_impossible_headers(tmp_path, entry):
+    write_checkpoint(tmp_path, TINY)
+    with_header(tmp_path, {"wpe.weight": entry}, data=bytes(16))
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_headers_that_are_not_json_objects(tmp_path, text):
+    write_checkpoint(tmp_path, TINY)
+    with_header(tmp_path, text)
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_a_truncated_file(tmp_path, keep):
+    write_checkpoint(tmp_path, TINY)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert str(path) in refused(tmp_path).where
+
+
+def test_a_file_that_is_too_long(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(bytes(16))
+    refused(tmp_path)
+
+
+def test_broken_config(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    (tmp_path / "config.json").write_text('{"n_embd": 32,')
+    assert "config.json" in refused(tmp_path, ConfigError).where
+    (tmp_path / "config.json").unlink()
+    assert "config.json" in refused(tmp_path, ConfigError).where
+
+
+def test_only_a_pickle(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert f"from_pretrained({str(tmp_path)!r}).save_pretrained" in refused(tmp_path).remedy
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", [".", "model.safetensors", "config.json"])
+def test_what_may_not_be_read(tmp_path, name):
+    write_checkpoint(tmp_path, TINY)
+    (tmp_path / name).chmod(0)
+    try:
+        assert "ermission denied" in refused(tmp_path, Gpt2CupyError).what
+    finally:
+        (tmp_path / name).chmod(0o700)
+
+
+def test_a_file_that_the_system_refuses(tmp_path, monkeypatch):
+    """The same for whoever runs tests as root."""
+    write_checkpoint(tmp_path, TINY)
+    opened = Path.open
+
+    def open_(path, *args, **kwargs):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            checkpoint.open(tmp_path)
+    assert checkpoint.open(tmp_path).config == TINY
+
+
+# -- shards --------------------------------------------------------------------------------------
+
+
+def change_index(folder: Path, change) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_a_missing_shard(tmp_path):
+    write_checkpoint(tmp_path, TINY, shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "00002-of-00003" in refused(tmp_path).where
+
+
+def test_a_shard_without_a_tensor_that_the_index_promises(tmp_path):
+    write_checkpoint(tmp_path, TINY, shards=2)
+    first = "model-00001-of-00002.safetensors"
+    change_index(tmp_path, lambda places: places.update({"transformer.ln_f.bias": first}))
+    change_index(tmp_path, lambda places: places.update({"transformer.ln_f.weight": first}))
+    assert "is not in the shard" in refused(tmp_path).what
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "", "..", ".", 3, None])
+def test_an_index_that_leads_elsewhere(tmp_path, name):
+    folder = tmp_path / "folder"
+    write_checkpoint(folder, TINY, shards=2)
+    write_checkpoint(tmp_path, TINY)
+    change_index(folder, lambda places: places.update({"transformer.wte.weight": name}))
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": []}', "[" * 9999]
+)
+def test_a_broken_index(tmp_path, text):
+    write_checkpoint(tmp_path, TINY, shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    refused(tmp_path)
