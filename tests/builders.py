@@ -118,6 +118,25 @@ def write_bpe(
     (folder / names[1]).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def tokenizer_json(vocab: dict[str, int], merges: list, /, **changes) -> dict:
+    """As the tokenizers library writes GPT-2's; changes replace parts, or parts of the model."""
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": merges}
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "model": model,
+    }
+    for name, value in changes.items():
+        (whole if name in whole else model)[name] = value
+    return whole
+
+
 def small_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A small vocabulary in GPT-2's order (bytes, merges, end of text) and its merges."""
     merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("a", "a"), ("aa", "aa"), ("Ã", "©")]

@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from builders import small_bpe, write_bpe, write_llmc_tokenizer
+from builders import small_bpe, tokenizer_json, write_bpe, write_llmc_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,25 +36,6 @@ def small(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def embedded() -> Tokenizer:
     return Tokenizer.from_folder(EMBEDDED["shakespeare"])
-
-
-def tokenizer_json(vocab: dict[str, int], merges: list, /, **changes) -> dict:
-    """As the tokenizers library writes GPT-2's; changes replace parts, or parts of the model."""
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": merges}
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
-        "model": model,
-    }
-    for name, value in changes.items():
-        (whole if name in whole else model)[name] = value
-    return whole
 
 
 # -- encoding and decoding -----------------------------------------------------------------------

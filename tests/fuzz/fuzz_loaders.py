@@ -12,6 +12,7 @@ tests/checkpoint/test_fuzz.py cover the same ground without guidance.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +32,14 @@ with atheris.instrument_imports(include=["gpt2cupy"]):
     from gpt2cupy.weights import Weights
 
 import numpy as np
-from builders import small_bpe, write_bpe, write_checkpoint, write_llmc, write_llmc_tokenizer
+from builders import (
+    small_bpe,
+    tokenizer_json,
+    write_bpe,
+    write_checkpoint,
+    write_llmc,
+    write_llmc_tokenizer,
+)
 
 CONFIG = GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=2)
 
@@ -70,7 +78,7 @@ def targets(folder: Path) -> list[Target]:
     write_checkpoint(shards, CONFIG, shards=2)
     write_bpe(words, *small_bpe())
     whole.mkdir()
-    (whole / "tokenizer.json").write_text("{}")
+    (whole / "tokenizer.json").write_text(json.dumps(tokenizer_json(*small_bpe())))
     write_llmc(folder / "model.bin", CONFIG, Weights.random(CONFIG, 0))
     tokens = [bytes([byte]) for byte in range(256)] + [b"<|endoftext|>"]
     write_llmc_tokenizer(folder / "tokenizer.bin", tokens, 256)

@@ -1,0 +1,114 @@
+"""What Hugging Face makes of a checkpoint's keys, head and options, against what we make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import TINY, write_checkpoint
+from safetensors.numpy import load_file, save_file
+
+import gpt2cupy
+from gpt2cupy import GPT2Config
+
+UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
+IDS = np.arange(40)[None] * 5 % TINY.vocab_size
+
+
+@pytest.fixture
+def agree(tmp_path, hugging_face, their_logits):
+    """Compare the logits of both on the folder."""
+
+    def compare() -> None:
+        theirs = their_logits(hugging_face(tmp_path), IDS)
+        ours = gpt2cupy.GPT2.from_pretrained(tmp_path, device="cpu")(IDS)
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+    return compare
+
+
+def edit(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_forms_of_a_checkpoint(tmp_path, agree, config, prefix, shards):
+    write_checkpoint(tmp_path, config, prefix=prefix, shards=shards)
+    agree()
+
+
+def test_a_stored_head_that_differs_though_the_config_says_tied(tmp_path, agree):
+    write_checkpoint(tmp_path, UNTIED)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    agree()
+
+
+def test_a_stored_head_that_equals_the_embedding(tmp_path, agree):
+    write_checkpoint(tmp_path, TINY)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].copy()}))
+    agree()
+
+
+def test_a_head_alone(tmp_path, agree):
+    write_checkpoint(tmp_path, TINY)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+    agree()
+
+
+def test_buffers_of_old_checkpoints(tmp_path, agree):
+    write_checkpoint(tmp_path, TINY)
+    mask = np.tril(np.ones((1, 1, 48, 48), np.uint8))
+    buffers = {f"transformer.h.{i}.attn.bias": mask for i in range(TINY.n_layer)}
+    buffers["transformer.h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
+    edit(tmp_path, lambda tensors: tensors.update(buffers))
+    agree()
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        *("gelu", "gelu_python", "relu", "silu", "swish", "tanh"),
+    ],
+)
+def test_activations(tmp_path, agree, activation):
+    write_checkpoint(tmp_path, dataclasses.replace(TINY, activation_function=activation))
+    agree()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 32, "n_embd": 64},
+        {"max_position_embeddings": 48, "n_positions": 99},
+        {"num_hidden_layers": 2, "num_attention_heads": 2, "n_layer": 5, "n_head": 4},
+        {"n_ctx": 7},
+        {"n_inner": None},
+        {"layer_norm_epsilon": 1e-3},
+        {"eos_token_id": [3]},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+    ],
+    ids=str,
+)
+def test_fields_of_the_configuration(tmp_path, agree, fields):
+    write_checkpoint(tmp_path, TINY)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict() | fields))
+    agree()
+
+
+def test_a_configuration_that_transformers_wrote(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config(n_layer=3, n_inner=7, activation_function="silu").save_pretrained(
+        tmp_path
+    )
+    expected = GPT2Config(n_layer=3, n_inner=7, activation_function="silu")
+    assert GPT2Config.from_json(tmp_path / "config.json") == expected
