@@ -186,10 +186,9 @@ def read_llmc(path: Path) -> Vocabulary:
     place = _LLMC_HEADER
     while len(texts) < count and place < len(data):
         size = data[place]
-        text = data[place + 1 : place + 1 + size]
-        if not size or len(text) < size:
-            raise _broken(f"token {len(texts)} is empty or cut off", path)
-        texts[len(texts)] = text
+        if not size:
+            raise _broken(f"token {len(texts)} is empty", path)
+        texts[len(texts)] = data[place + 1 : place + 1 + size]
         place += 1 + size
     if len(texts) != count or place != len(data) or end not in texts:
         raise _broken("the number of tokens is not what the header says", path)

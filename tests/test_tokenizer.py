@@ -182,6 +182,21 @@ def test_tokens_that_merging_cannot_make_are_never_made(tmp_path):
     assert tokenizer.decode([vocab["abc"], vocab["lost"]]) == "abclost"
 
 
+def test_tokens_that_are_not_written_in_byte_symbols(tmp_path):
+    vocab, merges = small_bpe()
+    odd = ["two words", "line\nbreak", "日本", "\n"]
+    write_bpe(tmp_path, vocab | {token: len(vocab) + i for i, token in enumerate(odd)}, merges)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert [tokenizer.decode([len(vocab) + i]) for i in range(len(odd))] == odd
+    assert max(tokenizer.encode("two words line\nbreak 日本")) < len(vocab)
+
+
+def test_a_token_with_a_newline_alone_is_not_taken_for_two(tmp_path):
+    vocab, merges = small_bpe()
+    write_bpe(tmp_path, vocab | {"a\nb": len(vocab)}, merges)
+    assert Tokenizer.from_folder(tmp_path).decode([len(vocab)]) == "a\nb"
+
+
 def test_added_tokens(tmp_path):
     vocab, merges = small_bpe()
     write_bpe(tmp_path, vocab, merges)
