@@ -6,11 +6,16 @@
 //           out [B, C]. All ELEM. K and V at position p are written here, from qkv.
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
-// Work      one block per (head, row). A key is read by a group of LANES lanes, VEC elements each;
-//           the groups of the block stride over the keys, every one with its own online softmax
-//           (running maximum, sum and weighted values), and are merged once at the end: first
-//           within each warp by shuffles, then across warps through shared memory.
+// Work      one block per (head, row), or a cluster of SPLIT blocks that deal the keys out among
+//           them. A key is read by a group of LANES lanes, VEC elements each; the groups stride
+//           over the keys, every one with its own online softmax (running maximum, sum and
+//           weighted values), and are merged once at the end: within each warp by shuffles, across
+//           warps and across the blocks of the cluster through shared memory. The first AHEAD
+//           turns of keys and values are loaded before the kernel waits for its predecessor.
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
+//
+// Entries   attention_decode        one block per head: many rows, or a chip without clusters
+//           attention_decode_split  SPLIT blocks per head: few rows, so that the chip is filled
 //
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
 #include "common.cuh"
@@ -20,6 +25,8 @@
 #endif
 
 constexpr int WARPS = 8;  // also in gpt2cupy/ops/attention.py
+constexpr int SPLIT = 8;  // likewise
+constexpr int AHEAD = 4;
 
 __device__ constexpr int widest_divisor(int size, int widest) {
   while (size % widest) widest /= 2;
@@ -68,28 +75,91 @@ __device__ inline void store_head(elem_t* target, int lane, const float (&values
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS* WARP) attention_decode(const elem_t* qkv,
-                                                                           elem_t* k,
-                                                                           elem_t* v,
-                                                                           const int* slots,
-                                                                           const int* positions,
-                                                                           elem_t* out,
-                                                                           float scale,
-                                                                           int NH,
-                                                                           int T) {
-  int head = blockIdx.x, row = blockIdx.y;
+// Merge partials of one channel: their maxima, sums and weighted values (HS apart).
+template <int MOST>
+__device__ inline void combine(const float* tops,
+                               const float* sums,
+                               const float* values,
+                               int count,
+                               float& top,
+                               float& sum,
+                               float& value) {
+  top = MINUS_INFINITY;
+  sum = value = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MOST; i++)
+    if (i < count) top = fmaxf(top, tops[i]);
+#pragma unroll
+  for (int i = 0; i < MOST; i++)
+    if (i < count) {
+      float factor = rescale(tops[i], top);
+      sum += sums[i] * factor;
+      value += values[i * HS] * factor;
+    }
+}
+
+// Keys and values of one turn, as they lie in memory.
+struct Pair {
+  Vec<elem_t, VEC> key[CHUNKS], value[CHUNKS];
+};
+
+__device__ inline void load_packed(const elem_t* source, int lane, Vec<elem_t, VEC> (&to)[CHUNKS]) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    int chunk = lane + c * LANES;
+    if (chunk * VEC < HS)
+      to[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(source + chunk * VEC);
+    else
+      to[c] = {};
+  }
+}
+
+__device__ inline void store_packed(elem_t* to, int lane, const Vec<elem_t, VEC> (&from)[CHUNKS]) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    int chunk = lane + c * LANES;
+    if (chunk * VEC < HS) *reinterpret_cast<Vec<elem_t, VEC>*>(to + chunk * VEC) = from[c];
+  }
+}
+
+__device__ inline void attend(const elem_t* qkv,
+                              elem_t* k,
+                              elem_t* v,
+                              const int* slots,
+                              const int* positions,
+                              elem_t* out,
+                              float scale,
+                              int NH,
+                              int T) {
+  int blocks = cluster_size(), block = cluster_rank();
+  int head = blockIdx.x / blocks, row = blockIdx.y;
   int warp = threadIdx.x / WARP;
   int group = threadIdx.x % WARP / LANES, lane = threadIdx.x % LANES;
+
+  cluster_arrive();  // this block has begun: others may write to its shared memory
+  release_dependents();
   int slot = slots[row], position = positions[row];
+  bool idle = slot < 0 || position < 0 || position >= T;
+  if (idle) position = -1;
   size_t C = (size_t)NH * HS;
   out += row * C + head * HS;
-  if (slot < 0 || position < 0 || position >= T) {
-    for (int i = threadIdx.x; i < HS; i += blockDim.x) out[i] = from_float<elem_t>(0.0f);
-    return;
-  }
   qkv += row * 3 * C + head * HS;
-  k += ((size_t)slot * NH + head) * T * HS;
-  v += ((size_t)slot * NH + head) * T * HS;
+  k += ((size_t)max(slot, 0) * NH + head) * T * HS;
+  v += ((size_t)max(slot, 0) * NH + head) * T * HS;
+
+  // A turn of the cluster takes `stride` keys; this group's are own, own + stride, ...
+  int stride = blocks * WARPS * GROUPS;
+  int own_key = (block * WARPS + warp) * GROUPS + group;
+  Pair ahead[AHEAD];
+#pragma unroll
+  for (int turn = 0; turn < AHEAD; turn++) {
+    int t = own_key + turn * stride;
+    if (t < position) {
+      load_packed(k + (size_t)t * HS, lane, ahead[turn].key);
+      load_packed(v + (size_t)t * HS, lane, ahead[turn].value);
+    }
+  }
+  wait_for_inputs();
 
   float query[CHUNKS][VEC];
   load_head(qkv, lane, query);
@@ -106,26 +176,27 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attention_decode(const
 #pragma unroll
     for (int i = 0; i < VEC; i++) own.values[c][i] = 0.0f;
 
-  // The bound is the same for all lanes of a warp: the shuffles in the loop need every one.
-  for (int first = warp * GROUPS; first <= position; first += WARPS * GROUPS) {
-    int t = min(first + group, position);
-    bool newest = t == position;
-    float key[CHUNKS][VEC], value[CHUNKS][VEC];
-    load_head(newest ? qkv + C : k + (size_t)t * HS, lane, key);
-    load_head(newest ? qkv + 2 * C : v + (size_t)t * HS, lane, value);
+  // Every group fetches the newest pair beside the query, though one only will take it: a load
+  // started later would be waited for.
+  Pair newest;
+  load_packed(qkv + C, lane, newest.key);
+  load_packed(qkv + 2 * C, lane, newest.value);
 
+  auto take = [&](int t, Pair& pair) {
+    if (t == position) {
+      pair = newest;
+      store_packed(k + (size_t)t * HS, lane, pair.key);
+      store_packed(v + (size_t)t * HS, lane, pair.value);
+    }
     float score = 0.0f;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int i = 0; i < VEC; i++) score = fmaf(query[c][i], key[c][i], score);
+      for (int i = 0; i < VEC; i++)
+        score = fmaf(query[c][i], to_float(pair.key[c].value[i]), score);
+    // Every lane of the warp takes part; a group past the end drops what it got.
     score = warp_sum<LANES>(score);
-
-    if (first + group > position) continue;  // a group past the end went along for the shuffles
-    if (newest) {
-      store_head(k + (size_t)t * HS, lane, key);
-      store_head(v + (size_t)t * HS, lane, value);
-    }
+    if (t > position) return;
     float top = fmaxf(own.top, score);
     float old = rescale(own.top, top), weight = expf(score - top);
     own.top = top;
@@ -134,7 +205,22 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attention_decode(const
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
       for (int i = 0; i < VEC; i++)
-        own.values[c][i] = own.values[c][i] * old + weight * value[c][i];
+        own.values[c][i] = own.values[c][i] * old + weight * to_float(pair.value[c].value[i]);
+  };
+
+  // The bounds are the same for all lanes of a warp: the shuffles need every one.
+  int warp_key = own_key - group;
+#pragma unroll
+  for (int turn = 0; turn < AHEAD; turn++)
+    if (warp_key + turn * stride <= position) take(own_key + turn * stride, ahead[turn]);
+  for (int first = warp_key + AHEAD * stride; first <= position; first += stride) {
+    int t = first + group;
+    Pair pair = {};
+    if (t < position) {
+      load_packed(k + (size_t)t * HS, lane, pair.key);
+      load_packed(v + (size_t)t * HS, lane, pair.value);
+    }
+    take(t, pair);
   }
   __syncwarp();
 
@@ -155,8 +241,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attention_decode(const
       }
   }
 
-  // Merge the warps.
+  // Merge the warps, and hand the result to the first block of the cluster.
   __shared__ float tops[WARPS], sums[WARPS], values[WARPS][HS];
+  __shared__ float block_tops[SPLIT], block_sums[SPLIT], block_values[SPLIT][HS];
   if (group == 0) {
     if (lane == 0) {
       tops[warp] = own.top;
@@ -171,15 +258,33 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attention_decode(const
       }
   }
   __syncthreads();
-  float top = tops[0];
-  for (int w = 1; w < WARPS; w++) top = fmaxf(top, tops[w]);
-  for (int i = threadIdx.x; i < HS; i += blockDim.x) {
-    float sum = 0.0f, value = 0.0f;
-    for (int w = 0; w < WARPS; w++) {
-      float factor = rescale(tops[w], top);
-      sum += sums[w] * factor;
-      value += values[w][i] * factor;
+  cluster_wait();
+  if (threadIdx.x < HS) {
+    float value;
+    combine<WARPS>(tops, sums, &values[0][threadIdx.x], WARPS, own.top, own.sum, value);
+    cluster_shared(block_values, 0)[block][threadIdx.x] = value;
+    if (threadIdx.x == 0) {
+      cluster_shared(block_tops, 0)[block] = own.top;
+      cluster_shared(block_sums, 0)[block] = own.sum;
     }
-    out[i] = from_float<elem_t>(value / sum);
+  }
+  cluster_arrive();
+  if (block > 0) return;
+  cluster_wait();
+  if (threadIdx.x < HS) {
+    float value;
+    combine<SPLIT>(
+        block_tops, block_sums, &block_values[0][threadIdx.x], blocks, own.top, own.sum, value);
+    out[threadIdx.x] = from_float<elem_t>(idle ? 0.0f : value / own.sum);
   }
 }
+
+#define ATTENTION_ENTRY(name, cluster)                                                       \
+  extern "C" __global__ void cluster __launch_bounds__(WARPS* WARP)                          \
+      name(const elem_t* qkv, elem_t* k, elem_t* v, const int* slots, const int* positions, \
+           elem_t* out, float scale, int NH, int T) {                                        \
+    attend(qkv, k, v, slots, positions, out, scale, NH, T);                                  \
+  }
+
+ATTENTION_ENTRY(attention_decode, )
+ATTENTION_ENTRY(attention_decode_split, CLUSTER(SPLIT))

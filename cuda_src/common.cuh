@@ -3,6 +3,7 @@
 // Compile-time macros, set by gpt2cupy/ops/compiler.py:
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
+//   K      inner size of the product (norm_gemv only)
 //
 // Letters: B rows, T tokens, C channels, NH heads, HS head size, V vocabulary, L layers.
 #pragma once
@@ -85,4 +86,82 @@ __device__ inline float warp_max(float x) {
   for (int offset = WIDTH / 2; offset > 0; offset /= 2)
     x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, offset));
   return x;
+}
+
+// ---------------------------------------------------------------------------------------------
+// overlap of neighbouring kernels (programmatic dependent launch, sm_90 and newer)
+//
+// A kernel of the decode step first loads what no kernel of the step writes (weights, keys and
+// values of the past), then waits for its predecessor. Launched the plain way, or on an older
+// chip, both calls do nothing.
+
+// From here on the next kernel of the stream may start, up to its own wait.
+__device__ inline void release_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Returns when the kernel before is complete and what it wrote can be read.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// thread block clusters (sm_90 and newer); on an older chip every block is a cluster of its own
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER(size) __cluster_dims__(size)
+#else
+#define CLUSTER(size)
+#endif
+
+__device__ inline int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  return 1;
+#endif
+}
+
+__device__ inline int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// A barrier of all threads of the cluster in two halves: what a thread wrote before it arrived can
+// be read by those that waited. A thread that has returned counts as arrived.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same shared variable in block `rank` of the cluster.
+template <typename T>
+__device__ inline T* cluster_shared(T* own, int rank) {
+#if __CUDA_ARCH__ >= 900
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
+  return there;
+#else
+  return own;
+#endif
 }

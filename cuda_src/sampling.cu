@@ -18,6 +18,10 @@
 // Source    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011 (Philox);
 //           Gumbel-max: Maddison, Tarlow, Minka, 2014
 //
+// Entries   sample        everything that can be asked for, one block per row
+//           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS blocks per
+//                         row, whose findings meet in the shared memory of the first
+//
 // gpt2cupy/ops/reference_sampling.py is the specification.
 #include "common.cuh"
 
@@ -25,6 +29,9 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int THREADS = 1024;  // also in gpt2cupy/ops/sampling.py
+constexpr int PARTS = 8;       // likewise, and the next
+constexpr int PLAIN_THREADS = 256;
+constexpr int NOISE_AHEAD = 7;  // quads of a thread: 57,344 tokens in all
 constexpr int PROMPT_BIT = 1 << 30;
 
 struct RowParams {
@@ -41,11 +48,11 @@ struct RowParams {
   int unused;
 };
 
-struct RingEntry {
+struct alignas(16) RingEntry {
   u32 stamp;
   int id;
+  u32 stamp_again;
   float logprob;
-  u32 unused;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -85,6 +92,15 @@ __device__ inline float block_sum(float own, float* shared) {
   own = 0.0f;
   for (int i = 0; i < THREADS / WARP; i++) own += shared[i];
   return own;
+}
+
+// Put a token into its row's ring. The host polls the stamps: each half carries its own, and eight
+// bytes arrive together, so no fence is needed.
+__device__ inline void hand_over(RingEntry* ring, int size, u32* step, int id, float logprob) {
+  RingEntry* entry = ring + *step % size;
+  u64 stamp = ++*step;
+  *(volatile u64*)&entry->stamp = stamp | (u64)(u32)id << 32;
+  *(volatile u64*)&entry->stamp_again = stamp | (u64)__float_as_uint(logprob) << 32;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -250,16 +266,138 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
 
   if (threadIdx.x == 0) {
     int id = min(best.id, V - 1);  // a row of NaN has no best
+    if (counts) counts[id] += 1;
     ids[row] = id;
     positions[row] = position;
-    if (counts) counts[id] += 1;
-    RingEntry* entry = ring + (size_t)row * ring_size + steps[row] % ring_size;
-    entry->id = id;
-    entry->logprob = logits[id] - normaliser;
-    // The host polls the stamp: everything else must have arrived before it.
-    __threadfence_system();
-    *(volatile u32*)&entry->stamp = ++steps[row];
+    hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// greedy, or temperature alone
+
+// What part of a row has come to: sum of exp(x - top), and the best choice with its raw logit.
+struct Finding {
+  float top, sum;
+  Best best;
+  float logit;
+};
+
+// Merge the findings of a warp's lanes; every lane gets the result.
+__device__ inline Finding warp_merged(Finding own) {
+  float top = warp_max(own.top);
+  own.sum = warp_sum(own.top == MINUS_INFINITY ? 0.0f : own.sum * expf(own.top - top));
+  own.top = top;
+#pragma unroll
+  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+    Best other = {__shfl_xor_sync(FULL_MASK, own.best.value, offset),
+                  __shfl_xor_sync(FULL_MASK, own.best.id, offset)};
+    float logit = __shfl_xor_sync(FULL_MASK, own.logit, offset);
+    own.best = better(own.best, other);
+    if (own.best.id == other.id) own.logit = logit;
+  }
+  return own;
+}
+
+extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
+    sample_plain(const float* logits,
+                 const int* rows,
+                 const RowParams* params,
+                 int* ids,
+                 int* positions,
+                 u32* steps,
+                 RingEntry* ring,
+                 int V,
+                 int Vp,
+                 int ring_size) {
+  constexpr int WARPS = PLAIN_THREADS / WARP;
+  __shared__ Finding findings[PARTS * WARPS];
+  int blocks = cluster_size(), block = cluster_rank();
+  int line = blockIdx.x / blocks, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  cluster_arrive();  // this block has begun: others may write to its shared memory
+  int row = rows[line];
+  RowParams p = params[row];
+  int position = positions[row] + 1;
+  uint2 key = make_uint2((u32)p.seed, (u32)(p.seed >> 32));
+  bool random = p.temperature > 0.0f;
+  float divisor = random ? p.temperature : 1.0f;
+  logits += (size_t)line * Vp;
+
+  // The noise does not depend on the logits: it is made while they still are.
+  int first = block * PLAIN_THREADS + threadIdx.x, stride = blocks * PLAIN_THREADS;
+  float noise[NOISE_AHEAD][4];
+#pragma unroll
+  for (int turn = 0; turn < NOISE_AHEAD; turn++) {
+    uint4 bits = philox(make_uint4(first + turn * stride, position, 0, 0), key);
+    noise[turn][0] = random ? gumbel(bits.x) : 0.0f;
+    noise[turn][1] = random ? gumbel(bits.y) : 0.0f;
+    noise[turn][2] = random ? gumbel(bits.z) : 0.0f;
+    noise[turn][3] = random ? gumbel(bits.w) : 0.0f;
+  }
+  wait_for_inputs();
+
+  Finding own = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, V}, 0.0f};
+  auto take = [&](int quad, const float (&x)[4], const float (&shift)[4]) {
+    float top = own.top;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (quad * 4 + i < V) top = fmaxf(top, x[i]);
+    float sum = own.top == MINUS_INFINITY ? 0.0f : own.sum * expf(own.top - top);
+    own.top = top;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int v = quad * 4 + i;
+      if (v >= V) continue;
+      sum += expf(x[i] - top);
+      own.best = better(own.best, Best{x[i] / divisor + shift[i], v});
+      if (own.best.id == v) own.logit = x[i];
+    }
+    own.sum = sum;
+  };
+  float x[NOISE_AHEAD][4];
+#pragma unroll
+  for (int turn = 0; turn < NOISE_AHEAD; turn++) {
+    int quad = first + turn * stride;
+    if (quad * 4 < V) load_floats(logits + quad * 4, x[turn]);  // rows are padded to 128
+  }
+#pragma unroll
+  for (int turn = 0; turn < NOISE_AHEAD; turn++) {
+    int quad = first + turn * stride;
+    if (quad * 4 < V) take(quad, x[turn], noise[turn]);
+  }
+  for (int quad = first + NOISE_AHEAD * stride; quad * 4 < V; quad += stride) {
+    uint4 bits = philox(make_uint4(quad, position, 0, 0), key);
+    float late[4] = {gumbel(bits.x), gumbel(bits.y), gumbel(bits.z), gumbel(bits.w)};
+    if (!random) late[0] = late[1] = late[2] = late[3] = 0.0f;
+    load_floats(logits + quad * 4, x[0]);
+    take(quad, x[0], late);
+  }
+
+  own = warp_merged(own);
+  cluster_wait();
+  if (lane == 0) *cluster_shared(&findings[block * WARPS + warp], 0) = own;
+  cluster_arrive();
+  if (block > 0) return;
+  cluster_wait();
+  if (warp > 0) return;
+  // Each lane goes through some warps' findings in order, then the lanes merge.
+  own = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, V}, 0.0f};
+  for (int i = lane; i < blocks * WARPS; i += WARP) {
+    Finding other = findings[i];
+    float top = fmaxf(own.top, other.top);
+    own.sum = (own.top == MINUS_INFINITY ? 0.0f : own.sum * expf(own.top - top)) +
+              (other.top == MINUS_INFINITY ? 0.0f : other.sum * expf(other.top - top));
+    own.top = top;
+    own.best = better(own.best, other.best);
+    if (own.best.id == other.best.id) own.logit = other.logit;
+  }
+  own = warp_merged(own);
+  if (lane > 0) return;
+  int id = min(own.best.id, V - 1);  // a row of NaN has no best
+  ids[row] = id;
+  positions[row] = position;
+  float logprob = own.logit - (own.top + logf(own.sum));
+  hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logprob);
 }
 
 // The `count` most probable tokens of each row of logits, best first, with their logprobs.

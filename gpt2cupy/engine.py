@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import ops
-from .decode import DecodeState, EagerDecoder
+from .decode import DecodeState, decoder
 from .decode.eager import choose
 from .model import GPT2
 from .ops.launch import memory_error
@@ -95,10 +95,15 @@ class Engine:
         Sequences generated at once.
     capacity : int, optional
         Tokens of prompt and continuation per slot; ``n_positions`` by default.
+    decode : {"auto", "eager", "graph"}
+        How a step is run; "auto" is the fastest there is.
     """
 
-    def __init__(self, model: GPT2, slots: int = 1, capacity: int | None = None) -> None:
+    def __init__(
+        self, model: GPT2, slots: int = 1, capacity: int | None = None, *, decode: str = "auto"
+    ) -> None:
         self.model = model
+        self.decoder = decoder(model, decode)
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
         if model.xp is np:
@@ -120,7 +125,6 @@ class Engine:
         self.state = DecodeState(self.model, self.cache, slots)
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)
         self.prefill_work = self.model.new_workspace(rows)
-        self.decoder = EagerDecoder(self.model)
         self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
 
     @property
@@ -190,7 +194,7 @@ class Engine:
         params = request.params
         self.cache.reset(row)
         settings = params.row(request.index, len(request.prompt), request.eos)
-        self.state.assign(row, row, settings)
+        self.state.assign(row, row, settings, params.plain)
         counted = request.prompt if params.counts_tokens else None
         self.state.set_processors(row, counted, params.logit_bias)
         self.state.seek(row, len(request.prompt) - 1)

@@ -141,29 +141,30 @@ class GPT2:
         work : Workspace
             Of exactly N rows.
         """
-        config, w = self.config, self.weights
-        eps = config.layer_norm_epsilon
-        x = ops.embedding(ids, positions, w.wte, w.wpe, out=work.x)
-        for index, layer in enumerate(self.layers):
-            h = ops.layer_norm(x, layer["ln1_w"], layer["ln1_b"], eps, out=work.h)
-            self._linear(h, layer["qkv_w"], layer["qkv_b"], out=work.qkv)
-            attend(index, work.qkv, work.attended)
-            self._linear(work.attended, layer["proj_w"], layer["proj_b"], residual=x, out=x)
-            h = ops.layer_norm(x, layer["ln2_w"], layer["ln2_b"], eps, out=work.h)
-            self._linear(
-                h, layer["fc_w"], layer["fc_b"], activation=config.activation, out=work.inner
+        eps, backend = self.config.layer_norm_epsilon, self.gemv
+        x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
+        for index, w in enumerate(self.layers):
+            norm = (x, w["ln1_w"], w["ln1_b"], eps)
+            ops.norm_linear(
+                *norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend
             )
-            self._linear(work.inner, layer["out_w"], layer["out_b"], residual=x, out=x)
+            attend(index, work.qkv, work.attended)
+            ops.linear(
+                work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend
+            )
+            norm = (x, w["ln2_w"], w["ln2_b"], eps)
+            ops.norm_linear(
+                *norm, w["fc_w"], w["fc_b"], activation=self.config.activation, h=work.h,
+                out=work.inner, backend=backend,
+            )  # fmt: skip
+            ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, backend=backend)
         return x
-
-    def _linear(self, x: Array, weight: Array, bias: Array | None = None, **options: Any) -> Array:
-        return ops.linear(x, weight, bias, backend=self.gemv, **options)
 
     def logits(self, x: Array, work: Workspace, out: Array) -> Array:
         """Logits [N, Vp] (float32) of rows of the residual stream."""
         w = self.weights
-        h = ops.layer_norm(x, w.lnf_w, w.lnf_b, self.config.layer_norm_epsilon, out=work.h)
-        return self._linear(h, w.lm_head, out=out)
+        norm = (x, w.lnf_w, w.lnf_b, self.config.layer_norm_epsilon)
+        return ops.norm_linear(*norm, w.lm_head, h=work.h, out=out, backend=self.gemv)
 
     def prefill(
         self, tokens: Sequence[np.ndarray], slots: Sequence[int], cache: KVCache, work: Workspace

@@ -127,6 +127,13 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty)
         return self.repetition_penalty != 1 or any(penalties)
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the temperature shapes the choice."""
+        filters = self.top_k or self.top_p < 1 or self.min_p
+        shaped = self.counts_tokens or self.logit_bias or self.min_new_tokens
+        return not shaped and (self.temperature == 0 or not filters)
+
     def row(self, index: int, prompt_length: int, eos: int) -> np.ndarray:
         """``ROW_PARAMS`` of continuation ``index`` of a prompt, one entry."""
         seed = secrets.randbits(64) if self.seed is None else (self.seed + index) % 2**64

@@ -19,7 +19,7 @@ LAYERS = (
     ("config",),
     ("weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference"),
-    ("ops.compiler", "ops.launch"),
+    ("ops.compiler", "ops.tape", "ops.launch"),
     ("ops.blas", "ops"),
     ("sampling", "model"),
     ("checkpoint", "decode"),

@@ -12,6 +12,7 @@ from error_rule import DTYPES, check
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams
 from gpt2cupy.engine import Engine, Request
+from gpt2cupy.errors import InputError
 from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.weights import Weights
 
@@ -212,6 +213,35 @@ def test_memory_is_given_back():
         with gpt2cupy.load(device="cuda") as lm:
             lm.generate("ROMEO:", max_new_tokens=5)
     assert pool.used_bytes() == used
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 9, "presence_penalty": 0.5}]
+)
+def test_a_graph_gives_the_bits_of_the_eager_step(slots, options):
+    import cupy
+
+    model = model_on(cupy, TINY, Weights.random(TINY, 0, np.float16))
+    params = SamplingParams(max_new_tokens=12, seed=3, **options)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, TINY.vocab_size, n).astype(np.int32) for n in (1, 3, 2, 4)]
+    found = []
+    for path in ("eager", "graph", "graph"):
+        engine = Engine(model, slots, decode=path)
+        requests = [Request(i, prompt, params) for i, prompt in enumerate(prompts)]
+        found.append(sorted((t.key, t.id, t.logprob) for t in engine.run(requests)))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 4 * 12
+
+
+def test_an_unknown_decode_path_is_refused():
+    model = GPT2(TINY, Weights.random(TINY, 0))
+    with pytest.raises(InputError, match="warp"):
+        Engine(model, decode="warp")
+    with pytest.raises(InputError, match="graph"):
+        Engine(model, decode="graph")
 
 
 def test_preparing_a_decoder_advances_nothing(xp):

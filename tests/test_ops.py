@@ -10,7 +10,7 @@ from error_rule import DTYPES, check
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import reference
+from gpt2cupy.ops import attention, reference
 
 SEEDS = range(5)
 AWKWARD = [1, 19, 99, 128, 768, 989, 1600]
@@ -106,6 +106,26 @@ def test_linear(xp, dtype, rows, m, k, backend, activation, with_residual):
     check(*together(found), dtype, f"linear {backend}")
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("m", "k"), [(1, 8), (19, 99), (2304, 768), (99, 1600), (50304, 256), (7, 2048), (8, 2056)]
+)
+@pytest.mark.parametrize("outlier", [0.0, 3000.0])
+def test_norm_linear(xp, dtype, rows, m, k, outlier):
+    found = []
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        x, w = draw(rng, (rows, k), np.float32), draw(rng, (m, k), dtype, k**-0.5)
+        x[:, k // 2] += outlier
+        norm_w, norm_b, bias = (draw(rng, n, dtype) for n in (k, k, m))
+        args = (x, norm_w, norm_b, 1e-5, w, bias)
+        exact = reference.norm_linear(*wide(x, norm_w, norm_b), 1e-5, *wide(w, bias))
+        ours = ops.norm_linear(*on(xp, *args[:3]), 1e-5, *on(xp, w, bias))
+        assert ours.dtype == dtype
+        found.append((host(ours), reference.norm_linear(*args), exact))
+    check(*together(found), dtype, "norm_linear")
+
+
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "relu", "silu", "tanh"])
 def test_bias_act(xp, dtype, activation):
     rng = np.random.default_rng(0)
@@ -165,14 +185,19 @@ HEAD_SIZES = [1, 8, 32, 59, 64, 80, 96, 128]
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("position", [0, 1, 31, 32, 255, 300])
-def test_attention_decode(xp, dtype, head_size, position):
+@pytest.mark.parametrize("position", [0, 1, 31, 32, 255, 300, 1023])
+@pytest.mark.parametrize("clusters", [True, False])
+def test_attention_decode(xp, dtype, head_size, position, clusters, monkeypatch):
+    if not clusters:
+        if xp is np:
+            pytest.skip("NumPy knows no clusters")
+        monkeypatch.setattr(attention, "has_clusters", lambda: False)
     found = []
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
         heads = 3
         qkv = draw(rng, (2, 3 * heads * head_size), dtype)
-        k, v = cache_pair(rng, dtype, 3, heads, 301, head_size, {2: position, 0: 5})
+        k, v = cache_pair(rng, dtype, 3, heads, 1024, head_size, {2: position, 0: 5})
         slots, positions = np.array([2, 0], np.int32), np.array([position, 5], np.int32)
         args = (slots, positions, head_size**-0.5)
         exact = reference.attention_decode(*wide(qkv, k, v), *args)
@@ -274,7 +299,7 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
 
     from gpt2cupy.ops.attention import ATTENTION_NAIVE
     from gpt2cupy.ops.launch import launch
-    from gpt2cupy.ops.linear import GEMV_NAIVE, GEMV_SCALAR
+    from gpt2cupy.ops.linear import GEMV, GEMV_NAIVE, GEMV_SCALAR
     from gpt2cupy.ops.norm import LAYER_NORM_NAIVE
 
     dtype = DTYPES[dtype_name]
@@ -282,7 +307,7 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     x, w, b = draw(rng, (1, 768), dtype), draw(rng, (99, 768), dtype, 0.03), draw(rng, 99, dtype)
     exact = reference.linear(*wide(x, w, b))
     baseline = reference.linear(x, w, b)
-    for kernel, blocks in ((GEMV_NAIVE, 1), (GEMV_SCALAR, 25)):
+    for kernel, blocks in ((GEMV_NAIVE, 1), (GEMV_SCALAR, 25), (GEMV, 13)):
         out = cp.empty((1, 99), dtype)
         args = (*on(cp, x, w, b), None, out, 0)
         launch(kernel[dtype == np.float32], (blocks,), (128,), args, elem=dtype)

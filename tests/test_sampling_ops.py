@@ -12,7 +12,7 @@ from gpt2cupy.ops.sampling import PROMPT_BIT, RING_ENTRY
 V, VP = 1003, 1024
 
 
-def choose(xp, logits, params, positions, counts=None, bias=None):
+def choose(xp, logits, params, positions, counts=None, bias=None, plain=False):
     """Run ops.sample once for every row; returns ids, positions and ring entries."""
     batch = len(logits)
     padded = np.full((batch, VP), np.nan, np.float32)
@@ -23,7 +23,8 @@ def choose(xp, logits, params, positions, counts=None, bias=None):
     counts = None if counts is None else xp.asarray(counts)
     bias = None if bias is None else xp.asarray(bias)
     order = xp.asarray(np.arange(batch, dtype=np.int32))
-    ops.sample(xp.asarray(padded), V, order, *state, steps, ring, counts=counts, bias=bias)
+    extra = {"counts": counts, "bias": bias, "plain": plain}
+    ops.sample(xp.asarray(padded), V, order, *state, steps, ring, **extra)
     get = (lambda a: a) if xp is np else (lambda a: a.get())
     entries = get(ring).view(RING_ENTRY)[:, 0, 0]
     return get(state[1]), get(state[2]), entries, None if counts is None else get(counts)
@@ -39,6 +40,24 @@ def test_greedy_takes_the_largest_and_the_smaller_id_of_equals(xp):
     assert entries["stamp"].tolist() == [1, 1, 1]
     expected = reference_sampling.token_logprobs(logits.astype(np.float64))
     np.testing.assert_allclose(entries["logprob"], expected[range(3), ids], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 100.0])
+def test_the_plain_kernel_chooses_what_the_full_one_chooses(temperature):
+    import cupy
+
+    rng = np.random.default_rng(2)
+    logits = (rng.standard_normal((64, V)) * 3).astype(np.float32)
+    logits[0] = np.nan
+    params = SamplingParams(seed=5, temperature=temperature)
+    rows, positions = [params.row(i, 0, 7) for i in range(64)], rng.integers(0, 1000, 64)
+    full = choose(cupy, logits, rows, positions)
+    plain = choose(cupy, logits, rows, positions, plain=True)
+    np.testing.assert_array_equal(plain[0], full[0])
+    np.testing.assert_array_equal(plain[1], full[1])
+    np.testing.assert_array_equal(plain[2]["stamp"], full[2]["stamp"])
+    np.testing.assert_allclose(plain[2]["logprob"][1:], full[2]["logprob"][1:], atol=2e-6)
 
 
 CASES = {

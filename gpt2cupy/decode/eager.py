@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import ops
 from ..model import GPT2
-from ..ops.launch import recorded
+from ..ops.tape import recorded
 from .state import DecodeState
 
 
@@ -25,15 +25,18 @@ class EagerDecoder:
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
-        self.calls: list[Callable[[], Any]] = []
-        self.prepared_for: tuple[Any, ...] = ()
+        # By kind of step: what must live as long as it, and what runs it.
+        self._prepared: dict[tuple[int, ...], tuple[Any, Callable[[], None]]] = {}
 
     def prepare(self, state: DecodeState) -> None:
-        """Check and keep the launches of one step of ``state``."""
-        if state.xp is not np:
-            with recorded() as self.calls:
+        """Make the step of ``state`` ready to run, without running it."""
+        if state.xp is np:
+            return
+        kind = self._kind(state)
+        if _key(kind) not in self._prepared:
+            with recorded() as calls:
                 self._step(state)
-            self.prepared_for = self._key(state)
+            self._prepared[_key(kind)] = (kind, calls), self._ready(calls)
 
     def step(self, state: DecodeState, n: int = 1) -> None:
         """Queue ``n`` steps: feed every row its token and choose the next."""
@@ -41,24 +44,34 @@ class EagerDecoder:
             for _ in range(n):
                 self._step(state)
             return
-        key = self._key(state)
-        if len(self.prepared_for) != len(key) or any(
-            a is not b for a, b in zip(self.prepared_for, key, strict=True)
-        ):
-            self.prepare(state)
+        self.prepare(state)
+        _, run = self._prepared[_key(self._kind(state))]
         for _ in range(n):
-            for call in self.calls:
+            run()
+
+    def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
+        """What runs the recorded launches of a step."""
+
+        def run() -> None:
+            for call in calls:
                 call()
 
-    def _key(self, state: DecodeState) -> tuple[Any, ...]:
+        return run
+
+    def _kind(self, state: DecodeState) -> tuple[Any, ...]:
         # Counts and bias appear when the first request needs them.
-        return state, state.counts, state.bias, self.model.gemv
+        return state, state.counts, state.bias, state.plain, self.model.gemv
 
     def _step(self, state: DecodeState) -> None:
         self.model.decode(
             state.ids, state.positions, state.slots, state.cache, state.work, state.logits
         )
         choose(state, state.logits, state.rows)
+
+
+def _key(kind: tuple[Any, ...]) -> tuple[int, ...]:
+    # Identities, which stay theirs because what was prepared keeps the objects.
+    return tuple(id(part) for part in kind)
 
 
 def choose(state: DecodeState, logits: Any, rows: Any) -> None:
@@ -75,4 +88,5 @@ def choose(state: DecodeState, logits: Any, rows: Any) -> None:
         counts=state.counts,
         bias=state.bias,
         scratch=state.scratch[: len(rows)],
+        plain=state.plain,
     )

@@ -60,6 +60,7 @@ class DecodeState:
         wide = self.work.x.dtype
         self.logits = xp.zeros((batch, config.padded_vocab_size), wide)
         self.scratch = xp.zeros((batch, config.padded_vocab_size), wide)
+        self.shaped: set[int] = set()  # rows whose choice needs more than a temperature
         self.counts: Any = None
         self.bias: Any = None
         shape = (batch, RING, RING_ENTRY.itemsize)
@@ -80,8 +81,17 @@ class DecodeState:
         own = [value for value in vars(self).values() if hasattr(value, "nbytes")]
         return sum(a.nbytes for a in own if a is not self.cache and a is not self._entries)
 
-    def assign(self, row: int, slot: int, params: np.ndarray) -> None:
-        """Give a row to a sequence in ``slot`` (-1: to nobody), with its ``ROW_PARAMS``."""
+    @property
+    def plain(self) -> bool:
+        """Whether no row's choice needs more than a temperature."""
+        return not self.shaped
+
+    def assign(self, row: int, slot: int, params: np.ndarray, plain: bool = True) -> None:
+        """Give a row to a sequence in ``slot`` (-1: to nobody), with its ``ROW_PARAMS``.
+
+        ``plain`` says that they ask for no more than a temperature.
+        """
+        (self.shaped.discard if plain else self.shaped.add)(row)
         self._write(self.slots, row, np.array([slot], np.int32))
         self._write(self.params, row, params.view(np.uint8).reshape(1, -1))
 
@@ -121,11 +131,15 @@ class DecodeState:
         if self.xp is not np:
             stream = self.xp.cuda.get_current_stream()
             spins = 0
-            while entry["stamp"] != stamp:
+
+            def arrived() -> bool:
+                return entry["stamp"] == stamp and entry["stamp_again"] == stamp
+
+            while not arrived():
                 spins += 1
                 # The stamp comes through memory; asking the driver is only for the case that
                 # the step died and never writes it.
-                if spins % 4096 == 0 and stream.done and entry["stamp"] != stamp:
+                if spins % 4096 == 0 and stream.done and not arrived():
                     stream.synchronize()
                     raise DeviceError(
                         "a decode step ended without writing its token",

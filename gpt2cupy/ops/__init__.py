@@ -2,7 +2,7 @@
 
 from .attention import attention_decode, attention_prefill
 from .embedding import embedding
-from .linear import bias_act, gemv, linear
+from .linear import bias_act, gemv, linear, norm_linear
 from .norm import add_layer_norm, layer_norm
 from .sampling import sample, target_logprobs, top_logprobs
 
@@ -15,6 +15,7 @@ __all__ = [
     "gemv",
     "layer_norm",
     "linear",
+    "norm_linear",
     "sample",
     "target_logprobs",
     "top_logprobs",

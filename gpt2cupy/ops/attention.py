@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, has_clusters, is_device_array, launch, sm_count
 
 Array = Any
 
 _DECODE_WARPS = 8  # WARPS in attention_decode.cu
+_SPLIT = 8  # SPLIT there: blocks that share a head
 _PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
 
 _PREFILL = (
@@ -18,11 +19,13 @@ _PREFILL = (
 )
 ATTENTION_PREFILL = Kernel("attention_prefill.cu", "attention_prefill", _PREFILL)
 ATTENTION_NAIVE = Kernel("attention_prefill.cu", "attention_naive", _PREFILL)
-ATTENTION_DECODE = Kernel(
-    "attention_decode.cu",
-    "attention_decode",
+_DECODE = (
     "qkv: ELEM[B,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], slots: int32[B], "
-    "positions: int32[B], out: ELEM[B,C], scale: float, NH, T",
+    "positions: int32[B], out: ELEM[B,C], scale: float, NH, T"
+)
+ATTENTION_DECODE = Kernel("attention_decode.cu", "attention_decode", _DECODE, overlaps=True)
+ATTENTION_DECODE_SPLIT = Kernel(
+    "attention_decode.cu", "attention_decode_split", _DECODE, overlaps=True
 )
 
 
@@ -123,9 +126,11 @@ def attention_decode(
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
+    # Few heads leave most of the chip idle: a cluster of blocks shares each.
+    split = has_clusters() and heads * len(qkv) <= 2 * sm_count()
     launch(
-        ATTENTION_DECODE,
-        (heads, len(qkv)),
+        ATTENTION_DECODE_SPLIT if split else ATTENTION_DECODE,
+        (heads * (_SPLIT if split else 1), len(qkv)),
         (32 * _DECODE_WARPS,),
         (qkv, k, v, slots, positions, out, scale),
         elem=qkv.dtype,

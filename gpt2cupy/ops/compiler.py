@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 import tempfile
@@ -21,12 +22,15 @@ ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bflo
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 FAST_HEAD_SIZES = (32, 64, 80, 96, 128)
 MAX_HEAD_SIZE = 128
+# n_embd and inner size of GPT-2's four sizes and of the embedded model; others compile on demand.
+FAST_INNER_SIZES = (256, 768, 1024, 1280, 1600, 3072, 4096, 5120, 6400)
 
 # Every source and the macros it is compiled with.
 SOURCES: dict[str, tuple[str, ...]] = {
     "embedding.cu": ("ELEM",),
     "norm.cu": ("ELEM",),
     "linear.cu": ("ELEM",),
+    "norm_gemv.cu": ("ELEM", "K"),
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
     "sampling.cu": (),
@@ -36,13 +40,18 @@ SOURCES: dict[str, tuple[str, ...]] = {
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
-def variants(head_sizes: tuple[int, ...] = FAST_HEAD_SIZES) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every (source, macros) pair that a model with one of these head sizes may launch."""
+def variants(
+    head_sizes: tuple[int, ...] = FAST_HEAD_SIZES, inner_sizes: tuple[int, ...] = FAST_INNER_SIZES
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every (source, macros) pair that a model with one of these sizes may launch."""
+    choices = {
+        "ELEM": tuple(ELEMENT_TYPES.values()),
+        "HS": tuple(map(str, head_sizes)),
+        "K": tuple(map(str, inner_sizes)),
+    }
     for source, macros in SOURCES.items():
-        for elem in ELEMENT_TYPES.values() if "ELEM" in macros else (None,):
-            for size in head_sizes if "HS" in macros else (None,):
-                defines = {"ELEM": elem, "HS": None if size is None else str(size)}
-                yield source, {key: value for key, value in defines.items() if value is not None}
+        for values in itertools.product(*(choices[macro] for macro in macros)):
+            yield source, dict(zip(macros, values, strict=True))
 
 
 @functools.cache

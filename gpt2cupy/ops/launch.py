@@ -12,18 +12,16 @@ cannot contradict the arrays, and nothing is left for the kernel to trust.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import CompileError, DeviceError, DeviceMemoryError, InputError
 from . import compiler
+from .tape import Launch, submit
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
@@ -63,22 +61,43 @@ class Kernel:
         File in cuda_src and function in it.
     signature : str
         Parameters as the module's docstring shows them.
+    overlaps : bool
+        Whether it calls ``wait_for_inputs``: then it may start before its
+        predecessor ends.
     """
 
-    def __init__(self, source: str, entry: str, signature: str) -> None:
+    def __init__(self, source: str, entry: str, signature: str, *, overlaps: bool = False) -> None:
         self.source = source
         self.entry = entry
+        self.overlaps = overlaps
         self.parameters = tuple(_parse(part) for part in re.split(r",\s+", signature))
 
-    def function(self, elem: np.dtype | None, head_size: int | None) -> Any:
-        """The loaded kernel for one element type and head size on the current device."""
-        return load(self.source, elem, head_size).get_function(self.entry)
+    def function(self, elem: np.dtype | None, head_size: int | None, inner: int | None) -> Any:
+        """The loaded kernel for one element type and size on the current device."""
+        return load(self.source, elem, head_size, inner).get_function(self.entry)
 
 
 def current_device() -> int:
     import cupy
 
     return cupy.cuda.runtime.getDevice()
+
+
+def sm_count() -> int:
+    """Multiprocessors of the current device."""
+    return _sm_count(current_device())
+
+
+@functools.cache
+def _sm_count(device: int) -> int:
+    import cupy
+
+    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+
+
+def has_clusters() -> bool:
+    """Whether the current device runs thread block clusters (sm_90 and newer)."""
+    return int(device_arch(current_device())[3:]) >= 90
 
 
 @functools.cache
@@ -97,13 +116,17 @@ def device_arch(device: int) -> str:
     return f"sm_{capability}"
 
 
-def load(source: str, elem: np.dtype | None, head_size: int | None) -> Any:
-    """The RawModule of one source, element type and head size on the current device."""
-    return _load(current_device(), source, elem, head_size)
+def load(
+    source: str, elem: np.dtype | None, head_size: int | None = None, inner: int | None = None
+) -> Any:
+    """The RawModule of one source, element type and size on the current device."""
+    return _load(current_device(), source, elem, head_size, inner)
 
 
 @functools.cache
-def _load(device: int, source: str, elem: np.dtype | None, head_size: int | None) -> Any:
+def _load(
+    device: int, source: str, elem: np.dtype | None, head_size: int | None, inner: int | None
+) -> Any:
     import cupy
 
     macros = compiler.SOURCES[source]
@@ -126,6 +149,8 @@ def _load(device: int, source: str, elem: np.dtype | None, head_size: int | None
                 remedy="Run this model with device='cpu'.",
             )
         defines["HS"] = str(head_size)
+    if "K" in macros:
+        defines["K"] = str(inner)
     path = compiler.cubin(source, defines, device_arch(device))
     module = cupy.RawModule(path=str(path))
     try:
@@ -140,8 +165,14 @@ def _load(device: int, source: str, elem: np.dtype | None, head_size: int | None
 
 
 @functools.cache
-def _function(device: int, kernel: Kernel, elem: np.dtype | None, head_size: int | None) -> Any:
-    return kernel.function(elem, head_size)
+def _function(
+    device: int,
+    kernel: Kernel,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+) -> Any:
+    return kernel.function(elem, head_size, inner)
 
 
 def launch(
@@ -152,6 +183,7 @@ def launch(
     *,
     elem: np.dtype | None = None,
     head_size: int | None = None,
+    inner: int | None = None,
 ) -> None:
     """Check ``args`` against the kernel's signature and launch it on the current stream.
 
@@ -168,6 +200,8 @@ def launch(
         What ELEM stands for.
     head_size : int, optional
         What HS stands for.
+    inner : int, optional
+        What K stands for, where the source has it as a macro.
 
     Raises
     ------
@@ -177,6 +211,8 @@ def launch(
     """
     device = current_device()
     bound: dict[str, int] = {} if head_size is None else {"HS": head_size}
+    if inner is not None:
+        bound["K"] = inner
     values: list[Any] = []
     given = iter(args)
     for parameter in kernel.parameters:
@@ -200,36 +236,8 @@ def launch(
         if not array._c_contiguous or misaligned or data.device_id != device:
             _refuse(kernel, parameter, array, elem, bound)
         values.append(array)
-    submit(
-        functools.partial(_function(device, kernel, elem, head_size), grid, block, tuple(values))
-    )
-
-
-_tape = threading.local()
-
-
-def submit(call: Callable[[], Any]) -> None:
-    """Run a checked launch, or put it on the tape while one is being recorded."""
-    calls = getattr(_tape, "calls", None)
-    if calls is None:
-        call()
-    else:
-        calls.append(call)
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Callable[[], Any]]]:
-    """Collect the launches made inside instead of running them.
-
-    They hold their arrays, and are valid as long as those are what is meant:
-    checks are made once, when recording, and not again when replaying.
-    """
-    calls: list[Callable[[], Any]] = []
-    _tape.calls = calls
-    try:
-        yield calls
-    finally:
-        _tape.calls = None
+    function = _function(device, kernel, elem, head_size, inner)
+    submit(Launch(function, grid, block, tuple(values), kernel.overlaps))
 
 
 def _granule(array: Any) -> int:

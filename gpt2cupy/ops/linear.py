@@ -1,4 +1,4 @@
-"""Products with a weight matrix and their epilogues. Kernels: cuda_src/linear.cu, and cuBLAS.
+"""Products with a weight matrix: kernels in norm_gemv.cu and linear.cu, and cuBLAS.
 
 One row goes to our GEMV or to cuBLAS's, many rows to cuBLASLt.
 """
@@ -11,33 +11,44 @@ import numpy as np
 
 from ..errors import InputError
 from . import blas, reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, is_device_array, launch, sm_count
+from .norm import layer_norm
 
 Array = Any
 
 ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
 BACKENDS = ("ours", "cublas")
 
-_WARPS = 4  # of a GEMV block
-_ROWS = 2  # outputs of a warp; ROWS in linear.cu
+_WARPS = 4  # of a block; WARPS, ROWS, SPLIT and the longest normalised row are in norm_gemv.cu
+_ROWS = 2  # outputs of a warp
+_SPLIT = 4  # warps that share a row longer than
+_LONGEST = 2048
+_BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; a block of more rows goes round
 _THREADS = 256
 
 
-def _entries(source: str, name: str, signature: str) -> dict[bool, Kernel]:
+def _entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
     """The entry whose output is ELEM, and the one whose output is float32."""
     return {
-        False: Kernel(source, name, signature.replace("OUT", "ELEM")),
-        True: Kernel(source, f"{name}_f32", signature.replace("OUT", "float32")),
+        False: Kernel(source, name, signature.replace("OUT", "ELEM"), **options),
+        True: Kernel(source, f"{name}_f32", signature.replace("OUT", "float32"), **options),
     }
 
 
 _GEMV = (
     "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
-    "activation: int, M, K"
+    "activation: int, M"
 )
-GEMV = _entries("linear.cu", "gemv", _GEMV)
-GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV)
-GEMV_NAIVE = _entries("linear.cu", "gemv_naive", _GEMV)
+_NORM_GEMV = (
+    "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
+    "out: OUT[1,M], eps: float, activation: int, M"
+)
+GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
+NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
+# The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
+GEMV = _entries("linear.cu", "gemv", _GEMV + ", K")
+GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV + ", K")
+GEMV_NAIVE = _entries("linear.cu", "gemv_naive", _GEMV + ", K")
 BIAS_ACT = _entries(
     "linear.cu",
     "bias_act",
@@ -79,13 +90,91 @@ def gemv(
             blas.gemv(x, weight, product)
             bias_act(product, bias, activation, residual=residual, out=out)
         return out
-    if weight.shape[1] % (16 // weight.dtype.itemsize) == 0:
-        kernel, per_block = GEMV[wide], _WARPS * _ROWS
-    else:
-        kernel, per_block = GEMV_SCALAR[wide], _WARPS
-    blocks = -(-len(weight) // per_block)
     args = (x, weight, bias, residual, out, code)
-    launch(kernel, (blocks,), (32 * _WARPS,), args, elem=weight.dtype)
+    inner = weight.shape[1]
+    if _vectorised(weight):
+        grid = _one_row_grid(weight)
+        launch(
+            GEMV_ADD[wide], grid, (32 * _WARPS,), args, elem=weight.dtype, inner=inner
+        )
+    else:
+        grid = (-(-len(weight) // _WARPS),)
+        launch(GEMV_SCALAR[wide], grid, (32 * _WARPS,), args, elem=weight.dtype)
+    return out
+
+
+def _vectorised(weight: Array) -> bool:
+    """Whether rows can be read 16 bytes at a time."""
+    return weight.shape[1] * weight.dtype.itemsize % 16 == 0
+
+
+def _one_row_grid(weight: Array) -> tuple[int]:
+    """Blocks of a one-row product: all its rows at once, or as many as keep the GPU busy."""
+    m, k = weight.shape
+    groups = _WARPS // (_SPLIT if k > _LONGEST else 1)
+    return (min(-(-m // (groups * _ROWS)), sm_count() * _BLOCKS_PER_SM),)
+
+
+def norm_linear(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    eps: float,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    out: Array | None = None,
+    h: Array | None = None,
+    backend: str = "ours",
+) -> Array:
+    """``linear(layer_norm(x), weight, bias)``; one kernel for a single row on the GPU.
+
+    Parameters
+    ----------
+    x : array [N, K]
+        The residual stream; float32 on the GPU.
+    norm_weight, norm_bias : array [K]
+    eps : float
+    weight : array [M, K]
+    bias : array [M], optional
+        Of out's dtype.
+    activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
+    out : array [N, M], optional
+        Of weight's dtype, or float32.
+    h : array [N, K], optional
+        Where the normed rows go if they are written at all.
+    backend : {"ours", "cublas"}
+        As in :func:`linear`.
+
+    Returns
+    -------
+    array [N, M]
+        Of weight's dtype unless ``out`` says otherwise.
+
+    Raises
+    ------
+    InputError
+        On the GPU, for a wrong dtype, shape or layout.
+    """
+    if not is_device_array(x):
+        return reference.norm_linear(
+            x, norm_weight, norm_bias, eps, weight, bias, activation=activation, out=out, h=h
+        )
+    k = weight.shape[1]
+    if len(x) > 1 or backend != "ours" or k > _LONGEST or not _vectorised(weight):
+        h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
+        return linear(h, weight, bias, activation=activation, out=out, backend=backend)
+    if out is None:
+        out = device_empty((1, len(weight)), weight.dtype)
+    launch(
+        NORM_GEMV[out.dtype == np.float32],
+        _one_row_grid(weight),
+        (32 * _WARPS,),
+        (x, norm_weight, norm_bias, weight, bias, out, eps, ACTIVATION_CODES[activation]),
+        elem=weight.dtype,
+        inner=k,
+    )
     return out
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "embedding",
     "layer_norm",
     "linear",
+    "norm_linear",
     "sample",
     "target_logprobs",
     "top_logprobs",
@@ -156,6 +157,23 @@ def linear(
     if residual is not None:
         y = y + residual
     return _store(y, out, x.dtype if residual is None else residual.dtype)
+
+
+def norm_linear(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    eps: float,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    out: Array | None = None,
+    h: Array | None = None,
+    backend: str = "ours",
+) -> Array:
+    h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
+    return linear(h, weight, bias, activation=activation, out=out)
 
 
 def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:

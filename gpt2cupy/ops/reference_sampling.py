@@ -27,7 +27,7 @@ ROW_PARAMS = np.dtype(
 
 # One entry of the ring through which tokens reach the host; `struct RingEntry`.
 RING_ENTRY = np.dtype(
-    [("stamp", np.uint32), ("id", np.int32), ("logprob", np.float32), ("unused", np.uint32)]
+    [("stamp", np.uint32), ("id", np.int32), ("stamp_again", np.uint32), ("logprob", np.float32)]
 )
 
 PROMPT_BIT = np.int32(1 << 30)  # in `counts`: the token stands in the prompt
@@ -126,6 +126,7 @@ def sample(
     counts: Array | None = None,
     bias: Array | None = None,
     scratch: Array | None = None,
+    plain: bool = False,
 ) -> None:
     settings = params.view(ROW_PARAMS)[:, 0]
     entries = ring.view(RING_ENTRY)[..., 0]
@@ -150,7 +151,7 @@ def sample(
         entry = entries[row, int(steps[row]) % entries.shape[1]]
         entry["id"] = token
         entry["logprob"] = token_logprobs(raw)[token]
-        entry["stamp"] = steps[row] + np.uint32(1)
+        entry["stamp"] = entry["stamp_again"] = steps[row] + np.uint32(1)
         steps[row] += np.uint32(1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, has_clusters, is_device_array, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any
@@ -15,6 +15,8 @@ Array = Any
 __all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
 
 _THREADS = 1024  # THREADS in sampling.cu
+_PLAIN_THREADS = 256  # PLAIN_THREADS there
+_PARTS = 8  # PARTS there: blocks that share a row in sample_plain
 
 SAMPLE = Kernel(
     "sampling.cu",
@@ -22,6 +24,13 @@ SAMPLE = Kernel(
     "logits: float32[R,Vp], rows: int32[R], params: uint8[B,48], ids: int32[B], "
     "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], counts: int32[B,V]?, "
     "bias: float32[B,V]?, scratch: float32[R,Vp], V: int, Vp, Q",
+)
+SAMPLE_PLAIN = Kernel(
+    "sampling.cu",
+    "sample_plain",
+    "logits: float32[R,Vp], rows: int32[R], params: uint8[B,48], ids: int32[B], "
+    "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
+    overlaps=True,
 )
 TOP_LOGPROBS = Kernel(
     "sampling.cu",
@@ -48,6 +57,7 @@ def sample(
     counts: Array | None = None,
     bias: Array | None = None,
     scratch: Array | None = None,
+    plain: bool = False,
 ) -> None:
     """Choose one token per line of logits and advance the state of its row in place.
 
@@ -71,25 +81,32 @@ def sample(
         Tokens chosen so far in each row; advanced.
     ring : array of uint8 [B, Q, 16]
         ``RING_ENTRY`` of the last Q tokens of each row: id, log-probability
-        under the raw logits, and the step count as a stamp, written last.
+        under the raw logits, and the step count as a stamp of either half.
     counts : array of int32 [B, V], optional
         How often each token was generated, plus ``PROMPT_BIT``; advanced.
     bias : array of float32 [B, V], optional
         Added to the logits.
     scratch : array of float32 [R, Vp], optional
         Working memory of the GPU; NumPy needs none.
+    plain : bool
+        The caller's word that no row asks for more than a temperature (no counts,
+        bias, top-k, top-p, min-p or minimum length): a faster kernel for that.
     """
     if not is_device_array(logits):
         reference.sample(
             logits, vocab_size, rows, params, ids, positions, steps, ring, counts=counts, bias=bias
         )
         return
+    state = (rows, params, ids, positions, steps, ring)
+    if plain:
+        blocks = len(logits) * (_PARTS if has_clusters() else 1)
+        launch(SAMPLE_PLAIN, (blocks,), (_PLAIN_THREADS,), (logits, *state, vocab_size))
+        return
     if scratch is None:
         scratch = device_empty(logits.shape, logits.dtype)
-    args = (
-        logits, rows, params, ids, positions, steps, ring, counts, bias, scratch, vocab_size,
-    )  # fmt: skip
-    launch(SAMPLE, (len(logits),), (_THREADS,), args)
+    launch(
+        SAMPLE, (len(logits),), (_THREADS,), (logits, *state, counts, bias, scratch, vocab_size)
+    )
 
 
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:

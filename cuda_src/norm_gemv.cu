@@ -1,0 +1,213 @@
+// The products of the decode step at one row: with the layer norm before, or the residual after.
+//
+//   norm_gemv    y = activation(W layer_norm(x) + bias)
+//   gemv_add     y = activation(W x + bias) + residual
+//
+// Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, residual and y [M]
+// Dtypes    W and the norm are ELEM; x is float before a norm (the residual stream), else ELEM;
+//           bias, residual and y are ELEM or float (entries ..._f32)
+// Bytes     M K sizeof ELEM; everything else is small and read from L2
+// FLOPs     2 M K
+// Work      K is a compile-time macro, so a warp holds its part of x in registers, where it also
+//           normalises it: every warp by itself, which costs less than one barrier. A warp has ROWS
+//           outputs in hand and moves on by the whole grid. The first rows of weights are loaded
+//           before the kernel waits for its predecessor, so they travel while that one still runs.
+//           A long K is split over SPLIT warps, whose sums meet in shared memory.
+// Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
+//
+// It is the last rung of the ladder in linear.cu.
+#include "activation.cuh"
+
+#ifndef K
+#define K 768
+#endif
+
+constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/linear.py, like the next two
+constexpr int ROWS = 2;
+constexpr int SPLIT = K > 2048 ? 4 : 1;
+constexpr int GROUPS = WARPS / SPLIT;  // groups of warps that share outputs
+
+constexpr int VEC = WIDEST<elem_t>;
+constexpr int SPAN = WARP * VEC;  // inputs that a warp takes in one access
+constexpr int CHUNKS = (K + SPAN * SPLIT - 1) / (SPAN * SPLIT);
+
+// Inputs k0 + c SPAN + i of the lane. Past the end they count as zero.
+__device__ inline bool inside(int k0, int c) { return K % (SPAN * SPLIT) == 0 || k0 + c * SPAN < K; }
+
+template <typename T>
+__device__ inline void load_inputs(const T* source, int k0, float (&values)[CHUNKS][VEC]) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+    for (int i = 0; i < VEC; i++) values[c][i] = 0.0f;
+    if (inside(k0, c)) load_floats(source + k0 + c * SPAN, values[c]);
+  }
+}
+
+__device__ inline void load_rows(const elem_t* weight,
+                                 int first,
+                                 int k0,
+                                 int M,
+                                 Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS]) {
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const elem_t* row = weight + (size_t)min(first + r, M - 1) * K;  // the last may repeat a row
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      if (inside(k0, c))
+        rows[r][c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(row + k0 + c * SPAN);
+  }
+}
+
+// Whether the norm's parameters fit the registers beside the weights, before there is an x.
+constexpr bool NORM_EARLY = K * sizeof(elem_t) <= 5120;
+
+__device__ inline void load_norm(const elem_t* weight,
+                                 const elem_t* bias,
+                                 int k0,
+                                 Vec<elem_t, VEC> (&scale)[CHUNKS],
+                                 Vec<elem_t, VEC> (&shift)[CHUNKS]) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+    if (inside(k0, c)) {
+      scale[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(weight + k0 + c * SPAN);
+      shift[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(bias + k0 + c * SPAN);
+    }
+}
+
+// x = (x - mean) / sqrt(var + eps), over the registers of one warp.
+__device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) sum += x[c][i];
+  float mean = warp_sum(sum) / K;
+  float squares = 0.0f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      x[c][i] = inside(k0, c) ? x[c][i] - mean : 0.0f;
+      squares = fmaf(x[c][i], x[c][i], squares);
+    }
+  float scale = rsqrtf(warp_sum(squares) / K + eps);
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) x[c][i] *= scale;
+}
+
+// The bias or residual of the output that this lane will write; null counts as zero.
+template <typename T>
+__device__ inline float addend(const T* source, int m, bool writes) {
+  return source && writes ? to_float(source[m]) : 0.0f;
+}
+
+template <bool NORM, typename in_t, typename out_t>
+__device__ inline void product(const in_t* x,
+                               const elem_t* norm_weight,
+                               const elem_t* norm_bias,
+                               const elem_t* weight,
+                               const out_t* bias,
+                               const out_t* residual,
+                               out_t* y,
+                               float eps,
+                               int activation,
+                               int M) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int group = warp / SPLIT, part = warp % SPLIT;
+  int k0 = part * CHUNKS * SPAN + lane * VEC;
+  int stride = gridDim.x * GROUPS * ROWS;
+  int block_first = blockIdx.x * GROUPS * ROWS;
+  int first = block_first + group * ROWS;
+  // Lane r of the group's first warp writes output first + r.
+  bool writer = part == 0 && lane < ROWS;
+
+  release_dependents();
+  Vec<elem_t, VEC> rows[ROWS][CHUNKS];
+  load_rows(weight, first, k0, M, rows);
+  float own_bias = addend(bias, first + lane, writer && first + lane < M);
+  Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
+  if constexpr (NORM && NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
+  wait_for_inputs();
+
+  float own_residual = addend(residual, first + lane, writer && first + lane < M);
+  float xs[CHUNKS][VEC];
+  load_inputs(x, k0, xs);
+  if constexpr (NORM) {
+    normalise(xs, k0, eps);
+    if constexpr (!NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      if (inside(k0, c))
+#pragma unroll
+        for (int i = 0; i < VEC; i++)
+          xs[c][i] = fmaf(xs[c][i], to_float(scale[c].value[i]), to_float(shift[c].value[i]));
+  }
+
+  __shared__ float partial[2][WARPS][ROWS];
+  // The bound is the same for the whole block: its warps may meet at a barrier.
+  for (int turn = 0;; turn ^= 1) {
+    float sums[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      sums[r] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+        if (inside(k0, c))
+#pragma unroll
+          for (int i = 0; i < VEC; i++)
+            sums[r] = fmaf(xs[c][i], to_float(rows[r][c].value[i]), sums[r]);
+    }
+    bool last = block_first + stride >= M;
+    if (!last) load_rows(weight, first + stride, k0, M, rows);
+
+    float own = 0.0f;  // the writer's sum
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      sums[r] = warp_sum(sums[r]);
+      if (lane == r) own = sums[r];
+    }
+    if constexpr (SPLIT > 1) {
+      if (lane < ROWS) partial[turn][warp][lane] = own;
+      __syncthreads();
+      if (writer) {
+        own = 0.0f;
+#pragma unroll
+        for (int p = 0; p < SPLIT; p++) own += partial[turn][warp + p][lane];
+      }
+    }
+    if (writer && first + lane < M)
+      y[first + lane] = from_float<out_t>(activate(own + own_bias, activation) + own_residual);
+    if (last) break;
+    block_first += stride;
+    first += stride;
+    bool writes = writer && first + lane < M;
+    own_bias = addend(bias, first + lane, writes);
+    own_residual = addend(residual, first + lane, writes);
+  }
+}
+
+#define NORM_GEMV_ENTRY(name, out_t)                                                              \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
+           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
+    product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,         \
+                  activation, M);                                                                 \
+  }
+
+#define GEMV_ADD_ENTRY(name, out_t)                                                               \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,       \
+           out_t* y, int activation, int M) {                                                     \
+    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y,  \
+                   0.0f, activation, M);                                                          \
+  }
+
+GEMV_ADD_ENTRY(gemv_add, elem_t)
+GEMV_ADD_ENTRY(gemv_add_f32, float)
+#if K <= 2048  // a norm needs the whole row in one warp
+NORM_GEMV_ENTRY(norm_gemv, elem_t)
+NORM_GEMV_ENTRY(norm_gemv_f32, float)
+#endif

@@ -1,0 +1,42 @@
+"""The decode step as a CUDA graph: the launches of the eager step, captured once and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..ops.launch import has_clusters
+from ..ops.tape import Launch
+from .eager import EagerDecoder
+
+
+class GraphDecoder(EagerDecoder):
+    """Replays the eager step from a graph: one launch a step, whatever its number of kernels.
+
+    It has no forward of its own. On sm_90 and newer, neighbouring kernels that know how
+    to wait for each other are captured with programmatic edges: while one runs, the next
+    already loads its weights. The first kernel of a step starts only when the step before
+    is complete; that is what lets the others read positions and past keys before they
+    wait.
+    """
+
+    name = "graph"
+
+    def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
+        import cupy
+
+        overlap = has_clusters()  # programmatic edges came with the same chips
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            for index, call in enumerate(calls):
+                if overlap and index > 0 and isinstance(call, Launch) and call.overlaps:
+                    call.overlapped()
+                else:
+                    call()
+            graph = stream.end_capture()
+
+        def run() -> None:
+            graph.launch(cupy.cuda.get_current_stream())
+
+        return run

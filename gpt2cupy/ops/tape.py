@@ -1,0 +1,98 @@
+"""Checked launches as objects: run at once, collected for a decoder, or captured with overlap."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+_tape = threading.local()
+
+
+class Launch:
+    """A kernel with its grid and its checked, cast arguments.
+
+    Parameters
+    ----------
+    function : cupy.RawKernel
+    grid, block : tuple of int
+    values : tuple
+        CuPy arrays and NumPy scalars, as the kernel takes them.
+    overlaps : bool
+        Whether the kernel waits for its predecessor by itself, so that it may
+        start before that one ends (``wait_for_inputs`` in common.cuh).
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        values: tuple[Any, ...],
+        overlaps: bool = False,
+    ) -> None:
+        self.function = function
+        self.grid = grid
+        self.block = block
+        self.values = values
+        self.overlaps = overlaps
+
+    def __call__(self) -> None:
+        self.function(self.grid, self.block, self.values)
+
+    def overlapped(self) -> None:
+        """Launch it so that it may start while its predecessor still runs.
+
+        CuPy has no launch attributes, so this goes through the driver.
+        """
+        import cupy
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*self.grid, 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = (*self.block, 1, 1)[:3]
+        config.hStream = cupy.cuda.get_current_stream().ptr
+        attribute = driver.CUlaunchAttribute()
+        serialization = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        attribute.id = serialization
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        cells = [
+            np.array([value.data.ptr if isinstance(value, cupy.ndarray) else value])
+            for value in self.values
+        ]
+        addresses = np.array([cell.ctypes.data for cell in cells], np.uintp)
+        (error,) = driver.cuLaunchKernelEx(
+            config, self.function.kernel.ptr, addresses.ctypes.data, 0
+        )
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise cupy.cuda.driver.CUDADriverError(int(error))
+
+
+def submit(call: Callable[[], Any]) -> None:
+    """Run a checked launch, or put it on the tape while one is being recorded."""
+    calls = getattr(_tape, "calls", None)
+    if calls is None:
+        call()
+    else:
+        calls.append(call)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Callable[[], Any]]]:
+    """Collect the launches made inside instead of running them.
+
+    They hold their arrays, and are valid as long as those are what is meant:
+    checks are made once, when recording, and not again when replaying.
+    """
+    calls: list[Callable[[], Any]] = []
+    _tape.calls = calls
+    try:
+        yield calls
+    finally:
+        _tape.calls = None
