@@ -6,8 +6,7 @@
 //           out [B, C]. All ELEM. K and V at position p are written here, from qkv.
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
-// Work      one block per (head, row), or a cluster of SPLIT blocks that deal the keys out among
-//           them. A key is read by a group of LANES lanes, VEC elements each; the groups stride
+// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them. A key is read by a group of LANES lanes, VEC elements each; the groups stride
 //           over the keys, every one with its own online softmax (running maximum, sum and
 //           weighted values), and are merged once at the end: within each warp by shuffles, across
 //           warps and across the blocks of the cluster through shared memory. The first AHEAD
@@ -15,7 +14,7 @@
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
 //
 // Entries   attention_decode        one block per head: many rows, or a chip without clusters
-//           attention_decode_split  SPLIT blocks per head: few rows, so that the chip is filled
+//           attention_decode_2, _4, _8   as many blocks per head: few rows, to fill the chip
 //
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
 #include "common.cuh"
@@ -25,7 +24,7 @@
 #endif
 
 constexpr int WARPS = 8;  // also in gpt2cupy/ops/attention.py
-constexpr int SPLIT = 8;  // likewise
+constexpr int SPLIT = 8;  // blocks of the largest cluster; likewise
 constexpr int AHEAD = 4;
 
 __device__ constexpr int widest_divisor(int size, int widest) {
@@ -287,4 +286,6 @@ __device__ inline void attend(const elem_t* qkv,
   }
 
 ATTENTION_ENTRY(attention_decode, )
-ATTENTION_ENTRY(attention_decode_split, CLUSTER(SPLIT))
+ATTENTION_ENTRY(attention_decode_2, CLUSTER(2))
+ATTENTION_ENTRY(attention_decode_4, CLUSTER(4))
+ATTENTION_ENTRY(attention_decode_8, CLUSTER(SPLIT))

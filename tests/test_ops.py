@@ -10,7 +10,7 @@ from error_rule import DTYPES, check
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import attention, reference
+from gpt2cupy.ops import attention, launch, reference
 
 SEEDS = range(5)
 AWKWARD = [1, 19, 99, 128, 768, 989, 1600]
@@ -80,7 +80,7 @@ def test_add_layer_norm_updates_the_residual(xp, dtype, channels):
     np.testing.assert_array_equal(host(residual), r + x.astype(np.float32))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17])
 @pytest.mark.parametrize(("m", "k"), [(1, 8), (19, 99), (99, 768), (2304, 768), (768, 3072)])
 @pytest.mark.parametrize("backend", ["ours", "cublas"])
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
@@ -106,7 +106,7 @@ def test_linear(xp, dtype, rows, m, k, backend, activation, with_residual):
     check(*together(found), dtype, f"linear {backend}")
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize(
     ("m", "k"), [(1, 8), (19, 99), (2304, 768), (99, 1600), (50304, 256), (7, 2048), (8, 2056)]
 )
@@ -186,12 +186,23 @@ HEAD_SIZES = [1, 8, 32, 59, 64, 80, 96, 128]
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("position", [0, 1, 31, 32, 255, 300, 1023])
-@pytest.mark.parametrize("clusters", [True, False])
-def test_attention_decode(xp, dtype, head_size, position, clusters, monkeypatch):
-    if not clusters:
-        if xp is np:
-            pytest.skip("NumPy knows no clusters")
-        monkeypatch.setattr(attention, "has_clusters", lambda: False)
+def test_attention_decode(xp, dtype, head_size, position):
+    attention_decode_case(xp, dtype, head_size, position)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize("position", [0, 32, 300])
+def test_attention_decode_by_fewer_blocks(dtype, split, position, monkeypatch):
+    import cupy
+
+    if not launch.has_clusters():
+        pytest.skip("one block is all there is on this chip")
+    monkeypatch.setattr(attention, "_split", lambda heads: split)
+    attention_decode_case(cupy, dtype, 64, position)
+
+
+def attention_decode_case(xp, dtype, head_size, position):
     found = []
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
@@ -298,7 +309,7 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     import cupy as cp
 
     from gpt2cupy.ops.attention import ATTENTION_NAIVE
-    from gpt2cupy.ops.launch import launch
+    from gpt2cupy.ops.launch import launch as start
     from gpt2cupy.ops.linear import GEMV, GEMV_NAIVE, GEMV_SCALAR
     from gpt2cupy.ops.norm import LAYER_NORM_NAIVE
 
@@ -310,14 +321,14 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     for kernel, blocks in ((GEMV_NAIVE, 1), (GEMV_SCALAR, 25), (GEMV, 13)):
         out = cp.empty((1, 99), dtype)
         args = (*on(cp, x, w, b), None, out, 0)
-        launch(kernel[dtype == np.float32], (blocks,), (128,), args, elem=dtype)
+        start(kernel[dtype == np.float32], (blocks,), (128,), args, elem=dtype)
         check(out.get(), baseline, exact, dtype, "gemv ladder")
 
     rows = draw(rng, (5, 99), np.float32)
     weight = draw(rng, 99, dtype)
     out = cp.empty((5, 99), dtype)
     args = (*on(cp, rows, weight, weight), out, 1e-5)
-    launch(LAYER_NORM_NAIVE, (1,), (32,), args, elem=dtype)
+    start(LAYER_NORM_NAIVE, (1,), (32,), args, elem=dtype)
     exact = reference.layer_norm(*wide(rows, weight, weight))
     check(out.get(), reference.layer_norm(rows, weight, weight), exact, dtype, "norm ladder")
 
@@ -326,7 +337,7 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     ints = [np.array(values, np.int32) for values in ([0, 40], [0], [0])]
     out = cp.empty((40, 128), dtype)
     args = (*on(cp, qkv, k, k.copy(), *ints), out, 0.125)
-    launch(ATTENTION_NAIVE, (40, 2, 1), (32,), args, elem=dtype, head_size=64)
+    start(ATTENTION_NAIVE, (40, 2, 1), (32,), args, elem=dtype, head_size=64)
     exact = reference.attention_prefill(*wide(qkv, k, k), *ints, 40, 0.125)
     baseline = reference.attention_prefill(qkv, k.copy(), k.copy(), *ints, 40, 0.125)
     check(out.get(), baseline, exact, dtype, "attention ladder")

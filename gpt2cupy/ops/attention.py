@@ -10,7 +10,6 @@ from .launch import Kernel, device_empty, has_clusters, is_device_array, launch,
 Array = Any
 
 _DECODE_WARPS = 8  # WARPS in attention_decode.cu
-_SPLIT = 8  # SPLIT there: blocks that share a head
 _PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
 
 _PREFILL = (
@@ -23,10 +22,16 @@ _DECODE = (
     "qkv: ELEM[B,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], slots: int32[B], "
     "positions: int32[B], out: ELEM[B,C], scale: float, NH, T"
 )
-ATTENTION_DECODE = Kernel("attention_decode.cu", "attention_decode", _DECODE, overlaps=True)
-ATTENTION_DECODE_SPLIT = Kernel(
-    "attention_decode.cu", "attention_decode_split", _DECODE, overlaps=True
-)
+# By the number of blocks that share a head.
+ATTENTION_DECODE = {
+    blocks: Kernel("attention_decode.cu", entry, _DECODE, overlaps=True)
+    for blocks, entry in (
+        (1, "attention_decode"),
+        (2, "attention_decode_2"),
+        (4, "attention_decode_4"),
+        (8, "attention_decode_8"),
+    )
+}
 
 
 def _query_tile(head_size: int) -> int:
@@ -126,14 +131,21 @@ def attention_decode(
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
-    # Few heads leave most of the chip idle: a cluster of blocks shares each.
-    split = has_clusters() and heads * len(qkv) <= 2 * sm_count()
+    split = _split(heads * len(qkv))
     launch(
-        ATTENTION_DECODE_SPLIT if split else ATTENTION_DECODE,
-        (heads * (_SPLIT if split else 1), len(qkv)),
+        ATTENTION_DECODE[split],
+        (heads * split, len(qkv)),
         (32 * _DECODE_WARPS,),
         (qkv, k, v, slots, positions, out, scale),
         elem=qkv.dtype,
         head_size=head_size,
     )
     return out
+
+
+def _split(heads: int) -> int:
+    """Blocks for each of so many heads: as many as fill the chip without a second wave."""
+    if not has_clusters():
+        return 1
+    room = sm_count() * 8 // 5
+    return max(split for split in ATTENTION_DECODE if split == 1 or heads * split <= room)

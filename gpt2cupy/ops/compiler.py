@@ -31,11 +31,15 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "norm.cu": ("ELEM",),
     "linear.cu": ("ELEM",),
     "norm_gemv.cu": ("ELEM", "K"),
+    "norm_skinny.cu": ("ELEM", "K"),
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
     "sampling.cu": (),
     "layout.cu": ("ELEM",),
 }
+
+# Tensor cores multiply halves.
+HALF_ONLY = ("norm_skinny.cu",)
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -51,7 +55,8 @@ def variants(
     }
     for source, macros in SOURCES.items():
         for values in itertools.product(*(choices[macro] for macro in macros)):
-            yield source, dict(zip(macros, values, strict=True))
+            if not (source in HALF_ONLY and "float" in values):
+                yield source, dict(zip(macros, values, strict=True))
 
 
 @functools.cache

@@ -100,6 +100,11 @@ def has_clusters() -> bool:
     return int(device_arch(current_device())[3:]) >= 90
 
 
+def has_mma() -> bool:
+    """Whether the current device has mma.m16n8k16 for half and bfloat16 (sm_80 and newer)."""
+    return int(device_arch(current_device())[3:]) >= 80
+
+
 @functools.cache
 def device_arch(device: int) -> str:
     """``sm_90`` and the like, checked to be one that the kernels support."""

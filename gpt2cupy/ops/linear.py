@@ -1,6 +1,7 @@
-"""Products with a weight matrix: kernels in norm_gemv.cu and linear.cu, and cuBLAS.
+"""Products with a weight matrix, and what is fused with them.
 
-One row goes to our GEMV or to cuBLAS's, many rows to cuBLASLt.
+One row goes to norm_gemv.cu, 2 to 16 rows to norm_skinny.cu, more to cuBLASLt; what those cannot
+take goes to the kernels of linear.cu and to cuBLAS.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError
 from . import blas, reference
-from .launch import Kernel, device_empty, is_device_array, launch, sm_count
+from .launch import Kernel, device_empty, has_mma, is_device_array, launch, sm_count
 from .norm import layer_norm
 
 Array = Any
@@ -19,12 +20,12 @@ Array = Any
 ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
 BACKENDS = ("ours", "cublas")
 
-_WARPS = 4  # of a block; WARPS, ROWS, SPLIT and the longest normalised row are in norm_gemv.cu
-_ROWS = 2  # outputs of a warp
-_SPLIT = 4  # warps that share a row longer than
-_LONGEST = 2048
-_BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; a block of more rows goes round
+_WARP = 32
 _THREADS = 256
+_BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
+_SKINNY_ROWS = 16  # most rows of norm_skinny.cu; ROWS there
+_LONGEST_NORM = 2048  # longest row that the kernels normalise
+_LONGEST = 8192  # longest row that fits their registers
 
 
 def _entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
@@ -45,6 +46,10 @@ _NORM_GEMV = (
 )
 GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
+_SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
+_NORM_SKINNY = _NORM_GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
+SKINNY_ADD = _entries("norm_skinny.cu", "skinny_add", _SKINNY, overlaps=True)
+NORM_SKINNY = _entries("norm_skinny.cu", "norm_skinny", _NORM_SKINNY, overlaps=True)
 # The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
 GEMV = _entries("linear.cu", "gemv", _GEMV + ", K")
 GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV + ", K")
@@ -91,28 +96,35 @@ def gemv(
             bias_act(product, bias, activation, residual=residual, out=out)
         return out
     args = (x, weight, bias, residual, out, code)
-    inner = weight.shape[1]
-    if _vectorised(weight):
-        grid = _one_row_grid(weight)
-        launch(
-            GEMV_ADD[wide], grid, (32 * _WARPS,), args, elem=weight.dtype, inner=inner
-        )
+    if (fused := _fused(1, weight, backend)) is not None:
+        _launch(GEMV_ADD[wide], fused, weight, args)
     else:
-        grid = (-(-len(weight) // _WARPS),)
-        launch(GEMV_SCALAR[wide], grid, (32 * _WARPS,), args, elem=weight.dtype)
+        grid = (-(-len(weight) // 4),)
+        launch(GEMV_SCALAR[wide], grid, (4 * _WARP,), args, elem=weight.dtype)
     return out
 
 
-def _vectorised(weight: Array) -> bool:
-    """Whether rows can be read 16 bytes at a time."""
-    return weight.shape[1] * weight.dtype.itemsize % 16 == 0
+def _fused(rows: int, weight: Array, backend: str) -> tuple[int, int] | None:
+    """(outputs, warps) of a block of the kernel that fuses what is around a product of few rows.
+
+    None where there is no such kernel: many rows, rows that cannot be read 16 bytes at a
+    time, float32 in a batch, or a chip without the tensor core instruction.
+    """
+    k = weight.shape[1]
+    if backend != "ours" or k * weight.dtype.itemsize % 16 or k > _LONGEST:
+        return None
+    if rows == 1:
+        return (2 if k > _LONGEST_NORM else 8), 4  # GROUPS * ROWS and WARPS in norm_gemv.cu
+    if rows <= _SKINNY_ROWS and weight.dtype != np.float32 and has_mma():
+        return 8, (8 if k > _LONGEST_NORM else 4)  # TILE and WARPS in norm_skinny.cu
+    return None
 
 
-def _one_row_grid(weight: Array) -> tuple[int]:
-    """Blocks of a one-row product: all its rows at once, or as many as keep the GPU busy."""
+def _launch(kernel: Kernel, fused: tuple[int, int], weight: Array, args: tuple[Any, ...]) -> None:
+    outputs, warps = fused
     m, k = weight.shape
-    groups = _WARPS // (_SPLIT if k > _LONGEST else 1)
-    return (min(-(-m // (groups * _ROWS)), sm_count() * _BLOCKS_PER_SM),)
+    blocks = min(-(-m // outputs), sm_count() * _BLOCKS_PER_SM)
+    launch(kernel, (blocks,), (warps * _WARP,), args, elem=weight.dtype, inner=k)
 
 
 def norm_linear(
@@ -161,20 +173,15 @@ def norm_linear(
         return reference.norm_linear(
             x, norm_weight, norm_bias, eps, weight, bias, activation=activation, out=out, h=h
         )
-    k = weight.shape[1]
-    if len(x) > 1 or backend != "ours" or k > _LONGEST or not _vectorised(weight):
+    fused = _fused(len(x), weight, backend)
+    if fused is None or weight.shape[1] > _LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
         return linear(h, weight, bias, activation=activation, out=out, backend=backend)
     if out is None:
-        out = device_empty((1, len(weight)), weight.dtype)
-    launch(
-        NORM_GEMV[out.dtype == np.float32],
-        _one_row_grid(weight),
-        (32 * _WARPS,),
-        (x, norm_weight, norm_bias, weight, bias, out, eps, ACTIVATION_CODES[activation]),
-        elem=weight.dtype,
-        inner=k,
-    )
+        out = device_empty((len(x), len(weight)), weight.dtype)
+    kernels = NORM_GEMV if len(x) == 1 else NORM_SKINNY
+    args = (x, norm_weight, norm_bias, weight, bias, out, eps, ACTIVATION_CODES[activation])
+    _launch(kernels[out.dtype == np.float32], fused, weight, args)
     return out
 
 
@@ -224,18 +231,22 @@ def linear(
         )
     if out is None:
         out = _output(x, weight, residual)
+    if (fused := _fused(len(x), weight, backend)) is not None:
+        args = (x, weight, bias, residual, out, ACTIVATION_CODES[activation])
+        _launch(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
+        return out
     _check_product(x, weight, bias, out)
     # What the library's epilogue has is fused; the rest is one more pass over the output. Its
     # GELU is an approximation about as fine as half precision: four times float32's error.
     library = ("relu",) if x.dtype == np.float32 else ("relu", "gelu_tanh")
-    fused = activation if activation in library and residual is None else None
+    epilogue = activation if activation in library and residual is None else None
     if residual is not None and residual is out:
         if activation is None:
             blas.matmul(x, weight, bias, out, add=True)
             return out
         residual = out.copy()
-    if activation == fused:
-        blas.matmul(x, weight, bias, out, activation=fused)
+    if activation == epilogue:
+        blas.matmul(x, weight, bias, out, activation=epilogue)
         bias, activation = None, None
     else:
         blas.matmul(x, weight, None, out)

@@ -104,9 +104,7 @@ def sample(
         return
     if scratch is None:
         scratch = device_empty(logits.shape, logits.dtype)
-    launch(
-        SAMPLE, (len(logits),), (_THREADS,), (logits, *state, counts, bias, scratch, vocab_size)
-    )
+    launch(SAMPLE, (len(logits),), (_THREADS,), (logits, *state, counts, bias, scratch, vocab_size))
 
 
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
