@@ -18,6 +18,7 @@
 //
 // Needs sm_80 (mma.m16n8k16); older chips take the library's product.
 #include "activation.cuh"
+#include "mma.cuh"
 
 #ifndef K
 #define K 768
@@ -34,22 +35,6 @@ constexpr int SPAN = 32;  // inputs of a warp's load: 4 lanes along K, 8 along t
 constexpr int CHUNKS = (K + SPAN * WARPS - 1) / (SPAN * WARPS);
 
 using Packed = Vec<elem_t, VEC>;
-
-// d += a b for one 16 x 16 tile of x and 16 x 8 of W; two elements to a register.
-__device__ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ inline void mma(
-    float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 __device__ inline unsigned word(const Packed& packed, int i) {
   return reinterpret_cast<const unsigned*>(&packed)[i];
@@ -179,7 +164,7 @@ __device__ inline void product(const in_t* x,
       for (int part = 0; part < 2; part++) {
         unsigned a[4] = {word(xs[c][0], part * 2), word(xs[c][1], part * 2),
                          word(xs[c][0], part * 2 + 1), word(xs[c][1], part * 2 + 1)};
-        mma(d[part], a, word(w[c], part * 2), word(w[c], part * 2 + 1), elem_t());
+        mma<elem_t>(d[part], a, word(w[c], part * 2), word(w[c], part * 2 + 1));
       }
     }
     int m = tile * TILE + threadIdx.x % TILE;
