@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 
 import pytest
@@ -24,6 +25,7 @@ TEXTS = [
     "I've 12 we'll 3½ ٣",
     END_OF_TEXT,
 ]
+TEMPLATE = [{"Sequence": {"id": "A", "type_id": 0}}]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,19 @@ def test_cutting_long_white_space_changes_nothing(embedded, text):
         assert embedded.encode(text) == whole
 
 
+def test_nothing_is_downloaded(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a network was asked for")
+
+    write_bpe(tmp_path, *small_bpe())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    for path in (tmp_path, EMBEDDED["shakespeare"]):
+        tokenizer = Tokenizer.from_path(path)
+        assert tokenizer.decode(tokenizer.encode(" the aaaa")) == " the aaaa"
+
+
 # -- streaming -----------------------------------------------------------------------------------
 
 
@@ -160,6 +175,14 @@ def test_formats_agree(small, tmp_path):
                 expected = small.encode(text, allowed_special=allowed)
                 assert other.encode(text, allowed_special=allowed) == expected, name
         assert other.decode(range(other.vocab_size)) == small.decode(range(small.vocab_size))
+
+
+def test_a_template_of_the_text_alone(small, tmp_path):
+    """As transformers 5 writes GPT-2's post-processor."""
+    template = {"type": "TemplateProcessing", "single": TEMPLATE, "special_tokens": {}}
+    written = tokenizer_json(*small_bpe(), post_processor=template)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    assert Tokenizer.from_folder(tmp_path).encode(TEXTS[1]) == small.encode(TEXTS[1])
 
 
 def test_ids_need_not_be_in_merge_order(small, tmp_path):
@@ -298,6 +321,10 @@ def test_broken_json(tmp_path, name, text):
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
         {"decoder": None},
         {"post_processor": {"type": "TemplateProcessing"}},
+        *(
+            {"post_processor": {"type": "TemplateProcessing", "single": single}}
+            for single in (3, [], [3], [*TEMPLATE, *TEMPLATE], [{"SpecialToken": {}}, *TEMPLATE])
+        ),
         {"model": 3},
         {"vocab": []},
         {"merges": {}},
