@@ -207,8 +207,9 @@ def test_samples_follow_the_distribution(xp, case):
     """Chi-square of the tokens drawn at 4096 positions, and nothing outside the kept set."""
     options, expected = DISTRIBUTIONS[case]
     draws = 4096
-    row = SamplingParams(seed=11, **{"temperature": 1.0} | options).row(0, 0, -1)
-    ids, *_ = choose(xp, likely_logits(draws), [row] * draws, np.arange(draws))
+    params = SamplingParams(seed=11, **{"temperature": 1.0} | options)
+    rows = [params.row(0, 0, -1)] * draws
+    ids, *_ = choose(xp, likely_logits(draws), rows, np.arange(draws), plain=params.plain)
     observed = np.array([np.count_nonzero(ids == token) for token in TOKENS])
     assert observed.sum() == draws
     assert not observed[expected == 0].any()

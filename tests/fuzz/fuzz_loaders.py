@@ -80,7 +80,9 @@ def targets(folder: Path) -> list[Target]:
     write_checkpoint(shards, CONFIG, shards=2)
     write_bpe(words, *small_bpe())
     whole.mkdir()
-    (whole / "tokenizer.json").write_text(json.dumps(tokenizer_json(*small_bpe())))
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    words_json = tokenizer_json(*small_bpe(), post_processor=template)
+    (whole / "tokenizer.json").write_text(json.dumps(words_json))
     write_llmc(folder / "model.bin", CONFIG, Weights.random(CONFIG, 0))
     tokens = [bytes([byte]) for byte in range(256)] + [b"<|endoftext|>"]
     write_llmc_tokenizer(folder / "tokenizer.bin", tokens, 256)
