@@ -11,6 +11,7 @@ from builders import small_bpe, tokenizer_json, write_bpe, write_llmc_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2cupy import load
 from gpt2cupy import tokenizer as module
 from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.errors import Gpt2CupyError, InputError, TokenizerError
@@ -80,6 +81,14 @@ def test_special_tokens_only_where_allowed(small):
     assert small.encode(text, allowed_special="all").count(end) == 1
     assert small.encode(text, allowed_special={END_OF_TEXT}).count(end) == 1
     assert small.encode(text, allowed_special=set()) == small.encode(text)
+
+
+def test_special_tokens_in_a_prompt_are_plain_text():
+    with load("shakespeare", device="cpu") as lm:
+        ids = lm.encode(f"a{END_OF_TEXT}b").tolist()
+        assert lm.tokenizer.eot_token not in ids
+        assert lm.tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
+        assert lm.tokenizer.eot_token not in lm.score(END_OF_TEXT).tokens
 
 
 @pytest.mark.parametrize("names", ["some", END_OF_TEXT, {"<|pad|>"}])
