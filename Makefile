@@ -4,7 +4,10 @@ PYTHON ?= python3
 # build marked +cpu goes before the same version from PyPI, which brings gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# A hub id, a folder, or an llm.c file with gpt2_tokenizer.bin beside it.
 MODEL ?=
+# How long `make fuzz` runs.
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,8 +22,8 @@ LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-
 
 # One environment, filled by one pip at a time.
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest compile-all parity gpu-test lint format records release-check
-.PHONY: clean
+.PHONY: help demo test test-lowest compile-all parity fuzz gpu-test lint format docs records
+.PHONY: release-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +41,15 @@ $(VENV)/test: $(VENV)/base
 $(VENV)/parity: $(VENV)/test
 	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) -e '.[parity]'
+	@touch $@
+
+# Not for every Python and machine has atheris a wheel; what needs it says so and passes.
+$(VENV)/fuzz: $(VENV)/base
+	-$(PIP) --only-binary :all: 'atheris>=3'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/base
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 $(VENV)/lint: $(VENV)/base
@@ -68,8 +80,11 @@ test-lowest: $(LOWEST)/test
 compile-all: $(VENV)/test ## Compile every kernel for all seven architectures
 	$(BIN)/gpt2cupy compile $(ARCHS:%=--arch %)
 
-parity: $(VENV)/parity ## Compare with Hugging Face transformers on the CPU
-	$(if $(MODEL),GPT2CUPY_PARITY_MODEL=$(MODEL)) $(BIN)/python -m pytest tests/parity
+parity: $(VENV)/parity ## Compare with Hugging Face transformers on the CPU; MODEL=gpt2 too
+	$(if $(MODEL),GPT2CUPY_PARITY_MODEL='$(MODEL)') $(BIN)/python -m pytest tests/parity
+
+fuzz: $(VENV)/fuzz ## Fuzz loaders and tokenizer with atheris, for a minute or FUZZ_SECONDS=
+	$(BIN)/python tests/fuzz/fuzz_loaders.py --seconds $(FUZZ_SECONDS)
 
 gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gpu-tests.json
 	$(BIN)/python tools/gpu_test.py
@@ -85,6 +100,9 @@ format: $(VENV)/lint ## Rewrite sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i cuda_src/*.cu cuda_src/*.cuh
 
+docs: $(VENV)/docs ## Write docs/api.md from the docstrings
+	$(BIN)/python tools/make_api.py
+
 records: $(VENV)/base ## List the benchmark and GPU-test records, current or stale
 	@$(BIN)/python bench/report.py --records
 
@@ -92,4 +110,4 @@ release-check: $(VENV)/base ## Fail if a record is stale
 	@$(BIN)/python bench/report.py --records --strict
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) $(LOWEST) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,8 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 class SamplingParams:
     """Settings of one request; the defaults are greedy decoding.
 
+    docs/sampling.md says in which order they work and what is promised.
+
     Parameters
     ----------
     max_new_tokens : int, optional
@@ -30,8 +32,8 @@ class SamplingParams:
     min_new_tokens : int
         The end-of-text token cannot be chosen before that many.
     temperature : float
-        0 takes the most probable token; otherwise logits are divided by it and
-        a token is drawn.
+        0 takes the most probable token, of equals the one with the smaller id;
+        otherwise logits are divided by it and a token is drawn.
     top_k : int
         Draw from the k most probable tokens; 0 is off.
     top_p : float
@@ -41,10 +43,12 @@ class SamplingParams:
     repetition_penalty : float
         Divides positive and multiplies negative logits of tokens in the prompt
         or the text so far; 1 is off.
-    presence_penalty, frequency_penalty : float
-        Subtracted from the logits of generated tokens, once and per occurrence.
+    presence_penalty : float
+        Subtracted from the logit of each token generated so far, once.
+    frequency_penalty : float
+        The same, as many times as the token was generated.
     logit_bias : mapping of int to float
-        Added to the logits of these token ids.
+        Added to the logits of these token ids, before everything else.
     seed : int, optional
         64 bits; the same seed gives the same text. None draws one.
     stop : str or sequence of str
@@ -54,7 +58,7 @@ class SamplingParams:
     n : int
         Continuations of each prompt; number i uses seed + i.
     logprobs : int, optional
-        Also give that many most probable tokens with each token.
+        Also give that many most probable tokens with each token, at most 20.
 
     Raises
     ------

@@ -97,9 +97,9 @@ class Tokenizer:
         ----------
         text : str
             Lone surrogates, which have no UTF-8, become U+FFFD.
-        allowed_special : {"none", "all"} or collection of str
+        allowed_special : str or collection of str
             Special tokens that stand for themselves where the text contains
-            them; the others are plain text.
+            them: "none", "all", or some by name. The others are plain text.
 
         Raises
         ------

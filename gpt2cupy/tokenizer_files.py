@@ -61,7 +61,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
         "pre_tokenizer": _kind(splitter) == "ByteLevel" and splitter.get("use_regex", True) is True,
         "add_prefix_space": _kind(splitter) == "" or splitter.get("add_prefix_space") is False,
         "decoder": _kind(whole.get("decoder")) == "ByteLevel",
-        "post_processor": _kind(whole.get("post_processor")) in ("", "ByteLevel"),
+        "post_processor": _adds_no_token(whole.get("post_processor")),
     }
     if wrong := [name for name, fits in outer.items() if not fits]:
         raise TokenizerError(
@@ -81,6 +81,15 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 
 def _kind(part: Any) -> str:
     return part.get("type", "") if isinstance(part, dict) else ""
+
+
+def _adds_no_token(post_processor: Any) -> bool:
+    """Whether ids stay as they are: transformers 5 writes a template of nothing but the text."""
+    if _kind(post_processor) != "TemplateProcessing":
+        return _kind(post_processor) in ("", "ByteLevel")
+    parts = post_processor.get("single")
+    whole = isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], dict)
+    return whole and list(parts[0]) == ["Sequence"]
 
 
 class _Added:

@@ -154,6 +154,35 @@ def test_not_utf8(tmp_path):
         GPT2Config.from_json(path)
 
 
+def test_the_published_file():
+    """The fields of openai-community/gpt2: most of them say nothing about logits."""
+    fields = {
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": 50257,
+    }
+    assert GPT2Config.from_dict(fields) == GPT2Config.from_name("gpt2") == GPT2Config()
+
+
 def test_published_shapes():
     assert GPT2Config.from_name("gpt2-xl").n_embd == 1600
     with pytest.raises(ConfigError, match="gpt2-medium"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt2cupy import SamplingParams, ops
 from gpt2cupy.ops import reference_sampling
@@ -114,19 +116,146 @@ def test_philox_gives_the_published_vectors():
     assert [hex(v) for v in ones[0]] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
 
 
-def test_samples_follow_the_softmax(xp):
-    """Chi-square of 4096 draws over 8 tokens; the seed is fixed, so the test cannot flicker."""
+def test_noise_is_philox_of_seed_position_and_token_id():
+    """The promise, spelled out: word id % 4 of counter (id // 4, position, 0, 0) under the seed."""
+    for seed, position, token in [(0, 0, 0), (5, 3, 6), (2**64 - 1, 2**20, V - 1), (2**33, 1, 2)]:
+        counter = np.array([[token // 4, position, 0, 0]], np.uint32)
+        bits = int(reference_sampling.philox(counter, seed)[0, token % 4])
+        u = min((bits + 0.5) / 2**32, 1 - 2.0**-24)
+        noise = reference_sampling.gumbel(seed, position, V)
+        np.testing.assert_allclose(noise[token], -np.log(-np.log1p(-u)), rtol=1e-5, atol=1e-6)
+        # The size of the vocabulary does not matter.
+        np.testing.assert_array_equal(
+            noise[: token + 1], reference_sampling.gumbel(seed, position, token + 1)
+        )
+
+
+def test_a_choice_does_not_depend_on_its_row(xp):
+    logits = np.random.default_rng(0).standard_normal((6, V)).astype(np.float32)
+    rows = [SamplingParams(temperature=1.0, seed=seed).row(0, 0, -1) for seed in range(6)]
+    positions = np.arange(6) * 7
+    together = choose(xp, logits, rows, positions)[0]
+    turned = choose(xp, logits[::-1], rows[::-1], positions[::-1])[0]
+    alone = [
+        choose(xp, logits[i : i + 1], rows[i : i + 1], positions[i : i + 1])[0][0] for i in range(6)
+    ]
+    assert together.tolist() == turned[::-1].tolist() == alone
+
+
+TOKENS = np.arange(16) * 61 + 3  # the probable ones, across the vocabulary
+LIKELY = np.random.default_rng(8).permutation(np.linspace(-1.5, 1.5, 16))
+
+
+def likely_logits(count: int) -> np.ndarray:
+    logits = np.full((count, V), -60, np.float32)
+    logits[:, TOKENS] = LIKELY
+    return logits
+
+
+def softmax(x):
+    p = np.exp(x - x.max())
+    return p / p.sum()
+
+
+def kept_by(p: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    return np.where(keep, p, 0) / p[keep].sum()
+
+
+def rank(p: np.ndarray) -> np.ndarray:
+    """0 for the most probable."""
+    return (-p).argsort().argsort()
+
+
+def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
+    ordered = np.sort(p)[::-1]
+    return rank(p) <= np.count_nonzero(np.cumsum(ordered) < mass)
+
+
+# Options, and the distribution over TOKENS that they ask for, in float64.
+DISTRIBUTIONS = {
+    "softmax": ({}, softmax(LIKELY)),
+    "cold": ({"temperature": 0.6}, softmax(LIKELY / 0.6)),
+    "hot": ({"temperature": 1.7}, softmax(LIKELY / 1.7)),
+    "top_k": ({"top_k": 5}, kept_by(softmax(LIKELY), rank(LIKELY) < 5)),
+    "top_p": ({"top_p": 0.7}, kept_by(softmax(LIKELY), nucleus(softmax(LIKELY), 0.7))),
+    "min_p": (
+        {"min_p": 0.3},
+        kept_by(softmax(LIKELY), softmax(LIKELY) >= 0.3 * softmax(LIKELY).max()),
+    ),
+    "top_p after top_k": (
+        {"top_k": 8, "top_p": 0.8},
+        kept_by(
+            softmax(LIKELY),
+            nucleus(kept_by(softmax(LIKELY), rank(LIKELY) < 8), 0.8),
+        ),
+    ),
+    "top_p after temperature": (
+        {"temperature": 0.6, "top_p": 0.9},
+        kept_by(softmax(LIKELY / 0.6), nucleus(softmax(LIKELY / 0.6), 0.9)),
+    ),
+}
+
+
+def chi_square_limit(freedom: int) -> float:
+    """Close to the 99.99 % quantile (Wilson and Hilferty); seeds are fixed, so nothing flickers."""
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread + 3.72 * spread**0.5) ** 3
+
+
+@pytest.mark.parametrize("case", DISTRIBUTIONS)
+def test_samples_follow_the_distribution(xp, case):
+    """Chi-square of the tokens drawn at 4096 positions, and nothing outside the kept set."""
+    options, expected = DISTRIBUTIONS[case]
     draws = 4096
-    logits = np.full((draws, V), -np.inf, np.float32)
-    logits[:, :8] = np.linspace(-1, 1, 8)
-    row = SamplingParams(temperature=1.0, seed=11).row(0, 0, -1)
-    ids, *_ = choose(xp, logits, [row] * draws, np.arange(draws))
-    expected = np.exp(np.linspace(-1, 1, 8))
-    expected *= draws / expected.sum()
-    observed = np.bincount(ids, minlength=8)
-    assert len(observed) == 8
-    statistic = float(((observed - expected) ** 2 / expected).sum())
-    assert statistic < 24.3  # 99.9 % quantile of chi-square with 7 degrees of freedom
+    params = SamplingParams(seed=11, **{"temperature": 1.0} | options)
+    rows = [params.row(0, 0, -1)] * draws
+    ids, *_ = choose(xp, likely_logits(draws), rows, np.arange(draws), plain=params.plain)
+    observed = np.array([np.count_nonzero(ids == token) for token in TOKENS])
+    assert observed.sum() == draws
+    assert not observed[expected == 0].any()
+    wanted = expected[expected > 0] * draws
+    assert wanted.min() > 5
+    statistic = float(((observed[expected > 0] - wanted) ** 2 / wanted).sum())
+    assert statistic < chi_square_limit(len(wanted) - 1)
+
+
+@pytest.mark.parametrize("step", ["position", "seed"])
+def test_neighbouring_draws_are_independent(xp, step):
+    """Chi-square of pairs: what follows at the next position, or under the next seed."""
+    draws = 4096
+    logits = np.full((draws, V), -60, np.float32)
+    logits[:, TOKENS[:4]] = 0
+    seeds = np.arange(draws) if step == "seed" else np.full(draws, 3)
+    rows = [SamplingParams(temperature=1.0, seed=int(seed)).row(0, 0, -1) for seed in seeds]
+    positions = np.zeros(draws) if step == "seed" else np.arange(draws)
+    ids, *_ = choose(xp, logits, rows, positions)
+    places = np.searchsorted(TOKENS, ids)
+    pairs = np.bincount(4 * places[::2] + places[1::2], minlength=16)
+    expected = draws / 2 / 16
+    assert ((pairs - expected) ** 2 / expected).sum() < chi_square_limit(15)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=8, max_size=8),
+    st.sets(st.integers(0, 7)),
+    st.floats(-2, 2, width=32),
+    st.floats(-2, 2, width=32),
+    st.floats(0.25, 4, width=32),
+)
+def test_penalties_are_their_formulas(times, prompt, presence, frequency, repetition):
+    """OpenAI's presence and frequency count what was generated, repetition the prompt as well."""
+    logits = np.linspace(-3, 3, 8).astype(np.float32)
+    params = SamplingParams(
+        presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition
+    )
+    counts = np.array(times, np.int32)
+    counts[list(prompt)] |= PROMPT_BIT
+    found = reference_sampling.process_logits(logits, params.row(0, 0, -1)[0], 0, counts, None)
+    for token, logit in enumerate(logits.astype(np.float64)):
+        if times[token] or token in prompt:
+            logit = logit * repetition if logit < 0 else logit / repetition
+        logit -= frequency * times[token] + presence * (times[token] > 0)
+        assert abs(found[token] - logit) <= 1e-5
 
 
 def test_top_logprobs(xp):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from gpt2cupy import SamplingParams
 from gpt2cupy.errors import InputError
+from gpt2cupy.record import ROOT
 
 NAN, INF = float("nan"), float("inf")
 
@@ -112,3 +114,13 @@ def test_what_no_kernel_could_take_is_refused(options):
 def test_numpy_scalars_are_numbers():
     params = SamplingParams(top_k=np.int64(5), temperature=np.float32(0.5))
     assert params.top_k == 5 and params.temperature == 0.5
+
+
+def test_the_page_has_every_field_in_order_with_its_default():
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE)
+    shown = {"None": "`None`", "()": "none", "{}": "none"}
+    values = {name: str(value) for name, value in vars(SamplingParams()).items()}
+    assert rows == [
+        (name, shown.get(value, value.removesuffix(".0"))) for name, value in values.items()
+    ]

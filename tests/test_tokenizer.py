@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from builders import small_bpe, tokenizer_json, write_bpe, write_llmc_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2cupy import load
 from gpt2cupy import tokenizer as module
 from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.errors import Gpt2CupyError, InputError, TokenizerError
@@ -24,6 +26,7 @@ TEXTS = [
     "I've 12 we'll 3½ ٣",
     END_OF_TEXT,
 ]
+TEMPLATE = [{"Sequence": {"id": "A", "type_id": 0}}]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,14 @@ def test_special_tokens_only_where_allowed(small):
     assert small.encode(text, allowed_special=set()) == small.encode(text)
 
 
+def test_special_tokens_in_a_prompt_are_plain_text():
+    with load("shakespeare", device="cpu") as lm:
+        ids = lm.encode(f"a{END_OF_TEXT}b").tolist()
+        assert lm.tokenizer.eot_token not in ids
+        assert lm.tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
+        assert lm.tokenizer.eot_token not in lm.score(END_OF_TEXT).tokens
+
+
 @pytest.mark.parametrize("names", ["some", END_OF_TEXT, {"<|pad|>"}])
 def test_unknown_special_tokens_are_refused(small, names):
     with pytest.raises(InputError):
@@ -109,6 +120,19 @@ def test_cutting_long_white_space_changes_nothing(embedded, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_LONG", 2)
         assert embedded.encode(text) == whole
+
+
+def test_nothing_is_downloaded(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a network was asked for")
+
+    write_bpe(tmp_path, *small_bpe())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    for path in (tmp_path, EMBEDDED["shakespeare"]):
+        tokenizer = Tokenizer.from_path(path)
+        assert tokenizer.decode(tokenizer.encode(" the aaaa")) == " the aaaa"
 
 
 # -- streaming -----------------------------------------------------------------------------------
@@ -160,6 +184,14 @@ def test_formats_agree(small, tmp_path):
                 expected = small.encode(text, allowed_special=allowed)
                 assert other.encode(text, allowed_special=allowed) == expected, name
         assert other.decode(range(other.vocab_size)) == small.decode(range(small.vocab_size))
+
+
+def test_a_template_of_the_text_alone(small, tmp_path):
+    """As transformers 5 writes GPT-2's post-processor."""
+    template = {"type": "TemplateProcessing", "single": TEMPLATE, "special_tokens": {}}
+    written = tokenizer_json(*small_bpe(), post_processor=template)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    assert Tokenizer.from_folder(tmp_path).encode(TEXTS[1]) == small.encode(TEXTS[1])
 
 
 def test_ids_need_not_be_in_merge_order(small, tmp_path):
@@ -298,6 +330,10 @@ def test_broken_json(tmp_path, name, text):
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
         {"decoder": None},
         {"post_processor": {"type": "TemplateProcessing"}},
+        *(
+            {"post_processor": {"type": "TemplateProcessing", "single": single}}
+            for single in (3, [], [3], [*TEMPLATE, *TEMPLATE], [{"SpecialToken": {}}, *TEMPLATE])
+        ),
         {"model": 3},
         {"vocab": []},
         {"merges": {}},

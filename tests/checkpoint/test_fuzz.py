@@ -1,4 +1,4 @@
-"""Damaged checkpoints raise this package's errors or load; nothing else, and in little memory."""
+"""Damaged checkpoints and tokenizers load or raise this package's errors, in little memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import write_checkpoint, write_llmc
+from builders import (
+    small_bpe,
+    tokenizer_json,
+    write_bpe,
+    write_checkpoint,
+    write_llmc,
+    write_llmc_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2cupy import GPT2Config, checkpoint
 from gpt2cupy.errors import Gpt2CupyError
+from gpt2cupy.tokenizer import Tokenizer
 from gpt2cupy.weights import Weights
 
 CONFIG = GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=2)
@@ -136,3 +144,67 @@ def test_odd_values_in_a_header(folder, data):
     place = data.draw(st.sampled_from(paths(tree)))
     header = json.dumps(replaced(tree, place, data.draw(values))).encode()
     check(path, struct.pack("<Q", len(header)) + header + whole[8 + size :], folder)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """Tokenizers of every form, each in a place of its own."""
+    folder = tmp_path_factory.mktemp("words")
+    vocab, merges = small_bpe()
+    write_bpe(folder / "pair", vocab, merges)
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    for name, changes in [("old", {}), ("new", {"post_processor": template})]:
+        (folder / name).mkdir()
+        text = json.dumps(tokenizer_json(vocab, merges, **changes))
+        (folder / name / "tokenizer.json").write_text(text)
+        added = {"9000": {"content": "<|pad|>", "special": True}}
+        options = {"eos_token": {"content": "<|endoftext|>"}, "added_tokens_decoder": added}
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(options))
+    tokens = [bytes([byte]) for byte in range(256)] + [b"<|endoftext|>"]
+    write_llmc_tokenizer(folder / "tokenizer.bin", tokens, 256)
+    return folder
+
+
+def reads_tokens(path: Path) -> None:
+    """The same for tokenizers, which must encode what they were read from."""
+    tracemalloc.start()
+    try:
+        tokenizer = Tokenizer.from_path(path)
+        text = " the aaaa é"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    except Gpt2CupyError as error:
+        assert error.remedy
+        str(error).encode()
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < MEMORY
+
+
+def check_tokens(path: Path, changed: bytes) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(changed)
+    try:
+        reads_tokens(path if path.suffix == ".bin" else path.parent)
+    finally:
+        path.write_bytes(whole)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_damaged_tokenizers(words, data):
+    path = data.draw(st.sampled_from(sorted(p for p in words.rglob("*") if p.is_file())))
+    check_tokens(path, data.draw(damage(path.read_bytes())))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_odd_values_in_tokenizers(words, data):
+    path = data.draw(st.sampled_from(sorted(words.rglob("*.json"))))
+    tree = json.loads(path.read_bytes())
+    # First a part of the file: a vocabulary's hundreds of places are alike.
+    part = data.draw(st.sampled_from(list(tree)))
+    inner = paths(tree[part]) if isinstance(tree[part], dict | list) else [[]]
+    place = [part, *data.draw(st.sampled_from([p for p in inner if "vocab" not in p[:-1]]))]
+    changed = replaced(tree, place, data.draw(values))
+    check_tokens(path, json.dumps(changed).encode())

@@ -4,9 +4,10 @@
 
 Each input picks a loader by its first byte and is written in the place of one
 file of a small valid checkpoint. Anything but the package's own errors is a
-crash, which atheris reports with the input that caused it. Where atheris has no
-wheel for this Python, it says so and exits with 0: the hypothesis tests of
-tests/checkpoint/test_fuzz.py cover the same ground without guidance.
+crash: the exit code is not 0, and the input lies under build/fuzz (give its path
+as the argument to run it alone). Where atheris has no wheel for this Python, it
+says so and exits with 0: the hypothesis tests of tests/checkpoint/test_fuzz.py
+cover the same ground without guidance.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from builders import (
     write_llmc_tokenizer,
 )
 
+ARTIFACTS = Path(__file__).parents[2] / "build" / "fuzz"
 CONFIG = GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=2)
 
 
@@ -78,7 +80,9 @@ def targets(folder: Path) -> list[Target]:
     write_checkpoint(shards, CONFIG, shards=2)
     write_bpe(words, *small_bpe())
     whole.mkdir()
-    (whole / "tokenizer.json").write_text(json.dumps(tokenizer_json(*small_bpe())))
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    words_json = tokenizer_json(*small_bpe(), post_processor=template)
+    (whole / "tokenizer.json").write_text(json.dumps(words_json))
     write_llmc(folder / "model.bin", CONFIG, Weights.random(CONFIG, 0))
     tokens = [bytes([byte]) for byte in range(256)] + [b"<|endoftext|>"]
     write_llmc_tokenizer(folder / "tokenizer.bin", tokens, 256)
@@ -97,7 +101,9 @@ def targets(folder: Path) -> list[Target]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=60, help="stop after this time")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("inputs", nargs="*", help="files to run once each, in place of fuzzing")
+    given = parser.parse_args()
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         every = targets(folder)
@@ -115,8 +121,11 @@ def main() -> None:
         corpus.mkdir()
         for number, target in enumerate(every):
             (corpus / str(number)).write_bytes(bytes([number]) + target.whole)
-        options = [f"-max_total_time={seconds}", "-rss_limit_mb=2048", "-timeout=20"]
-        atheris.Setup([sys.argv[0], *options, "-max_len=65536", str(corpus)], one_input)
+        options = [
+            *(f"-max_total_time={given.seconds}", "-rss_limit_mb=2048", "-timeout=20"),
+            *("-max_len=65536", f"-artifact_prefix={ARTIFACTS}/"),
+        ]
+        atheris.Setup([sys.argv[0], *options, *(given.inputs or [str(corpus)])], one_input)
         atheris.Fuzz()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from builders import write_checkpoint
+from chosen import GPT2_WTE, is_gpt2_124m
 from error_rule import errors, one_ulp
 
 from gpt2cupy import GPT2, GPT2Config, SamplingParams
@@ -119,3 +121,24 @@ def test_text_of_the_chosen_model(chosen):
         other = their_greedy(theirs, prompt)
         print(repr(ours.text))
         assert_same_text(ours.tokens, other, prompt, theirs)
+
+
+def test_the_well_known_text_of_gpt2(gpt2_124m):
+    found = gpt2_124m.generate(TURING, max_new_tokens=8)
+    assert found.text == " the most powerful machines on the planet."
+
+
+def test_gpt2_is_known_by_its_weights():
+    """Else the test above would pass over the weights, or ask the known text of others."""
+    wte = np.zeros((50257, 768), np.float16)
+    wte[0, :3] = GPT2_WTE
+    for value, shape, expected in [
+        (0, "gpt2", True),
+        (0.01, "gpt2", False),
+        (0, "distilgpt2", False),
+    ]:
+        tensors = [("wpe", None, wte), ("wte", None, wte + np.float16(value))]
+        found = SimpleNamespace(
+            config=GPT2Config.from_name(shape), tensors=lambda tensors=tensors: iter(tensors)
+        )
+        assert is_gpt2_124m(found) is expected

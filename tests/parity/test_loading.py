@@ -12,7 +12,7 @@ from builders import TINY, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import gpt2cupy
-from gpt2cupy import GPT2Config
+from gpt2cupy import GPT2Config, checkpoint
 
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 IDS = np.arange(40)[None] * 5 % TINY.vocab_size
@@ -112,3 +112,31 @@ def test_a_configuration_that_transformers_wrote(tmp_path):
     )
     expected = GPT2Config(n_layer=3, n_inner=7, activation_function="silu")
     assert GPT2Config.from_json(tmp_path / "config.json") == expected
+
+
+@pytest.mark.parametrize(
+    "saving, tied",
+    [
+        ({}, True),
+        ({}, False),
+        ({"max_shard_size": "60KB"}, True),
+        ({"max_shard_size": "60KB"}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_what_transformers_saves(tmp_path, agree, saving, tied, stored):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        **{name: value for name, value in TINY.to_dict().items() if name != "architectures"}
+        | {"tie_word_embeddings": tied, "initializer_range": 0.2}
+    )
+    transformers.set_seed(0)
+    model = transformers.GPT2LMHeadModel(config).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path, **saving)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == bool(saving)
+    found = checkpoint.open(tmp_path)
+    assert (found.dtype.name, found.config.tie_word_embeddings) == (stored, tied)
+    agree()

@@ -10,11 +10,11 @@ import pytest
 from builders import widened, write_checkpoint
 from error_rule import DTYPES, errors
 
-from gpt2cupy import GPT2, GPT2Config
+from gpt2cupy import GPT2, GPT2Config, ops
 from gpt2cupy.config import ACTIVATIONS
 from gpt2cupy.weights import Weights
 
-pytest.importorskip("torch", reason="parity needs torch and transformers")
+torch = pytest.importorskip("torch", reason="parity needs torch and transformers")
 transformers = pytest.importorskip("transformers", reason="parity needs torch and transformers")
 pytestmark = pytest.mark.parity
 
@@ -177,3 +177,26 @@ def test_logits_of_the_chosen_model(chosen, their_logits):
         assert_close(lm(ids), their_logits(theirs, ids), lm.name)
     ids = lm.encode("Alan Turing theorized that computers would one day become")
     assert_close(lm(ids), their_logits(theirs, ids), lm.name)
+
+
+def test_tokens_of_the_chosen_model(chosen, source, gpt2_folder):
+    lm, _ = chosen
+    # llm.c's files hold GPT-2's tokens only.
+    where = gpt2_folder if source.is_llmc else source.their_name
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(where)
+    for text in TEXTS:
+        assert lm.tokenizer.encode(text) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize("config", [SMALL, MIDDLE], ids=["small", "middle"])
+def test_hidden_states(tmp_path, hugging_face, config):
+    """What hidden() gives, after the last norm, is the last of their hidden states."""
+    weights = write_checkpoint(tmp_path, config, weights=loud(config, 6))
+    ids = some_ids(config, 2, 33)
+    hidden = GPT2.from_pretrained(str(tmp_path), device="cpu").hidden(ids)
+    assert hidden.shape == (2, 33, config.n_embd)
+    normed = ops.layer_norm(hidden.reshape(66, -1), weights.lnf_w, weights.lnf_b)
+    with torch.inference_mode():
+        found = hugging_face(tmp_path)(torch.as_tensor(ids), output_hidden_states=True)
+    theirs = found.hidden_states[-1].numpy().reshape(66, -1)
+    assert np.abs(normed - theirs).max() <= 1e-4 * np.abs(theirs).max()

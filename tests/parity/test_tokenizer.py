@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import random
-from pathlib import Path
 
 import pytest
 from builders import write_bpe
@@ -15,8 +14,6 @@ from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.errors import TokenizerError
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT, Tokenizer
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("GPT2CUPY_TEST_DATA", ROOT.parent / "shared" / "data"))
 ODD = [
     *("", " ", "  ", "   a", "a   ", "\n\n", " \n ", "\t\ta", "\r\n", "\u3000\u3000x", "\xa0 \xa0"),
     *("'s", "'S", "don't 've'll'", "\u2019s", "123abc", "½²٣", "a1!b2?", "_x_"),
@@ -29,19 +26,6 @@ ODD = [
 texts = st.one_of(
     st.text(), st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=3))).map("".join)
 )
-
-
-@pytest.fixture(scope="module")
-def gpt2_folder(tmp_path_factory) -> Path:
-    path = DATA / "gpt2-merges.bpe"
-    if not path.is_file():
-        pytest.skip("GPT-2's merges are not there: tools/fetch_data.py, GPT2CUPY_TEST_DATA")
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    merges = [tuple(line.split(" ")) for line in lines]
-    tokens = [*BYTE_SYMBOLS, *(left + right for left, right in merges), END_OF_TEXT]
-    folder = tmp_path_factory.mktemp("gpt2")
-    write_bpe(folder, {token: id_ for id_, token in enumerate(tokens)}, merges)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +129,30 @@ def test_any_merges(tmp_path, seed):
     for _ in range(50):
         text = "".join(rng.choices(letters, k=rng.randint(1, 40)))
         assert ours.encode(text) == theirs.encode(text).ids, (merges, text)
+
+
+@settings(max_examples=50)
+@given(texts)
+def test_what_transformers_saves_is_read_alike(saved, text):
+    ours, theirs = saved
+    assert ours.encode(text, allowed_special="all") == theirs(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def saved(gpt2, tmp_path_factory) -> tuple[Tokenizer, object]:
+    """GPT-2's tokenizer as save_pretrained writes it, with a token added of either kind."""
+    _, theirs = gpt2
+    theirs = copy.deepcopy(theirs)
+    theirs.add_special_tokens({"pad_token": "<|pad|>"})
+    theirs.add_tokens(["don't"])
+    folder = tmp_path_factory.mktemp("saved")
+    theirs.save_pretrained(folder)
+    return Tokenizer.from_folder(folder), theirs
+
+
+def test_tokens_added_in_transformers(saved):
+    ours, theirs = saved
+    text = "I don't know<|pad|>don't<|endoftext|>"
+    assert ours.vocab_size == len(theirs) == 50259
+    assert ours.encode(text, allowed_special="all") == theirs(text)["input_ids"]
+    assert ours.decode(theirs(text)["input_ids"]) == text
