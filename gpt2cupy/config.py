@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .files import open_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
 ACTIVATIONS = {
@@ -201,7 +202,7 @@ class GPT2Config:
         """
         path = Path(path)
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 fields = json.loads(file.read(_MAX_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
