@@ -184,7 +184,9 @@ class GPT2Config:
         """
         if name not in _SHAPES:
             raise ConfigError(
-                f"no published GPT-2 is called {name!r}", remedy=f"Names: {', '.join(_SHAPES)}."
+                f"no published GPT-2 is called {name!r}",
+                where="from_name",
+                remedy=f"Names: {', '.join(_SHAPES)}.",
             )
         layers, heads, width = _SHAPES[name]
         return cls(n_layer=layers, n_head=heads, n_embd=width)

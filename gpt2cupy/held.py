@@ -48,6 +48,10 @@ class HeldModel:
             raise ClosedError("this model is closed", where=self._name, remedy="Load it again.")
         return self._model
 
+    def check_open(self) -> None:
+        """Raise if it is closed; unlike ``model`` it hands no reference to a frame that stays."""
+        _ = self.model
+
     @contextlib.contextmanager
     def turn(self) -> Iterator[GPT2]:
         """The model for this call alone, its device the current one."""
@@ -60,7 +64,7 @@ class HeldModel:
         """What the engine makes of the requests; holds the turn until they are done."""
         # No device context: between two tokens of a stream it would be the caller's.
         with self._turns.take(), self._errors():
-            _ = self.model
+            self.check_open()
             wanting = [r for r in requests if r.params.max_new_tokens != 0]
             if not wanting:
                 return
@@ -70,8 +74,8 @@ class HeldModel:
                 for token in self._running:
                     yield token
                     self._turns.carry()
-                    _ = self.model  # closed meanwhile?
-                _ = self.model
+                    self.check_open()
+                self.check_open()
             except GeneratorExit:
                 raise
             except BaseException:

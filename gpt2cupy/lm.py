@@ -115,7 +115,7 @@ class LanguageModel:
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
         """
-        _ = self.model
+        self._held.check_open()
         chosen = prompts.with_options(params, options)
         if chosen.n != 1:
             raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
@@ -167,7 +167,7 @@ class LanguageModel:
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
         """
-        _ = self.model
+        self._held.check_open()
         chosen = prompts.with_options(params, options)
         if not isinstance(max_batch, int) or max_batch < 1:
             raise InputError(

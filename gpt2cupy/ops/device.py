@@ -49,12 +49,14 @@ def import_cupy() -> Any:
         import cupy
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
-            raise NoDeviceError("CuPy is not installed", remedy=INSTALL) from error
+            raise NoDeviceError(
+                "CuPy is not installed", where="import cupy", remedy=INSTALL
+            ) from error
         # CuPy wraps the first error in a page of advice.
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise DeviceError(
             f"CuPy cannot be imported: {reason}",
-            where=", ".join(packages),
+            where=", ".join(packages) or "import cupy",
             remedy=f"Uninstall it. {INSTALL}",
         ) from error
     return cupy
@@ -78,7 +80,11 @@ def cupy_module() -> Any:
             "or use device='cpu'.",
         ) from error
     if not count:
-        raise NoDeviceError("there is no NVIDIA GPU", remedy="Use device='cpu'.")
+        raise NoDeviceError(
+            "there is no NVIDIA GPU",
+            where="this machine, as CUDA_VISIBLE_DEVICES shows it",
+            remedy="Use device='cpu'.",
+        )
     return cupy
 
 
