@@ -22,6 +22,10 @@ class CUDARuntimeError(RuntimeError):
         self.status = status
 
 
+class CUDADriverError(CUDARuntimeError):
+    """As CuPy's, of the driver's own interface."""
+
+
 class OutOfMemoryError(MemoryError):
     """As CuPy's."""
 
@@ -58,6 +62,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., types.Mo
         cupy.zeros = refuse
         cupy.cuda = types.SimpleNamespace(
             Device=type("Device", (Device,), {"capability": capability}),
+            driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
             memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,

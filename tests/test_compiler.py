@@ -24,7 +24,7 @@ ARCH = "sm_90"
 HALF = {"ELEM": "__half"}
 WANTED = [
     (source, defines)
-    for source, defines in compiler.variants((64,))
+    for source, defines in compiler.variants((64,), (768,))
     if defines.get("ELEM", "__half") == "__half"
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
@@ -33,7 +33,7 @@ from gpt2cupy.ops import compiler
 import gpt2cupy.ops.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
-wanted = [(s, d) for s, d in compiler.variants((64,)) if d.get("ELEM", "__half") == "__half"]
+wanted = [(s, d) for s, d in compiler.variants((64,), (768,)) if d.get("ELEM", "__half") == "__half"]
 print(sum(compiler.cubin(s, d, "sm_90").stat().st_size > 0 for s, d in wanted))
 """
 

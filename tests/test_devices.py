@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from fake_cupy import CUDARuntimeError, OutOfMemoryError, packages
+from fake_cupy import CUDADriverError, CUDARuntimeError, OutOfMemoryError, packages
 
 import gpt2cupy
 from gpt2cupy import checkpoint, loading
@@ -161,6 +161,7 @@ def test_memory_exhausted_by_weights(machine, lm):
     [
         (OutOfMemoryError("no room"), DeviceMemoryError, "too little free memory"),
         (CUDARuntimeError(2), DeviceMemoryError, "too little free memory"),
+        (CUDADriverError(2), DeviceMemoryError, "too little free memory"),
         (CUDARuntimeError(700), DeviceError, "CUDA failed: cudaError700"),
     ],
     ids=str,

@@ -12,7 +12,7 @@ from ..errors import DeviceError, DeviceMemoryError, NoDeviceError
 
 _PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "amd-cupy")
 INSTALL = "Install gpt2cupy[cuda12] or gpt2cupy[cuda13], whichever fits the driver."
-_OUT_OF_MEMORY, _OLD_DRIVER, _NO_DEVICE = 2, 35, 100  # cudaError_t
+_OUT_OF_MEMORY, _OLD_DRIVER, _NO_DEVICE = 2, 35, 100  # cudaError_t, CUresult
 
 
 @functools.cache
@@ -151,7 +151,7 @@ def device_errors(what: str) -> Iterator[None]:
         yield
     except cupy.cuda.memory.OutOfMemoryError as error:
         raise memory_error(error, what) from error
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+    except (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
         if error.status == _OUT_OF_MEMORY:
             raise memory_error(error, what) from error
         raise DeviceError(
