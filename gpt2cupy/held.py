@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import threading
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -13,6 +16,10 @@ from .errors import ClosedError
 from .model import GPT2
 from .ops.device import device_errors
 from .turns import Turns
+
+# Models on one GPU share cuBLAS's workspace and descriptors (ops/blas.py): their work alternates.
+_gpu_locks: dict[int | None, threading.Lock] = collections.defaultdict(threading.Lock)
+_open_models: weakref.WeakSet[HeldModel] = weakref.WeakSet()
 
 
 class HeldModel:
@@ -37,6 +44,7 @@ class HeldModel:
         self._engine: Engine | None = None
         self._running: Any = None  # the engine's generator while a call reads it
         self._turns = Turns(name)
+        _open_models.add(self)
 
     @property
     def closed(self) -> bool:
@@ -55,23 +63,21 @@ class HeldModel:
     @contextlib.contextmanager
     def turn(self) -> Iterator[GPT2]:
         """The model for this call alone, its device the current one."""
-        with self._turns.take(), self._errors():
-            model = self.model
-            with contextlib.nullcontext() if self.gpu is None else model.weights.wte.device:
-                yield model
+        with self._turns.take(), self._on_gpu():
+            yield self.model
 
     def tokens(self, requests: list[Request], slots: int) -> Generator[Token, None, None]:
         """What the engine makes of the requests; holds the turn until they are done."""
-        # No device context: between two tokens of a stream it would be the caller's.
-        with self._turns.take(), self._errors():
+        with self._turns.take():
             self.check_open()
             wanting = [r for r in requests if r.params.max_new_tokens != 0]
             if not wanting:
                 return
             # Not held by this frame, so that close() frees it while a stream is open.
-            self._running = self._engine_for(min(slots, len(wanting))).run(wanting)
+            with self._on_gpu():
+                self._running = self._engine_for(min(slots, len(wanting))).run(wanting)
             try:
-                for token in self._running:
+                while (token := self._next()) is not None:
                     yield token
                     self._turns.carry()
                     self.check_open()
@@ -88,6 +94,11 @@ class HeldModel:
                 if self.closed:
                     self._free_pools()
 
+    def _next(self) -> Token | None:
+        # Entered for each token: between two of a stream, device and GPU are the caller's.
+        with self._on_gpu():
+            return next(self._running, None)
+
     def drop(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""
         if self._engine is not None:
@@ -96,6 +107,7 @@ class HeldModel:
     def close(self) -> None:
         """Free everything; what is running ends with ClosedError at its next token."""
         self._model = None
+        _open_models.discard(self)
         self._forget_engine()
         running = self._running
         if running is not None:
@@ -123,9 +135,19 @@ class HeldModel:
         if self.gpu is not None:
             import cupy
 
-            with cupy.cuda.Device(self.gpu), self._errors():
+            with cupy.cuda.Device(self.gpu), device_errors(self._name):
                 cupy.get_default_memory_pool().free_all_blocks()
                 cupy.get_default_pinned_memory_pool().free_all_blocks()
 
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.gpu is None else device_errors(self._name)
+    @contextlib.contextmanager
+    def _on_gpu(self) -> Iterator[None]:
+        """The GPU as current device and, among the models on it, to this one alone."""
+        if self.gpu is None:
+            yield
+            return
+        import cupy
+
+        with _gpu_locks[self.gpu], cupy.cuda.Device(self.gpu) as device, device_errors(self._name):
+            yield
+            if any(other.gpu == self.gpu for other in list(_open_models) if other is not self):
+                device.synchronize()

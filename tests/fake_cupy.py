@@ -34,12 +34,17 @@ class Device:
     """A GPU as far as loading looks at it."""
 
     capability = "90"
+    waits = 0  # how often a synchronization was asked for
 
     def __init__(self, index: int) -> None:
         self.id = index
         self.compute_capability = self.capability
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> Device:
+        return self
+
+    def synchronize(self) -> None:
+        type(self).waits += 1
 
     def __exit__(self, *exception: object) -> None: ...
 
@@ -60,6 +65,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., types.Mo
         cupy = types.ModuleType("cupy")
         cupy.ndarray = types.new_class("ndarray")
         cupy.zeros = refuse
+        pool = types.SimpleNamespace(free_all_blocks=lambda: None)
+        cupy.get_default_memory_pool = cupy.get_default_pinned_memory_pool = lambda: pool
         cupy.cuda = types.SimpleNamespace(
             Device=type("Device", (Device,), {"capability": capability}),
             driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
