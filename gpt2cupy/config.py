@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .files import open_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
 ACTIVATIONS = {
@@ -183,7 +184,9 @@ class GPT2Config:
         """
         if name not in _SHAPES:
             raise ConfigError(
-                f"no published GPT-2 is called {name!r}", remedy=f"Names: {', '.join(_SHAPES)}."
+                f"no published GPT-2 is called {name!r}",
+                where="from_name",
+                remedy=f"Names: {', '.join(_SHAPES)}.",
             )
         layers, heads, width = _SHAPES[name]
         return cls(n_layer=layers, n_head=heads, n_embd=width)
@@ -201,7 +204,7 @@ class GPT2Config:
         """
         path = Path(path)
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 fields = json.loads(file.read(_MAX_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(

@@ -55,7 +55,11 @@ class InputError(Gpt2CupyError, ValueError):
 
 
 class DeviceError(Gpt2CupyError):
-    """No GPU, an unsupported one, or a CUDA installation that cannot be used."""
+    """A GPU or a CUDA installation that cannot be used, or a failure while it ran."""
+
+
+class NoDeviceError(DeviceError):
+    """There is no GPU, or no CuPy to use it with."""
 
 
 class CompileError(DeviceError):
@@ -67,4 +71,8 @@ class DeviceMemoryError(DeviceError, MemoryError):
 
 
 class ClosedError(Gpt2CupyError, RuntimeError):
-    """A model that was closed, or is in use by another thread."""
+    """A model that was closed."""
+
+
+class BusyError(Gpt2CupyError, RuntimeError):
+    """A model that is asked for more while a stream of it is open in the same thread."""

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import threading
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import loading, ops
-from .engine import Engine, Request
-from .errors import ClosedError, InputError
-from .model import GPT2, check_ids, check_tokens
+from . import loading, prompts, scoring
+from .engine import Request
+from .errors import InputError
+from .held import HeldModel
+from .ids import check_tokens
+from .model import GPT2
 from .sampling import SamplingParams
-from .text import Completion, GrowingText, Piece, Score
+from .text import Collected, Completion, GrowingText, Piece, Score
 from .tokenizer import Tokenizer
 
 
 class LanguageModel:
     """A tokenizer, a model and an engine, used as one.
 
-    Made by :func:`gpt2cupy.load`; also a context manager that closes itself. Calls
-    from several threads take turns: a call that finds another under way raises.
+    Made by :func:`gpt2cupy.load`; also a context manager that closes itself. It
+    may be used from several threads: calls take turns, each waiting for the one
+    before, an open stream included. A call from the thread that has a stream
+    open raises :class:`gpt2cupy.errors.BusyError`.
 
     Parameters
     ----------
@@ -34,10 +37,6 @@ class LanguageModel:
     """
 
     def __init__(self, model: GPT2, tokenizer: Tokenizer, name: str) -> None:
-        self._model: GPT2 | None = model
-        self.tokenizer = tokenizer
-        self.name = name
-        self.config = model.config
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
@@ -45,39 +44,37 @@ class LanguageModel:
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
             )
-        self._engine: Engine | None = None
-        self._busy = threading.Lock()
+        self._held = HeldModel(model, name)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config
 
     # -- state -----------------------------------------------------------------------------------
 
     @property
     def model(self) -> GPT2:
         """The forward pass alone."""
-        if self._model is None:
-            raise ClosedError("this model is closed", where=self.name, remedy="Load it again.")
-        return self._model
+        return self._held.model
 
     @property
     def device(self) -> str:
         """``cpu``, or ``cuda:0`` with the GPU's name."""
-        if self.model.xp is np:
+        xp, gpu = self.model.xp, self._held.gpu
+        if gpu is None:
             return "cpu"
-        index = self.model.weights.wte.device.id
-        properties = self.model.xp.cuda.runtime.getDeviceProperties(index)
-        return f"cuda:{index} ({properties['name'].decode()})"
+        return f"cuda:{gpu} ({xp.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
 
     @property
     def dtype(self) -> np.dtype:
         return self.model.dtype
 
     def close(self) -> None:
-        """Free the weights and the cache; the object cannot be used afterwards."""
-        on_gpu = self._model is not None and self._model.xp is not np
-        self._model = self._engine = None
-        if on_gpu:
-            import cupy
+        """Free the weights and the cache; the object cannot be used afterwards.
 
-            cupy.get_default_memory_pool().free_all_blocks()
+        A stream that is open, or a call under way in another thread, ends with
+        :class:`gpt2cupy.errors.ClosedError`.
+        """
+        self._held.close()
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -86,7 +83,7 @@ class LanguageModel:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._model is None else f"{self.dtype} on {self.device}"
+        state = "closed" if self._held.closed else f"{self.dtype} on {self.device}"
         return f"<LanguageModel {self.name}, {state}>"
 
     def __reduce__(self) -> Any:
@@ -96,71 +93,11 @@ class LanguageModel:
             remedy="Call gpt2cupy.load in the other process.",
         )
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise ClosedError(
-                "another call is using this model",
-                where=self.name,
-                remedy="Finish or close the other stream, or load the model once per thread.",
-            )
-        try:
-            if self.model.xp is np:
-                yield
-            else:
-                with self.model.weights.wte.device:
-                    yield
-        finally:
-            self._busy.release()
-
-    def _engine_for(self, slots: int) -> Engine:
-        """The engine, made anew when more slots are asked for than it has."""
-        if self._engine is None or self._engine.slots < slots:
-            self._engine = None
-            self._engine = Engine(self.model, slots)
-        return self._engine
-
     # -- generation ------------------------------------------------------------------------------
 
     def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
         """Ids of a prompt, checked; an empty one becomes the end-of-text token."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not len(ids):
-            ids = [self.tokenizer.eot_token]
-        if len(ids) > self.config.n_positions:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, the context {self.config.n_positions}",
-                where="prompt",
-                remedy="Shorten the prompt.",
-            )
-        return check_tokens(ids, self.config)
-
-    def _requests(self, prompts: Sequence[Any], params: SamplingParams) -> list[Request]:
-        eos = params.eos_token_id
-        if eos is None:
-            eos = -1 if self.config.eos_token_id is None else self.config.eos_token_id
-        largest = max([eos, *params.logit_bias], default=-1)
-        if largest >= self.config.vocab_size:
-            raise InputError(
-                f"token id {largest} is outside the vocabulary of {self.config.vocab_size}",
-                where="eos_token_id or logit_bias",
-                remedy="Use ids of this model.",
-            )
-        requests = []
-        for number, prompt in enumerate(prompts):
-            ids = self.encode(prompt)
-            wanted = params.max_new_tokens
-            if wanted is not None and len(ids) + wanted > self.config.n_positions + 1:
-                raise InputError(
-                    f"{len(ids)} tokens of prompt and {wanted} new ones exceed the context of "
-                    f"{self.config.n_positions}",
-                    where=f"prompt {number}",
-                    remedy="Lower max_new_tokens, or pass None to go on to the end of the context.",
-                )
-            requests += [
-                Request((number, i), ids, params, index=i, eos=eos) for i in range(params.n)
-            ]
-        return requests
+        return prompts.encode(prompt, self.tokenizer, self.config)
 
     def stream(
         self,
@@ -178,28 +115,26 @@ class LanguageModel:
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
         """
-        chosen = _with_options(params, options)
+        self._held.check_open()
+        chosen = prompts.with_options(params, options)
         if chosen.n != 1:
             raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
-        requests = self._requests([prompt], chosen)
+        requests = prompts.make_requests([prompt], chosen, self.tokenizer, self.config)
         return self._stream(requests, chosen)
 
     def _stream(self, requests: list[Request], params: SamplingParams) -> Iterator[Piece]:
         start = time.perf_counter()
-        with self._alone():
-            if params.max_new_tokens == 0:
-                return
-            row = GrowingText(self.tokenizer, params.stop)
-            first = 0.0
-            engine = self._engine_for(1)
-            for count, token in enumerate(engine.run(requests)):
+        row, first = GrowingText(self.tokenizer, params.stop), 0.0
+        # Closed by name: a traceback may keep this frame, and the turn with it.
+        with contextlib.closing(self._held.tokens(requests, 1)) as tokens:
+            for count, token in enumerate(tokens):
                 now = time.perf_counter()
                 first = first or now
                 text, reason = row.push(token)
                 rate = count / (now - first) if count else 0.0
                 yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
                 if reason:
-                    engine.drop(token.key)
+                    self._held.drop(token.key)
 
     def generate(
         self,
@@ -232,44 +167,27 @@ class LanguageModel:
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
         """
-        chosen = _with_options(params, options)
-        if not isinstance(prompt, str | Sequence | np.ndarray):
+        self._held.check_open()
+        chosen = prompts.with_options(params, options)
+        if not isinstance(max_batch, int) or max_batch < 1:
             raise InputError(
-                f"a prompt cannot be a {type(prompt).__name__}",
-                where="prompt",
-                remedy="Pass text, token ids, or a list of either.",
+                f"max_batch={max_batch!r} is impossible", where="max_batch", remedy="1 or more."
             )
-        first = prompt[0] if len(prompt) else ()
-        single = isinstance(prompt, str) or (not isinstance(first, str) and np.ndim(first) == 0)
-        requests = self._requests([prompt] if single else list(prompt), chosen)
-        found = self._complete(requests, chosen, max_batch)
+        single = prompts.is_one(prompt)
+        given = [prompt] if single else list(prompt)
+        requests = prompts.make_requests(given, chosen, self.tokenizer, self.config)
+        found = self._complete(requests, max_batch)
         grouped = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
         results = [group[0] if chosen.n == 1 else group for group in grouped]
         return results[0] if single else results
 
-    def _complete(
-        self, requests: list[Request], params: SamplingParams, max_batch: int
-    ) -> list[Completion]:
-        rows = {request.key: GrowingText(self.tokenizer, params.stop) for request in requests}
-        done = {
-            request.key: Completion("", [], [], "length", len(request.prompt), [])
-            for request in requests
-        }
-        with self._alone():
-            if requests and params.max_new_tokens != 0:
-                engine = self._engine_for(min(max_batch, len(requests)))
-                for token in engine.run(requests):
-                    text, reason = rows[token.key].push(token)
-                    so_far = done[token.key]
-                    so_far.tokens.append(token.id)
-                    so_far.logprobs.append(token.logprob)
-                    so_far.top.append(token.top)
-                    done[token.key] = dataclasses.replace(
-                        so_far, text=so_far.text + text, finish_reason=reason or "length"
-                    )
-                    if reason:
-                        engine.drop(token.key)
-        return list(done.values())
+    def _complete(self, requests: list[Request], max_batch: int) -> list[Completion]:
+        rows = {request.key: Collected(self.tokenizer, request) for request in requests}
+        with contextlib.closing(self._held.tokens(requests, max_batch)) as tokens:
+            for token in tokens:
+                if rows[token.key].push(token):
+                    self._held.drop(token.key)
+        return [row.completion() for row in rows.values()]
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -298,56 +216,20 @@ class LanguageModel:
         -------
         Score
         """
-        window = self.config.n_positions if window is None else window
-        stride = max(window // 2, 1) if stride is None else stride
-        if not (1 <= stride <= window <= self.config.n_positions):
-            raise InputError(
-                f"window {window} with stride {stride} is impossible",
-                where="score",
-                remedy=f"1 <= stride <= window <= {self.config.n_positions}.",
-            )
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        ids = ([self.tokenizer.eot_token] if bos else []) + list(ids)
+        window, stride = scoring.check_window(window, stride, self.config)
+        ids = prompts.to_ids(text, self.tokenizer)
+        ids = ([self.tokenizer.eot_token] if bos else []) + ids
         if len(ids) < 2:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         tokens = check_tokens(ids, self.config)
-        parts, scored = [], 1  # tokens before `scored` have their log-probability
-        with self._alone():
-            for start in range(0, len(tokens), stride):
-                # Inputs start .. end - 1 predict the tokens start + 1 .. end.
-                end = min(start + window, len(tokens) - 1)
-                logprobs = self._window(tokens[start : end + 1])
-                parts.append(logprobs[scored - start - 1 :])
-                scored = end + 1
-                if scored >= len(tokens):
-                    break
-        return Score(tokens[1:].tolist(), np.concatenate(parts))
-
-    def _window(self, tokens: np.ndarray) -> np.ndarray:
-        """Log-probabilities of tokens[1:] given what stands before each."""
-        model = self.model
-        x = model.hidden(check_ids(tokens[:-1], self.config))[0]
-        logits = model.xp.empty((len(x), self.config.padded_vocab_size), x.dtype)
-        model.logits(x, model.new_workspace(len(x)), logits)
-        targets = model.xp.asarray(tokens[1:])
-        logprobs = ops.target_logprobs(logits, self.config.vocab_size, targets)
-        return logprobs if model.xp is np else logprobs.get()
+        with self._held.turn() as model:
+            logprobs = scoring.token_logprobs(model, tokens, window, stride)
+        return Score(tokens[1:].tolist(), logprobs)
 
     def __call__(self, ids: Any) -> Any:
         """Logits of every position: ids [B, T] -> float32 [B, T, V] on the model's device."""
-        with self._alone():
-            return self.model(ids)
-
-
-def _with_options(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown := set(options) - names:
-        raise InputError(
-            f"unknown sampling option {sorted(unknown)[0]!r}",
-            where="SamplingParams",
-            remedy=f"Options: {', '.join(sorted(names))}.",
-        )
-    return dataclasses.replace(params or SamplingParams(), **options)
+        with self._held.turn() as model:
+            return model(ids)
 
 
 def load(
@@ -380,6 +262,12 @@ def load(
     Gpt2CupyError
         One of its kinds, naming what is wrong, where, and the remedy.
     """
+    if not isinstance(tokenizer, str | os.PathLike | Tokenizer | None):
+        raise InputError(
+            f"a tokenizer cannot be a {type(tokenizer).__name__}",
+            where="tokenizer",
+            remedy="Pass a folder, a file or a Tokenizer.",
+        )
     model, source = loading.load_model(name_or_path, dtype=dtype, device=device, revision=revision)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)

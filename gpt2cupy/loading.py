@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from . import checkpoint
 from .config import GPT2Config
-from .errors import InputError
+from .errors import DeviceError, InputError, NoDeviceError
 from .model import GPT2
-from .ops.launch import cupy_module, memory_error
+from .ops.device import cupy_module, device_arch, device_errors
 from .ops.layout import Uploader
 from .weights import Weights
 
@@ -20,53 +23,71 @@ _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def resolve_device(device: str) -> tuple[str, int]:
-    """``("cpu", 0)`` or ``("cuda", index)``; "auto" takes the GPU where one can be used."""
+    """``("cpu", 0)`` or ``("cuda", index)``; "auto" takes the GPU where one can be used.
+
+    A GPU that is there and cannot be used is an error, and under "auto" a
+    warning; no GPU or no CuPy is neither.
+    """
     if device == "auto":
         try:
-            cupy_module()
-        except Exception:
+            return "cuda", _usable(0)
+        except NoDeviceError:
             return "cpu", 0
-        return "cuda", 0
+        except DeviceError as error:
+            warnings.warn(f"running on the CPU: {error}", RuntimeWarning, stacklevel=4)
+            return "cpu", 0
     if device == "cpu":
         return "cpu", 0
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index == "" or index.isdigit()):
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device), re.ASCII)
+    if match is None:
         raise InputError(
             f"unknown device {device!r}", where="device", remedy="Use auto, cpu, cuda or cuda:1."
         )
+    return "cuda", _usable(int(match[1] or 0))
+
+
+def _usable(index: int) -> int:
+    """The index, if this machine has that GPU and the kernels run on it."""
     count = cupy_module().cuda.runtime.getDeviceCount()
-    if int(index or 0) >= count:
+    if index >= count:
+        last = f" to cuda:{count - 1}" if count > 1 else ""
         raise InputError(
-            f"there is no {device}", where="device", remedy=f"This machine has {count} GPU(s)."
+            f"there is no cuda:{index}", where="device", remedy=f"This machine has cuda:0{last}."
         )
-    return "cuda", int(index or 0)
+    device_arch(index)
+    return index
 
 
 def resolve_dtype(dtype: str, stored: np.dtype, kind: str) -> np.dtype:
     """The dtype that weights are held in: "auto" is the stored one on a GPU, float32 on the CPU."""
-    name = stored.name if dtype == "auto" else _SHORT.get(dtype, dtype)
-    if name not in DTYPES:
-        raise InputError(
-            f"unknown dtype {dtype!r}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
-        )
+    name = _dtype_name(dtype)
     if kind == "cpu":
         # NumPy computes in float32 anyway; narrower weights would be widened at every step.
         return np.dtype(np.float32)
-    if name == "bfloat16":
-        import ml_dtypes
+    if name == "auto":
+        return stored
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+
+def _dtype_name(dtype: str) -> str:
+    name = _SHORT.get(str(dtype), str(dtype))
+    if name not in ("auto", *DTYPES):
+        raise InputError(
+            f"unknown dtype {dtype!r}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
+        )
+    return name
 
 
 def load_model(
     name_or_path: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
 ) -> tuple[GPT2, Any]:
     """The model and the checkpoint it came from."""
-    source = checkpoint.open(name_or_path, revision=revision)
+    # A wrong argument is found before anything is downloaded.
     kind, index = resolve_device(device)
+    _dtype_name(dtype)
+    source = checkpoint.open(name_or_path, revision=revision)
     held = resolve_dtype(dtype, source.dtype, kind)
-    return place(source.config, source.tensors(finite=kind == "cpu"), held, kind, index), source
+    return place(source.config, source.tensors(finite=True), held, kind, index), source
 
 
 def random_model(config: GPT2Config, seed: int, *, dtype: str, device: str) -> GPT2:
@@ -94,18 +115,15 @@ def place(config: GPT2Config, tensors: Any, dtype: np.dtype, kind: str, index: i
     if kind == "cpu":
         return GPT2(config, Weights.from_tensors(config, tensors, dtype))
     cupy = cupy_module()
-    with cupy.cuda.Device(index):
-        try:
-            weights = Weights.empty(config, dtype, cupy)
-            uploader = Uploader()
-            for name, layer, array in tensors:
-                target = getattr(weights, name)
-                if layer is not None:
-                    target = target[layer]
-                if name in ("wte", "lm_head"):
-                    target = target[: config.vocab_size]
-                uploader.place(array, target)
-        except cupy.cuda.memory.OutOfMemoryError as error:
-            raise memory_error(error, "the weights") from error
+    with cupy.cuda.Device(index), device_errors("the weights"):
+        weights = Weights.empty(config, dtype, cupy)
+        uploader = Uploader()
+        for name, layer, array in tensors:
+            target = getattr(weights, name)
+            if layer is not None:
+                target = target[layer]
+            if name in ("wte", "lm_head"):
+                target = target[: config.vocab_size]
+            uploader.place(array, target)
         cupy.cuda.get_current_stream().synchronize()
         return GPT2(config, weights)

@@ -11,6 +11,7 @@ from . import ops
 from .cache import KVCache
 from .config import GPT2Config
 from .errors import InputError
+from .ids import check_ids
 from .weights import Weights
 
 Array = Any
@@ -257,45 +258,3 @@ class GPT2:
 
 
 _UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
-
-
-def check_ids(ids: Array, config: GPT2Config) -> np.ndarray:
-    """Token ids as a host array of int32 [B, T], checked against vocabulary and context."""
-    if hasattr(ids, "get"):
-        ids = ids.get()
-    host = np.asarray(ids)
-    if host.ndim == 1:
-        host = host[None]
-    if host.ndim != 2 or host.size == 0:
-        raise InputError(
-            f"token ids must be [B, T], not {list(host.shape)}",
-            where="ids",
-            remedy="Pass at least one token per row, and rows of one length.",
-        )
-    tokens = check_tokens(host.reshape(-1), config).reshape(host.shape)
-    if host.shape[1] > config.n_positions:
-        raise InputError(
-            f"{host.shape[1]} tokens exceed the context of {config.n_positions}",
-            where="ids",
-            remedy="Shorten the input or use score() with a sliding window.",
-        )
-    return tokens
-
-
-def check_tokens(ids: Any, config: GPT2Config) -> np.ndarray:
-    """Token ids as int32 [N], each checked to be an integer of the vocabulary."""
-    host = np.asarray(ids)
-    if host.ndim != 1 or host.dtype.kind not in "iu":
-        raise InputError(
-            f"token ids must be integers, not {host.dtype}{list(host.shape)}",
-            where="ids",
-            remedy="Pass a flat list of integers.",
-        )
-    wrong = host[(host < 0) | (host >= config.vocab_size)]
-    if wrong.size:
-        raise InputError(
-            f"token id {wrong[0]} is outside the vocabulary of {config.vocab_size}",
-            where="ids",
-            remedy="Encode the text with this model's own tokenizer.",
-        )
-    return host.astype(np.int32)

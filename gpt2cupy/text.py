@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .engine import Token
+from .engine import Request, Token
+from .errors import TokenizerError
 from .tokenizer import Tokenizer
 
 
@@ -49,7 +51,7 @@ class Completion:
     Attributes
     ----------
     text : str
-        Without the prompt.
+        Without the prompt; U+FFFD where ``tokens`` are no text.
     tokens : list of int
     logprobs : list of float
         Of each token under the raw logits.
@@ -94,7 +96,11 @@ class Score:
 
 
 class GrowingText:
-    """Text of one continuation while it grows: streaming decoder and stop strings."""
+    """Text of one continuation while it grows: streaming decoder and stop strings.
+
+    An id that the model has and the tokenizer has not, as in vocabularies padded
+    by whoever trained the model, becomes U+FFFD.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.decoder = tokenizer.stream()
@@ -105,7 +111,7 @@ class GrowingText:
         """New text that is safe to show, and the finish reason if it has ended."""
         text = self.held
         if token.finish_reason != "eos":
-            text += self.decoder.push(token.id)
+            text += self._decode(token.id)
         if token.finish_reason:
             text += self.decoder.flush()
         ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
@@ -115,6 +121,12 @@ class GrowingText:
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep], token.finish_reason
 
+    def _decode(self, id_: int) -> str:
+        try:
+            return self.decoder.push(id_)
+        except TokenizerError:
+            return self.decoder.flush() + "\ufffd"
+
     def _open_stop(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""
         most = max((len(stop) - 1 for stop in self.stops), default=0)
@@ -122,3 +134,26 @@ class GrowingText:
             if any(stop.startswith(text[-size:]) for stop in self.stops):
                 return size
         return 0
+
+
+class Collected:
+    """A continuation collected token by token until it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.row = GrowingText(tokenizer, request.params.stop)
+        self.parts: list[str] = []
+        self.done = Completion("", [], [], "length", len(request.prompt), [])
+
+    def push(self, token: Token) -> bool:
+        """Take one more token; whether it was the last."""
+        text, reason = self.row.push(token)
+        self.parts.append(text)
+        self.done.tokens.append(token.id)
+        self.done.logprobs.append(token.logprob)
+        self.done.top.append(token.top)
+        if reason:
+            self.done = dataclasses.replace(self.done, finish_reason=reason)
+        return reason is not None
+
+    def completion(self) -> Completion:
+        return dataclasses.replace(self.done, text="".join(self.parts))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import TokenizerError
+from .files import open_plain
 from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, Vocabulary, reachable, token_texts
 
 _LLMC_MAGIC, _LLMC_MODEL_MAGIC = 20240328, 20240326
@@ -223,9 +225,10 @@ def _is_id(value: Any) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise _broken(f"it is larger than {_MAX_BYTES >> 20} MiB", path)
-        return path.read_bytes()
+        with open_plain(path) as file:
+            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+                raise _broken(f"it is larger than {_MAX_BYTES >> 20} MiB", path)
+            return file.read()
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -194,6 +194,7 @@ class Weights:
 
     def __reduce__(self) -> Any:
         raise InputError(
-            "weights are not pickled",
+            "a GPT2 and its weights are not pickled",
+            where="Weights",
             remedy="Load the model by its name or path in the other process.",
         )

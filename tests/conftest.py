@@ -42,3 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def xp(request: pytest.FixtureRequest):
     """NumPy, and CuPy as a gpu test."""
     return pytest.importorskip(request.param)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Puts a stand-in for CuPy in its place: a machine with these GPUs and this driver."""
+    from fake_cupy import stand_in
+
+    yield from stand_in(monkeypatch)

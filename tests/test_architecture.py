@@ -15,16 +15,16 @@ PACKAGE = ROOT / "gpt2cupy"
 # From the bottom up: a module may import from its own line only what stands left of it (or the
 # same package), and anything from the lines before.
 LAYERS = (
-    ("_version", "errors"),
+    ("_version", "errors", "files", "turns"),
     ("config",),
-    ("weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
+    ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference"),
-    ("ops.compiler", "ops.tape", "ops.launch"),
+    ("ops.device", "ops.compiler", "ops.tape", "ops.launch"),
     ("ops.blas", "ops"),
     ("sampling", "model"),
     ("checkpoint", "decode"),
     ("loading", "engine", "record"),
-    ("text", "lm"),
+    ("text", "prompts", "scoring", "held", "lm"),
     ("info", "cli"),
 )
 _FLAT = [name for layer in LAYERS for name in layer]

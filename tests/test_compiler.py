@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
-import numpy as np
 import pytest
 
-from gpt2cupy.errors import CompileError, DeviceError, InputError
+from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
 from gpt2cupy.ops import compiler, launch
 from gpt2cupy.record import ROOT
 
@@ -23,7 +24,7 @@ ARCH = "sm_90"
 HALF = {"ELEM": "__half"}
 WANTED = [
     (source, defines)
-    for source, defines in compiler.variants((64,))
+    for source, defines in compiler.variants((64,), (768,))
     if defines.get("ELEM", "__half") == "__half"
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
@@ -32,7 +33,8 @@ from gpt2cupy.ops import compiler
 import gpt2cupy.ops.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
-wanted = [(s, d) for s, d in compiler.variants((64,)) if d.get("ELEM", "__half") == "__half"]
+every = compiler.variants((64,), (768,))
+wanted = [(s, d) for s, d in every if d.get("ELEM", "__half") == "__half"]
 print(sum(compiler.cubin(s, d, "sm_90").stat().st_size > 0 for s, d in wanted))
 """
 
@@ -192,6 +194,60 @@ def test_a_read_only_cache_is_still_read(cache, fake):
     cache.chmod(0o755)
 
 
+def test_a_cache_out_of_reach_warns_and_works(cache, fake, monkeypatch):
+    real = os.stat
+
+    def stat(path, *args, **kwargs):
+        if str(path).startswith(str(cache)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    cache.write_text("in the way")
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.warns(RuntimeWarning, match="GPT2CUPY_CACHE_DIR"):
+        assert compiler.cubin("norm.cu", HALF, ARCH).is_file()
+
+
+def test_no_place_at_all_for_kernels(tmp_path, fake, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path / "file" / "tmp"))
+    compiler._process_dir.cache_clear()
+    with (
+        pytest.warns(RuntimeWarning, match="cannot be kept"),
+        pytest.raises(CompileError, match="no place") as caught,
+    ):
+        compiler.cubin("norm.cu", HALF, ARCH)
+    assert "TMPDIR" in caught.value.remedy
+
+
+def test_a_filled_cache_needs_no_other_folder(cache, fake, monkeypatch):
+    path = compiler.cubin("norm.cu", HALF, ARCH)
+    monkeypatch.setattr(compiler.tempfile, "tempdir", "/no/such/folder")
+    assert compiler.cubin("norm.cu", HALF, ARCH) == path
+
+
+def test_threads_compile_a_kernel_once(cache, fake, monkeypatch):
+    slow, barrier = compiler.compile_source, threading.Barrier(4)
+
+    def compile_source(source, options):
+        time.sleep(0.1)
+        return slow(source, options)
+
+    monkeypatch.setattr(compiler, "compile_source", compile_source)
+
+    def ask():
+        barrier.wait(60)
+        compiler.cubin("norm.cu", HALF, ARCH)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(fake) == 1
+
+
 @pytest.mark.parametrize("step", ["fdopen", "replace"])
 def test_no_partial_file_is_left(cache, fake, monkeypatch, step):
     class Interrupted(BaseException):
@@ -218,8 +274,45 @@ def test_a_source_that_does_not_compile_says_where_and_leaves_nothing(cache, sou
 def test_an_unknown_architecture_names_the_remedy(cache):
     with pytest.raises(CompileError, match=r"NVRTC \d+\.\d+") as caught:
         compiler.cubin("embedding.cu", HALF, "sm_12345")
-    assert "NVRTC 12.8" in caught.value.remedy
+    assert "sm_12345" in caught.value.what and "NVRTC 12.8" in caught.value.remedy
     assert isinstance(caught.value, DeviceError)
+
+
+def test_a_missing_nvrtc_names_the_wheel(cache, monkeypatch):
+    from cupy.cuda import nvrtc
+
+    def fail():
+        raise RuntimeError("CuPy failed to load libnvrtc.so.12: OSError: no such file")
+
+    monkeypatch.setattr(nvrtc, "getVersion", fail)
+    with pytest.raises(CompileError, match=r"libnvrtc\.so\.12") as caught:
+        compiler.cubin("norm.cu", HALF, ARCH)
+    assert caught.value.where == "libnvrtc" and "nvidia-cuda-nvrtc-cu12" in caught.value.remedy
+    monkeypatch.undo()
+    assert compiler.nvrtc_version() > (11, 0)
+
+
+@pytest.mark.parametrize("found", [None, "/", ImportError], ids=str)
+def test_missing_headers_name_the_wheel(cache, monkeypatch, found):
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+    compiler._cuda_includes.cache_clear()
+    with monkeypatch.context() as patch:
+        if found is ImportError:
+            patch.setitem(sys.modules, "cuda.pathfinder", None)
+        else:
+            patch.setattr(pathfinder, "find_nvidia_header_directory", lambda name: found)
+        with pytest.raises(CompileError, match="headers") as caught:
+            compiler.cubin("norm.cu", HALF, ARCH)
+    assert caught.value.where == "cuda_fp16.h"
+    assert "nvidia-cuda-runtime-cu12" in caught.value.remedy
+    assert not cache.exists()
+    assert compiler.cubin("norm.cu", HALF, ARCH).is_file()
+
+
+def test_nvrtc_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(NoDeviceError, match="CuPy is not installed"):
+        compiler.nvrtc()
 
 
 def test_the_cache_folder(monkeypatch):
@@ -232,109 +325,10 @@ def test_the_cache_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/c")
     assert str(compiler.cache_dir()) == "/c/.cache/gpt2cupy"
 
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
 
-# -- the launcher, as far as it goes without a GPU -----------------------------------------------
-
-
-class Memory:
-    """Where a stand-in for a device array lies."""
-
-    def __init__(self, ptr: int, device_id: int) -> None:
-        self.ptr, self.device_id = ptr, device_id
-
-
-class DeviceArray:
-    """What launch() looks at in an array."""
-
-    def __init__(self, shape, dtype, *, ptr=4096, device=0, contiguous=True):
-        host = np.empty(shape, dtype)
-        self.shape, self.dtype, self.itemsize = host.shape, host.dtype, host.itemsize
-        self.data = Memory(ptr, device)
-        self._c_contiguous = contiguous
-        self.flags = type("Flags", (), {"c_contiguous": contiguous})
-
-
-KERNEL = launch.Kernel(
-    "norm.cu", "layer_norm", "x: float32[N,C], w: ELEM[C]?, out: ELEM[N,C], eps: float, N, C"
-)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The launches that got past the checks: (grid, block, values)."""
-    calls = []
-    monkeypatch.setattr(launch, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_function", lambda *key: lambda *call: calls.append(call))
-    return calls
-
-
-def try_launch(**changed):
-    half = np.dtype(np.float16)
-    arrays = {
-        "x": DeviceArray((3, 8), np.float32),
-        "w": DeviceArray((8,), half),
-        "out": DeviceArray((3, 8), half),
-    } | changed
-    launch.launch(KERNEL, (1,), (32,), (*arrays.values(), 1e-5), elem=half)
-
-
-def test_scalars_are_cast_and_letters_bound(launched):
-    try_launch()
-    (_, _, values), *_ = launched
-    assert [type(value) for value in values[3:]] == [np.float32, np.int32, np.int32]
-    assert values[4:] == (3, 8)
-    try_launch(w=None)
-    assert launched[-1][2][1] == launch.NULL
-
-
-@pytest.mark.parametrize(
-    "changed, says",
-    [
-        ({"x": DeviceArray((3, 8), np.float64)}, r"x is float64\[3, 8\].*float32\[N, C\]"),
-        ({"w": DeviceArray((8,), np.float32)}, r"w is float32\[8\].*float16\[C=8\]"),
-        ({"w": DeviceArray((9,), np.float16)}, r"w is float16\[9\].*float16\[C=8\]"),
-        ({"out": DeviceArray((2, 8), np.float16)}, r"out is float16\[2, 8\].*\[N=3, C=8\]"),
-        ({"out": DeviceArray((24,), np.float16)}, r"out is float16\[24\].*\[N=3, C=8\]"),
-        ({"x": DeviceArray((3, 8), np.float32, contiguous=False)}, "not contiguous"),
-        ({"x": DeviceArray((3, 8), np.float32, device=1)}, "on device 1 .* on device 0"),
-        ({"x": DeviceArray((3, 8), np.float32, ptr=4100)}, "aligned to 16 bytes"),
-    ],
-)
-def test_launch_refuses(launched, changed, says):
-    with pytest.raises(InputError, match=says) as caught:
-        try_launch(**changed)
-    assert "norm.cu: layer_norm" in str(caught.value) and caught.value.remedy
-    assert launched == []
-
-
-def test_rows_that_cannot_be_aligned_are_taken(launched):
-    half = np.dtype(np.float16)
-    odd = {"x": DeviceArray((3, 7), np.float32, ptr=4), "w": None}
-    try_launch(**odd, out=DeviceArray((3, 7), half, ptr=14))
-    assert len(launched) == 1
-
-
-@pytest.mark.parametrize(
-    "source, elem, head_size, says",
-    [
-        ("norm.cu", np.dtype(np.float64), None, "float64"),
-        ("attention_decode.cu", np.dtype(np.float16), 129, "129"),
-        ("attention_decode.cu", np.dtype(np.float16), 0, "up to 128"),
-    ],
-)
-def test_load_refuses(monkeypatch, source, elem, head_size, says):
-    monkeypatch.setattr(launch, "current_device", lambda: 0)
-    with pytest.raises(InputError, match=says) as caught:
-        launch.load(source, elem, head_size)
-    assert caught.value.where == source and caught.value.remedy
-
-
-def test_no_gpu_names_the_remedy(monkeypatch):
-    import cupy
-
-    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 0)
-    with pytest.raises(DeviceError, match="device='cpu'"):
-        launch.cupy_module()
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(DeviceError, match=r"gpt2cupy\[cuda12\]"):
-        launch.cupy_module()
+    monkeypatch.setattr(compiler.Path, "home", homeless)
+    with pytest.raises(CompileError, match="no home folder") as caught:
+        compiler.cache_dir()
+    assert "GPT2CUPY_CACHE_DIR" in caught.value.remedy

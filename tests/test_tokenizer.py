@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 
@@ -311,6 +312,18 @@ def test_broken_json(tmp_path, name, text):
     write_bpe(tmp_path, *small_bpe())
     (tmp_path / name).write_text(text)
     assert str(tmp_path / name) in refused(tmp_path).where
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_no_plain_file(tmp_path, name, kind):
+    if name != "tokenizer.json":
+        write_bpe(tmp_path, *small_bpe())
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).mkdir()
+    refused(tmp_path)
+    if name == "tokenizer.json":
+        refused(tmp_path / name)
 
 
 @pytest.mark.parametrize(

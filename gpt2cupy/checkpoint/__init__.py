@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from ..config import GPT2Config
+from ..errors import InputError
 from . import llmc_file, safetensors_file
 from .resolve import resolve
-from .stored import StoredTensor, check_finite, not_finite, views
+from .stored import StoredTensor, check_finite, views
 
-__all__ = ["Checkpoint", "StoredTensor", "check_finite", "not_finite", "open"]
+__all__ = ["Checkpoint", "StoredTensor", "check_finite", "open"]
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,21 @@ def open(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -
     ------
     CheckpointError
         If it cannot be found, read or trusted.
+    InputError
+        If the name is not a string or path.
     ConfigError
         If it is not a GPT-2 that this package runs.
     """
-    name = os.fspath(name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise InputError(
+            f"a checkpoint cannot be a {type(name_or_path).__name__}",
+            where="name_or_path",
+            remedy="Pass a name, a hub id or a path.",
+        )
+    name = os.fsdecode(name_or_path)
     path = resolve(name, revision)
-    if path.is_file():
-        config, tensors = llmc_file.read(path)
-    else:
+    if path.is_dir():
         config, tensors = safetensors_file.read(path, GPT2Config.from_json(path / "config.json"))
+    else:
+        config, tensors = llmc_file.read(path)
     return Checkpoint(name, path, config, tuple(tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import numpy as np
 
 from ..config import GPT2Config
 from ..errors import CheckpointError, ConfigError
+from ..files import open_plain
 from .layout import LLMC_ORDER, is_stacked, tensor_shape
 from .stored import StoredTensor, unreadable
 
@@ -25,8 +27,8 @@ def read(path: Path) -> tuple[GPT2Config, list[StoredTensor]]:
     channels. Its embedding is padded to ``Vp`` rows, which are left out here.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
             header = np.frombuffer(file.read(_HEADER_BYTES), "<i4")
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error

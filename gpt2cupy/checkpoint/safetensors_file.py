@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import GPT2Config
 from ..errors import CheckpointError
+from ..files import open_plain
 from .layout import HARMLESS, HEAD, PREFIX, huggingface_keys, tensor_shape
-from .stored import StoredTensor, map_file, unreadable
+from .stored import StoredTensor, is_file, map_file, unreadable
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -151,10 +152,10 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 def _files(folder: Path) -> dict[Path, set[str]]:
     """The files of the weights and the keys that an index promises in each."""
-    if (folder / _SINGLE).is_file():
+    if is_file(folder / _SINGLE):
         return {folder / _SINGLE: set()}
     index = folder / _INDEX
-    if not index.is_file():
+    if not is_file(index):
         convert = (
             f"from transformers import GPT2LMHeadModel as M; "
             f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
@@ -165,7 +166,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
             remedy=f'Convert weights of another format once: python -c "{convert}"',
         )
     try:
-        with index.open("rb") as file:
+        with open_plain(index) as file:
             places = json.loads(file.read(_MAX_INDEX))["weight_map"]
         files: dict[Path, set[str]] = {}
         for key, name in places.items():
@@ -187,7 +188,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Entries of a file that the library found valid, and where its data begins."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = int.from_bytes(file.read(8), "little")
             if size > _MAX_HEADER:
                 raise ValueError(f"its header claims {size} bytes")

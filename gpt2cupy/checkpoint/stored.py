@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import open_plain
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class StoredTensor:
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file as a read-only array; pages are read when they are touched."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
@@ -83,16 +85,24 @@ def check_finite(name: str, layer: int | None, array: np.ndarray) -> None:
     sign = 1 << 8 * size - 1
     rows = array if array.flags.c_contiguous else array.T
     if rows.view(f"i{size}").max() >= infinity or rows.view(f"u{size}").max() >= sign | infinity:
-        raise not_finite(name, layer)
+        raise CheckpointError(
+            "the weights hold NaN or infinite values",
+            where=name if layer is None else f"{name} of layer {layer}",
+            remedy="The checkpoint is damaged or its training diverged; take another one.",
+        )
 
 
-def not_finite(name: str, layer: int | None) -> CheckpointError:
-    """The error for a tensor with NaN or infinite values."""
-    return CheckpointError(
-        "the weights hold NaN or infinite values",
-        where=name if layer is None else f"{name} of layer {layer}",
-        remedy="The checkpoint is damaged or its training diverged; take another one.",
-    )
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; one out of reach, or a folder or pipe in its place, raises."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(mode):
+        raise unreadable(path, OSError("It is not a plain file"))
+    return True
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:

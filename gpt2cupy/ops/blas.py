@@ -31,6 +31,7 @@ def _bindings() -> Any:
     except ImportError as error:
         raise DeviceError(
             "nvmath-python, NVIDIA's binding of cuBLAS, is not installed",
+            where="nvmath.bindings",
             remedy="Install gpt2cupy[cuda12] or gpt2cupy[cuda13], whichever fits the driver.",
         ) from error
     return cublas, cublasLt
@@ -129,6 +130,7 @@ class _Product:
         if not found[0]:
             raise DeviceError(
                 f"cuBLASLt has no algorithm for [{n}, {k}] x [{m}, {k}]^T in {kind}",
+                where="cuBLASLt",
                 remedy="Report this with the output of `gpt2cupy info`.",
             )
 

@@ -5,18 +5,21 @@ Works without a GPU: ``gpt2cupy compile --arch sm_90`` fills the cache ahead of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CompileError, DeviceError
+from ..errors import CompileError
+from .device import import_cupy
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -41,6 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 # Tensor cores multiply halves.
 HALF_ONLY = ("norm_skinny.cu",)
 
+_compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -92,7 +96,14 @@ def cache_dir() -> Path:
     if explicit:
         return Path(explicit)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gpt2cupy"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "gpt2cupy"
+    except RuntimeError as error:
+        raise CompileError(
+            "there is no home folder to keep compiled kernels in",
+            where="kernel cache",
+            remedy="Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
+        ) from error
 
 
 @functools.cache
@@ -103,18 +114,15 @@ def _process_dir() -> tempfile.TemporaryDirectory:
 
 def nvrtc() -> Any:
     """CuPy's binding of NVRTC, checked to be loadable."""
+    import_cupy()
     try:
         from cupy.cuda import nvrtc as binding
 
         binding.getVersion()
-    except ImportError as error:
-        raise DeviceError(
-            "CuPy is not installed",
-            remedy="Install gpt2cupy[cuda12] or gpt2cupy[cuda13], whichever fits the driver.",
-        ) from error
     except Exception as error:
         raise CompileError(
             f"NVRTC, the CUDA run-time compiler, cannot be loaded: {error}",
+            where="libnvrtc",
             remedy="Install the NVRTC wheel of your CUDA version: nvidia-cuda-nvrtc-cu12, or "
             "nvidia-cuda-nvrtc for CUDA 13 (the extras cuda12 and cuda13 bring them).",
         ) from error
@@ -147,20 +155,37 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
         repr((source_closure(source), options, nvrtc_version())).encode()
     ).hexdigest()
     name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
-    for folder in (cache_dir(), Path(_process_dir().name)):
-        if (folder / name).is_file():
-            return folder / name
+    # One thread at a time: what the first compiles, the others find.
+    with _compiling:
+        return _find_or_compile(name, source, options)
+
+
+def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
+    folders = [cache_dir()]
+    if _process_dir.cache_info().currsize:
+        folders.append(Path(_process_dir().name))
+    for folder in folders:
+        with contextlib.suppress(OSError):  # out of reach: writing there says so
+            if (folder / name).is_file():
+                return folder / name
     binary = compile_source(source, options)
     try:
-        return _write_atomically(cache_dir() / name, binary)
+        return _write_atomically(folders[0] / name, binary)
     except OSError as error:
         warnings.warn(
-            f"kernels cannot be kept in {cache_dir()} ({error.strerror}); every process will "
+            f"kernels cannot be kept in {folders[0]} ({error.strerror}); every process will "
             "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
+    try:
         return _write_atomically(Path(_process_dir().name) / name, binary)
+    except OSError as error:
+        raise CompileError(
+            f"there is no place to keep compiled kernels: {error.strerror}",
+            where=str(folders[0]),
+            remedy="Set GPT2CUPY_CACHE_DIR or TMPDIR to a folder that can be written.",
+        ) from error
 
 
 def _write_atomically(path: Path, data: bytes) -> Path:
@@ -190,9 +215,10 @@ def compile_source(source: str, options: list[str]) -> bytes:
         if "INVALID_OPTION" in str(error):
             version = ".".join(map(str, binding.getVersion()))
             raise CompileError(
-                f"NVRTC {version} does not know an option of {options}",
+                f"NVRTC {version} cannot compile with {' '.join(options)}",
                 where=source,
-                remedy="It is probably too old for this GPU: sm_100 and sm_120 need NVRTC 12.8.",
+                remedy="It is probably too old for this GPU: sm_100 and sm_120 need NVRTC 12.8. "
+                "Install a newer NVRTC wheel (extra cuda12 or cuda13).",
             ) from error
         raise CompileError(
             f"NVRTC refused the source:\n{log}",
@@ -211,13 +237,17 @@ def _encoded(texts: Iterable[str]) -> tuple[bytes, ...]:
 @functools.cache
 def _cuda_includes() -> tuple[str, ...]:
     """Options naming the folders of cuda_fp16.h and what it includes."""
-    from cuda.pathfinder import find_nvidia_header_directory
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
 
-    found = [find_nvidia_header_directory(name) for name in ("cudart", "nvcc")]
+        found = [find_nvidia_header_directory(name) for name in ("cudart", "nvcc")]
+    except ImportError:  # it comes with CuPy
+        found = []
     folders = dict.fromkeys(folder for folder in found if folder)
     if not any((Path(folder) / "cuda_fp16.h").is_file() for folder in folders):
         raise CompileError(
-            "the CUDA headers (cuda_fp16.h) are missing",
+            "the CUDA headers are missing",
+            where="cuda_fp16.h",
             remedy="Install the CUDA runtime wheel: nvidia-cuda-runtime-cu12, or "
             "nvidia-cuda-runtime for CUDA 13 (the extras cuda12 and cuda13 bring them).",
         )

@@ -19,8 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import CompileError, DeviceError, DeviceMemoryError, InputError
+from ..errors import CompileError, InputError
 from . import compiler
+from .device import cupy_module as cupy_module
+from .device import current_device as current_device
+from .device import device_arch as device_arch
+from .device import has_clusters as has_clusters
+from .device import has_mma as has_mma
+from .device import memory_error as memory_error
+from .device import sm_count as sm_count
 from .tape import Launch, submit
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
@@ -77,50 +84,6 @@ class Kernel:
         return load(self.source, elem, head_size, inner).get_function(self.entry)
 
 
-def current_device() -> int:
-    import cupy
-
-    return cupy.cuda.runtime.getDevice()
-
-
-def sm_count() -> int:
-    """Multiprocessors of the current device."""
-    return _sm_count(current_device())
-
-
-@functools.cache
-def _sm_count(device: int) -> int:
-    import cupy
-
-    return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-
-
-def has_clusters() -> bool:
-    """Whether the current device runs thread block clusters (sm_90 and newer)."""
-    return int(device_arch(current_device())[3:]) >= 90
-
-
-def has_mma() -> bool:
-    """Whether the current device has mma.m16n8k16 for half and bfloat16 (sm_80 and newer)."""
-    return int(device_arch(current_device())[3:]) >= 80
-
-
-@functools.cache
-def device_arch(device: int) -> str:
-    """``sm_90`` and the like, checked to be one that the kernels support."""
-    import cupy
-
-    capability = cupy.cuda.Device(device).compute_capability
-    if int(capability) < 75:
-        name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
-        raise DeviceError(
-            f"this GPU has compute capability {capability[:-1]}.{capability[-1]}",
-            where=f"cuda:{device}, {name}",
-            remedy="The kernels need 7.5 (Turing) or newer; use device='cpu'.",
-        )
-    return f"sm_{capability}"
-
-
 def load(
     source: str, elem: np.dtype | None, head_size: int | None = None, inner: int | None = None
 ) -> Any:
@@ -164,7 +127,8 @@ def _load(
         raise CompileError(
             f"the driver refused a kernel: {error}",
             where=str(path),
-            remedy="Delete the file; it is compiled again at the next start.",
+            remedy="Delete the file; it is compiled again at the next start. If that does not "
+            "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
         ) from error
     return module
 
@@ -274,27 +238,6 @@ def _refuse(
     )
 
 
-def cupy_module() -> Any:
-    """CuPy with a usable GPU, or an error that says what is missing."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise DeviceError(
-            "CuPy is not installed",
-            remedy="Install gpt2cupy[cuda12] or gpt2cupy[cuda13], whichever fits the driver.",
-        ) from error
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise DeviceError(
-            f"no GPU can be used: {error}",
-            remedy="Install or update NVIDIA's driver, or use device='cpu'.",
-        ) from error
-    if not count:
-        raise DeviceError("there is no NVIDIA GPU", remedy="Use device='cpu'.")
-    return cupy
-
-
 def is_device_array(array: Any) -> bool:
     """Whether an array lives on a GPU; does not import CuPy to find out."""
     cupy = sys.modules.get("cupy")
@@ -306,12 +249,3 @@ def device_empty(shape: tuple[int, ...], dtype: Any) -> Any:
     import cupy
 
     return cupy.empty(shape, dtype)
-
-
-def memory_error(error: BaseException, what: str) -> DeviceMemoryError:
-    """The error for an allocation that the GPU refused."""
-    return DeviceMemoryError(
-        f"the GPU has too little free memory for {what}: {error}",
-        remedy="Use a smaller model, dtype or cache (max_batch, max_tokens), or close other "
-        "programs on this GPU.",
-    )

@@ -17,10 +17,11 @@ from builders import BFLOAT16, TINY, hf_tensors, write_checkpoint, write_tensors
 from safetensors.numpy import load_file, save_file
 
 from gpt2cupy import checkpoint
-from gpt2cupy.errors import CheckpointError, ConfigError, Gpt2CupyError
+from gpt2cupy.errors import CheckpointError, ConfigError, Gpt2CupyError, InputError
 from gpt2cupy.weights import Weights
 
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
+SHARD = "model-00001-of-00002.safetensors"
 MEMORY = 4 << 20  # bytes that reading may take, whatever the file
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
@@ -313,21 +314,57 @@ def test_what_may_not_be_read(tmp_path, name):
         (tmp_path / name).chmod(0o700)
 
 
-def test_a_file_that_the_system_refuses(tmp_path, monkeypatch):
-    """The same for whoever runs tests as root."""
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+def test_what_the_system_refuses(tmp_path, monkeypatch, name):
+    """The same for whoever runs tests as root: a folder, or a file of it."""
     write_checkpoint(tmp_path, TINY)
-    opened = Path.open
+    prefix = f"{tmp_path}/{name}"
 
-    def open_(path, *args, **kwargs):
-        if path.suffix == ".safetensors":
-            raise PermissionError(13, "Permission denied")
-        return opened(path, *args, **kwargs)
+    def guarded(call):
+        def guard(path, *args, **kwargs):
+            if str(path).startswith(prefix):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **kwargs)
+
+        return guard
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_)
-        with pytest.raises(CheckpointError, match="Permission denied"):
+        patch.setattr(os, "open", guarded(os.open))
+        if not name:
+            patch.setattr(os, "stat", guarded(os.stat))
+        with pytest.raises(Gpt2CupyError, match="Permission denied") as caught:
             checkpoint.open(tmp_path)
+    assert str(tmp_path) in caught.value.where and caught.value.remedy
     assert checkpoint.open(tmp_path).config == TINY
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", SHARD]
+)
+def test_no_plain_file(tmp_path, name, kind):
+    """A pipe that nobody writes to must not be waited for, nor a device read for ever."""
+    write_checkpoint(tmp_path, TINY, shards=1 if name == "model.safetensors" else 2)
+    path = tmp_path / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    assert str(path) in refused(tmp_path, Gpt2CupyError).where
+
+
+def test_a_pipe_in_place_of_a_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a plain file" in refused(tmp_path / "pipe").what
+
+
+@pytest.mark.parametrize("name", [None, 5, ["gpt2"]])
+def test_what_is_no_name(name):
+    with pytest.raises(InputError, match=type(name).__name__):
+        checkpoint.open(name)
 
 
 # -- shards --------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+"""One model and its callers: threads, streams left open, closing, several models, pickling."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import time
+import weakref
+
+import pytest
+from builders import TINY
+
+import gpt2cupy
+from gpt2cupy import GPT2
+from gpt2cupy.engine import Engine
+from gpt2cupy.errors import BusyError, ClosedError, Gpt2CupyError, InputError
+from gpt2cupy.weights import Weights
+
+WAIT = 60  # seconds after which a thread counts as stuck
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def lm(device):
+    with gpt2cupy.load("shakespeare", device=device) as model:
+        yield model
+
+
+class Caller(threading.Thread):
+    """Calls a function and keeps what it returned or raised."""
+
+    def __init__(self, call) -> None:
+        super().__init__(daemon=True)
+        self.call, self.result, self.error = call, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self.call()
+        except Gpt2CupyError as error:
+            self.error = error
+
+    def finished(self) -> Caller:
+        self.join(WAIT)
+        assert not self.is_alive(), "the thread is stuck"
+        return self
+
+
+# -- threads -------------------------------------------------------------------------------------
+
+
+def test_threads_take_turns(lm):
+    options = {"max_new_tokens": 12, "temperature": 0.9}
+    prompts = ["ROMEO:", "JULIET:", "To be", "KING"]
+    expected = [lm.generate(p, seed=i, **options) for i, p in enumerate(prompts)]
+    scores = [lm.score(p * 4).logprobs.tolist() for p in prompts]
+
+    def work(number, prompt):
+        for _ in range(3):
+            assert lm.score(prompt * 4).logprobs.tolist() == scores[number]
+            done = lm.generate(prompt, seed=number, **options)
+            text = "".join(p.text for p in lm.stream(prompt, seed=number, **options))
+            assert text == done.text
+        return done
+
+    callers = [Caller(lambda i=i, p=p: work(i, p)) for i, p in enumerate(prompts)]
+    assert [caller.finished().result for caller in callers] == expected
+
+
+def test_another_thread_waits_for_an_open_stream(lm):
+    expected = lm.generate("JULIET:", max_new_tokens=4)
+    stream = lm.stream("ROMEO:", max_new_tokens=6)
+    next(stream)
+    waiting = Caller(lambda: lm.generate("JULIET:", max_new_tokens=4))
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    assert len(list(stream)) == 5
+    assert waiting.finished().result == expected
+
+
+def test_the_thread_that_holds_a_stream_is_told_so(lm):
+    expected = lm.generate("ROMEO:", max_new_tokens=6).tokens
+    first = lm.stream("ROMEO:", max_new_tokens=6)
+    tokens = [next(first).token]
+    for call in (
+        lambda: next(lm.stream("JULIET:")),
+        lambda: lm.generate("JULIET:"),
+        lambda: lm.score("To be"),
+        lambda: lm([[1]]),
+    ):
+        with pytest.raises(BusyError, match="still open in this thread") as caught:
+            call()
+        assert caught.value.where == "shakespeare" and "close()" in caught.value.remedy
+    tokens += [piece.token for piece in first]
+    assert tokens == expected, "the refused calls did not disturb the first"
+    assert lm.generate("ROMEO:", max_new_tokens=6).tokens == expected
+
+
+def test_a_stream_may_be_read_by_several_threads_in_turn(lm):
+    expected = lm.generate("ROMEO:", max_new_tokens=6)
+    stream = lm.stream("ROMEO:", max_new_tokens=6)
+    texts = [next(stream).text]
+
+    def go_on():
+        texts.append(next(stream).text)
+        return lm.generate("ROMEO:")  # would wait for itself
+
+    assert isinstance(Caller(go_on).finished().error, BusyError)
+    texts += [piece.text for piece in stream]
+    assert "".join(texts) == expected.text
+    assert lm.generate("ROMEO:", max_new_tokens=6) == expected
+
+
+def test_a_stream_left_early_frees_the_model(lm):
+    expected = lm.generate("ROMEO:", max_new_tokens=6)
+    stream = lm.stream("JULIET:", max_new_tokens=50)
+    next(stream)
+    stream.close()
+    assert lm.generate("ROMEO:", max_new_tokens=6) == expected
+    for _ in lm.stream("JULIET:", max_new_tokens=50):
+        break
+    assert lm.generate("ROMEO:", max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Gpt2CupyError])
+def test_a_step_that_failed_half_way_leaves_no_trace(lm, error):
+    expected = lm.generate(["ROMEO:", "KING"], max_new_tokens=6)
+    step = lm._held._engine.decoder.step
+
+    def fail(state):
+        step(state)
+        raise error("half-way")
+
+    lm._held._engine.decoder.step = fail
+    with pytest.raises(error):
+        lm.generate(["ROMEO:", "KING"], max_new_tokens=6)
+    assert lm.generate(["ROMEO:", "KING"], max_new_tokens=6) == expected
+
+
+def test_two_models_in_two_threads(device):
+    names = ["ROMEO:", "JULIET:"]
+    options = {"max_new_tokens": 40, "temperature": 0.9, "seed": 3}
+    with gpt2cupy.load(device=device) as one, gpt2cupy.load(device=device) as other:
+        both = list(zip((one, other), names, strict=True))
+        expected = [model.generate(name, **options) for model, name in both]
+        barrier = threading.Barrier(2)
+
+        def work(model, name):
+            barrier.wait(WAIT)
+            return [model.generate(name, **options) for _ in range(3)]
+
+        callers = [Caller(lambda m=m, n=n: work(m, n)) for m, n in both]
+        assert [caller.finished().result for caller in callers] == [[e] * 3 for e in expected]
+
+
+def test_streams_of_two_models_side_by_side(device):
+    options = {"max_new_tokens": 20, "temperature": 0.9, "seed": 3}
+    with gpt2cupy.load(device=device) as one, gpt2cupy.load(device=device) as other:
+        expected = [m.generate(n, **options).text for m, n in ((one, "ROMEO:"), (other, "KING"))]
+        pairs = zip(one.stream("ROMEO:", **options), other.stream("KING", **options), strict=True)
+        texts = [[piece.text for piece in pair] for pair in pairs]
+        assert ["".join(column) for column in zip(*texts, strict=True)] == expected
+        one.close()
+        assert other.generate("KING", **options).text == expected[1]
+
+
+def test_models_on_one_gpu_alternate(machine, monkeypatch):
+    """They share cuBLAS's workspace: neither may start a step before the other's has ended."""
+    waits = machine().cuda.Device
+    inside, most, step = [], [], Engine._step
+
+    def slow(self):
+        inside.append(self)
+        most.append(len(inside))
+        time.sleep(0.002)
+        step(self)
+        inside.remove(self)
+
+    monkeypatch.setattr(Engine, "_step", slow)
+    with gpt2cupy.load(device="cpu") as one, gpt2cupy.load(device="cpu") as other:
+        one._held.gpu = other._held.gpu = 0
+        callers = [Caller(lambda m=m: m.generate("a", max_new_tokens=30)) for m in (one, other)]
+        results = [caller.finished().result for caller in callers]
+        assert results[0] == results[1] and set(most) == {1}
+        assert waits.waits >= 60, "the work of a step has ended when the other model goes on"
+        other.close()
+        waits.waits = 0
+        assert one.generate("a", max_new_tokens=30) == results[0]
+        assert waits.waits == 0, "a model alone waits for nothing"
+
+
+# -- closing -------------------------------------------------------------------------------------
+
+
+def test_a_closed_model_says_so(device):
+    lm = gpt2cupy.load("shakespeare", device=device)
+    lm.close()
+    lm.close()
+    for call in (
+        lambda: lm.generate("a"),
+        lambda: lm.generate("a", max_new_tokens=0),
+        lambda: lm.stream("a"),
+        lambda: lm.score("ab"),
+        lambda: lm([[1]]),
+        lambda: lm.device,
+        lambda: lm.model,
+    ):
+        with pytest.raises(ClosedError, match="closed") as caught:
+            call()
+        assert caught.value.where == "shakespeare" and caught.value.remedy == "Load it again."
+    assert "closed" in repr(lm)
+
+
+def test_closing_frees_at_once(device):
+    lm = gpt2cupy.load("shakespeare", device=device)
+    stream = lm.stream("ROMEO:", max_new_tokens=6)
+    next(stream)
+    parts = [lm.model, lm.model.weights.wte, lm._held._engine, lm._held._engine.cache]
+    alive = [weakref.ref(part) for part in parts]
+    gc.disable()
+    try:
+        del parts
+        lm.close()
+        # Though the object and its open stream are still here.
+        assert [ref() for ref in alive] == [None] * 4
+    finally:
+        gc.enable()
+    with pytest.raises(ClosedError, match="closed"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_closing_ends_a_call_of_another_thread(lm):
+    lm.generate("ROMEO:", max_new_tokens=2)
+    decoder = lm._held._engine.decoder
+    step, inside, closed = decoder.step, threading.Event(), threading.Event()
+
+    def pause(state):
+        inside.set()
+        assert closed.wait(WAIT)
+        step(state)
+
+    decoder.step = pause
+    caller = Caller(lambda: lm.generate("ROMEO:", max_new_tokens=200))
+    assert inside.wait(WAIT)
+    lm.close()
+    closed.set()
+    assert isinstance(caller.finished().error, ClosedError)
+
+
+@pytest.mark.gpu
+def test_closing_gives_memory_back_to_the_gpu():
+    import cupy
+
+    def free() -> int:
+        return cupy.cuda.runtime.memGetInfo()[0]
+
+    def use() -> int:
+        with gpt2cupy.load(device="cuda") as lm:
+            lm.generate(["ROMEO:"] * 4, max_new_tokens=5)
+            lm.score("To be, or not to be")
+            return free()
+
+    use()  # what stays for the process: kernels, cuBLAS
+    before = free()
+    slack = 4 << 20  # the driver takes memory in blocks of its own
+    for _ in range(3):
+        assert use() < before - 2 * slack
+        assert free() >= before - slack
+
+
+# -- other processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_language_model_is_not_pickled(lm, copying):
+    with pytest.raises(InputError, match="a LanguageModel is not pickled") as caught:
+        copying(lm)
+    assert caught.value.where == "shakespeare" and "load" in caught.value.remedy
+
+
+def test_a_gpt2_is_not_pickled():
+    for part in (GPT2.random(TINY, device="cpu"), Weights.random(TINY, 0)):
+        with pytest.raises(InputError, match="a GPT2 and its weights are not pickled") as caught:
+            pickle.dumps(part)
+        assert caught.value.where and "in the other process" in caught.value.remedy
+    assert pickle.loads(pickle.dumps(TINY)) == TINY
