@@ -13,7 +13,8 @@ from ..errors import DeviceError
 from ..model import GPT2
 from .components import component
 from .kernels import by_kernel
-from .measure import Session, Settings, Timeline, limits
+from .limits import limits
+from .measure import Session, Settings, Timeline
 from .result import (
     Profile,
     component_tables,

@@ -107,7 +107,7 @@ def _component_table(console: Console, name: str, rows: list[dict[str, Any]], ti
     table = _table(f"\n{name} ({timer})", "component", "avg ms", "total ms", "count", "%", "covers")
     for row in rows:
         covers = row["covers"]
-        if covers and row["launches"] and row["component"] != "embeddings":
+        if covers and row["launches"]:
             covers += f": {row['launches']} launch{'es' if row['launches'] > 1 else ', fused'}"
         table.add_row(
             row["component"],

@@ -1,32 +1,27 @@
 """Running the same generation again and again: unprofiled, op by op, and what the chip can do.
 
-On the GPU an op is timed by events around each of its launches. The host opens a
-gate only when the whole step is queued, so that the events see the device's time
-and not Python's; what two events cost with nothing between them is taken off.
+On the GPU an op is timed by events around each of its launches, on NumPy by the
+host's clock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from .. import ops
 from ..decode.eager import choose
 from ..engine import Engine
 from ..errors import InputError
 from ..model import GPT2
 from ..sampling import SamplingParams
-from ..timing import Timing, device_times, host_times
+from ..timing import host_times
+from . import events
 from .components import Op, observed, ops_of_step
-
-GATE_SECONDS = 0.5  # a gate opens by itself after this, should the queue be full before
 
 
 @dataclass(frozen=True)
@@ -172,15 +167,15 @@ class Session:
                 times.append(time.perf_counter())
             seconds = np.diff(times)
             return seconds, float(seconds.mean())
-        events = [self.new_event() for _ in range(tokens + 1)]
+        marks = [self.new_event() for _ in range(tokens + 1)]
         start = time.perf_counter()
-        events[0].record(self.engine.stream)
-        for event in events[1:]:
+        marks[0].record(self.engine.stream)
+        for event in marks[1:]:
             self.decoder.step(self.state)
             event.record(self.engine.stream)
         host = (time.perf_counter() - start) / tokens
-        events[-1].synchronize()
-        return np.asarray(_elapsed(self.model.xp, events)) / 1e3, host
+        marks[-1].synchronize()
+        return np.asarray(events.elapsed(self.model.xp, marks)) / 1e3, host
 
     def by_op(self) -> Timeline:
         """One run with every op timed."""
@@ -216,112 +211,37 @@ class Session:
         launches = [launch for op in self.ops for launch in op.launches]
         owner = [(i, part) for i, op in enumerate(self.ops) for part in range(len(op.launches))]
         labels = [self.ops[index].label for index, _ in owner]
-        ranges = _ranges()
+        ranges = events.nvtx_ranges()
         empty = self._empty_us()
-        events = [self.new_event() for _ in range(len(launches) + 1)]
+        marks = [self.new_event() for _ in range(len(launches) + 1)]
         starts, ends, now = [], [], 0.0
         begin = time.perf_counter()
         for _ in range(tokens):
-            with _gate(stream):
-                events[0].record(stream)
-                for launch, label, event in zip(launches, labels, events[1:], strict=True):
+            with events.gate(stream):
+                marks[0].record(stream)
+                for launch, label, event in zip(launches, labels, marks[1:], strict=True):
                     with ranges(label):
                         launch()
                     event.record(stream)
-            events[-1].synchronize()
-            spans = np.maximum(np.asarray(_elapsed(self.model.xp, events)) * 1e3 - empty, 0)
+            marks[-1].synchronize()
+            spans = np.maximum(np.asarray(events.elapsed(self.model.xp, marks)) * 1e3 - empty, 0)
             edges = now + np.concatenate([[0], np.cumsum(spans)])
             starts.append(edges[:-1])
             ends.append(edges[1:])
             now = edges[-1]
         wall = (time.perf_counter() - begin) / tokens
-        names = [launch_name(launch) for launch in launches]
+        names = [events.launch_name(launch) for launch in launches]
         return Timeline(np.array(starts), np.array(ends), owner, names, "events", wall * 1e6)
 
     def _empty_us(self) -> float:
         """What two events after one another cost, in microseconds."""
-        events = [self.new_event() for _ in range(101)]
-        with _gate(self.engine.stream):
-            for event in events:
+        marks = [self.new_event() for _ in range(101)]
+        with events.gate(self.engine.stream):
+            for event in marks:
                 event.record(self.engine.stream)
-        events[-1].synchronize()
-        return float(np.median(_elapsed(self.model.xp, events))) * 1e3
+        marks[-1].synchronize()
+        return float(np.median(events.elapsed(self.model.xp, marks))) * 1e3
 
 
 def _call_us(call: Callable[[], Any]) -> float:
     return host_times(call, warmup=10, runs=100).median_us
-
-
-def _elapsed(cupy: Any, events: list[Any]) -> list[float]:
-    """Milliseconds between each event and the next."""
-    return [cupy.cuda.get_elapsed_time(a, b) for a, b in pairwise(events)]
-
-
-@contextlib.contextmanager
-def _gate(stream: Any) -> Any:
-    """Hold the stream until the block has queued all its work."""
-    opened = threading.Event()
-    stream.launch_host_func(lambda _: opened.wait(GATE_SECONDS) and None, None)
-    try:
-        yield
-    finally:
-        opened.set()
-
-
-def _ranges() -> Callable[[str], Any]:
-    """NVTX ranges by name, where the package is installed; a profiler of NVIDIA's shows them."""
-    try:
-        import nvtx
-    except ImportError:
-        return lambda _: contextlib.nullcontext()
-    return lambda name: nvtx.annotate(name, domain="gpt2cupy")
-
-
-def launch_name(launch: Any) -> str:
-    """The kernel's entry, or the library that will choose one."""
-    return str(getattr(getattr(launch, "func", launch), "name", "cuBLAS"))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this device reaches: bytes/s of a copy (read and written) and FLOP/s of a product."""
-
-    copy_bytes_per_s: float
-    product_flops_per_s: float
-    copy_bytes: int
-    product_size: int
-
-
-def limits(model: GPT2) -> Limits:
-    """Measure a large copy and a large product of the model's dtype on its device."""
-    size, copy = _copy(model.xp)
-    n = 1024 if model.xp is np else 4096
-    # Zeros would be multiplied faster than a model's weights.
-    values = np.random.default_rng(0).standard_normal((n, n), np.float32).astype(model.dtype)
-    x, out = model.xp.asarray(values), model.xp.empty((n, n), model.dtype)
-    if model.xp is np:
-        product = host_times(lambda: np.matmul(x, x.T, out=out), warmup=2, runs=9)
-    else:
-        product = device_times(lambda: ops.linear(x, x, out=out), runs=9)
-    rates = 2 * size / copy.median_us * 1e6, 2 * n**3 / product.median_us * 1e6
-    return Limits(*rates, size, n)
-
-
-def _copy(xp: Any) -> tuple[int, Timing]:
-    """Bytes of a copy on the device, and its time."""
-    if xp is np:
-        size = 64 << 20
-        source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-        return size, host_times(lambda: np.copyto(target, source), warmup=2, runs=9)
-    free, _ = xp.cuda.runtime.memGetInfo()
-    size = min(1 << 30, free // 8) & ~255
-    source, target = xp.zeros(size, np.uint8), xp.zeros(size, np.uint8)
-    stream = xp.cuda.get_current_stream().ptr
-    device_to_device = 3
-
-    def copy() -> None:
-        xp.cuda.runtime.memcpyAsync(
-            target.data.ptr, source.data.ptr, size, device_to_device, stream
-        )
-
-    return size, device_times(copy, runs=9)

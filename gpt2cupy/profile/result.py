@@ -9,7 +9,8 @@ import numpy as np
 
 from .components import COVERS, TABLES, Op
 from .counts import Cost
-from .measure import Limits, Timeline
+from .limits import Limits
+from .measure import Timeline
 
 Row = dict[str, Any]
 
