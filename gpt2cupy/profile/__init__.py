@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import DeviceError
 from ..model import GPT2
 from .components import component
+from .events import nvtx_ranges
 from .kernels import by_kernel
 from .limits import limits
 from .measure import Session, Settings, Timeline
@@ -67,12 +68,15 @@ def profile(
         session.by_op()
         plain, host, timed = [], [], []
         # In turn, so that a machine that grows busy slows both alike.
+        ranges = nvtx_ranges()
         with _capture_range(session):
             for _ in range(settings.runs):
-                seconds, queueing = session.unprofiled()
+                with ranges("run"):
+                    seconds, queueing = session.unprofiled()
                 plain.append(seconds)
                 host.append(queueing)
-                timed.append(session.by_op())
+                with ranges("run, op by op"):
+                    timed.append(session.by_op())
         reached = limits(model)
     steps, ops_timeline = np.array(plain), joined(timed)
     finest, note, error = ops_timeline, "", None

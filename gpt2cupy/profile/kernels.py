@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -58,8 +59,10 @@ class Cupti:
 
     def close(self) -> None:
         """Let go of CUPTI: kernels run unobserved again, and another tool may take it."""
-        self._cupti.activity_disable(self._kind)
-        self._cupti.finalize()
+        # What was recorded is good even where CUPTI cannot be left cleanly.
+        with contextlib.suppress(Exception):
+            self._cupti.activity_disable(self._kind)
+            self._cupti.finalize()
 
 
 def unusable(error: BaseException | str) -> DeviceError:
@@ -86,6 +89,12 @@ def by_kernel(session: Session, runs: int) -> tuple[Timeline, int]:
     try:
         with session.active():
             return _by_kernel(session, cupti, runs)
+    except DeviceError:
+        raise
+    except (
+        Exception
+    ) as error:  # cupti-python raises several kinds, and which depends on its version
+        raise unusable(error) from error
     finally:
         cupti.close()
 
