@@ -68,10 +68,10 @@ def timeline(start, end, source="cupti"):
 
 
 def test_kernels_and_gaps_make_the_step():
-    # Two runs of two steps; 3 us of kernels, 1 us of gap inside a step, 2 us to the next, and
-    # a long pause between the runs that belongs to no step.
-    start = [[0, 2], [6, 8], [1000, 1002], [1006, 1008]]
-    end = [[1, 4], [7, 10], [1001, 1004], [1007, 1010]]
+    # Two runs of two steps; 3 us of kernels, 1 us of gap inside a step, 1 and 3 us to the next,
+    # and a long pause between the runs that belongs to no step.
+    start = [[0, 2], [5, 7], [1000, 1002], [1007, 1009]]
+    end = [[1, 4], [6, 9], [1001, 1004], [1008, 1011]]
     row = result.step_equation(timeline(start, end), 2, unprofiled_us=8.0, host_us=5.0)
     assert (row["kernels_us"], row["gaps_us"]) == (3.0, 3.0)
     assert row["residual_percent"] == pytest.approx(-25)
