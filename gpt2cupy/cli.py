@@ -1,4 +1,4 @@
-"""The command line: ``gpt2cupy generate``, ``info`` and ``compile``."""
+"""The command line: ``gpt2cupy generate``, ``info``, ``compile`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -135,6 +136,41 @@ def compile(
         for source, defines, name in tqdm(jobs, unit="kernel", disable=None):
             compiler.cubin(source, defines, name)
         print(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}")
+
+
+@app.command()
+def profile(
+    model: Model = "shakespeare",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    prompt: Annotated[str, typer.Option(help="Text fed before the measured tokens.")] = (
+        "What is your name"
+    ),
+    warmup: Annotated[int, typer.Option(help="Runs before measuring.")] = 20,
+    runs: Annotated[int, typer.Option(help="Runs measured.")] = 20,
+    tokens: Annotated[int, typer.Option(help="Tokens of a run.")] = 30,
+    batch: Annotated[int, typer.Option(help="Rows with the same prompt.")] = 1,
+    component: Annotated[Optional[str], typer.Option(help="Only this one's kernels.")] = None,  # noqa: UP045
+    trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome trace.")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option(help="Draw roofline and bars.")] = None,  # noqa: UP045
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    cupti: Annotated[bool, typer.Option(help="Record kernels through CUPTI.")] = True,
+) -> None:
+    """Where the time of a decode step goes: by component, by kernel, and between kernels."""
+    with _shell_manners():
+        from .profile import Settings, command
+
+        command.run(
+            model,
+            dtype,
+            device,
+            Settings(prompt, warmup, runs, tokens, batch),
+            only=component,
+            trace_path=trace,
+            plot_path=plot,
+            as_json=json,
+            cupti=cupti,
+        )
 
 
 def main() -> None:

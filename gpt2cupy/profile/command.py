@@ -1,0 +1,164 @@
+"""What ``gpt2cupy profile`` does: check the files, measure, print, write."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import lm
+from ..errors import InputError
+from . import Settings, component, equation_text, plot, profile, trace
+
+_WIDTH = 160  # where no terminal says its own
+
+
+def run(
+    model: str,
+    dtype: str,
+    device: str,
+    settings: Settings,
+    *,
+    only: str | None = None,
+    trace_path: Path | None = None,
+    plot_path: Path | None = None,
+    as_json: bool = False,
+    cupti: bool = True,
+) -> None:
+    """Profile a model and print the tables; all that can be wrong is found before measuring.
+
+    Raises
+    ------
+    Gpt2CupyError
+        Also after everything is printed and written, if CUPTI could not be used.
+    """
+    chosen = None if only is None else component(only)
+    for flag, path in (("--trace", trace_path), ("--plot", plot_path)):
+        if path is not None:
+            check_writable(path, flag)
+    if plot_path is not None:
+        plot.matplotlib_figure()
+    with lm.load(model, dtype=dtype, device=device) as loaded:
+        where = {"model": loaded.name, "device": loaded.device}
+        found = profile(
+            loaded.model, loaded.encode(settings.prompt), settings, component=chosen, cupti=cupti
+        )
+    found.results = where | found.results
+    if as_json:
+        print(json.dumps(found.results, indent=1))
+    else:
+        show(found.results)
+    if trace_path is not None:
+        trace.write(found, trace_path)
+        print(f"trace: {trace_path} (open it in https://ui.perfetto.dev)", file=sys.stderr)
+    if plot_path is not None:
+        plot.draw(found.results, plot_path)
+        print(f"plot: {plot_path}", file=sys.stderr)
+    if found.error is not None:
+        raise found.error
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raise InputError unless the file can be written; leaves none behind that was not there."""
+    existed = os.path.lexists(path)
+    try:
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}",
+            where=flag,
+            remedy="Name a file in a folder that exists and is yours.",
+        ) from error
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print a profile for people."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    run = results["settings"]
+    console.print(
+        f"{results['model']}, {results['dtype']} on {results['device']}, {results['decoder']} "
+        f"decoder\nprompt {run['prompt']!r} ({run['prompt_tokens']} tokens), batch {run['batch']}, "
+        f"{run['warmup']} warm-up runs, {run['runs']} runs of {run['tokens']} tokens",
+        markup=False,
+    )
+    for name, rows in results["tables"].items():
+        _component_table(console, name, rows, results["component_timer"])
+    _kernel_table(console, results)
+    _summary(console, results)
+
+
+def _table(title: str, *headers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for header in headers:
+        is_text = header in ("kernel", "component", "covers")
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
+    return table
+
+
+def _component_table(console: Console, name: str, rows: list[dict[str, Any]], timer: str) -> None:
+    table = _table(f"\n{name} ({timer})", "component", "avg ms", "total ms", "count", "%", "covers")
+    for row in rows:
+        covers = row["covers"]
+        if covers and row["launches"]:
+            covers += f": {row['launches']} launch{'es' if row['launches'] > 1 else ', fused'}"
+        table.add_row(
+            row["component"],
+            f"{row['avg_ms']:.4f}",
+            f"{row['total_ms']:.2f}",
+            str(row["count"]),
+            f"{row['percent']:.1f}",
+            covers,
+        )
+    console.print(table)
+
+
+def _kernel_table(console: Console, results: dict[str, Any]) -> None:
+    only = results["kernel_component"]
+    title = f"\nkernels{f' of {only}' if only else ''} ({results['kernel_timer']})"
+    table = _table(
+        title, "kernel", "component", "calls", "total ms", "avg us", "%", "kB", "kFLOP",
+        "GB/s", "GFLOP/s", "% of copy", "% of product",
+    )  # fmt: skip
+    for row in results["kernels"]:
+        figures = ["", "", "", "", "", ""]
+        if "bytes" in row:
+            figures = [
+                f"{row['bytes'] / 1e3:,.1f}", f"{row['flops'] / 1e3:,.1f}",
+                f"{row['gb_per_s']:,.1f}", f"{row['gflop_per_s']:,.1f}",
+                f"{row['percent_of_copy']:.1f}", f"{row['percent_of_product']:.2f}",
+            ]  # fmt: skip
+        table.add_row(
+            row["kernel"], row["component"], str(row["calls"]), f"{row['total_ms']:.2f}",
+            f"{row['avg_us']:.2f}", f"{row['percent']:.1f}", *figures,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _summary(console: Console, results: dict[str, Any]) -> None:
+    limits, token, cost = results["limits"], results["per_token"], results["overhead"]
+    slower = [f"timing ops {cost['ops_percent']:+.1f} %"]
+    if "kernels_percent" in cost:
+        slower.append(f"recording kernels {cost['kernels_percent']:+.1f} %")
+    lines = [
+        "",
+        f"limits      copy {limits['copy_bytes_per_s'] / 1e9:,.0f} GB/s "
+        f"({limits['copy_bytes'] >> 20} MiB), product {limits['product_flops_per_s'] / 1e9:,.0f} "
+        f"GFLOP/s ({limits['product_size']} cubed, {results['dtype']})",
+        f"per token   mean {token['mean_ms']:.4f} ms, p50 {token['p50_ms']:.4f}, "
+        f"p95 {token['p95_ms']:.4f}, p99 {token['p99_ms']:.4f}; "
+        f"{token['tokens_per_s']:,.1f} tokens/s; blocks {token['blocks_percent']:.1f} %",
+        f"step        {equation_text(results['gaps'])}",
+        f"host        {results['gaps']['host_us']:.1f} us to queue a step",
+        f"profiling   a step takes longer by: {', '.join(slower)}",
+    ]
+    if results["note"]:
+        lines.append(f"note        {results['note']}")
+    console.print("\n".join(lines), markup=False)

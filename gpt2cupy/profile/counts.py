@@ -1,0 +1,166 @@
+"""What an op must do: the bytes it has to move and the operations it has to make.
+
+One function per op, with the op's own arguments. Bytes count each input once and
+each output once, as if caches held everything in between; operations count a
+multiplication and an addition as two. Both are lower bounds: a kernel that moves
+more is slow for a reason, and that is what the comparison is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Array = Any
+
+
+class Cost(NamedTuple):
+    """Bytes moved and operations made."""
+
+    bytes: float
+    flops: float
+
+
+def _size(*arrays: Array | None) -> int:
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
+def embedding(
+    ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
+) -> Cost:
+    """A row of each table per token, and one written of the residual stream's dtype."""
+    n, c = len(ids), wte.shape[1]
+    written = n * c * 4 if out is None else out.nbytes
+    rows = n * c * (wte.dtype.itemsize + wpe.dtype.itemsize)
+    return Cost(_size(ids, positions) + rows + written, n * c)
+
+
+def layer_norm(
+    x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
+) -> Cost:
+    """Mean (1), variance (3), normalise (2), weight and bias (2): 8 per value."""
+    written = x.size * weight.dtype.itemsize if out is None else out.nbytes
+    return Cost(_size(x, weight, bias) + written, 8 * x.size)
+
+
+def add_layer_norm(
+    x: Array,
+    residual: Array,
+    weight: Array,
+    bias: Array,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> Cost:
+    """Layer norm of the sum, which is written too."""
+    norm = layer_norm(residual, weight, bias, out=out)
+    return Cost(norm.bytes + _size(x, residual), norm.flops + x.size)
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    residual: Array | None = None,
+    out: Array | None = None,
+    backend: str = "ours",
+) -> Cost:
+    """The product, 2 N M K; the epilogue is not counted, except for its bytes."""
+    n, k = x.shape
+    m = len(weight)
+    itemsize = (x if residual is None else residual).dtype.itemsize
+    written = n * m * itemsize if out is None else out.nbytes
+    return Cost(_size(x, weight, bias, residual) + written, 2 * n * m * k)
+
+
+def bias_act(
+    x: Array,
+    bias: Array | None = None,
+    activation: str | None = None,
+    *,
+    residual: Array | None = None,
+    out: Array | None = None,
+) -> Cost:
+    """An addition per bias and residual, and one operation per activated value."""
+    parts = (bias is not None) + (residual is not None) + (activation is not None)
+    written = x.nbytes if out is None else out.nbytes
+    return Cost(_size(x, bias, residual) + written, parts * x.size)
+
+
+def attention_decode(
+    qkv: Array,
+    k: Array,
+    v: Array,
+    slots: Array,
+    positions: Array,
+    scale: float,
+    *,
+    out: Array | None = None,
+    context: float,
+) -> Cost:
+    """Keys and values of ``context`` earlier tokens per row, and the new ones written.
+
+    Parameters
+    ----------
+    context : float
+        Tokens that each row's slot holds before the step; a mean over steps is
+        right too, for the cost grows in proportion.
+    """
+    batch, channels = len(qkv), qkv.shape[1] // 3
+    itemsize = qkv.dtype.itemsize
+    written = batch * channels * itemsize if out is None else out.nbytes
+    cache = 2 * batch * channels * itemsize * (context + 1)
+    flops = 4 * batch * channels * (context + 1)
+    return Cost(_size(qkv, slots, positions) + cache + written, flops)
+
+
+def sample(
+    logits: Array,
+    vocab_size: int,
+    rows: Array,
+    params: Array,
+    ids: Array,
+    positions: Array,
+    steps: Array,
+    ring: Array,
+    *,
+    counts: Array | None = None,
+    bias: Array | None = None,
+    scratch: Array | None = None,
+) -> Cost:
+    """One pass over V logits (counts, bias) per row; maximum, exponential and sum: 3 per logit."""
+    n = len(logits)
+    bytes_per_logit = logits.dtype.itemsize + sum(
+        array.dtype.itemsize for array in (counts, bias) if array is not None
+    )
+    per_row = params.shape[1] + ring.shape[2] + 2 * (ids.itemsize + positions.itemsize)
+    per_row += rows.itemsize + 2 * steps.itemsize
+    return Cost(n * (vocab_size * bytes_per_logit + per_row), 3 * n * vocab_size)
+
+
+COUNTS: dict[str, Callable[..., Cost]] = {
+    "embedding": embedding,
+    "layer_norm": layer_norm,
+    "add_layer_norm": add_layer_norm,
+    "linear": linear,
+    "bias_act": bias_act,
+    "attention_decode": attention_decode,
+    "sample": sample,
+}
+
+
+def of_parts(op: str, args: tuple, options: dict[str, Any], parts: int) -> list[Cost | None]:
+    """The cost of each of the launches that an op was made of.
+
+    A product that the library ends without our epilogue is two launches; of any
+    other op with several, the whole cost stands at the first.
+    """
+    if op == "linear" and parts == 2:
+        x, weight, bias = (*args, None)[:3]
+        bias, out = options.get("bias", bias), options["out"]
+        epilogue = {key: options.get(key) for key in ("activation", "residual")}
+        return [linear(x, weight, out=out), bias_act(out, bias, **epilogue, out=out)]
+    whole = COUNTS[op](*args, **options) if op in COUNTS else None
+    return [whole, *[None] * (parts - 1)]

@@ -1,0 +1,252 @@
+"""Running the same generation again and again: unprofiled, op by op, and what the chip can do.
+
+On the GPU an op is timed by events around each of its launches, on NumPy by the
+host's clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..decode.eager import choose
+from ..engine import Engine
+from ..errors import InputError
+from ..model import GPT2
+from ..sampling import SamplingParams
+from ..timing import host_times
+from . import events
+from .components import Op, observed, ops_of_step
+
+QUEUE = 512  # launches that a stream surely takes without making the host wait
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run: ``warmup`` and ``runs`` generations of ``tokens`` tokens after the prompt."""
+
+    prompt: str = "What is your name"
+    warmup: int = 20
+    runs: int = 20
+    tokens: int = 30
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("warmup", 0), ("runs", 1), ("tokens", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"--{name} is {getattr(self, name)}", remedy=f"It must be at least {least}."
+                )
+
+
+@dataclass
+class Timeline:
+    """When each launch (on NumPy: each op) of each step began and ended, in microseconds.
+
+    Attributes
+    ----------
+    start, end : array of float64 [S, n]
+        S steps of n launches, on one clock within a run.
+    owner : list of (int, int)
+        The op that each belongs to, and the launch of that op.
+    names : list of str
+    source : {"perf_counter", "events", "cupti"}
+    step_us : float
+        Median wall-clock time of a step while it was measured so.
+    timer_us : float
+        What timing one op costs outside its begin and end; taken off the gaps.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    owner: list[tuple[int, int]]
+    names: list[str]
+    source: str
+    step_us: float
+    timer_us: float = 0.0
+
+    @property
+    def busy(self) -> np.ndarray:
+        """Duration of each launch [S, n]."""
+        return self.end - self.start
+
+    def gap_us(self, tokens: int) -> float:
+        """Median time of a step in which nothing ran, from its first launch to the next step's.
+
+        Parameters
+        ----------
+        tokens : int
+            Steps of a run: the pause between two runs is none of a step's.
+        """
+        gaps = (self.start[:, 1:] - self.end[:, :-1]).sum(axis=1)[:-1]
+        gaps += self.start[1:, 0] - self.end[:-1, -1]
+        within_run = np.arange(1, len(self.start)) % tokens > 0
+        return float(np.median(gaps[within_run])) - len(self.names) * self.timer_us
+
+
+class Session:
+    """An engine that repeats one generation, greedily and without an end token.
+
+    Parameters
+    ----------
+    model : GPT2
+    prompt : array of int32 [T]
+        Fed to every row of the batch.
+    settings : Settings
+
+    Raises
+    ------
+    InputError
+        If prompt and tokens exceed the context.
+    """
+
+    def __init__(self, model: GPT2, prompt: np.ndarray, settings: Settings) -> None:
+        self.model, self.prompt, self.settings = model, prompt, settings
+        context = model.config.n_positions
+        if len(prompt) + settings.tokens > context:
+            raise InputError(
+                f"{len(prompt)} prompt tokens and {settings.tokens} new ones exceed the context of "
+                f"{context}",
+                where="--prompt",
+                remedy="Shorten the prompt or lower --tokens.",
+            )
+        self.engine = Engine(model, settings.batch)
+        self.state, self.decoder = self.engine.state, self.engine.decoder
+        self.on_gpu = model.xp is not np
+        with self.active():
+            self.begin()
+            self.ops: list[Op] = ops_of_step(
+                model, self.state, self.decoder, len(prompt) + (settings.tokens - 1) / 2
+            )
+
+    def new_event(self) -> Any:
+        return self.model.xp.cuda.Event()
+
+    @contextlib.contextmanager
+    def active(self) -> Any:
+        """The engine's device and stream."""
+        with self.engine.device, self.engine.stream:
+            yield
+
+    def begin(self) -> None:
+        """Run the prompt of every row and choose the first token."""
+        cache, state = self.engine.cache, self.state
+        row_params = SamplingParams(temperature=0).row(0, len(self.prompt), -1)
+        for row in range(self.settings.batch):
+            cache.reset(row)
+            state.assign(row, row, row_params)
+            state.seek(row, len(self.prompt) - 1)
+            room = self.engine.prefill_work.rows
+            for begin in range(0, len(self.prompt), room):
+                piece = self.prompt[begin : begin + room]
+                x, _ = self.model.prefill([piece], [row], cache, self.engine.prefill_work)
+            logits = state.logits[row : row + 1]
+            self.model.logits(x[len(piece) - 1 :], state.work.first(1), logits)
+            choose(state, logits, state.rows[row : row + 1])
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            self.engine.stream.synchronize()
+
+    def unprofiled(self) -> tuple[np.ndarray, float]:
+        """One run as it always goes: seconds of each step [tokens], and of the host to queue one.
+
+        The steps of a run are queued without waiting; on the GPU an event stands
+        after each.
+        """
+        tokens = self.settings.tokens
+        self.begin()
+        self.synchronize()
+        if not self.on_gpu:
+            times = [time.perf_counter()]
+            for _ in range(tokens):
+                self.decoder.step(self.state)
+                times.append(time.perf_counter())
+            seconds = np.diff(times)
+            return seconds, float(seconds.mean())
+        marks, queueing = [self.new_event() for _ in range(tokens + 1)], []
+        marks[0].record(self.engine.stream)
+        for event in marks[1:]:
+            start = time.perf_counter()
+            self.decoder.step(self.state)
+            queueing.append(time.perf_counter() - start)
+            event.record(self.engine.stream)
+        marks[-1].synchronize()
+        # Once the queue is full the host waits for the device: only the first steps count.
+        free = max(1, QUEUE // len(self.decoder.calls))
+        host = float(np.mean(queueing[:free]))
+        return np.asarray(events.elapsed(self.model.xp, marks)) / 1e3, host
+
+    def by_op(self) -> Timeline:
+        """One run with every op timed."""
+        self.begin()
+        self.synchronize()
+        return self._by_events() if self.on_gpu else self._by_clock()
+
+    def _by_clock(self) -> Timeline:
+        times: list[tuple[float, float]] = []
+        clock = time.perf_counter
+
+        def around(name: str, function: Any, args: tuple, options: dict[str, Any]) -> Any:
+            start = clock()
+            result = function(*args, **options)
+            times.append((start, clock()))
+            return result
+
+        tokens = self.settings.tokens
+        with observed(around) as stand_in:
+            timer = _call_us(lambda: stand_in.call("", int)) - _call_us(int)
+            times.clear()
+            begin = clock()
+            for _ in range(tokens):
+                self.decoder.step(self.state)
+            wall = (clock() - begin) / tokens
+        both = np.asarray(times).reshape(tokens, -1, 2) * 1e6
+        names = [f"numpy {op.name}" for op in self.ops]
+        owner = [(index, 0) for index in range(len(self.ops))]
+        return Timeline(both[..., 0], both[..., 1], owner, names, "perf_counter", wall * 1e6, timer)
+
+    def _by_events(self) -> Timeline:
+        stream, tokens = self.engine.stream, self.settings.tokens
+        launches = [launch for op in self.ops for launch in op.launches]
+        owner = [(i, part) for i, op in enumerate(self.ops) for part in range(len(op.launches))]
+        labels = [self.ops[index].label for index, _ in owner]
+        ranges = events.nvtx_ranges()
+        empty = self._empty_us()
+        marks = [self.new_event() for _ in range(len(launches) + 1)]
+        starts, ends, now = [], [], 0.0
+        begin = time.perf_counter()
+        for _ in range(tokens):
+            with events.gate(stream):
+                marks[0].record(stream)
+                for launch, label, event in zip(launches, labels, marks[1:], strict=True):
+                    with ranges(label):
+                        launch()
+                    event.record(stream)
+            marks[-1].synchronize()
+            spans = np.maximum(np.asarray(events.elapsed(self.model.xp, marks)) * 1e3 - empty, 0)
+            edges = now + np.concatenate([[0], np.cumsum(spans)])
+            starts.append(edges[:-1])
+            ends.append(edges[1:])
+            now = edges[-1]
+        wall = (time.perf_counter() - begin) / tokens
+        names = [events.launch_name(launch) for launch in launches]
+        return Timeline(np.array(starts), np.array(ends), owner, names, "events", wall * 1e6)
+
+    def _empty_us(self) -> float:
+        """What two events after one another cost, in microseconds."""
+        marks = [self.new_event() for _ in range(101)]
+        with events.gate(self.engine.stream):
+            for event in marks:
+                event.record(self.engine.stream)
+        marks[-1].synchronize()
+        return float(np.median(events.elapsed(self.model.xp, marks))) * 1e3
+
+
+def _call_us(call: Callable[[], Any]) -> float:
+    return host_times(call, warmup=10, runs=100).median_us
