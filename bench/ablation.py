@@ -74,9 +74,7 @@ SWITCHES = {
 
 def applicable(device: str, batches: list[int]) -> list[str]:
     """The switches that change anything for some batch on this device."""
-    return [
-        name for name, one in SWITCHES.items() if any(one.applies(device, b) for b in batches)
-    ]
+    return [name for name, one in SWITCHES.items() if any(one.applies(device, b) for b in batches)]
 
 
 def combinations(switches: list[str]) -> list[tuple[str, ...]]:
@@ -98,9 +96,8 @@ def speed(model: GPT2, off: tuple[str, ...], batch: int, args: Any) -> Timing:
 
     def generate() -> float:
         prompts = rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32)
-        first, count = 0.0, 0
-        for _ in engine.run([Request(i, ids, params) for i, ids in enumerate(prompts)]):
-            count += 1
+        first, requests = 0.0, [Request(i, ids, params) for i, ids in enumerate(prompts)]
+        for count, _ in enumerate(engine.run(requests), start=1):
             if count == batch:
                 first = time.perf_counter()
         return (time.perf_counter() - first) / (args.tokens - 1)

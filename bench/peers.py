@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from shared import (
     DTYPES,
     chosen,
@@ -25,6 +24,7 @@ from shared import (
     names,
     numbers,
     parser,
+    prompts,
     too_large,
     write_checkpoint,
 )
@@ -35,9 +35,7 @@ from gpt2cupy import record
 
 def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
     """Every engine by name; one that is not installed says so when it is started."""
-    found = {
-        f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in decoders(device)
-    }
+    found = {f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in decoders(device)}
     found |= {
         "transformers eager": Spec("hf_eager", {"attention": "sdpa", "loop": "generate"}),
         "transformers compiled": Spec("hf_compiled"),
@@ -46,10 +44,6 @@ def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
     if gguf:
         found["llama.cpp"] = Spec("llama_bench", {"gguf": str(gguf)})
     return found
-
-
-def prompts_of(vocab: int, batch: int, length: int) -> list[list[int]]:
-    return np.random.default_rng(1).integers(0, vocab, (batch, length)).tolist()
 
 
 def run() -> None:
@@ -76,14 +70,16 @@ def run() -> None:
                 config = config_of(size)
                 with tempfile.TemporaryDirectory() as name:
                     for dtype in args.dtype:
-                        if reason := too_large(config, dtype, len(wanted), args.device):
+                        if reason := too_large(
+                            config, dtype, max(args.batch), args.device, len(wanted)
+                        ):
                             skipped[f"{size} {dtype}"] = reason
                             continue
                         write_checkpoint(Path(name) / dtype, config, dtype)
                         for batch in args.batch:
                             job = {"folder": str(Path(name) / dtype), "dtype": dtype}
                             job |= {"device": args.device, "tokens": args.tokens}
-                            job["prompts"] = prompts_of(config.vocab_size, batch, args.prompt)
+                            job["prompts"] = prompts(config, batch, args.prompt)
                             row = {"model": size, "dtype": dtype, "batch": batch}
                             rows.append(row | comparison.run(job, args.rounds))
                             show(rows[-1])
@@ -99,11 +95,10 @@ def show(row: dict[str, Any]) -> None:
     title = " ".join(str(row[key]) for key in ("model", "dtype", "batch"))
     for name, found in row["engines"].items():
         us = found["step"]["median_us"]
-        print(
-            f"{title} {name}: {us:.0f} us a step, {1e6 * row['batch'] / us:.0f} tokens/s, "
-            f"{found['same_tokens']} tokens as the first engine",
-            flush=True,
-        )
+        same = found["same_tokens"]
+        note = "" if same is None else f", {same} tokens as the first engine"
+        rate = 1e6 * row["batch"] / us
+        print(f"{title} {name}: {us:.0f} us a step, {rate:.0f} tokens/s{note}", flush=True)
     for name, reason in row["skipped"].items():
         print(f"{title} {name}: skipped, {reason}", flush=True)
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a checkout needs no installing
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
 from gpt2cupy import GPT2, GPT2Config, decode, record
 from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
@@ -29,6 +28,7 @@ SIZES = {"124M": "gpt2", "355M": "gpt2-medium", "774M": "gpt2-large", "1558M": "
 TINY = GPT2Config(vocab_size=512, n_positions=128, n_embd=128, n_layer=2, n_head=2)
 DTYPES = ("float16", "bfloat16", "float32")
 PREFILL_ROWS = 1024
+SCALE = 4  # of the output products of a checkpoint's layers
 
 _READ = r"""
 extern "C" __global__ void read_all(const uint4* data, long long n, unsigned* out) {
@@ -95,6 +95,11 @@ def decoders(device: str) -> dict[str, Any]:
     return {found.name: found for found in classes if device != "cpu" or found.name == "eager"}
 
 
+def prompts(config: GPT2Config, batch: int, length: int) -> list[list[int]]:
+    """Random ids, the same in every run."""
+    return np.random.default_rng(1).integers(0, config.vocab_size, (batch, length)).tolist()
+
+
 def itemsize(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
@@ -117,8 +122,8 @@ def step_bytes(config: GPT2Config, dtype: str, batch: int, context: int) -> int:
     return itemsize(dtype) * elements
 
 
-def too_large(config: GPT2Config, dtype: str, batch: int, device: str) -> str:
-    """Why a model with its cache and a buffer to read does not fit the GPU, or nothing."""
+def too_large(config: GPT2Config, dtype: str, batch: int, device: str, engines: int = 1) -> str:
+    """Why models with their caches and a buffer to read do not fit the GPU, or nothing."""
     if device == "cpu":
         return ""
     import cupy
@@ -130,7 +135,7 @@ def too_large(config: GPT2Config, dtype: str, batch: int, device: str) -> str:
     rows = min(PREFILL_ROWS, batch * context)
     work = rows * (5 * config.n_embd + config.inner_size) * itemsize(dtype) + rows * 4096
     # The weights, as many bytes again to read beside them, and a gigabyte for the driver.
-    needed = 2 * (parameter_bytes(config, dtype) + cache) + work + (1 << 30)
+    needed = engines * (2 * (parameter_bytes(config, dtype) + cache) + work + (1 << 30))
     if needed <= free:
         return ""
     return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -184,6 +189,10 @@ class Reader:
 def write_checkpoint(folder: Path, config: GPT2Config, dtype: str, seed: int = 0) -> None:
     """A checkpoint of random weights in Hugging Face's layout, with a tokenizer of its size."""
     weights = Weights.random(config, seed, resolve_dtype(dtype, np.dtype(np.float32), "cuda"))
+    # As initialised, a tied model repeats its last token; with layers that weigh more the text
+    # depends on all before it, and an engine that computes something else is seen.
+    weights.proj_w[...] *= SCALE
+    weights.out_w[...] *= SCALE
     tensors = {PREFIX + key: getattr(weights, name) for key, name in WHOLE.items()}
     tensors[PREFIX + "wte.weight"] = weights.wte[: config.vocab_size]
     for layer in range(config.n_layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared import ROOT
-
+from gpt2cupy.errors import Gpt2CupyError
+from gpt2cupy.record import ROOT
 from gpt2cupy.timing import Timing
 
 PEERS = Path(__file__).resolve().parent / "peers"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-class EngineError(Exception):
+class EngineError(Gpt2CupyError):
     """What an engine answered instead of a result."""
 
 
@@ -52,10 +53,8 @@ class Worker:
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the answer says how it ended
             print(json.dumps(job), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # the answer says how it ended
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -156,4 +155,4 @@ def count_same_tokens(
             if ours != theirs:
                 break
             count += 1
-        found["same_tokens"] = count
+        found["same_tokens"] = count if runs[name][0]["ids"] else None  # it did not say
