@@ -30,7 +30,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PREFILL_ROWS = 1024
 SCALE = 4  # of the output products of a checkpoint's layers
 
-_READ = r"""
+READ_KERNEL = r"""
 extern "C" __global__ void read_all(const uint4* data, long long n, unsigned* out) {
   unsigned seen = 0;
   long long stride = (long long)gridDim.x * blockDim.x;
@@ -169,7 +169,7 @@ class Reader:
     def __init__(self) -> None:
         import cupy
 
-        self.kernel = cupy.RawKernel(_READ, "read_all")
+        self.kernel = cupy.RawKernel(READ_KERNEL, "read_all")
         self.blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.out = cupy.zeros(1, np.uint32)
 

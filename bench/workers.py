@@ -67,10 +67,10 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        if self.process.stdin and not self.process.stdin.closed:
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        if self.process.stdout:
-            self.process.stdout.close()
+        self.process.stdout.close()
         self.process.wait()
 
 
