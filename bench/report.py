@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compare import compared
-from tables import TABLES, Record, device
+from layout import Record, device
+from tables import TABLES
 
 from gpt2cupy import record
 

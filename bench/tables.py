@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
-_VERSIONS = (
-    "driver", "CUDA", "nvrtc", "cupy-cuda12x", "cupy-cuda13x", "numpy", "torch", "transformers",
-)  # fmt: skip
-
-Record = dict[str, Any]
-Row = dict[str, Any]
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[Any]], text: int = 1) -> str:
-    """A Markdown table; the first ``text`` columns are words, the others are figures."""
-    names = [*header]
-    lines = [names, ["---"] * text + ["---:"] * (len(names) - text), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def source_line(entry: Record, what: str) -> str:
-    """What was measured, where and when, as it stands under a table."""
-    return f"\n{what}. {where(entry)}; {versions(entry)}; {entry['date']}.\n"
-
-
-def device(entry: Record) -> str:
-    return entry["environment"].get("gpu") or entry["environment"]["cpu"]
-
-
-def where(entry: Record) -> str:
-    """The device, with its clocks where the record has them."""
-    found = entry["environment"]
-    if "sm_clock_mhz" not in found:
-        return device(entry)
-    clocks = f"SMs at {found['sm_clock_mhz']} of {found.get('max_sm_clock_mhz', '?')} MHz"
-    return f"{device(entry)}, {clocks}, memory at {found.get('memory_clock_mhz', '?')} MHz"
-
-
-def versions(entry: Record) -> str:
-    """The versions that a figure may depend on, as far as the record has them."""
-    found = dict(entry["environment"])
-    if number := found.get("cuda_driver"):
-        found["CUDA"] = f"{number // 1000}.{number % 1000 // 10}"
-    return ", ".join(f"{name} {found[name]}" for name in _VERSIONS if name in found)
-
-
-def number(value: float, digits: int = 0) -> str:
-    return f"{value:,.{digits}f}"
-
-
-def spread(timing: Row, scale: float = 1.0, digits: int = 0) -> str:
-    """Median with p10 and p90, in microseconds over ``scale``."""
-    median, low, high = (timing[key] / scale for key in ("median_us", "p10_us", "p90_us"))
-    return f"{number(median, digits)} ({number(low, digits)} to {number(high, digits)})"
-
-
-def rate(batch: int, timing: Row) -> float:
-    """Tokens per second of a step."""
-    return 1e6 * batch / timing["median_us"]
-
-
-def left_out(results: Row) -> str:
-    """What was skipped, as a clause of the line under a table."""
-    found = [f"{name}: {reason}" for name, reason in results.get("skipped", {}).items()]
-    return f". Left out: {'; '.join(found)}" if found else ""
+import profile_tables
+from layout import Record, device, left_out, number, rate, source_line, spread, table
 
 
 def decode(entry: Record) -> str:
     """The steps of 124M, every dtype, batch and backend."""
     results = entry["results"]
-    rows = [row for row in results["rows"] if row.get("model", "124M") == "124M"]
+    rows = [row for row in results["rows"] if row["model"] == "124M"]
     contexts = [step["context"] for step in rows[0]["steps"]]
     reads = any("read" in step for row in rows for step in row["steps"])
-    paths = any("decode" in row for row in rows)
-    header = ["dtype", "batch", *(["decode"] if paths else []), "one-row product"]
+    header = ["dtype", "batch", "decode", "one-row product"]
     for context in contexts:
         header += [f"step at {context}, µs", *(["plain read, µs"] if reads else [])]
     lines = []
@@ -87,16 +27,15 @@ def decode(entry: Record) -> str:
         figures += [max(step["host"]["median_us"] for step in row["steps"]), whole]
         figures.append(1e6 * row["batch"] / whole)
         product = row["gemv"] if row["batch"] == 1 else "-"
-        names = [row["dtype"], row["batch"], *([row["decode"]] if paths else []), product]
+        names = [row["dtype"], row["batch"], row["decode"], product]
         lines.append([*names, *map(number, figures)])
     header += ["host, µs", "in a text, µs", "tokens/s"]
     text = rows[0]["end_to_end"]
-    decoder = "" if paths else f", {results['decoder']} decoder"
     note = (
-        f"`gpt2` with {results['weights']} weights{decoder}, "
-        f"medians. A step feeds one token per row and chooses the next; its time is between events "
-        f"on the device. Host: what Python takes to queue a step. In a text: a step of "
-        f"{text['tokens']} tokens after {text['prompt']}, each token read by the host"
+        f"GPT-2 124M with {results['weights']} weights, medians. A step feeds one token per row "
+        f"and chooses the next; its time is between events on the device. Host: what Python takes "
+        f"to queue a step. In a text: a step of {text['tokens']} tokens after {text['prompt']}, "
+        f"each token read by the host"
     )
     if reads:
         note += (
@@ -294,4 +233,12 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "naive": ("naive", naive),
     "ablation": ("ablation", ablation),
     "peers": ("peers", peers),
+    "profile-operators": ("profile", profile_tables.operators),
+    "profile-model": ("profile", profile_tables.components("model")),
+    "profile-block": ("profile", profile_tables.components("block")),
+    "profile-attention": ("profile", profile_tables.components("attention")),
+    "profile-mlp": ("profile", profile_tables.components("mlp")),
+    "profile-tokens": ("profile", profile_tables.tokens),
+    "profile-kernels": ("profile", profile_tables.kernels),
+    "profile-gaps": ("profile", profile_tables.gaps),
 }
