@@ -63,7 +63,11 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
 @pytest.mark.parametrize(
     "script, options, says",
     [
-        ("ablation", ["--disable", "warp-drive"], "unknown switch 'warp-drive'. There are:"),
+        (
+            "ablation",
+            ["--model", "tiny", "--disable", "warp-drive"],
+            "unknown switch 'warp-drive'. There are:",
+        ),
         ("decode", ["--decode", "eager,telepathy"], "unknown decode path 'telepathy'"),
         ("decode", ["--dtype", "int3"], "unknown dtype 'int3'. There are: float16, bfloat16"),
         ("prefill", ["--model", "7B"], "7B"),
