@@ -10,221 +10,74 @@ each through generate() and through a bare loop over its cache; its best counts.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-PROMPT, SEED = 32, 0
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-HUGGING_FACE = ("eager", "sdpa")
-# A run returns the chosen ids and the clock before the prompt and after each token.
-Run = Callable[[list[int], int], tuple[list[int], list[float]]]
+from shared import SIZES, chosen, config_of, main, parser, prompts, write_checkpoint
+from workers import Comparison, EngineError, Spec
+
+from gpt2cupy import record
+
+PROMPT = 32
+OURS = "gpt2cupy"
+ENGINES = {OURS: Spec("ours", {"decode": "eager"})} | {
+    f"transformers {attention} {loop}": Spec("hf_eager", {"attention": attention, "loop": loop})
+    for attention in ("eager", "sdpa")
+    for loop in ("loop", "generate")
+}
 
 
-def ours(folder: str) -> dict[str, Run]:
-    import numpy as np
-
-    from gpt2cupy import GPT2, SamplingParams
-    from gpt2cupy.engine import Engine, Request
-
-    engine = Engine(GPT2.from_pretrained(folder, device="cpu"), 1)
-
-    def run(prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
-        # The engine computes one step ahead of the token it hands out, so the last
-        # token costs nothing: ask for one more and leave it.
-        params = SamplingParams(max_new_tokens=tokens + 1)
-        request = Request(0, np.asarray(prompt, np.int32), params)
-        times, ids = [time.perf_counter()], []
-        for token in engine.run([request]):
-            times.append(time.perf_counter())
-            ids.append(token.id)
-        return ids[:tokens], times[: tokens + 1]
-
-    return {"gpt2cupy": run}
-
-
-def hugging_face(folder: str, attention: str, threads: int) -> dict[str, Run]:
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention)
-    model = model.float().eval()
-
-    @torch.inference_mode()
-    def loop(prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
-        times, ids = [time.perf_counter()], []
-        fed, past = torch.tensor([prompt]), None
-        for _ in range(tokens):
-            out = model(fed, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past, fed = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-            ids.append(int(fed))
-            times.append(time.perf_counter())
-        return ids, times
-
-    class Clock(transformers.generation.streamers.BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    @torch.inference_mode()
-    def generate(prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
-        clock, ids = Clock(), torch.tensor([prompt])
-        found = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            use_cache=True,
-            streamer=clock,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        return found[0, len(prompt) :].tolist(), clock.times  # the first is the prompt's
-
-    return {f"transformers {attention} loop": loop, f"transformers {attention} generate": generate}
-
-
-def worker(name: str, folder: str, threads: int) -> None:
-    """Answer each line "run tokens" on stdin with the ids and speeds of one continuation."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    runs = ours(folder) if name == "gpt2cupy" else hugging_face(folder, name, threads)
-    prompt = [(7919 * place + 13) % 50257 for place in range(PROMPT)]
-    print(json.dumps(list(runs)), file=answers, flush=True)
-    for line in sys.stdin:
-        key, tokens = json.loads(line)
-        ids, times = runs[key](prompt, tokens)
-        result = {
-            "ids": ids,
-            "prefill_ms": (times[1] - times[0]) * 1e3,
-            "tokens_per_second": (len(times) - 2) / (times[-1] - times[1]),
-        }
-        print(json.dumps(result), file=answers, flush=True)
-
-
-class Worker:
-    """One engine's process."""
-
-    def __init__(self, name: str, folder: str, threads: int) -> None:
-        command = [sys.executable, __file__, "--worker", name, "--folder", folder]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        settings = {variable: str(threads) for variable in THREAD_VARIABLES}
-        self.process = subprocess.Popen(
-            [*command, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | settings | {"PYTHONPATH": path},
-        )
-        self.keys: list[str] = self._answer()
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            raise SystemExit(f"a worker ended: exit status {self.process.wait()}")
-        return json.loads(line)
-
-    def run(self, key: str, tokens: int) -> dict[str, Any]:
-        assert self.process.stdin
-        print(json.dumps([key, tokens]), file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-def write_model(folder: Path) -> None:
-    """A checkpoint of the 124M shape with random weights, in Hugging Face's layout."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from builders import write_checkpoint
-
-    from gpt2cupy import GPT2Config
-
-    write_checkpoint(folder, GPT2Config.from_name("gpt2"), SEED)
-
-
-def measure(rounds: int, tokens: int, threads: int) -> dict[str, list[dict[str, Any]]]:
-    """All runs of every engine, in rounds of one run each."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
-        workers = [Worker(name, folder, threads) for name in ("gpt2cupy", *HUGGING_FACE)]
-        owners = {key: worker for worker in workers for key in worker.keys}
-        for key, owner in owners.items():
-            owner.run(key, 4)
-        runs: dict[str, list[dict[str, Any]]] = {key: [] for key in owners}
-        for number in range(rounds):
-            order = list(owners) if number % 2 == 0 else list(owners)[::-1]
-            for key in order:
-                runs[key].append(owners[key].run(key, tokens))
-        for running in workers:
-            running.close()
-    return runs
-
-
-def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Medians of every engine, and ours against Hugging Face's best."""
-    engines = {}
-    for key, found in runs.items():
-        speeds = [run["tokens_per_second"] for run in found]
-        engines[key] = {
-            "tokens_per_second": round(statistics.median(speeds), 2),
-            "fastest_tokens_per_second": round(max(speeds), 2),
-            "prefill_ms": round(statistics.median(run["prefill_ms"] for run in found), 2),
+    engines = {
+        name: {
+            "tokens_per_second": round(1e6 / one["step"]["median_us"], 2),
+            "prefill_ms": round(one["prefill"]["median_us"] / 1e3, 2),
+            "step": one["step"],
+            "same_tokens": one["same_tokens"],
         }
-    own = engines["gpt2cupy"]["tokens_per_second"]
-    theirs = {key: value for key, value in engines.items() if key != "gpt2cupy"}
-    best = max(theirs, key=lambda key: theirs[key]["tokens_per_second"])
+        for name, one in found.items()
+    }
+    theirs = {name: row["tokens_per_second"] for name, row in engines.items() if name != OURS}
+    best = max(theirs, key=theirs.__getitem__)
     return {
         "engines": engines,
         "best_of_transformers": best,
-        "ratio_to_best": round(own / theirs[best]["tokens_per_second"], 3),
-        "same_ids": len({tuple(run["ids"]) for found in runs.values() for run in found}) == 1,
+        "ratio_to_best": round(engines[OURS]["tokens_per_second"] / theirs[best], 3),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu.json")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        worker(args.worker, args.folder, args.threads)
-        return
+def run() -> None:
+    options = parser(__doc__, "cpu.json")
+    options.set_defaults(device="cpu")
+    options.add_argument("--model", default="124M", help="a size of GPT-2, or tiny")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--tokens", type=int, default=48)
+    options.add_argument("--threads", type=int, default=2)
+    args = options.parse_args()
+    chosen([args.device], ["cpu"], "device")
+    chosen([args.model], [*SIZES, "tiny"], "model")
+    config = config_of(args.model)
+    with tempfile.TemporaryDirectory() as folder, Comparison(ENGINES, args.threads) as comparison:
+        write_checkpoint(Path(folder), config, "float32")
+        job = {"folder": folder, "dtype": "float32", "device": "cpu", "threads": args.threads}
+        job |= {"tokens": args.tokens, "prompts": prompts(config, 1, PROMPT)}
+        found = comparison.run(job, args.rounds)
+    if found["skipped"]:
+        raise EngineError("; ".join(f"{name}: {why}" for name, why in found["skipped"].items()))
     shape = {"prompt_tokens": PROMPT, "new_tokens": args.tokens, "threads": args.threads}
-    results = {"model": "124M shape, random weights", "dtype": "float32", "batch": 1} | shape
-    results |= {"rounds": args.rounds} | summary(measure(args.rounds, args.tokens, args.threads))
-    print(f"{'engine':<32}{'tokens/s':>10}{'fastest':>10}{'prefill ms':>12}")
-    for key, row in results["engines"].items():
+    results = {"model": f"{args.model} shape, random weights", "dtype": "float32", "batch": 1}
+    results |= shape | {"rounds": args.rounds} | summary(found["engines"])
+    print(f"{'engine':<32}{'tokens/s':>10}{'prefill ms':>12}{'same tokens':>13}")
+    for name, row in results["engines"].items():
         print(
-            f"{key:<32}{row['tokens_per_second']:>10.2f}{row['fastest_tokens_per_second']:>10.2f}"
-            f"{row['prefill_ms']:>12.1f}"
+            f"{name:<32}{row['tokens_per_second']:>10.2f}{row['prefill_ms']:>12.1f}"
+            f"{row['same_tokens']:>13}"
         )
     print(f"gpt2cupy / {results['best_of_transformers']}: {results['ratio_to_best']:.3f}")
-    print(f"the same ids from all: {results['same_ids']}")
-    from gpt2cupy import record
-
     record.write(args.out, results, gpu=False)
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -1,61 +1,86 @@
-"""Time of a decode step: random weights of a GPT-2's shape, one token per row and step.
+"""Time of a decode step: random weights of GPT-2's sizes, one token per row and step.
 
-    python bench/decode.py [--model gpt2] [--dtype float16] [--batch 1] [--out FILE]
+    python bench/decode.py [--model 124M,355M,774M,1558M] [--dtype float16,bfloat16,float32]
+                           [--batch 1,4,16] [--context 128,1000] [--decode eager] [--out FILE]
 
 A step is everything from feeding a token to the next one chosen: embedding, all
-layers, logits, sampling. "step" is the time between events around it; "host" is
-what Python takes to queue it; "end_to_end" is a token's time in a whole
-generation, read by the host as it would be shown.
+layers, logits, sampling. "step" is the time between events around some steps in
+a row, per step; "host" is what Python takes to queue one; "read" is what a plain
+read of the bytes that the step must read takes in the same run; "end_to_end" is a
+token's time in a whole generation, read by the host as it would be shown. Sizes
+that do not fit the GPU are skipped, saying so.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from typing import Any
 
-import cupy
 import numpy as np
+from shared import (
+    DTYPES,
+    PREFILL_ROWS,
+    Reader,
+    chosen,
+    config_of,
+    decoders,
+    main,
+    names,
+    numbers,
+    parser,
+    random_model,
+    step_bytes,
+    too_large,
+)
 
-from gpt2cupy import GPT2, GPT2Config, SamplingParams, record
+from gpt2cupy import GPT2, SamplingParams, record
 from gpt2cupy.engine import Engine, Request
-from gpt2cupy.timing import Timing, device_times
+from gpt2cupy.timing import Timing, times
+
+IN_A_ROW = 8  # steps between two events: the GPU then waits for Python only if it must
 
 
 def filled_engine(model: GPT2, batch: int, context: int) -> Engine:
-    """An engine whose rows all stand at ``context`` tokens."""
+    """An engine whose rows all hold ``context`` tokens."""
     engine = Engine(model, batch)
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0.8, seed=1).row(0, 0, -1)
     with engine.stream:
         for row in range(batch):
             prompt = rng.integers(0, model.config.vocab_size, context)
-            for start in range(0, context, engine.prefill_work.rows):
-                part = prompt[start : start + engine.prefill_work.rows]
+            for start in range(0, context, PREFILL_ROWS):
+                part = prompt[start : start + PREFILL_ROWS]
                 model.prefill([part], [row], engine.cache, engine.prefill_work)
             engine.state.assign(row, row, params)
-            engine.state.seek(row, context - 1)
     return engine
 
 
-def measure_step(model: GPT2, batch: int, context: int, runs: int) -> dict[str, object]:
+def measure_step(model: GPT2, decoder: Any, batch: int, context: int, runs: int) -> dict[str, Any]:
     engine = filled_engine(model, batch, context)
-    seconds = []
+    queueing: list[float] = []
+
+    def back() -> None:
+        # The positions advance with each step; go back so that the context stays what it is.
+        engine.state.positions.fill(max(context - 1 - IN_A_ROW // 2, 0))
+
+    def steps() -> None:
+        start = time.perf_counter()
+        decoder.step(engine.state, IN_A_ROW)
+        queueing.append((time.perf_counter() - start) / IN_A_ROW)
+
     with engine.stream:
-
-        def step() -> None:
-            # The positions advance with each step; go back so that the context stays.
-            engine.state.positions.fill(context - 1)
-            start = time.perf_counter()
-            engine.decoder.step(engine.state)
-            seconds.append(time.perf_counter() - start)
-
-        timing = device_times(step, runs=runs)
-    host = Timing.of(seconds[5:])
-    return {"context": context, "step": timing.as_dict(), "host": host.as_dict()}
+        whole = times(steps, model.xp, runs=runs, before=back)
+    step = Timing(*(us / IN_A_ROW for us in (whole.median_us, whole.p10_us, whole.p90_us)), runs)
+    return {
+        "context": context,
+        "step": step.as_dict(),
+        "host": Timing.of(queueing[-runs:]).as_dict(),
+    }
 
 
-def measure_text(model: GPT2, batch: int, prompt: int, tokens: int) -> dict[str, float]:
+def measure_text(model: GPT2, decoder: Any, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
     engine = Engine(model, batch)
+    engine.decoder = decoder
     rng = np.random.default_rng(1)
     params = SamplingParams(temperature=0.8, seed=1, max_new_tokens=tokens)
 
@@ -72,42 +97,74 @@ def measure_text(model: GPT2, batch: int, prompt: int, tokens: int) -> dict[str,
 
     generate()
     timing = Timing.of([generate() for _ in range(5)])
-    return {"prompt": prompt, "tokens": tokens, "us_per_step": timing.median_us}
+    figures = {"us_per_step": timing.median_us, "step": timing.as_dict()}
+    return {"prompt": prompt, "tokens": tokens} | figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gpt2")
-    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16", "float32"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--context", type=int, nargs="+", default=[128, 1000])
-    parser.add_argument("--gemv", nargs="+", default=["ours", "cublas"])
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--out", default=str(record.RESULTS / "decode.json"))
-    args = parser.parse_args()
+def measure_row(model: GPT2, row: dict[str, Any], args: Any, reader: Reader | None) -> None:
+    """Fill in one combination's figures and print them."""
+    decoder = decoders(args.device)[row["decode"]](model)
+    row["steps"] = []
+    for context in args.context:
+        step = measure_step(model, decoder, row["batch"], context, args.runs)
+        step["bytes"] = step_bytes(model.config, row["dtype"], row["batch"], context)
+        if reader:
+            step["read"] = reader.time(step["bytes"]).as_dict()
+        row["steps"].append(step)
+    row["end_to_end"] = measure_text(model, decoder, row["batch"], args.prompt, args.tokens)
+    line = ", ".join(
+        f"context {s['context']}: {s['step']['median_us']:.0f} us"
+        + (f" (read {s['read']['median_us']:.0f})" if reader else "")
+        for s in row["steps"]
+    )
+    title = " ".join(str(row[key]) for key in ("model", "dtype", "batch", "decode", "gemv"))
+    print(f"{title}: {line}; in a text {row['end_to_end']['us_per_step']:.0f} us", flush=True)
 
-    rows = []
-    for dtype in args.dtype:
-        model = GPT2.random(GPT2Config.from_name(args.model), 0, dtype=dtype, device="cuda")
-        for batch in args.batch:
-            for gemv in args.gemv if batch == 1 else args.gemv[:1]:
-                model.gemv = gemv
-                row: dict[str, object] = {"dtype": dtype, "batch": batch, "gemv": gemv}
-                steps = [measure_step(model, batch, c, args.runs) for c in args.context]
-                row |= {"steps": steps, "end_to_end": measure_text(model, batch, 32, 200)}
-                rows.append(row)
-                line = ", ".join(
-                    f"context {s['context']}: {s['step']['median_us']:.0f} us" for s in steps
-                )
-                per_step = row["end_to_end"]["us_per_step"]
-                print(
-                    f"{dtype} batch {batch} {gemv}: {line}; in a text {per_step:.0f} us", flush=True
-                )
-        del model
-        cupy.get_default_memory_pool().free_all_blocks()
-    results = {"model": args.model, "decoder": "eager", "weights": "random", "rows": rows}
-    record.write(args.out, results, gpu=True)
+
+def run() -> None:
+    options = parser(__doc__, "decode.json")
+    options.add_argument("--model", type=names, default=["124M"])
+    options.add_argument("--dtype", type=names, default=list(DTYPES))
+    options.add_argument("--batch", type=numbers, default=[1, 4, 16])
+    options.add_argument("--context", type=numbers, default=[128, 1000])
+    options.add_argument("--decode", type=names, help="decode paths; all by default")
+    options.add_argument("--gemv", type=names, default=["ours", "cublas"])
+    options.add_argument("--prompt", type=int, default=32)
+    options.add_argument("--tokens", type=int, default=200)
+    options.add_argument("--runs", type=int, default=50)
+    args = options.parse_args()
+    paths = decoders(args.device)
+    args.decode = chosen(args.decode or list(paths), paths, "decode path")
+    chosen(args.dtype, DTYPES, "dtype")
+
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    on_gpu = args.device != "cpu"
+    reader = Reader() if on_gpu else None
+    try:
+        for size in args.model:
+            config = config_of(size)
+            for dtype in args.dtype:
+                if reason := too_large(config, dtype, max(args.batch), args.device):
+                    skipped[f"{size} {dtype}"] = reason
+                    print(f"{size} {dtype}: skipped, {reason}", flush=True)
+                    continue
+                model = random_model(config, dtype, args.device)
+                for batch in args.batch:
+                    # The one-row product has two backends; more rows have one.
+                    for gemv in args.gemv if batch == 1 and on_gpu else args.gemv[:1]:
+                        for path in args.decode:
+                            model.gemv = gemv
+                            row = {"model": size, "dtype": dtype, "batch": batch}
+                            row |= {"decode": path, "gemv": gemv}
+                            measure_row(model, row, args, reader)
+                            rows.append(row)
+                del model
+    finally:
+        if rows:  # what was measured is kept
+            results = {"weights": "random", "rows": rows, "skipped": skipped}
+            record.write(args.out, results, gpu=on_gpu)
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -74,13 +74,32 @@ def environment(*, gpu: bool) -> dict[str, Any]:
         found["sm_count"] = properties["multiProcessorCount"]
         found["cuda_driver"] = runtime.driverGetVersion()
         found["nvrtc"] = ".".join(map(str, compiler.nvrtc_version()))
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-            found["driver"] = answer.stdout.splitlines()[0].strip()
-        except (OSError, subprocess.SubprocessError, IndexError):
-            found["driver"] = "unknown"
+        found |= _nvidia_smi()
     return found
+
+
+# What nvidia-smi is asked for -> the name in a record. Clocks are those of the moment: a record
+# is written right after measuring, so they are what the GPU ran at.
+_QUERIES = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock_mhz",
+    "clocks.max.sm": "max_sm_clock_mhz",
+    "clocks.mem": "memory_clock_mhz",
+}
+
+
+def _nvidia_smi() -> dict[str, Any]:
+    """Driver and clocks of the first GPU; without nvidia-smi the driver is "unknown"."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(_QUERIES)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {"driver": "unknown"}
+    values = [value.strip() for value in answer.stdout.partition("\n")[0].split(",")]
+    found: dict[str, Any] = dict(zip(_QUERIES.values(), values, strict=False))
+    # A driver that does not tell a clock writes [N/A].
+    clocks = {key: int(text) for key, text in found.items() if text.isdigit()}
+    return {"driver": found.get("driver") or "unknown"} | clocks
 
 
 def _cpu_name() -> str:

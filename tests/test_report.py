@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt2cupy import record
+
+sys.path.insert(0, str(record.ROOT / "bench"))
+import tables
+from compare import compared, timings
 
 PATH = record.ROOT / "bench" / "report.py"
 _TIMING = {"median_us": 800.4, "p10_us": 790.0, "p90_us": 850.0, "runs": 50}
@@ -19,7 +26,7 @@ _TIMING = {"median_us": 800.4, "p10_us": 790.0, "p90_us": 850.0, "runs": 50}
 def report():
     spec = importlib.util.spec_from_file_location("report", PATH)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    spec.loader.exec_module(module)  # finds its own modules beside it
     return module
 
 
@@ -38,13 +45,15 @@ def entry(results, sources=("gpt2cupy/cache.py",)):
 def example(tmp_path):
     """A folder with one document and one record of a decode step."""
     row = {
+        "model": "124M",
         "dtype": "float16",
         "batch": 4,
+        "decode": "eager",
         "gemv": "ours",
         "steps": [{"context": 128, "step": _TIMING, "host": _TIMING | {"median_us": 512.0}}],
         "end_to_end": {"prompt": 32, "tokens": 200, "us_per_step": 1000.0},
     }
-    results = {"model": "gpt2", "decoder": "eager", "weights": "random", "rows": [row]}
+    results = {"weights": "random", "rows": [row]}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "decode.json").write_text(json.dumps(entry(results)))
     (tmp_path / "README.md").write_text("A\n\n<!-- table: decode -->\n<!-- end -->\n\nB\n")
@@ -63,7 +72,7 @@ def test_documents_equal_their_records(report, capsys):
 def test_a_table_is_written_from_its_record(example):
     assert run(example).returncode == 0
     text = (example / "README.md").read_text()
-    assert "| float16 | 4 | - | 800 | 512 | 1,000 | 4,000 |" in text
+    assert "| float16 | 4 | eager | - | 800 | 512 | 1,000 | 4,000 |" in text
     assert "NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02." in text
     assert text.startswith("A\n") and text.endswith("<!-- end -->\n\nB\n")
     assert run(example, "--check").returncode == 0
@@ -116,24 +125,192 @@ def test_a_changed_source_makes_a_record_stale(tmp_path, monkeypatch):
     assert not record.is_current(written)
 
 
-@pytest.mark.parametrize("name", ["startup", "cpu", "gpu-tests"])
-def test_every_table_can_be_made(report, name):
-    results = {
-        "startup": {"model": "124M", "device": "cuda", "first_s": 9.0, "warm": _TIMING},
-        "cpu": {
-            "model": "124M shape, random weights",
-            "dtype": "float32",
-            "batch": 1,
-            "threads": 2,
-            "prompt_tokens": 32,
-            "new_tokens": 48,
-            "rounds": 7,
-            "engines": {"gpt2cupy": {"prefill_ms": 300.0, "tokens_per_second": 20.5}},
-            "best_of_transformers": "transformers eager loop",
-            "ratio_to_best": 1.2,
-        },
-        "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
-    }[name]
-    lines = report.TABLES[name](entry(results)).splitlines()
-    widths = {line.count("|") for line in lines if line.startswith("|")}
-    assert len(widths) == 1
+def timing(median, width=0.0):
+    return {"median_us": median, "p10_us": median - width, "p90_us": median + width, "runs": 5}
+
+
+def profile_results():
+    """Two dtypes of ours and one peer, on a GPU, with a component of each table."""
+    part = {"avg_ms": 0.01, "total_ms": 6.0, "count": 600, "percent": 44.0}
+    tables = {name: [part | {"component": name}] for name in ("model", "block", "attention", "mlp")}
+    token = {f"{key}_ms": 4.5 for key in ("mean", "p50", "p95", "p99")}
+    token |= {"tokens_per_s": 222.2, "blocks_percent": 93.4}
+    settings = {"prompt": "What", "prompt_tokens": 1, "batch": 1, "warmup": 2, "runs": 3}
+    kernel = {"component": "qkv product", "kernel": "gemv", "calls": 9, "avg_us": 2.5}
+    kernel |= {"total_ms": 0.02, "gb_per_s": 1416.0, "percent_of_limit": 33.3}
+    gaps = {"launches": 88, "kernels_us": 400.0, "gaps_us": 200.0, "unprofiled_us": 606.0}
+    own = {
+        "settings": settings | {"tokens": 30},
+        "tables": {key: [row | {"covers": "a, b"} for row in rows] for key, rows in tables.items()},
+        "per_token": token,
+        "kernels": [
+            {"component": "projection", "kernel": "library", "calls": 1}
+            | {"avg_us": 1.0, "total_ms": 0.1},
+            kernel,
+            kernel | {"component": "sampling", "kernel": "not asked for"},
+        ],
+        "kernel_timer": "cupti",
+        "gaps": gaps | {"host_us": 390.0, "residual_percent": -1.0},
+        "overhead": {"ops_percent": 12.5, "kernels_percent": 3.0},
+    }
+    operator = dict.fromkeys(
+        ("self_cpu_percent", "self_cpu_ms", "cpu_total_percent", "cpu_total_ms", "cpu_avg_us"), 1.5
+    )
+    operator |= dict.fromkeys(("self_cuda_ms", "self_cuda_percent", "cuda_total_ms"), 2.5)
+    operator |= {"name": "aten::addmm", "cuda_avg_us": None, "calls": 2400}
+    operators = {"new_tokens": 50, "rows": [operator] * 30, "wall_ms": 700.0}
+    operators |= {"self_cpu_total_ms": 653.0, "self_cuda_total_ms": 109.0}
+    operators |= {"matrix_percent": 74.8, "idle_percent": 84.4}
+    peer = {"settings": {"dtype": "float32"}, "tables": tables, "per_token": token}
+    return {
+        "model": "gpt2",
+        "weights": "random",
+        "ours": [own | {"dtype": "float32"}, own | {"dtype": "float16"}],
+        "peers": [peer | {"operators": operators}],
+    }
+
+
+SYNTHETIC = {
+    "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
+    "gemv": {
+        "rows": [
+            {"model": "124M", "dtype": "float16", "shape": "qkv", "m": 2304, "k": 768}
+            | {"bytes": 3_538_944, "copies": 29}
+            | {"read": timing(1.0), "ours": timing(2.0), "cublas": timing(4.0)}
+        ]
+    },
+    "ablation": {
+        "model": "124M",
+        "prompt": 32,
+        "tokens": 512,
+        "switches": {"graph": "one captured graph", "gemv": "our product"},
+        "skipped": {"1558M float32": "needs 99 GiB"},
+        "rows": [
+            {"dtype": "float16", "batch": 1, "off": off, "only_cache": off == "graph,gemv"}
+            | {"step": timing(us), "tokens_per_second": 1e6 / us}
+            for off, us in (("", 100.0), ("graph", 400.0), ("gemv", 125.0), ("graph,gemv", 500.0))
+        ],
+    },
+    "profile": profile_results(),
+}
+SAYS = {
+    "gpu-tests": ["| NVIDIA H200 | 9 | 0 | 1 |"],
+    "gemv": [
+        "| 124M | float16 | qkv | 2304 x 768 | 2.00 | 4.00 | 1,769 | 885 | 3,539 | 50% | 25% |"
+    ],
+    "ablation": [
+        "| float16 | nothing | 1 | 100 (100 to 100) | 10,000 | 100% |",
+        "| float16 | graph | 1 | 400 (400 to 400) | 2,500 | 25% |",
+        "| float16 | graph, gemv (only the KV cache) | 1 | 500 (500 to 500) | 2,000 | 20% |",
+        "graph: one captured graph; gemv: our product. Left out: 1558M float32: needs 99 GiB.",
+    ],
+    "profile-operators": [
+        "| `aten::addmm` | 1.50 |",
+        "the first 20 of 30 operators. Self CPU 653.0 ms in all, self CUDA 109.0 ms; products are "
+        "74.8 % of the GPU's time, which idles 84.4 % of 700 ms",
+    ],
+    "profile-model": [
+        "| transformers, float32 | model | 0.0100 | 6.0 | 600 | 44.0 |",
+        "| gpt2cupy, float16 | model (a, b) | 0.0100 |",
+        "2 warm-up runs, 3 runs of 30 tokens",
+    ],
+    "profile-tokens": ["| transformers, float32 | 4.500 | 4.500 | 4.500 | 4.500 | 93.4 | 222.2 |"],
+    "profile-kernels": [
+        "| float16 | qkv product | `gemv` | 9 | 2.50 | 0.02 | 1,416 | 33.3 |",
+        "| float16 | projection | `library` | 1 | 1.00 | 0.10 | - | - |",
+    ],
+    "profile-gaps": ["| 88 | 400.0 | 200.0 | 606.0 | 390.0 | -1.0 | +12.5 | +3.0 |"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (source, _) in tables.TABLES.items() if source in SYNTHETIC]
+)
+def test_tables_of_what_only_a_gpu_measures(name):
+    source, make = tables.TABLES[name]
+    made = make(entry(SYNTHETIC[source]))
+    assert len({line.count("|") for line in made.splitlines() if line.startswith("|")}) == 1
+    assert [text for text in SAYS.get(name, []) if text not in made] == []
+    assert "not asked for" not in made
+    assert made.endswith("NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.\n")
+
+
+def test_clocks_are_stated_where_the_record_has_them():
+    record_ = entry(SYNTHETIC["gpu-tests"])
+    record_["environment"] |= {"sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980}
+    made = tables.gpu_tests(record_ | {})
+    assert "NVIDIA H200, SMs at 1755 of 1980 MHz, memory at ? MHz; driver" in made
+
+
+def test_what_nvidia_smi_says_goes_into_a_record(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    program.write_text("#!/bin/sh\necho '580.1, 1755, 1980, [N/A]'\necho '580.1, 1, 1, 1'\n")
+    program.chmod(0o755)
+    found = {"driver": "580.1", "sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980}
+    assert record._nvidia_smi() == found
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert record._nvidia_smi() == {"driver": "unknown"}
+
+
+def test_every_benchmark_has_a_section(report):
+    """Every table that is not the README's stands in docs/."""
+    marked = [
+        name
+        for page in report.documents(record.ROOT)
+        for _, name, _ in report._MARKED.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert set(marked) == set(tables.TABLES)
+
+
+# -- comparing two records -----------------------------------------------------------------------
+
+
+def decode_record(**medians):
+    rows = [
+        {"model": size, "dtype": "float16", "steps": [{"context": 128, "step": timing(us, 5.0)}]}
+        for size, us in medians.items()
+    ]
+    return entry({"rows": rows})
+
+
+def test_a_change_within_the_noise_is_none():
+    lines = list(compared(decode_record(a=100.0), decode_record(a=108.0)))
+    assert lines == ["0 of 1 timings changed beyond the noise"]
+
+
+@given(st.floats(10, 1e4), st.floats(10, 1e4), st.floats(0, 50), st.floats(0, 50))
+def test_what_changed_is_what_does_not_overlap(old, new, old_width, new_width):
+    a, b = entry({"step": timing(old, old_width)}), entry({"step": timing(new, new_width)})
+    *changes, last = compared(a, b)
+    slower = new - new_width > old + old_width
+    faster = new + new_width < old - old_width
+    assert [line.split()[0] for line in changes] == ["slower"] * slower + ["faster"] * faster
+    assert last.startswith(f"{int(slower or faster)} of 1 ")
+
+
+def test_compare_names_rows_and_finds_them_in_any_order(example):
+    before, after = (
+        decode_record(a=100.0, b=50.0, gone=1.0),
+        decode_record(b=25.0, new=2.0, a=100.0),
+    )
+    after["environment"]["driver"] = "590.0"
+    for name, entry_ in (("a", before), ("b", after)):
+        (example / f"{name}.json").write_text(json.dumps(entry_))
+    shown = run(example, "--compare", example / "a.json", example / "b.json")
+    assert shown.returncode == 0
+    assert shown.stdout.splitlines() == [
+        "driver: 580.1 -> 590.0",
+        "faster -50.0%: rows / model b dtype float16 / steps / context 128 / step: "
+        "50.0 us (45.0 to 55.0) -> 25.0 us (20.0 to 30.0)",
+        "only in the first: rows / model gone dtype float16 / steps / context 128 / step",
+        "only in the second: rows / model new dtype float16 / steps / context 128 / step",
+        "1 of 2 timings changed beyond the noise",
+    ]
+
+
+def test_every_row_of_a_record_has_a_name_of_its_own():
+    """Two rows of one name would hide each other when compared."""
+    for path in sorted(record.RESULTS.glob("*.json")):
+        found = [name for name, _ in timings(json.loads(path.read_text())["results"])]
+        assert len(found) == len(set(found)), path.name

@@ -1,0 +1,155 @@
+"""What each optimisation gives: tokens/s with all of them, without each, and with none.
+
+    python bench/ablation.py [--disable NAME,...] [--batch 1,4,16] [--tokens 512]
+                             [--dtype bfloat16,float16] [--out FILE]
+
+The last row has only the KV cache. With --disable only these are switched off, one
+at a time and together; --list shows the switches. Texts are greedy, 512 tokens after
+a prompt of 32, read by the host as they would be shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from shared import (
+    DTYPES,
+    chosen,
+    config_of,
+    decoders,
+    main,
+    names,
+    numbers,
+    parser,
+    random_model,
+    too_large,
+)
+
+from gpt2cupy import GPT2, SamplingParams, record
+from gpt2cupy.engine import Engine, Request
+from gpt2cupy.timing import Timing
+
+PROMPT = 32
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One optimisation: what it is, where it applies, and how an engine goes without it.
+
+    ``disable`` gets the engine before its first step; ``applies`` says whether there is
+    anything to switch off, given the device and the batch.
+    """
+
+    what: str
+    applies: Callable[[str, int], bool]
+    disable: Callable[[Engine], None]
+
+
+def _eager(engine: Engine) -> None:
+    engine.decoder = decoders("cpu")["eager"](engine.model)
+
+
+def _cublas(engine: Engine) -> None:
+    engine.model.gemv = "cublas"
+
+
+# Only what can really be switched off; a new optimisation adds a line.
+SWITCHES = {
+    "graph": Switch(
+        "the decode step is one captured graph; off: a launch for each kernel",
+        lambda device, batch: "graph" in decoders(device),
+        _eager,
+    ),
+    "gemv": Switch(
+        "our one-row product with its epilogue; off: cuBLAS and a kernel for the epilogue",
+        lambda device, batch: device != "cpu" and batch == 1,
+        _cublas,
+    ),
+}
+
+
+def applicable(device: str, batches: list[int]) -> list[str]:
+    """The switches that change anything for some batch on this device."""
+    return [name for name, one in SWITCHES.items() if any(one.applies(device, b) for b in batches)]
+
+
+def combinations(switches: list[str]) -> list[tuple[str, ...]]:
+    """Nothing off, each one off, all off."""
+    single = [(name,) for name in switches]
+    return [(), *single, *([tuple(switches)] if len(switches) > 1 else [])]
+
+
+def speed(model: GPT2, off: tuple[str, ...], batch: int, args: Any) -> Timing:
+    """Time of a step over whole texts, with some switches off."""
+    model.gemv = "ours"
+    engine = Engine(model, batch, min(PROMPT + args.tokens, model.config.n_positions))
+    paths = decoders(args.device)
+    engine.decoder = paths.get("graph", paths["eager"])(model)
+    for name in off:
+        SWITCHES[name].disable(engine)
+    rng = np.random.default_rng(1)
+    params = SamplingParams(temperature=0, max_new_tokens=args.tokens)
+
+    def generate() -> float:
+        prompts = rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32)
+        first, requests = 0.0, [Request(i, ids, params) for i, ids in enumerate(prompts)]
+        for count, _ in enumerate(engine.run(requests), start=1):
+            if count == batch:
+                first = time.perf_counter()
+        return (time.perf_counter() - first) / (args.tokens - 1)
+
+    generate()
+    return Timing.of([generate() for _ in range(args.runs)])
+
+
+def run() -> None:
+    options = parser(__doc__, "ablation.json")
+    options.add_argument("--model", default="124M")
+    options.add_argument("--dtype", type=names, default=["bfloat16", "float16"])
+    options.add_argument("--batch", type=numbers, default=[1, 4, 16])
+    options.add_argument("--tokens", type=int, default=512)
+    options.add_argument("--disable", type=names, help="switches; all by default")
+    options.add_argument("--list", action="store_true", help="show the switches and end")
+    options.add_argument("--runs", type=int, default=5)
+    args = options.parse_args()
+    there = applicable(args.device, args.batch)
+    if args.list:
+        for name in there:
+            print(f"{name:<12} {SWITCHES[name].what}")
+        return
+    chosen(args.dtype, DTYPES, "dtype")
+    wanted = there if args.disable is None else chosen(args.disable, there, "switch")
+    config, rows, skipped = config_of(args.model), [], {}
+    try:
+        for dtype in args.dtype:
+            if reason := too_large(config, dtype, max(args.batch), args.device):
+                skipped[f"{args.model} {dtype}"] = reason
+                print(f"{args.model} {dtype}: skipped, {reason}", flush=True)
+                continue
+            model = random_model(config, dtype, args.device)
+            for batch in args.batch:
+                every = applicable(args.device, [batch])
+                here = [name for name in wanted if name in every]
+                for off in combinations(here):
+                    step = speed(model, off, batch, args)
+                    rate = 1e6 * batch / step.median_us
+                    row = {"dtype": dtype, "batch": batch, "off": ",".join(off)}
+                    row |= {"only_cache": list(off) == every}
+                    rows.append(row | {"step": step.as_dict(), "tokens_per_second": rate})
+                    title = f"{dtype} batch {batch}, off: {', '.join(off) or 'nothing'}"
+                    print(f"{title}: {rate:.0f} tokens/s", flush=True)
+            del model
+    finally:
+        if rows:
+            results = {"model": args.model, "prompt": PROMPT, "tokens": args.tokens}
+            results |= {"switches": {name: SWITCHES[name].what for name in wanted}}
+            results |= {"rows": rows, "skipped": skipped}
+            record.write(args.out, results, gpu=args.device != "cpu")
+
+
+if __name__ == "__main__":
+    main(run)

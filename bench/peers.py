@@ -1,0 +1,107 @@
+"""Ours beside what a user would pick instead, in one invocation on one device.
+
+    python bench/peers.py [--model 124M] [--dtype float16] [--batch 1] [--prompt 32]
+                          [--tokens 200] [--rounds 5] [--engines NAME,...] [--out FILE]
+
+Every engine is a process of its own (bench/peers/) that loads the same checkpoint of
+random weights; they run in turn, there and back again. A run is greedy: the prompt,
+then the tokens; "step" is the time a step takes over the run. Loading and compiling
+are timed apart. Peers are timed once per version, not at every change of ours.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from shared import (
+    DTYPES,
+    chosen,
+    config_of,
+    decoders,
+    main,
+    names,
+    numbers,
+    parser,
+    prompts,
+    too_large,
+    write_checkpoint,
+)
+from workers import Comparison, Spec
+
+from gpt2cupy import record
+
+
+def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
+    """Every engine by name; one that is not installed says so when it is started."""
+    found = {f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in decoders(device)}
+    found |= {
+        "transformers eager": Spec("hf_eager", {"attention": "sdpa", "loop": "generate"}),
+        "transformers compiled": Spec("hf_compiled"),
+        "PyTorch step": Spec("torch_step"),
+    }
+    if gguf:
+        found["llama.cpp"] = Spec("llama_bench", {"gguf": str(gguf)})
+    return found
+
+
+def run() -> None:
+    options = parser(__doc__, "peers.json")
+    options.add_argument("--model", type=names, default=["124M"])
+    options.add_argument("--dtype", type=names, default=["float16"])
+    options.add_argument("--batch", type=numbers, default=[1])
+    options.add_argument("--prompt", type=int, default=32)
+    options.add_argument("--tokens", type=int, default=200)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--engines", type=names, help="all by default")
+    options.add_argument("--gguf", type=Path, help="this model for llama.cpp's llama-bench")
+    args = options.parse_args()
+    chosen(args.dtype, DTYPES, "dtype")
+    engines = specs(args.device, args.gguf)
+    wanted = chosen(args.engines or list(engines), engines, "engine")
+
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    on_gpu = args.device != "cpu"
+    try:
+        with Comparison({name: engines[name] for name in wanted}) as comparison:
+            for size in args.model:
+                config = config_of(size)
+                with tempfile.TemporaryDirectory() as name:
+                    for dtype in args.dtype:
+                        if reason := too_large(
+                            config, dtype, max(args.batch), args.device, len(wanted)
+                        ):
+                            skipped[f"{size} {dtype}"] = reason
+                            continue
+                        write_checkpoint(Path(name) / dtype, config, dtype)
+                        for batch in args.batch:
+                            job = {"folder": str(Path(name) / dtype), "dtype": dtype}
+                            job |= {"device": args.device, "tokens": args.tokens}
+                            job["prompts"] = prompts(config, batch, args.prompt)
+                            row = {"model": size, "dtype": dtype, "batch": batch}
+                            rows.append(row | comparison.run(job, args.rounds))
+                            show(rows[-1])
+    finally:
+        if rows:
+            shape = {"prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds}
+            results = {"weights": "random"} | shape | {"rows": rows, "skipped": skipped}
+            record.write(args.out, results, gpu=on_gpu)
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row."""
+    title = " ".join(str(row[key]) for key in ("model", "dtype", "batch"))
+    for name, found in row["engines"].items():
+        us = found["step"]["median_us"]
+        same = found["same_tokens"]
+        note = "" if same is None else f", {same} tokens as the first engine"
+        rate = 1e6 * row["batch"] / us
+        print(f"{title} {name}: {us:.0f} us a step, {rate:.0f} tokens/s{note}", flush=True)
+    for name, reason in row["skipped"].items():
+        print(f"{title} {name}: skipped, {reason}", flush=True)
+
+
+if __name__ == "__main__":
+    main(run)

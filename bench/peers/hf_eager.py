@@ -1,0 +1,95 @@
+"""Hugging Face transformers, not compiled.
+
+Options of a job: ``attention`` (sdpa, eager), ``loop`` (generate, or a bare loop over the
+cache), ``use_cache``, ``threads`` on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import transformers
+from interface import Job, Run, serve
+
+
+class Clock(transformers.generation.streamers.BaseStreamer):
+    """The time at which generate() hands out each token; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def load(job: Job) -> Any:
+    """The model of a job on its device, in its dtype."""
+    transformers.logging.set_verbosity_error()
+    if job.get("threads"):
+        torch.set_num_threads(job["threads"])
+    model = transformers.GPT2LMHeadModel.from_pretrained(
+        job["folder"],
+        attn_implementation=job.get("attention", "sdpa"),
+        dtype=getattr(torch, job["dtype"]),
+    )
+    return model.to(job["device"]).eval()
+
+
+def generating(model: Any, job: Job, **options: Any) -> Run:
+    """Greedy generate() as a run."""
+    prompts = torch.tensor(job["prompts"], device=job["device"])
+    mask = torch.ones_like(prompts)
+
+    @torch.inference_mode()
+    def run(tokens: int) -> tuple[list[int], float, float, float]:
+        clock = Clock()
+        found = model.generate(
+            prompts,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            streamer=clock,
+            pad_token_id=0,
+            eos_token_id=None,
+            **options,
+        )
+        ids = found[0, prompts.shape[1] :].tolist()
+        return ids, clock.times[0], clock.times[1], clock.times[-1]
+
+    return run
+
+
+def looping(model: Any, job: Job) -> Run:
+    """The forward pass called token by token, without generate()'s own work."""
+    prompts = torch.tensor(job["prompts"], device=job["device"])
+
+    @torch.inference_mode()
+    def run(tokens: int) -> tuple[list[int], float, float, float]:
+        ids, times = [], [time.perf_counter()]
+        fed, past = prompts, None
+        for _ in range(tokens):
+            out = model(fed, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past, fed = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+            ids.append(int(fed[0]))
+            times.append(time.perf_counter())
+        return ids, times[0], times[1], times[-1]
+
+    return run
+
+
+def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
+    model = load(job)
+    about = {"attention": job.get("attention", "sdpa"), "loop": job.get("loop", "generate")}
+    if about["loop"] == "loop":
+        return looping(model, job), about
+    return generating(model, job, use_cache=job.get("use_cache", True)), about
+
+
+if __name__ == "__main__":
+    serve(("torch", "transformers"), prepare)

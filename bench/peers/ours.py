@@ -1,0 +1,68 @@
+"""gpt2cupy as an engine of the comparison. Options of a job: ``decode``, ``naive``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interface import Job, Run, serve
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+from shared import decoders
+
+from gpt2cupy import GPT2, SamplingParams
+from gpt2cupy.engine import Engine, Request
+
+
+def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
+    model = GPT2.from_pretrained(job["folder"], dtype=job["dtype"], device=job["device"])
+    prompts = [np.asarray(ids, np.int32) for ids in job["prompts"]]
+    if job.get("naive"):
+        return _naive(model, prompts, job["tokens"]), {"decode": "whole forward"}
+    # One step more than is shown: the engine computes one ahead of what it hands out.
+    capacity = min(len(prompts[0]) + job["tokens"] + 1, model.config.n_positions)
+    engine = Engine(model, len(prompts), capacity)
+    engine.decoder = decoders(job["device"])[job["decode"]](model)
+
+    def run(tokens: int) -> tuple[list[int], float, float, float]:
+        params = SamplingParams(temperature=0, max_new_tokens=tokens + 1)
+        ids, times = [], [time.perf_counter()]
+        requests = [Request(row, prompt, params) for row, prompt in enumerate(prompts)]
+        for count, token in enumerate(engine.run(requests), start=1):
+            if token.key == 0:
+                ids.append(token.id)
+            if count % len(prompts) == 0:
+                times.append(time.perf_counter())
+        return ids[:tokens], times[0], times[1], times[tokens]
+
+    return run, {"decode": job["decode"]}
+
+
+def _naive(model: GPT2, prompts: list[np.ndarray], most: int) -> Run:
+    """The whole text through the forward pass for each token; nothing is kept between them."""
+    batch, xp = len(prompts), model.xp
+    length = len(prompts[0]) + most
+    cache, work = model.new_cache(batch, length), model.new_workspace(batch * length)
+    last_work = model.new_workspace(batch)
+    logits = xp.empty((batch, model.config.padded_vocab_size), work.x.dtype)
+
+    def run(tokens: int) -> tuple[list[int], float, float, float]:
+        texts, times = list(prompts), [time.perf_counter()]
+        for _ in range(tokens):
+            cache.reset()
+            x, starts = model.prefill(texts, range(batch), cache, work)
+            model.logits(xp.ascontiguousarray(x[starts[1:] - 1]), last_work, logits)
+            ids = logits[:, : model.config.vocab_size].argmax(axis=1).astype(np.int32)
+            ids = ids if xp is np else ids.get()
+            texts = [np.append(text, id_) for text, id_ in zip(texts, ids, strict=True)]
+            times.append(time.perf_counter())
+        return texts[0][len(prompts[0]) :].tolist(), times[0], times[1], times[-1]
+
+    return run
+
+
+if __name__ == "__main__":
+    serve(("numpy",), prepare)

@@ -1,0 +1,94 @@
+"""Time of a prompt: one sequence of random tokens, random weights of a GPT-2's size.
+
+    python bench/prefill.py [--model 124M] [--dtype float16] [--tokens 128,512,1024] [--out FILE]
+
+"device" is the time between events around the forward pass of the prompt and the
+choice of the first token; "first token" is what a caller of Python waits, from the
+call to the token's id.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from shared import (
+    DTYPES,
+    chosen,
+    config_of,
+    main,
+    names,
+    numbers,
+    parser,
+    random_model,
+    too_large,
+)
+
+from gpt2cupy import GPT2, SamplingParams, record
+from gpt2cupy.decode.eager import choose
+from gpt2cupy.engine import Engine, Request
+from gpt2cupy.timing import Timing, times
+
+
+def measure(model: GPT2, tokens: int, runs: int) -> dict[str, Any]:
+    engine = Engine(model, 1)
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens)
+    prompt = prompt.astype(np.int32)
+    state, work = engine.state, engine.prefill_work
+
+    def prefill() -> None:
+        engine.cache.reset()
+        x, _ = model.prefill([prompt], [0], engine.cache, work)
+        model.logits(x[tokens - 1 : tokens], state.work, state.logits)
+        choose(state, state.logits, state.rows)
+
+    with engine.stream:
+        state.assign(0, 0, SamplingParams(temperature=0).row(0, tokens, -1))
+        device = times(prefill, model.xp, runs=runs, before=lambda: state.seek(0, tokens - 1))
+
+    def first_token() -> float:
+        request = Request(0, prompt, SamplingParams(temperature=0, max_new_tokens=1))
+        start = time.perf_counter()
+        next(iter(engine.run([request])))
+        return time.perf_counter() - start
+
+    waited = Timing.of([first_token() for _ in range(runs + 5)][5:])
+    return {"tokens": tokens, "device": device.as_dict(), "first_token": waited.as_dict()}
+
+
+def run() -> None:
+    options = parser(__doc__, "prefill.json")
+    options.add_argument("--model", type=names, default=["124M"])
+    options.add_argument("--dtype", type=names, default=["float16"])
+    options.add_argument("--tokens", type=numbers, default=[128, 512, 1024])
+    options.add_argument("--runs", type=int, default=30)
+    args = options.parse_args()
+    chosen(args.dtype, DTYPES, "dtype")
+    rows, skipped = [], {}
+    try:
+        for size in args.model:
+            config = config_of(size)
+            for dtype in args.dtype:
+                if reason := too_large(config, dtype, 1, args.device):
+                    skipped[f"{size} {dtype}"] = reason
+                    print(f"{size} {dtype}: skipped, {reason}", flush=True)
+                    continue
+                model = random_model(config, dtype, args.device)
+                for tokens in args.tokens:
+                    row = {"model": size, "dtype": dtype} | measure(model, tokens, args.runs)
+                    rows.append(row)
+                    print(
+                        f"{size} {dtype} 1 x {tokens}: {row['device']['median_us'] / 1e3:.3f} ms, "
+                        f"first token {row['first_token']['median_us'] / 1e3:.3f} ms",
+                        flush=True,
+                    )
+                del model
+    finally:
+        if rows:
+            results = {"weights": "random", "rows": rows, "skipped": skipped}
+            record.write(args.out, results, gpu=args.device != "cpu")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,214 @@
+"""What the benchmarks share: model sizes, random weights, what fits, and how fast memory reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
+
+from gpt2cupy import GPT2, GPT2Config, decode, record
+from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
+from gpt2cupy.errors import Gpt2CupyError, InputError
+from gpt2cupy.loading import resolve_device, resolve_dtype
+from gpt2cupy.timing import Timing, device_times
+from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
+from gpt2cupy.weights import Weights, weight_shapes
+
+SIZES = {"124M": "gpt2", "355M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
+# For trying a script where there is no GPU; its figures mean nothing.
+TINY = GPT2Config(vocab_size=512, n_positions=128, n_embd=128, n_layer=2, n_head=2)
+DTYPES = ("float16", "bfloat16", "float32")
+PREFILL_ROWS = 1024
+SCALE = 4  # of the output products of a checkpoint's layers
+
+READ_KERNEL = r"""
+extern "C" __global__ void read_all(const uint4* data, long long n, unsigned* out) {
+  unsigned seen = 0;
+  long long stride = (long long)gridDim.x * blockDim.x;
+  long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  for (; i + 3 * stride < n; i += 4 * stride) {  // four loads in flight a thread
+    uint4 a = data[i], b = data[i + stride], c = data[i + 2 * stride], d = data[i + 3 * stride];
+    seen ^= a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w;
+    seen ^= c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+  }
+  for (; i < n; i += stride) {
+    uint4 a = data[i];
+    seen ^= a.x ^ a.y ^ a.z ^ a.w;
+  }
+  if (seen == 0x5eed1234u) *out = seen;  // keeps the loads, hardly ever stores
+}
+"""
+
+
+def config_of(name: str) -> GPT2Config:
+    """A size (124M, 355M, 774M, 1558M), "tiny", or a name that GPT2Config knows."""
+    return TINY if name == "tiny" else GPT2Config.from_name(SIZES.get(name, name))
+
+
+def names(text: str) -> list[str]:
+    """A list of an option, separated by commas."""
+    return [part for part in text.split(",") if part]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in names(text)]
+
+
+def parser(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    made.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
+    made.add_argument("--out", type=Path, default=record.RESULTS / out, help="the record")
+    return made
+
+
+def main(run: Callable[[], None]) -> None:
+    """Run a script; an error of gpt2cupy is one line."""
+    try:
+        run()
+    except Gpt2CupyError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def chosen(wanted: list[str], known: Any, what: str) -> list[str]:
+    """``wanted`` if every name is known, else an error that lists what there is."""
+    for name in wanted:
+        if name not in known:
+            raise InputError(
+                f"unknown {what} {name!r}", remedy=f"There are: {', '.join(known) or 'none'}."
+            )
+    return wanted
+
+
+def decoders(device: str) -> dict[str, Any]:
+    """Every way to run a decode step, by name: the decoder classes of gpt2cupy.decode."""
+    classes = [getattr(decode, name) for name in decode.__all__ if name.endswith("Decoder")]
+    return {found.name: found for found in classes if device != "cpu" or found.name == "eager"}
+
+
+def prompts(config: GPT2Config, batch: int, length: int) -> list[list[int]]:
+    """Random ids, the same in every run."""
+    return np.random.default_rng(1).integers(0, config.vocab_size, (batch, length)).tolist()
+
+
+def itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def parameter_bytes(config: GPT2Config, dtype: str) -> int:
+    return itemsize(dtype) * sum(math.prod(shape) for shape in weight_shapes(config).values())
+
+
+def step_bytes(config: GPT2Config, dtype: str, batch: int, context: int) -> int:
+    """Bytes that a decode step must read: each weight once, and keys and values of the context.
+
+    Of the embeddings only the rows of the tokens are read; a tied token embedding
+    is read whole, for the logits.
+    """
+    shapes = weight_shapes(config)
+    tables = ["wpe"] if config.tie_word_embeddings else ["wpe", "wte"]
+    elements = sum(math.prod(shape) for name, shape in shapes.items() if name not in tables)
+    elements += len(tables) * batch * config.n_embd
+    elements += 2 * config.n_layer * batch * context * config.n_embd
+    return itemsize(dtype) * elements
+
+
+def too_large(config: GPT2Config, dtype: str, batch: int, device: str, engines: int = 1) -> str:
+    """Why models with their caches and a buffer to read do not fit the GPU, or nothing."""
+    if device == "cpu":
+        return ""
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    free = cupy.cuda.runtime.memGetInfo()[0]
+    context = config.n_positions
+    cache = step_bytes(config, dtype, batch, context) - step_bytes(config, dtype, batch, 0)
+    rows = min(PREFILL_ROWS, batch * context)
+    work = rows * (5 * config.n_embd + config.inner_size) * itemsize(dtype) + rows * 4096
+    # The weights, as many bytes again to read beside them, and a gigabyte for the driver.
+    needed = engines * (2 * (parameter_bytes(config, dtype) + cache) + work + (1 << 30))
+    if needed <= free:
+        return ""
+    return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+
+
+def random_model(config: GPT2Config, dtype: str, device: str) -> GPT2:
+    """A model whose weights repeat some random numbers: made in a second at every size."""
+    kind, _ = resolve_device(device)
+    if kind == "cpu":
+        return GPT2.random(config, 0, dtype=dtype, device="cpu")
+    import cupy
+
+    from gpt2cupy.ops.layout import Uploader
+
+    weights = Weights.empty(config, resolve_dtype(dtype, np.dtype(np.float32), kind), cupy)
+    uploader = Uploader()
+    values = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) * 0.02
+    for name, array in weights.items():
+        offset = np.float32(name.startswith("ln") and name.endswith("_w"))
+        pool, flat = (values + offset).astype(array.dtype), array.reshape(-1)
+        for start in range(0, flat.size, pool.size):
+            part = flat[start : start + pool.size]
+            uploader.copy(pool[: part.size], part)
+    cupy.cuda.get_current_stream().synchronize()
+    return GPT2(config, weights)
+
+
+class Reader:
+    """Reads memory as fast as a plain kernel can; the yardstick beside every figure."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.kernel = cupy.RawKernel(READ_KERNEL, "read_all")
+        self.blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+        self.out = cupy.zeros(1, np.uint32)
+
+    def read(self, array: Any) -> None:
+        """Queue a read of an array's bytes (up to 15 at its end are left out)."""
+        size = np.int64(array.nbytes // 16)
+        self.kernel((self.blocks,), (256,), (array, size, self.out))
+
+    def time(self, size: int) -> Timing:
+        """Reading ``size`` bytes again and again, as decode steps read the weights."""
+        import cupy
+
+        buffer = cupy.zeros(size, np.uint8)
+        return device_times(lambda: self.read(buffer), runs=20, inner=5)
+
+
+def write_checkpoint(folder: Path, config: GPT2Config, dtype: str, seed: int = 0) -> None:
+    """A checkpoint of random weights in Hugging Face's layout, with a tokenizer of its size."""
+    weights = Weights.random(config, seed, resolve_dtype(dtype, np.dtype(np.float32), "cuda"))
+    # As initialised, a tied model repeats its last token; with layers that weigh more the text
+    # depends on all before it, and an engine that computes something else is seen.
+    weights.proj_w[...] *= SCALE
+    weights.out_w[...] *= SCALE
+    tensors = {PREFIX + key: getattr(weights, name) for key, name in WHOLE.items()}
+    tensors[PREFIX + "wte.weight"] = weights.wte[: config.vocab_size]
+    for layer in range(config.n_layer):
+        for key, (name, transposed) in LAYER.items():
+            array = getattr(weights, name)[layer].astype(weights.dtype)
+            tensors[f"{PREFIX}h.{layer}.{key}"] = array.T if transposed else array
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: np.ascontiguousarray(array) for key, array in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    # The 256 bytes, as many pairs of them as are wanted, and end-of-text.
+    symbols = sorted(BYTE_SYMBOLS, key=BYTE_SYMBOLS.__getitem__)
+    pairs = [(a, b) for a in symbols for b in symbols][: config.vocab_size - 257]
+    tokens = [*symbols, *(a + b for a, b in pairs), END_OF_TEXT]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(f"{a} {b}" for a, b in pairs))
