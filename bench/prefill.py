@@ -35,11 +35,11 @@ def measure(model: GPT2, tokens: int, runs: int) -> dict[str, Any]:
     engine = Engine(model, 1)
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, tokens)
     prompt = prompt.astype(np.int32)
-    state, work = engine.state, engine.prefill_work
+    state = engine.state
 
     def prefill() -> None:
         engine.cache.reset()
-        x, _ = model.prefill([prompt], [0], engine.cache, work)
+        x, _ = engine.prompts.run([prompt], [0])
         model.logits(x[tokens - 1 : tokens], state.work, state.logits)
         choose(state, state.logits, state.rows)
 

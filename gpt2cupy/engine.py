@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from . import ops
-from .decode import DecodeState, decoder
+from .decode import DecodeState, PromptRunner, decoder
 from .decode.eager import choose
 from .model import GPT2
-from .ops.launch import memory_error
+from .ops.device import memory_error
 from .sampling import SamplingParams
 
 PREFILL_ROWS = 1024  # prompt tokens run at once; longer prompts come in pieces
@@ -125,6 +125,8 @@ class Engine:
         self.state = DecodeState(self.model, self.cache, slots)
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)
         self.prefill_work = self.model.new_workspace(rows)
+        graphs = self.decoder.name != "eager"
+        self.prompts = PromptRunner(self.model, self.cache, self.prefill_work, graphs=graphs)
         self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
 
     @property
@@ -208,7 +210,7 @@ class Engine:
                 piece[row] = tokens[:budget]
                 budget -= len(piece[row])
         rows = list(piece)
-        x, starts = self.model.prefill(list(piece.values()), rows, self.cache, self.prefill_work)
+        x, starts = self.prompts.run(list(piece.values()), rows)
         done = []
         for index, row in enumerate(rows):
             rest[row] = rest[row][len(piece[row]) :]

@@ -13,47 +13,9 @@ from .config import GPT2Config
 from .errors import InputError
 from .ids import check_ids
 from .weights import Weights
+from .workspace import PackedPrompts, Workspace
 
 Array = Any
-
-
-class Workspace:
-    """The activations of up to ``rows`` tokens, allocated once.
-
-    Attributes
-    ----------
-    x : array [N, C]
-        Residual stream, float32.
-    h, qkv, attended, inner : array
-        Normed input [N, C], [q | k | v] [N, 3C], attention output [N, C] and MLP
-        [N, F], of the weights' dtype.
-    """
-
-    def __init__(self, config: GPT2Config, rows: int, dtype: Any, xp: Any = np) -> None:
-        c = config.n_embd
-        wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
-        self.x = xp.empty((rows, c), wide)
-        self.h = xp.empty((rows, c), dtype)
-        self.qkv = xp.empty((rows, 3 * c), dtype)
-        self.attended = xp.empty((rows, c), dtype)
-        self.inner = xp.empty((rows, config.inner_size), dtype)
-
-    @property
-    def rows(self) -> int:
-        return len(self.x)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values())
-
-    def first(self, rows: int) -> Workspace:
-        """The same memory, seen as the activations of fewer tokens."""
-        if rows == self.rows:
-            return self
-        view = object.__new__(Workspace)
-        for name, array in vars(self).items():
-            setattr(view, name, array[:rows])
-        return view
 
 
 class GPT2:
@@ -184,35 +146,34 @@ class GPT2:
         starts : numpy.ndarray of int32 [R + 1]
             Sequence r owns the rows from ``starts[r]`` to ``starts[r + 1] - 1``.
         """
-        counts = [len(t) for t in tokens]
-        past = cache.lengths[list(slots)]
-        if max(counts + past, default=0) > cache.capacity:
-            raise InputError(
-                f"{max(counts + past)} tokens do not fit a cache slot of {cache.capacity}",
-                where="prefill",
-                remedy="Shorten the prompt or use a larger cache.",
-            )
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        positions = np.concatenate(
-            [np.arange(p, p + n, dtype=np.int32) for p, n in zip(past, counts, strict=True)]
-        )
-        parts = [np.concatenate(tokens), positions, starts, np.asarray(slots), past]
-        # One copy to the device for all of them.
-        packed = self.xp.asarray(np.concatenate(parts).astype(np.int32))
-        ends = np.cumsum([len(part) for part in parts])
-        ids, places, begin, rows, before = (
-            packed[end - len(part) : end] for part, end in zip(parts, ends, strict=True)
-        )
-        longest = max(counts)
+        packed = PackedPrompts(sum(len(t) for t in tokens), len(tokens), self.xp)
+        starts = packed.fill(tokens, slots, cache)
+        x = self.run_packed(packed, max(len(t) for t in tokens), cache, work.first(packed.rows))
+        return x, starts
+
+    def run_packed(
+        self, packed: PackedPrompts, longest: int, cache: KVCache, work: Workspace
+    ) -> Array:
+        """Queue the layers for what ``packed`` holds; returns the residual stream [N, C].
+
+        Parameters
+        ----------
+        packed : PackedPrompts
+        longest : int
+            At least the new tokens of any of its sequences.
+        cache : KVCache
+        work : Workspace
+            Of exactly ``packed.rows`` rows.
+        """
 
         def attend(layer: int, qkv: Array, out: Array) -> None:
             k, v = cache.layers[layer]
             scale = self.config.attention_scale(layer)
-            ops.attention_prefill(qkv, k, v, begin, rows, before, longest, scale, out=out)
+            ops.attention_prefill(
+                qkv, k, v, packed.starts, packed.slots, packed.past, longest, scale, out=out
+            )
 
-        x = self.forward(ids, places, attend, work.first(len(positions)))
-        cache.lengths[list(slots)] += np.asarray(counts, np.int32)
-        return x, starts
+        return self.forward(packed.ids, packed.positions, attend, work)
 
     def decode(
         self,

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def _gpu_reason() -> str:
     """Why there is no usable GPU, or nothing."""
     try:
-        from gpt2cupy.ops.launch import cupy_module
+        from gpt2cupy.ops.device import cupy_module
 
         cupy_module()
     except Exception as error:

@@ -21,7 +21,7 @@ LAYERS = (
     ("ops.reference_sampling", "ops.reference"),
     ("ops.device", "ops.compiler", "ops.tape", "ops.launch"),
     ("ops.blas", "ops"),
-    ("sampling", "model"),
+    ("workspace", "sampling", "model"),
     ("checkpoint", "decode"),
     ("loading", "engine", "record"),
     ("text", "prompts", "scoring", "held", "lm"),

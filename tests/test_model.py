@@ -236,6 +236,29 @@ def test_a_graph_gives_the_bits_of_the_eager_step(slots, options):
     assert len(found[0]) == 4 * 12
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [1, 3])
+def test_prompts_from_a_graph_obey_the_error_rule(slots):
+    import cupy
+
+    weights = Weights.random(TINY, 0, np.float16)
+    model = model_on(cupy, TINY, weights)
+    counts = (1, 7, 8, 9, 15, 8)  # grows the slots, and goes back to a bucket
+    ids = np.random.default_rng(0).integers(0, TINY.vocab_size, (slots, sum(counts)))
+    exact = GPT2(TINY, widened(TINY, weights)).hidden(ids)
+    found = {}
+    for path in ("eager", "graph"):
+        engine = Engine(model, slots, decode=path)
+        found[path] = np.empty(exact.shape, np.float32)
+        with engine.stream:
+            for end, count in zip(np.cumsum(counts), counts, strict=True):
+                x, starts = engine.prompts.run(list(ids[:, end - count : end]), range(slots))
+                piece = host(x)[: starts[slots]].reshape(slots, count, -1)
+                found[path][:, end - count : end] = piece
+        assert engine.cache.lengths.tolist() == [sum(counts)] * slots
+    check(found["graph"], found["eager"], exact, np.dtype(np.float16), "prompt graph")
+
+
 def test_an_unknown_decode_path_is_refused():
     model = GPT2(TINY, Weights.random(TINY, 0))
     with pytest.raises(InputError, match="warp"):

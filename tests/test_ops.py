@@ -10,7 +10,7 @@ from error_rule import DTYPES, check
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import attention, launch, reference
+from gpt2cupy.ops import attention, device, reference
 
 SEEDS = range(5)
 AWKWARD = [1, 19, 99, 128, 768, 989, 1600]
@@ -209,7 +209,7 @@ def test_attention_decode(xp, dtype, head_size, position):
 def test_attention_decode_by_fewer_blocks(dtype, split, position, monkeypatch):
     import cupy
 
-    if not launch.has_clusters():
+    if not device.has_clusters():
         pytest.skip("one block is all there is on this chip")
     monkeypatch.setattr(attention, "_split", lambda heads: split)
     attention_decode_case(cupy, dtype, 64, position)
@@ -322,7 +322,7 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     import cupy as cp
 
     from gpt2cupy.ops.attention import ATTENTION_NAIVE
-    from gpt2cupy.ops.launch import launch as start
+    from gpt2cupy.ops.launch import launch
     from gpt2cupy.ops.linear import GEMV, GEMV_NAIVE, GEMV_SCALAR
     from gpt2cupy.ops.norm import LAYER_NORM_NAIVE
 
@@ -334,14 +334,14 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     for kernel, blocks in ((GEMV_NAIVE, 1), (GEMV_SCALAR, 25), (GEMV, 13)):
         out = cp.empty((1, 99), dtype)
         args = (*on(cp, x, w, b), None, out, 0)
-        start(kernel[dtype == np.float32], (blocks,), (128,), args, elem=dtype)
+        launch(kernel[dtype == np.float32], (blocks,), (128,), args, elem=dtype)
         check(out.get(), baseline, exact, dtype, "gemv ladder")
 
     rows = draw(rng, (5, 99), np.float32)
     weight = draw(rng, 99, dtype)
     out = cp.empty((5, 99), dtype)
     args = (*on(cp, rows, weight, weight), out, 1e-5)
-    start(LAYER_NORM_NAIVE, (1,), (32,), args, elem=dtype)
+    launch(LAYER_NORM_NAIVE, (1,), (32,), args, elem=dtype)
     exact = reference.layer_norm(*wide(rows, weight, weight))
     check(out.get(), reference.layer_norm(rows, weight, weight), exact, dtype, "norm ladder")
 
@@ -350,7 +350,7 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
     ints = [np.array(values, np.int32) for values in ([0, 40], [0], [0])]
     out = cp.empty((40, 128), dtype)
     args = (*on(cp, qkv, k, k.copy(), *ints), out, 0.125)
-    start(ATTENTION_NAIVE, (40, 2, 1), (32,), args, elem=dtype, head_size=64)
+    launch(ATTENTION_NAIVE, (40, 2, 1), (32,), args, elem=dtype, head_size=64)
     exact = reference.attention_prefill(*wide(qkv, k, k), *ints, 40, 0.125)
     baseline = reference.attention_prefill(qkv, k.copy(), k.copy(), *ints, 40, 0.125)
     check(out.get(), baseline, exact, dtype, "attention ladder")

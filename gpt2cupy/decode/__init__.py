@@ -8,9 +8,10 @@ from ..errors import InputError
 from ..model import GPT2
 from .eager import EagerDecoder
 from .graph import GraphDecoder
+from .prompt import PromptRunner
 from .state import DecodeState
 
-__all__ = ["DecodeState", "EagerDecoder", "GraphDecoder", "decoder", "paths"]
+__all__ = ["DecodeState", "EagerDecoder", "GraphDecoder", "PromptRunner", "decoder", "paths"]
 
 
 def paths(model: GPT2) -> dict[str, type[EagerDecoder]]:

@@ -25,6 +25,7 @@ class EagerDecoder:
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
+        self.calls: list[Callable[[], Any]] = []  # the launches of the step prepared last
         # By kind of step: what must live as long as it, and what runs it.
         self._prepared: dict[tuple[int, ...], tuple[Any, Callable[[], None]]] = {}
 
@@ -34,9 +35,9 @@ class EagerDecoder:
             return
         kind = self._kind(state)
         if _key(kind) not in self._prepared:
-            with recorded() as calls:
+            with recorded() as self.calls:
                 self._step(state)
-            self._prepared[_key(kind)] = (kind, calls), self._ready(calls)
+            self._prepared[_key(kind)] = (kind, self.calls), self._ready(self.calls)
 
     def step(self, state: DecodeState, n: int = 1) -> None:
         """Queue ``n`` steps: feed every row its token and choose the next."""

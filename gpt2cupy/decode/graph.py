@@ -5,9 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..ops.launch import has_clusters
+from ..ops.device import has_clusters
 from ..ops.tape import Launch
 from .eager import EagerDecoder
+
+
+def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    """A graph of recorded launches, as a function that launches it on the current stream.
+
+    Whoever keeps it must keep ``calls`` too: they hold the arrays that the graph works on.
+    """
+    import cupy
+
+    overlap = has_clusters()  # programmatic edges came with the same chips
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        for index, call in enumerate(calls):
+            if overlap and index > 0 and isinstance(call, Launch) and call.overlaps:
+                call.overlapped()
+            else:
+                call()
+        graph = stream.end_capture()
+
+    def run() -> None:
+        graph.launch(cupy.cuda.get_current_stream())
+
+    return run
 
 
 class GraphDecoder(EagerDecoder):
@@ -23,20 +47,4 @@ class GraphDecoder(EagerDecoder):
     name = "graph"
 
     def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
-        import cupy
-
-        overlap = has_clusters()  # programmatic edges came with the same chips
-        stream = cupy.cuda.Stream(non_blocking=True)
-        with stream:
-            stream.begin_capture()
-            for index, call in enumerate(calls):
-                if overlap and index > 0 and isinstance(call, Launch) and call.overlaps:
-                    call.overlapped()
-                else:
-                    call()
-            graph = stream.end_capture()
-
-        def run() -> None:
-            graph.launch(cupy.cuda.get_current_stream())
-
-        return run
+        return captured(calls)

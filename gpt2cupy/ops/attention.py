@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from . import reference
-from .launch import Kernel, device_empty, has_clusters, is_device_array, launch, sm_count
+from .device import has_clusters, has_mma, sm_count
+from .launch import Kernel, device_empty, is_device_array, launch
 
 Array = Any
 
@@ -18,6 +21,9 @@ _PREFILL = (
 )
 ATTENTION_PREFILL = Kernel("attention_prefill.cu", "attention_prefill", _PREFILL)
 ATTENTION_NAIVE = Kernel("attention_prefill.cu", "attention_naive", _PREFILL)
+ATTENTION_PREFILL_MMA = Kernel(
+    "attention_prefill_mma.cu", "attention_prefill_mma", _PREFILL, overlaps=True
+)
 _DECODE = (
     "qkv: ELEM[B,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], slots: int32[B], "
     "positions: int32[B], out: ELEM[B,C], scale: float, NH, T"
@@ -85,9 +91,13 @@ def attention_prefill(
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
-    grid = (-(-longest // _query_tile(head_size)), heads, len(slots))
+    if qkv.dtype != np.float32 and head_size % 16 == 0 and has_mma():
+        kernel, queries, threads = ATTENTION_PREFILL_MMA, 64, 128  # BR and 32 WARPS there
+    else:
+        kernel, queries, threads = ATTENTION_PREFILL, _query_tile(head_size), _PREFILL_THREADS
+    grid = (-(-longest // queries), heads, len(slots))
     args = (qkv, k, v, starts, slots, past, out, scale)
-    launch(ATTENTION_PREFILL, grid, (_PREFILL_THREADS,), args, elem=qkv.dtype, head_size=head_size)
+    launch(kernel, grid, (threads,), args, elem=qkv.dtype, head_size=head_size)
     return out
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DeviceError
-from .launch import current_device
+from .device import current_device
 from .tape import submit
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper, ample elsewhere

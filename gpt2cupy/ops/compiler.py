@@ -36,13 +36,14 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "norm_gemv.cu": ("ELEM", "K"),
     "norm_skinny.cu": ("ELEM", "K"),
     "attention_prefill.cu": ("ELEM", "HS"),
+    "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
     "sampling.cu": (),
     "layout.cu": ("ELEM",),
 }
 
 # Tensor cores multiply halves.
-HALF_ONLY = ("norm_skinny.cu",)
+HALF_ONLY = ("norm_skinny.cu", "attention_prefill_mma.cu")
 
 _compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import InputError
 from . import blas, reference
-from .launch import Kernel, device_empty, has_mma, is_device_array, launch, sm_count
+from .device import has_mma, sm_count
+from .launch import Kernel, device_empty, is_device_array, launch
 from .norm import layer_norm
 
 Array = Any

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .launch import Kernel, device_empty, has_clusters, is_device_array, launch
+from .device import has_clusters
+from .launch import Kernel, device_empty, is_device_array, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any

@@ -1,0 +1,61 @@
+"""Running prompts: launch by launch, or from a graph per length bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cache import KVCache
+from ..model import GPT2
+from ..ops.tape import recorded
+from ..workspace import PackedPrompts, Workspace
+from .graph import captured
+
+# Tokens of a graph; a prompt takes the next larger one, at most half as many again.
+BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+class PromptRunner:
+    """Extends cache slots by packed new tokens.
+
+    Parameters
+    ----------
+    model : GPT2
+    cache : KVCache
+    work : Workspace
+        As many rows as are run at once.
+    graphs : bool
+        Whether to replay graphs on the GPU: each bucket is captured when it is first
+        needed, and then costs one launch instead of about ninety.
+    """
+
+    def __init__(
+        self, model: GPT2, cache: KVCache, work: Workspace, *, graphs: bool = True
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.work = work
+        self._graphs = graphs and model.xp is not np
+        # By rows: the input, what must live as long as the graph, the graph, its output.
+        self._buckets: dict[int, tuple[PackedPrompts, Any, Callable[[], None], Any]] = {}
+
+    def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> tuple[Any, np.ndarray]:
+        """As :meth:`GPT2.prefill`; rows of x past the last token hold nothing of use."""
+        total = sum(len(t) for t in tokens)
+        rows = next((n for n in BUCKETS if n >= total), 0)
+        if not self._graphs or not rows or rows > self.work.rows:
+            return self.model.prefill(tokens, slots, self.cache, self.work)
+        if rows not in self._buckets:
+            self._buckets[rows] = self._capture(rows)
+        packed, _, launch, x = self._buckets[rows]
+        starts = packed.fill(tokens, slots, self.cache)
+        launch()
+        return x, starts
+
+    def _capture(self, rows: int) -> tuple[PackedPrompts, Any, Callable[[], None], Any]:
+        packed = PackedPrompts(rows, self.cache.slots, self.model.xp)
+        with recorded() as calls:
+            x = self.model.run_packed(packed, rows, self.cache, self.work.first(rows))
+        return packed, calls, captured(calls), x

@@ -1,0 +1,128 @@
+"""What a forward pass reads and writes besides weights and cache: inputs and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .cache import KVCache
+from .config import GPT2Config
+from .errors import InputError
+
+
+class Workspace:
+    """The activations of up to ``rows`` tokens, allocated once.
+
+    Attributes
+    ----------
+    x : array [N, C]
+        Residual stream, float32.
+    h, qkv, attended, inner : array
+        Normed input [N, C], [q | k | v] [N, 3C], attention output [N, C] and MLP
+        [N, F], of the weights' dtype.
+    """
+
+    def __init__(self, config: GPT2Config, rows: int, dtype: Any, xp: Any = np) -> None:
+        c = config.n_embd
+        wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+        self.x = xp.empty((rows, c), wide)
+        self.h = xp.empty((rows, c), dtype)
+        self.qkv = xp.empty((rows, 3 * c), dtype)
+        self.attended = xp.empty((rows, c), dtype)
+        self.inner = xp.empty((rows, config.inner_size), dtype)
+
+    @property
+    def rows(self) -> int:
+        return len(self.x)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
+
+    def first(self, rows: int) -> Workspace:
+        """The same memory, seen as the activations of fewer tokens."""
+        if rows == self.rows:
+            return self
+        view = object.__new__(Workspace)
+        for name, array in vars(self).items():
+            setattr(view, name, array[:rows])
+        return view
+
+
+class PackedPrompts:
+    """New tokens of several sequences, packed without padding, as a prefill reads them.
+
+    Parameters
+    ----------
+    rows : int
+        Tokens N that fit.
+    sequences : int
+        Sequences R that fit.
+    xp : module
+        NumPy or CuPy.
+
+    Attributes
+    ----------
+    ids, positions : array of int32 [N]
+    starts : array of int32 [R + 1]
+        Sequence r owns the rows from ``starts[r]`` to ``starts[r + 1] - 1``.
+    slots, past : array of int32 [R]
+        Cache slot of each, and the tokens that it holds already.
+    """
+
+    def __init__(self, rows: int, sequences: int, xp: Any = np) -> None:
+        sizes = [rows, rows, sequences + 1, sequences, sequences]
+        # One block, so that one copy to the device fills all of them.
+        self._block = xp.zeros(sum(sizes), np.int32)
+        ends = np.cumsum(sizes)
+        self.ids, self.positions, self.starts, self.slots, self.past = (
+            self._block[end - size : end] for end, size in zip(ends, sizes, strict=True)
+        )
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    def fill(
+        self, tokens: Sequence[np.ndarray], slots: Sequence[int], cache: KVCache
+    ) -> np.ndarray:
+        """Put in the new tokens of ``slots`` and count them in ``cache.lengths``.
+
+        Returns
+        -------
+        numpy.ndarray of int32 [R + 1]
+            ``starts``, on the host. Rows and sequences that are left over are empty.
+
+        Raises
+        ------
+        InputError
+            If a slot has no room for them.
+        """
+        counts = np.array([len(t) for t in tokens], np.int32)
+        past = cache.lengths[list(slots)]
+        if max(counts + past) > cache.capacity:
+            raise InputError(
+                f"{max(counts + past)} tokens do not fit a cache slot of {cache.capacity}",
+                where="prefill",
+                remedy="Shorten the prompt or use a larger cache.",
+            )
+        block = np.zeros(len(self._block), np.int32)
+        ids, positions, starts, rows, before = np.split(
+            block, np.cumsum([self.rows, self.rows, len(self.starts), len(self.slots)])
+        )
+        total, sequences = int(counts.sum()), len(tokens)
+        ids[:total] = np.concatenate(tokens)
+        positions[:total] = np.concatenate(
+            [np.arange(p, p + n) for p, n in zip(past, counts, strict=True)]
+        )
+        starts[1 : sequences + 1] = np.cumsum(counts)
+        starts[sequences + 1 :] = total
+        rows[:sequences], before[:sequences] = slots, past
+        if isinstance(self._block, np.ndarray):
+            self._block[...] = block
+        else:
+            self._block.set(block)
+        cache.lengths[list(slots)] += counts
+        return starts
