@@ -47,6 +47,8 @@ def measure(model: GPT2, tokens: int, runs: int) -> dict[str, Any]:
         state.assign(0, 0, SamplingParams(temperature=0).row(0, tokens, -1))
         device = times(prefill, model.xp, runs=runs, before=lambda: state.seek(0, tokens - 1))
 
+    engine = Engine(model, 1)  # the other's count of steps is behind its device's by now
+
     def first_token() -> float:
         request = Request(0, prompt, SamplingParams(temperature=0, max_new_tokens=1))
         start = time.perf_counter()

@@ -32,11 +32,6 @@ struct Tile {
   elem_t key[BC][STRIDE], value[BC][STRIDE];
 };
 
-__device__ inline void copy_async(elem_t* to, const elem_t* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-
 // Start fetching keys and values t0 .. t0 + BC - 1; those past the end repeat the last.
 __device__ inline void fetch(Tile& tile,
                              const elem_t* qkv,
@@ -54,7 +49,7 @@ __device__ inline void fetch(Tile& tile,
     copy_async(&tile.key[r][c], t < past ? k + (size_t)t * HS + c : fresh + C);
     copy_async(&tile.value[r][c], t < past ? v + (size_t)t * HS + c : fresh + 2 * C);
   }
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  copy_commit();
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS* WARP)
@@ -122,9 +117,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
   for (int t0 = 0, turn = 0; t0 < keys; t0 += BC, turn ^= 1) {
     if (t0 + BC < keys) {
       fetch(tiles[turn ^ 1], qkv, k, v, t0 + BC, keys, past, head, C);
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      copy_wait<1>();
     } else {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      copy_wait<0>();
     }
     __syncthreads();
     Tile& tile = tiles[turn];

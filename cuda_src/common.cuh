@@ -110,6 +110,36 @@ __device__ inline void wait_for_inputs() {
 }
 
 // ---------------------------------------------------------------------------------------------
+// asynchronous copies of 16 bytes to shared memory (sm_80 and newer; older chips copy at once)
+
+template <typename T>
+__device__ inline void copy_async(T* to_shared, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   (unsigned)__cvta_generic_to_shared(to_shared)),
+               "l"(from)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(to_shared) = *reinterpret_cast<const uint4*>(from);
+#endif
+}
+
+// The copies since the last call become one group.
+__device__ inline void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Returns when all groups of this thread but the newest PENDING are there.
+template <int PENDING>
+__device__ inline void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
 // thread block clusters (sm_90 and newer); on an older chip every block is a cluster of its own
 
 #if __CUDA_ARCH__ >= 900

@@ -66,6 +66,8 @@ __device__ inline void normalise_row(
 
 extern "C" __global__ void layer_norm(
     const float* x, const elem_t* weight, const elem_t* bias, elem_t* y, float eps, int N, int C) {
+  release_dependents();
+  wait_for_inputs();
   int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
   if (row >= N) return;
   size_t start = (size_t)row * C;

@@ -11,6 +11,7 @@ from error_rule import DTYPES, check
 
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams
+from gpt2cupy.decode import PromptRunner
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.errors import InputError
 from gpt2cupy.loading import place, weight_tensors
@@ -230,6 +231,7 @@ def test_a_graph_gives_the_bits_of_the_eager_step(slots, options):
     found = []
     for path in ("eager", "graph", "graph"):
         engine = Engine(model, slots, decode=path)
+        engine.prompts = PromptRunner(model, engine.cache, engine.prefill_work)  # the same for both
         requests = [Request(i, prompt, params) for i, prompt in enumerate(prompts)]
         found.append(sorted((t.key, t.id, t.logprob) for t in engine.run(requests)))
     assert found[0] == found[1] == found[2]

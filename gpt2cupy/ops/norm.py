@@ -12,7 +12,7 @@ Array = Any
 _WARPS = 4  # rows of a block
 
 _LAYER_NORM = "x: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], eps: float, N, C"
-LAYER_NORM = Kernel("norm.cu", "layer_norm", _LAYER_NORM)
+LAYER_NORM = Kernel("norm.cu", "layer_norm", _LAYER_NORM, overlaps=True)
 LAYER_NORM_NAIVE = Kernel("norm.cu", "layer_norm_naive", _LAYER_NORM)
 ADD_LAYER_NORM = Kernel(
     "norm.cu",
