@@ -94,7 +94,7 @@ def broken_checkpoints(folder):
     return [(folder / name, text) for name, text in says.items()]
 
 
-def test_the_process_goes_on_after_every_error(machine, lm, tmp_path, monkeypatch):
+def test_the_process_goes_on_after_every_error(machine, lm, tmp_path):
     expected = lm.generate("ROMEO:", max_new_tokens=8, temperature=0.8, seed=1)
     score = lm.score("To be, or not to be").logprobs.tolist()
     calls = {
