@@ -29,14 +29,6 @@ class Gpt2CupyError(Exception):
         advice = f". {remedy}" if remedy else ""
         super().__init__(f"{what}{place}{advice}")
 
-    def __reduce__(self) -> tuple:
-        # Keyword-only parts do not survive Exception's own pickling.
-        return _rebuild, (type(self), self.what, self.where, self.remedy)
-
-
-def _rebuild(kind: type[Gpt2CupyError], what: str, where: str, remedy: str) -> Gpt2CupyError:
-    return kind(what, where=where, remedy=remedy)
-
 
 class ConfigError(Gpt2CupyError, ValueError):
     """A configuration that no GPT-2 can have, or that this package does not run."""

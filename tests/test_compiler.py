@@ -223,6 +223,7 @@ def test_no_place_at_all_for_kernels(tmp_path, fake, monkeypatch):
 
 def test_a_filled_cache_needs_no_other_folder(cache, fake, monkeypatch):
     path = compiler.cubin("norm.cu", HALF, ARCH)
+    compiler._process_dir.cache_clear()
     monkeypatch.setattr(compiler.tempfile, "tempdir", "/no/such/folder")
     assert compiler.cubin("norm.cu", HALF, ARCH) == path
 

@@ -119,7 +119,7 @@ def test_a_device_number_that_does_not_exist(machine, count, says):
 
 
 @pytest.mark.parametrize(
-    "device", ["tpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "cuda:1 ", "CUDA", None, 0]
+    "device", ["tpu", "", "cuda:", "cuda:x", "cuda:-1", "cuda:\u0660", "cuda:1 ", "CUDA", None, 0]
 )
 def test_what_is_no_device(device):
     assert "cuda:1" in refused(InputError, device=device).remedy

@@ -9,6 +9,7 @@ in test_compiler.py.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import pickle
 import re
@@ -69,44 +70,52 @@ def test_the_page_lists_every_error():
 
 
 def broken_checkpoints(folder):
-    """Checkpoints that cannot be loaded, each for another reason."""
-    names = ["cut", "nan", "lost", "shape", "config", "merges"]
-    for name in names:
-        write_checkpoint(folder / name, TINY)
+    """(checkpoint that cannot be loaded, what is said of it)."""
+    config = dataclasses.replace(TINY, vocab_size=300)
+    says = {
+        "cut": "not a valid safetensors file",
+        "nan": "NaN",
+        "lost": "ln_f.bias is missing",
+        "shape": r"shape \[31\]",
+        "config": "cannot read the configuration",
+        "merges": "merge 0 does not fit",
+    }
+    for name in says:
+        write_checkpoint(folder / name, config)
         write_bpe(folder / name, *small_bpe())
-    weights = Weights.random(TINY, 0)
     whole = (folder / "cut" / "model.safetensors").read_bytes()
     (folder / "cut" / "model.safetensors").write_bytes(whole[:-100])
-    tensors, key = hf_tensors(TINY, weights), "transformer.ln_f.bias"
+    tensors, key = hf_tensors(config, Weights.random(config, 0)), "transformer.ln_f.bias"
     write_tensors(folder / "nan", tensors | {key: np.full(32, np.nan, np.float32)})
     write_tensors(folder / "shape", tensors | {key: np.zeros(31, np.float32)})
     write_tensors(folder / "lost", {k: v for k, v in tensors.items() if k != key})
     (folder / "config" / "config.json").write_text('{"n_embd": ')
     (folder / "merges" / "merges.txt").write_text("no merge at all\n")
-    return [folder / name for name in names]
+    return [(folder / name, text) for name, text in says.items()]
 
 
-def test_the_process_goes_on_after_every_error(machine, lm, tmp_path, monkeypatch):
+def test_the_process_goes_on_after_every_error(machine, lm, tmp_path):
     expected = lm.generate("ROMEO:", max_new_tokens=8, temperature=0.8, seed=1)
     score = lm.score("To be, or not to be").logprobs.tolist()
-    calls = [
-        lambda: lm.generate([5] * 600),
-        lambda: lm.generate("a", max_new_tokens=10**6),
-        lambda: lm.generate([10**6]),
-        lambda: lm.generate("a", temperature=-1),
-        lambda: lm.score(""),
-        lambda: lm([[-1]]),
-        lambda: gpt2cupy.load("gpt-2", device="cpu"),
-        lambda: gpt2cupy.load(tmp_path / "nowhere", device="cpu"),
-        lambda: gpt2cupy.load(device="cuda:7"),
-        lambda: gpt2cupy.load(device="cuda"),  # no room
-        lambda: Tokenizer.from_path(tmp_path),
-        *(lambda p=path: gpt2cupy.load(p, device="cpu") for path in broken_checkpoints(tmp_path)),
-    ]
+    calls = {
+        "600 tokens": lambda: lm.generate([5] * 600),
+        "1000000 new ones": lambda: lm.generate("a", max_new_tokens=10**6),
+        "id 1000000": lambda: lm.generate([10**6]),
+        "temperature=-1": lambda: lm.generate("a", temperature=-1),
+        "nothing to score": lambda: lm.score(""),
+        "id -1": lambda: lm([[-1]]),
+        "'gpt-2'": lambda: gpt2cupy.load("gpt-2", device="cpu"),
+        "no folder or file": lambda: gpt2cupy.load(tmp_path / "nowhere", device="cpu"),
+        "no cuda:7": lambda: gpt2cupy.load(device="cuda:7"),
+        "too little free memory": lambda: gpt2cupy.load(device="cuda"),
+        "no tokenizer": lambda: Tokenizer.from_path(tmp_path),
+    }
+    for path, says in broken_checkpoints(tmp_path):
+        calls[says] = lambda path=path: gpt2cupy.load(path, device="cpu")
     machine()
     kinds = set()
-    for call in calls:
-        with pytest.raises(Gpt2CupyError) as caught:
+    for says, call in calls.items():
+        with pytest.raises(Gpt2CupyError, match=says) as caught:
             call()
         assert caught.value.what and caught.value.where and caught.value.remedy
         kinds.add(type(caught.value).__name__)
@@ -121,6 +130,6 @@ def test_the_process_goes_on_after_every_error(machine, lm, tmp_path, monkeypatc
 
 @pytest.mark.gpu
 def test_broken_checkpoints_are_found_on_the_way_to_a_gpu(tmp_path):
-    for path in broken_checkpoints(tmp_path):
-        with pytest.raises(Gpt2CupyError):
+    for path, says in broken_checkpoints(tmp_path):
+        with pytest.raises(Gpt2CupyError, match=says):
             gpt2cupy.load(path, device="cuda")

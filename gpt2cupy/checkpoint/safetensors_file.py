@@ -20,7 +20,7 @@ from ..config import GPT2Config
 from ..errors import CheckpointError
 from ..files import open_plain
 from .layout import HARMLESS, HEAD, PREFIX, huggingface_keys, tensor_shape
-from .stored import StoredTensor, is_file, map_file, unreadable
+from .stored import StoredTensor, exists, map_file, unreadable
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -152,10 +152,10 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 def _files(folder: Path) -> dict[Path, set[str]]:
     """The files of the weights and the keys that an index promises in each."""
-    if is_file(folder / _SINGLE):
+    if exists(folder / _SINGLE):
         return {folder / _SINGLE: set()}
     index = folder / _INDEX
-    if not is_file(index):
+    if not exists(index):
         convert = (
             f"from transformers import GPT2LMHeadModel as M; "
             f"M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"

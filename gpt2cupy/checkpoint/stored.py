@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,16 +91,14 @@ def check_finite(name: str, layer: int | None, array: np.ndarray) -> None:
         )
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; one out of reach, or a folder or pipe in its place, raises."""
+def exists(path: Path) -> bool:
+    """Whether there is something of that name; a name out of reach raises."""
     try:
-        mode = path.stat().st_mode
+        path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise unreadable(path, error) from error
-    if not stat.S_ISREG(mode):
-        raise unreadable(path, OSError("It is not a plain file"))
     return True
 
 

@@ -40,7 +40,9 @@ class Settings:
         for name, least in (("warmup", 0), ("runs", 1), ("tokens", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise InputError(
-                    f"--{name} is {getattr(self, name)}", remedy=f"It must be at least {least}."
+                    f"--{name} is {getattr(self, name)}",
+                    where="profile",
+                    remedy=f"It must be at least {least}.",
                 )
 
 

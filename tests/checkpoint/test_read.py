@@ -314,8 +314,16 @@ def test_what_may_not_be_read(tmp_path, name):
         (tmp_path / name).chmod(0o700)
 
 
-@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
-def test_what_the_system_refuses(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("", ["open", "stat"]),
+        ("config.json", ["open"]),
+        ("model.safetensors", ["open"]),
+        ("model.safetensors", ["stat"]),
+    ],
+)
+def test_what_the_system_refuses(tmp_path, monkeypatch, name, calls):
     """The same for whoever runs tests as root: a folder, or a file of it."""
     write_checkpoint(tmp_path, TINY)
     prefix = f"{tmp_path}/{name}"
@@ -329,9 +337,8 @@ def test_what_the_system_refuses(tmp_path, monkeypatch, name):
         return guard
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", guarded(os.open))
-        if not name:
-            patch.setattr(os, "stat", guarded(os.stat))
+        for call in calls:
+            patch.setattr(os, call, guarded(getattr(os, call)))
         with pytest.raises(Gpt2CupyError, match="Permission denied") as caught:
             checkpoint.open(tmp_path)
     assert str(tmp_path) in caught.value.where and caught.value.remedy
