@@ -6,7 +6,8 @@
 //           out [B, C]. All ELEM. K and V at position p are written here, from qkv.
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
-// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them. A key is read by a group of LANES lanes, VEC elements each; the groups stride
+// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them. A
+// key is read by a group of LANES lanes, VEC elements each; the groups stride
 //           over the keys, every one with its own online softmax (running maximum, sum and
 //           weighted values), and are merged once at the end: within each warp by shuffles, across
 //           warps and across the blocks of the cluster through shared memory. The first AHEAD
@@ -272,17 +273,17 @@ __device__ inline void attend(const elem_t* qkv,
   cluster_wait();
   if (threadIdx.x < HS) {
     float value;
-    combine<SPLIT>(
-        block_tops, block_sums, &block_values[0][threadIdx.x], blocks, own.top, own.sum, value);
+    combine<SPLIT>(block_tops, block_sums, &block_values[0][threadIdx.x], blocks, own.top, own.sum,
+                   value);
     out[threadIdx.x] = from_float<elem_t>(idle ? 0.0f : value / own.sum);
   }
 }
 
-#define ATTENTION_ENTRY(name, cluster)                                                       \
-  extern "C" __global__ void cluster __launch_bounds__(WARPS* WARP)                          \
+#define ATTENTION_ENTRY(name, cluster)                                                      \
+  extern "C" __global__ void cluster __launch_bounds__(WARPS* WARP)                         \
       name(const elem_t* qkv, elem_t* k, elem_t* v, const int* slots, const int* positions, \
-           elem_t* out, float scale, int NH, int T) {                                        \
-    attend(qkv, k, v, slots, positions, out, scale, NH, T);                                  \
+           elem_t* out, float scale, int NH, int T) {                                       \
+    attend(qkv, k, v, slots, positions, out, scale, NH, T);                                 \
   }
 
 ATTENTION_ENTRY(attention_decode, )

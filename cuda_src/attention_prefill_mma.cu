@@ -103,8 +103,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
   for (int half = 0; half < 2; half++) {
     int r = min(warp * 16 + across + half * 8, rows - 1);
     last[half] = past + first + r;
-    const unsigned* row = reinterpret_cast<const unsigned*>(
-        qkv + (size_t)(first + r) * 3 * C + head * HS);
+    const unsigned* row =
+        reinterpret_cast<const unsigned*>(qkv + (size_t)(first + r) * 3 * C + head * HS);
 #pragma unroll
     for (int c = 0; c < HS / 16; c++) {
       query[c][half] = row[c * 8 + along];
@@ -169,16 +169,14 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
 
 #pragma unroll
     for (int j = 0; j < BC / 16; j++) {
-      unsigned weights[4] = {
-          packed<elem_t>(scores[j * 2][0], scores[j * 2][1]),
-          packed<elem_t>(scores[j * 2][2], scores[j * 2][3]),
-          packed<elem_t>(scores[j * 2 + 1][0], scores[j * 2 + 1][1]),
-          packed<elem_t>(scores[j * 2 + 1][2], scores[j * 2 + 1][3])};
+      unsigned weights[4] = {packed<elem_t>(scores[j * 2][0], scores[j * 2][1]),
+                             packed<elem_t>(scores[j * 2][2], scores[j * 2][3]),
+                             packed<elem_t>(scores[j * 2 + 1][0], scores[j * 2 + 1][1]),
+                             packed<elem_t>(scores[j * 2 + 1][2], scores[j * 2 + 1][3])};
 #pragma unroll
       for (int d = 0; d < HS / 16; d++) {
         unsigned b[4];
-        load_matrices_transposed(
-            b, &tile.value[j * 16 + lane % 16][d * 16 + lane / 16 * 8]);
+        load_matrices_transposed(b, &tile.value[j * 16 + lane % 16][d * 16 + lane / 16 * 8]);
         mma<elem_t>(output[d * 2], weights, b[0], b[1]);
         mma<elem_t>(output[d * 2 + 1], weights, b[2], b[3]);
       }
@@ -195,8 +193,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
     unsigned* row = reinterpret_cast<unsigned*>(out + (size_t)(first + r) * C);
 #pragma unroll
     for (int d = 0; d < HS / 8; d++)
-      row[d * 4 + along] = packed<elem_t>(output[d][half * 2] / sum[half],
-                                          output[d][half * 2 + 1] / sum[half]);
+      row[d * 4 + along] =
+          packed<elem_t>(output[d][half * 2] / sum[half], output[d][half * 2 + 1] / sum[half]);
   }
 }
 

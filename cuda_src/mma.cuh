@@ -10,8 +10,10 @@ template <typename T>
 __device__ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 
 template <>
-__device__ inline void mma<__half>(
-    float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ inline void mma<__half>(float (&d)[4],
+                                   const unsigned (&a)[4],
+                                   unsigned b0,
+                                   unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -19,8 +21,10 @@ __device__ inline void mma<__half>(
 }
 
 template <>
-__device__ inline void mma<__nv_bfloat16>(
-    float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ inline void mma<__nv_bfloat16>(float (&d)[4],
+                                          const unsigned (&a)[4],
+                                          unsigned b0,
+                                          unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

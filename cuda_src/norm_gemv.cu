@@ -32,7 +32,9 @@ constexpr int SPAN = WARP * VEC;  // inputs that a warp takes in one access
 constexpr int CHUNKS = (K + SPAN * SPLIT - 1) / (SPAN * SPLIT);
 
 // Inputs k0 + c SPAN + i of the lane. Past the end they count as zero.
-__device__ inline bool inside(int k0, int c) { return K % (SPAN * SPLIT) == 0 || k0 + c * SPAN < K; }
+__device__ inline bool inside(int k0, int c) {
+  return K % (SPAN * SPLIT) == 0 || k0 + c * SPAN < K;
+}
 
 template <typename T>
 __device__ inline void load_inputs(const T* source, int k0, float (&values)[CHUNKS][VEC]) {
@@ -44,11 +46,8 @@ __device__ inline void load_inputs(const T* source, int k0, float (&values)[CHUN
   }
 }
 
-__device__ inline void load_rows(const elem_t* weight,
-                                 int first,
-                                 int k0,
-                                 int M,
-                                 Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS]) {
+__device__ inline void load_rows(
+    const elem_t* weight, int first, int k0, int M, Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS]) {
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const elem_t* row = weight + (size_t)min(first + r, M - 1) * K;  // the last may repeat a row
@@ -197,12 +196,12 @@ __device__ inline void product(const in_t* x,
                   activation, M);                                                                 \
   }
 
-#define GEMV_ADD_ENTRY(name, out_t)                                                               \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,       \
-           out_t* y, int activation, int M) {                                                     \
-    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y,  \
-                   0.0f, activation, M);                                                          \
+#define GEMV_ADD_ENTRY(name, out_t)                                                              \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
+           out_t* y, int activation, int M) {                                                    \
+    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y, \
+                   0.0f, activation, M);                                                         \
   }
 
 GEMV_ADD_ENTRY(gemv_add, elem_t)

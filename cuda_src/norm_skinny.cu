@@ -30,7 +30,7 @@ constexpr int WARPS = K > 2048 ? 8 : 4;  // of a block; also in gpt2cupy/ops/lin
 constexpr int TILE = 8;                  // outputs of a block in one turn; likewise
 constexpr int ROWS = 16;
 
-constexpr int VEC = 8;   // inputs of a lane's load
+constexpr int VEC = 8;    // inputs of a lane's load
 constexpr int SPAN = 32;  // inputs of a warp's load: 4 lanes along K, 8 along the rows
 constexpr int CHUNKS = (K + SPAN * WARPS - 1) / (SPAN * WARPS);
 
@@ -41,7 +41,9 @@ __device__ inline unsigned word(const Packed& packed, int i) {
 }
 
 // Whether chunk c of the lane lies inside the row.
-__device__ inline bool inside(int k0, int c) { return K % (SPAN * WARPS) == 0 || k0 + c * SPAN < K; }
+__device__ inline bool inside(int k0, int c) {
+  return K % (SPAN * WARPS) == 0 || k0 + c * SPAN < K;
+}
 
 __device__ inline void load_weights(const elem_t* weight, int m, int k0, Packed (&w)[CHUNKS]) {
 #pragma unroll
@@ -139,9 +141,9 @@ __device__ inline void product(const in_t* x,
         load_floats(x + (size_t)n * K + k0 + c * SPAN, values);
 #pragma unroll
         for (int i = 0; i < VEC; i++)
-          xs[c][half].value[i] = from_float<elem_t>(
-              fmaf((values[i] - statistics[n][0]) * statistics[n][1], to_float(scale[c].value[i]),
-                   to_float(shift[c].value[i])));
+          xs[c][half].value[i] =
+              from_float<elem_t>(fmaf((values[i] - statistics[n][0]) * statistics[n][1],
+                                      to_float(scale[c].value[i]), to_float(shift[c].value[i])));
       }
   }
   // Thread i writes output i % TILE of row i / TILE: N TILE outputs, at most one each.
@@ -187,21 +189,20 @@ __device__ inline void product(const in_t* x,
   }
 }
 
-#define NORM_SKINNY_ENTRY(name, out_t)                                                             \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                        \
-      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                     \
-           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int N,    \
-           int M) {                                                                                \
-    product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,          \
-                  activation, N, M);                                                               \
+#define NORM_SKINNY_ENTRY(name, out_t)                                                          \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP) name(                               \
+      const float* x, const elem_t* norm_weight, const elem_t* norm_bias, const elem_t* weight, \
+      const out_t* bias, out_t* y, float eps, int activation, int N, int M) {                   \
+    product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,       \
+                  activation, N, M);                                                            \
   }
 
-#define SKINNY_ADD_ENTRY(name, out_t)                                                              \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                        \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,        \
-           out_t* y, int activation, int N, int M) {                                               \
-    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y,   \
-                   0.0f, activation, N, M);                                                        \
+#define SKINNY_ADD_ENTRY(name, out_t)                                                            \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
+           out_t* y, int activation, int N, int M) {                                             \
+    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y, \
+                   0.0f, activation, N, M);                                                      \
   }
 
 SKINNY_ADD_ENTRY(skinny_add, elem_t)

@@ -19,7 +19,8 @@
 //           Gumbel-max: Maddison, Tarlow, Minka, 2014
 //
 // Entries   sample        everything that can be asked for, one block per row
-//           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS blocks per
+//           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS blocks
+//           per
 //                         row, whose findings meet in the shared memory of the first
 //
 // gpt2cupy/ops/reference_sampling.py is the specification.

@@ -85,13 +85,14 @@ def kernel_entries() -> set[tuple[str, str]]:
                 plain.append(line)
         code = "\n".join(plain)
         for name, (parameters, body) in macros.items():
-            for use in re.finditer(rf"^{name}\(([^)]*)\)", code, re.MULTILINE):
+            for use in re.finditer(rf"^{name}\((.*)\)$", code, re.MULTILINE):
                 expanded = body
                 given = [argument.strip() for argument in use[1].split(",")]
                 for parameter, argument in zip(parameters, given, strict=True):
                     expanded = re.sub(rf"(?:##)?\b{parameter}\b", argument, expanded)
                 code += "\n" + expanded
-        pattern = r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
+        attributes = r"(?:(?:CLUSTER|__launch_bounds__)\([^)]*\)\s*)*"
+        pattern = r'extern "C" __global__ void\s+' + attributes + r"(\w+)\("
         found |= {(path.name, entry) for entry in re.findall(pattern, code)}
         assert code.count('extern "C"') == len(re.findall(pattern, code)), path.name
     return found
