@@ -12,24 +12,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from shared import (
     DTYPES,
+    backends,
     chosen,
     config_of,
-    decoders,
     main,
     names,
     numbers,
     parser,
+    paths,
     random_model,
     too_large,
 )
 
-from gpt2cupy import GPT2, SamplingParams, record
+from gpt2cupy import GPT2, SamplingParams, decode, ops, record
+from gpt2cupy.decode import graph
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.timing import Timing
 
@@ -40,41 +44,62 @@ PROMPT = 32
 class Switch:
     """One optimisation: what it is, where it applies, and how an engine goes without it.
 
-    ``disable`` gets the engine before its first step; ``applies`` says whether there is
-    anything to switch off, given the device and the batch.
+    ``applies`` says whether there is anything to switch off, given the device, dtype and batch;
+    ``without`` switches it off for an engine that has not run yet, and on again on leaving.
     """
 
     what: str
-    applies: Callable[[str, int], bool]
-    disable: Callable[[Engine], None]
+    applies: Callable[[str, str, int], bool]
+    without: Callable[[Engine], AbstractContextManager[Any]]
 
 
-def _eager(engine: Engine) -> None:
-    engine.decoder = decoders("cpu")["eager"](engine.model)
+def _norm_then_linear(
+    x: Any, weight: Any, bias: Any, eps: float, *args: Any, h: Any = None, **options: Any
+) -> Any:
+    """What ops.norm_linear computes, as two ops."""
+    return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *args, **options)
 
 
-def _cublas(engine: Engine) -> None:
-    engine.model.gemv = "cublas"
+def _graphs(device: str, dtype: str, batch: int) -> bool:
+    return "graph" in paths(device)
 
 
-# Only what can really be switched off; a new optimisation adds a line.
+# Only what can really be switched off; a new optimisation adds an entry.
 SWITCHES = {
     "graph": Switch(
-        "the decode step is one captured graph; off: a launch for each kernel",
-        lambda device, batch: "graph" in decoders(device),
-        _eager,
+        "the decode step is one captured graph; off: a launch from Python for each kernel",
+        _graphs,
+        lambda engine: patch.object(engine, "decoder", decode.decoder(engine.model, "eager")),
+    ),
+    "overlap": Switch(
+        "kernels of the graph load weights before the one ahead ends; off: one after another",
+        _graphs,
+        lambda engine: patch.object(graph, "has_clusters", lambda: False),
+    ),
+    "fused-norm": Switch(
+        "norm inside the product of few rows; off: a kernel of its own",
+        lambda device, dtype, batch: len(backends(dtype, batch, device)) > 1,
+        lambda engine: patch.object(ops, "norm_linear", _norm_then_linear),
     ),
     "gemv": Switch(
-        "our one-row product with its epilogue; off: cuBLAS and a kernel for the epilogue",
-        lambda device, batch: device != "cpu" and batch == 1,
-        _cublas,
+        "our product of few rows with norm, bias, activation and residual inside; off: cuBLAS "
+        "and kernels for the rest",
+        lambda device, dtype, batch: len(backends(dtype, batch, device)) > 1,
+        lambda engine: patch.object(engine.model, "gemv", "cublas"),
+    ),
+    "one-pass-sampling": Switch(
+        "a choice that needs no more than a temperature in one pass over the logits; off: as "
+        "for top-k and top-p",
+        lambda device, dtype, batch: device != "cpu",
+        lambda engine: patch.object(engine.state, "shaped", {-1}),
     ),
 }
 
 
-def applicable(device: str, batches: list[int]) -> list[str]:
-    """The switches that change anything for some batch on this device."""
-    return [name for name, one in SWITCHES.items() if any(one.applies(device, b) for b in batches)]
+def applicable(device: str, dtypes: list[str], batches: list[int]) -> list[str]:
+    """The switches that change anything for some dtype and batch on this device."""
+    cases = [(device, dtype, batch) for dtype in dtypes for batch in batches]
+    return [name for name, one in SWITCHES.items() if any(one.applies(*case) for case in cases)]
 
 
 def combinations(switches: list[str]) -> list[tuple[str, ...]]:
@@ -85,17 +110,21 @@ def combinations(switches: list[str]) -> list[tuple[str, ...]]:
 
 def speed(model: GPT2, off: tuple[str, ...], batch: int, args: Any) -> Timing:
     """Time of a step over whole texts, with some switches off."""
-    model.gemv = "ours"
     engine = Engine(model, batch, min(PROMPT + args.tokens, model.config.n_positions))
-    paths = decoders(args.device)
-    engine.decoder = paths.get("graph", paths["eager"])(model)
-    for name in off:
-        SWITCHES[name].disable(engine)
+    with ExitStack() as stack:
+        for name in off:
+            stack.enter_context(SWITCHES[name].without(engine))
+        return text_time(engine, batch, args)
+
+
+def text_time(engine: Engine, batch: int, args: Any) -> Timing:
+    """Time of a step over whole texts."""
+    vocab = engine.model.config.vocab_size
     rng = np.random.default_rng(1)
     params = SamplingParams(temperature=0, max_new_tokens=args.tokens)
 
     def generate() -> float:
-        prompts = rng.integers(0, model.config.vocab_size, (batch, PROMPT)).astype(np.int32)
+        prompts = rng.integers(0, vocab, (batch, PROMPT)).astype(np.int32)
         first, requests = 0.0, [Request(i, ids, params) for i, ids in enumerate(prompts)]
         for count, _ in enumerate(engine.run(requests), start=1):
             if count == batch:
@@ -114,14 +143,14 @@ def run() -> None:
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--disable", type=names, help="switches; all by default")
     options.add_argument("--list", action="store_true", help="show the switches and end")
-    options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--runs", type=int, default=3)
     args = options.parse_args()
-    there = applicable(args.device, args.batch)
+    chosen(args.dtype, DTYPES, "dtype")
+    there = applicable(args.device, args.dtype, args.batch)
     if args.list:
         for name in there:
             print(f"{name:<12} {SWITCHES[name].what}")
         return
-    chosen(args.dtype, DTYPES, "dtype")
     wanted = there if args.disable is None else chosen(args.disable, there, "switch")
     config, rows, skipped = config_of(args.model), [], {}
     try:
@@ -132,7 +161,7 @@ def run() -> None:
                 continue
             model = random_model(config, dtype, args.device)
             for batch in args.batch:
-                every = applicable(args.device, [batch])
+                every = applicable(args.device, [dtype], [batch])
                 here = [name for name in wanted if name in every]
                 for off in combinations(here):
                     step = speed(model, off, batch, args)

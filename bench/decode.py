@@ -21,13 +21,14 @@ from shared import (
     DTYPES,
     PREFILL_ROWS,
     Reader,
+    backends,
     chosen,
     config_of,
-    decoders,
     main,
     names,
     numbers,
     parser,
+    paths,
     random_model,
     step_bytes,
     too_large,
@@ -40,9 +41,9 @@ from gpt2cupy.timing import Timing, times
 IN_A_ROW = 8  # steps between two events: the GPU then waits for Python only if it must
 
 
-def filled_engine(model: GPT2, batch: int, context: int) -> Engine:
+def filled_engine(model: GPT2, path: str, batch: int, context: int) -> Engine:
     """An engine whose rows all hold ``context`` tokens."""
-    engine = Engine(model, batch)
+    engine = Engine(model, batch, decode=path)
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0.8, seed=1).row(0, 0, -1)
     with engine.stream:
@@ -55,8 +56,8 @@ def filled_engine(model: GPT2, batch: int, context: int) -> Engine:
     return engine
 
 
-def measure_step(model: GPT2, decoder: Any, batch: int, context: int, runs: int) -> dict[str, Any]:
-    engine = filled_engine(model, batch, context)
+def measure_step(model: GPT2, path: str, batch: int, context: int, runs: int) -> dict[str, Any]:
+    engine = filled_engine(model, path, batch, context)
     queueing: list[float] = []
 
     def back() -> None:
@@ -65,7 +66,7 @@ def measure_step(model: GPT2, decoder: Any, batch: int, context: int, runs: int)
 
     def steps() -> None:
         start = time.perf_counter()
-        decoder.step(engine.state, IN_A_ROW)
+        engine.decoder.step(engine.state, IN_A_ROW)
         queueing.append((time.perf_counter() - start) / IN_A_ROW)
 
     with engine.stream:
@@ -78,9 +79,8 @@ def measure_step(model: GPT2, decoder: Any, batch: int, context: int, runs: int)
     }
 
 
-def measure_text(model: GPT2, decoder: Any, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
-    engine = Engine(model, batch)
-    engine.decoder = decoder
+def measure_text(model: GPT2, path: str, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
+    engine = Engine(model, batch, decode=path)
     rng = np.random.default_rng(1)
     params = SamplingParams(temperature=0.8, seed=1, max_new_tokens=tokens)
 
@@ -103,15 +103,15 @@ def measure_text(model: GPT2, decoder: Any, batch: int, prompt: int, tokens: int
 
 def measure_row(model: GPT2, row: dict[str, Any], args: Any, reader: Reader | None) -> None:
     """Fill in one combination's figures and print them."""
-    decoder = decoders(args.device)[row["decode"]](model)
+    path, batch = row["decode"], row["batch"]
     row["steps"] = []
     for context in args.context:
-        step = measure_step(model, decoder, row["batch"], context, args.runs)
-        step["bytes"] = step_bytes(model.config, row["dtype"], row["batch"], context)
+        step = measure_step(model, path, batch, context, args.runs)
+        step["bytes"] = step_bytes(model.config, row["dtype"], batch, context)
         if reader:
             step["read"] = reader.time(step["bytes"]).as_dict()
         row["steps"].append(step)
-    row["end_to_end"] = measure_text(model, decoder, row["batch"], args.prompt, args.tokens)
+    row["end_to_end"] = measure_text(model, path, batch, args.prompt, args.tokens)
     line = ", ".join(
         f"context {s['context']}: {s['step']['median_us']:.0f} us"
         + (f" (read {s['read']['median_us']:.0f})" if reader else "")
@@ -131,11 +131,12 @@ def run() -> None:
     options.add_argument("--gemv", type=names, default=["ours", "cublas"])
     options.add_argument("--prompt", type=int, default=32)
     options.add_argument("--tokens", type=int, default=200)
-    options.add_argument("--runs", type=int, default=50)
+    options.add_argument("--runs", type=int, default=30)
     args = options.parse_args()
-    paths = decoders(args.device)
-    args.decode = chosen(args.decode or list(paths), paths, "decode path")
+    known = paths(args.device)
+    args.decode = chosen(args.decode or known, known, "decode path")
     chosen(args.dtype, DTYPES, "dtype")
+    chosen(args.gemv, ("ours", "cublas"), "backend")
 
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
@@ -151,8 +152,8 @@ def run() -> None:
                     continue
                 model = random_model(config, dtype, args.device)
                 for batch in args.batch:
-                    # The one-row product has two backends; more rows have one.
-                    for gemv in args.gemv if batch == 1 and on_gpu else args.gemv[:1]:
+                    there = backends(dtype, batch, args.device)
+                    for gemv in [name for name in args.gemv if name in there]:
                         for path in args.decode:
                             model.gemv = gemv
                             row = {"model": size, "dtype": dtype, "batch": batch}

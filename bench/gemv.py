@@ -22,6 +22,7 @@ from shared import (
     Reader,
     chosen,
     config_of,
+    fill,
     main,
     names,
     parser,
@@ -68,8 +69,8 @@ def measure(m: int, k: int, wide: bool, dtype: str, reader: Reader, runs: int) -
     size = m * k * held.itemsize
     cache = cupy.cuda.Device().attributes["L2CacheSize"]
     copies = max(4, -(-2 * cache // size))
-    # Zeros: their bits are read like any others, and no value becomes infinite.
-    weights = cupy.zeros((copies, m, k), held)
+    weights = cupy.empty((copies, m, k), held)
+    fill(weights)
     each = [weights[i] for i in range(copies)]
     x = cupy.zeros((1, k), held)
     out = cupy.empty((1, m), np.float32 if wide else held)

@@ -17,11 +17,11 @@ from shared import (
     DTYPES,
     chosen,
     config_of,
-    decoders,
     main,
     names,
     numbers,
     parser,
+    paths,
     prompts,
     too_large,
     write_checkpoint,
@@ -50,12 +50,11 @@ def run() -> None:
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--engines", type=names, help="all by default")
-    options.add_argument("--decode", help="decode path with the cache; graph where there is one")
+    options.add_argument("--decode", help="decode path with the cache; the fastest by default")
     args = options.parse_args()
     chosen(args.dtype, DTYPES, "dtype")
-    paths = decoders(args.device)
-    path = args.decode or ("graph" if "graph" in paths else "eager")
-    chosen([path], paths, "decode path")
+    path = args.decode or paths(args.device)[-1]
+    chosen([path], paths(args.device), "decode path")
     engines = specs(path)
     wanted = chosen(args.engines or list(engines), engines, "engine")
 

@@ -19,11 +19,11 @@ from shared import (
     DTYPES,
     chosen,
     config_of,
-    decoders,
     main,
     names,
     numbers,
     parser,
+    paths,
     prompts,
     too_large,
     write_checkpoint,
@@ -35,7 +35,7 @@ from gpt2cupy import record
 
 def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
     """Every engine by name; one that is not installed says so when it is started."""
-    found = {f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in decoders(device)}
+    found = {f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in paths(device)}
     found |= {
         "transformers eager": Spec("hf_eager", {"attention": "sdpa", "loop": "generate"}),
         "transformers compiled": Spec("hf_compiled"),

@@ -89,10 +89,16 @@ def chosen(wanted: list[str], known: Any, what: str) -> list[str]:
     return wanted
 
 
-def decoders(device: str) -> dict[str, Any]:
-    """Every way to run a decode step, by name: the decoder classes of gpt2cupy.decode."""
+def paths(device: str) -> list[str]:
+    """The ways to run a decode step, the plainest first: the decoders of gpt2cupy.decode."""
     classes = [getattr(decode, name) for name in decode.__all__ if name.endswith("Decoder")]
-    return {found.name: found for found in classes if device != "cpu" or found.name == "eager"}
+    return [found.name for found in classes if device != "cpu" or found.name == "eager"]
+
+
+def backends(dtype: str, batch: int, device: str) -> list[str]:
+    """What may multiply by the weights: ours and cuBLAS for few rows, one for the others."""
+    few = batch == 1 or (batch <= 16 and dtype != "float32")
+    return ["ours", "cublas"] if few and device != "cpu" else ["ours"]
 
 
 def prompts(config: GPT2Config, batch: int, length: int) -> list[list[int]]:
@@ -148,19 +154,23 @@ def random_model(config: GPT2Config, dtype: str, device: str) -> GPT2:
         return GPT2.random(config, 0, dtype=dtype, device="cpu")
     import cupy
 
-    from gpt2cupy.ops.layout import Uploader
-
     weights = Weights.empty(config, resolve_dtype(dtype, np.dtype(np.float32), kind), cupy)
-    uploader = Uploader()
-    values = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) * 0.02
     for name, array in weights.items():
-        offset = np.float32(name.startswith("ln") and name.endswith("_w"))
-        pool, flat = (values + offset).astype(array.dtype), array.reshape(-1)
-        for start in range(0, flat.size, pool.size):
-            part = flat[start : start + pool.size]
-            uploader.copy(pool[: part.size], part)
+        fill(array, 1.0 if name.startswith("ln") and name.endswith("_w") else 0.0)
     cupy.cuda.get_current_stream().synchronize()
     return GPT2(config, weights)
+
+
+def fill(array: Any, around: float = 0.0) -> None:
+    """Fill an array on the GPU with a few million random numbers, again and again."""
+    from gpt2cupy.ops.layout import Uploader
+
+    uploader = Uploader()
+    values = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32)
+    pool, flat = (values * 0.02 + around).astype(array.dtype), array.reshape(-1)
+    for start in range(0, flat.size, pool.size):
+        part = flat[start : start + pool.size]
+        uploader.copy(pool[: part.size], part)
 
 
 class Reader:
@@ -182,7 +192,8 @@ class Reader:
         """Reading ``size`` bytes again and again, as decode steps read the weights."""
         import cupy
 
-        buffer = cupy.zeros(size, np.uint8)
+        buffer = cupy.empty(size // 2, np.float16)
+        fill(buffer)
         return device_times(lambda: self.read(buffer), runs=20, inner=5)
 
 

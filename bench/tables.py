@@ -14,7 +14,8 @@ def decode(entry: Record) -> str:
     rows = [row for row in results["rows"] if row["model"] == "124M"]
     contexts = [step["context"] for step in rows[0]["steps"]]
     reads = any("read" in step for row in rows for step in row["steps"])
-    header = ["dtype", "batch", "decode", "one-row product"]
+    seen = {(row["gemv"], row["dtype"], row["batch"]) for row in rows}
+    header = ["dtype", "batch", "decode", "products"]
     for context in contexts:
         header += [f"step at {context}, µs", *(["plain read, µs"] if reads else [])]
     lines = []
@@ -26,7 +27,8 @@ def decode(entry: Record) -> str:
         whole = row["end_to_end"]["us_per_step"]
         figures += [max(step["host"]["median_us"] for step in row["steps"]), whole]
         figures.append(1e6 * row["batch"] / whole)
-        product = row["gemv"] if row["batch"] == 1 else "-"
+        both = "cublas", row["dtype"], row["batch"]
+        product = row["gemv"] if both in seen else "-"  # otherwise there is one way
         names = [row["dtype"], row["batch"], row["decode"], product]
         lines.append([*names, *map(number, figures)])
     header += ["host, µs", "in a text, µs", "tokens/s"]
@@ -224,7 +226,7 @@ def peers(entry: Record) -> str:
 # Name of a table -> (the record it is made from, how).
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
-    "decode-sizes": ("decode", decode_sizes),
+    "decode-sizes": ("decode-sizes", decode_sizes),
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
     "gpu-tests": ("gpu-tests", gpu_tests),

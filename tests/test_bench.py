@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2cupy import GPT2Config
+from gpt2cupy import GPT2Config, ops
 from gpt2cupy.cache import KVCache
+from gpt2cupy.decode import graph
 from gpt2cupy.record import ROOT
 from gpt2cupy.weights import Weights
 
@@ -56,8 +57,9 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
     assert "gpu" not in entry["environment"] and f"{script}.py" in entry["command"]
     for row in entry["results"].get("rows", []):
         row["model"] = "124M"  # what the tables of the documents show
-    made = [make(entry) for source, make in tables.TABLES.values() if source == script]
-    assert made and all(len(widths(text)) == 1 for text in made)
+    sources = {script, "decode-sizes"} if script == "decode" else {script}
+    made = [make(entry) for source, make in tables.TABLES.values() if source in sources]
+    assert len(made) == len(sources) and all(len(widths(text)) == 1 for text in made)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +149,44 @@ def test_every_switch_is_tried_alone_and_all_together():
 
 
 def test_switches_are_those_that_do_something():
-    assert ablation.applicable("cpu", [1, 16]) == []
-    on_gpu = ablation.applicable("cuda", [1])
-    assert "gemv" in on_gpu and "gemv" not in ablation.applicable("cuda", [4, 16])
-    assert ("graph" in on_gpu) == ("graph" in shared.decoders("cuda"))
+    assert ablation.applicable("cpu", ["float32"], [1, 16]) == []
+    every = list(ablation.SWITCHES)
+    assert ablation.applicable("cuda", ["float16"], [1]) == every
+    assert ablation.applicable("cuda", ["float16"], [16]) == every
+    # These are products of many rows, which cuBLAS takes anyway.
+    rest = [name for name in every if name not in ("gemv", "fused-norm")]
+    assert ablation.applicable("cuda", ["float32"], [4, 16]) == rest
+    assert ablation.applicable("cuda", ["float16"], [17]) == rest
+
+
+def test_without_an_optimisation_the_text_is_the_same():
+    model = shared.random_model(shared.TINY, "float32", "cpu")
+    args = types.SimpleNamespace(tokens=12, runs=1)
+    fused, overlaps = ops.norm_linear, graph.has_clusters
+    seen = []
+
+    def spied(*args, **options):
+        seen.append("norm_linear")
+        return fused(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ops, "norm_linear", spied)
+        ablation.speed(model, (), 2, args)
+        assert seen
+        seen.clear()
+        # What needs a GPU changes nothing here; norm and product are really taken apart.
+        ablation.speed(model, tuple(ablation.SWITCHES), 2, args)
+        assert not seen
+    assert ops.norm_linear is fused and graph.has_clusters is overlaps and model.gemv == "ours"
+
+
+def test_norm_and_product_apart_are_what_they_are_together():
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, 8)), rng.standard_normal((5, 8))
+    norm, bias = rng.standard_normal((2, 8)), rng.standard_normal(5)
+    together = ops.norm_linear(x, *norm, 1e-5, weight, bias, activation="relu")
+    apart = ablation._norm_then_linear(x, *norm, 1e-5, weight, bias, activation="relu")
+    np.testing.assert_array_equal(together, apart)
 
 
 @pytest.fixture

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from interface import Job, Run, serve
-
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
-from shared import decoders
 
 from gpt2cupy import GPT2, SamplingParams
 from gpt2cupy.engine import Engine, Request
@@ -24,8 +19,7 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
         return _naive(model, prompts, job["tokens"]), {"decode": "whole forward"}
     # One step more than is shown: the engine computes one ahead of what it hands out.
     capacity = min(len(prompts[0]) + job["tokens"] + 1, model.config.n_positions)
-    engine = Engine(model, len(prompts), capacity)
-    engine.decoder = decoders(job["device"])[job["decode"]](model)
+    engine = Engine(model, len(prompts), capacity, decode=job["decode"])
 
     def run(tokens: int) -> tuple[list[int], float, float, float]:
         params = SamplingParams(temperature=0, max_new_tokens=tokens + 1)
