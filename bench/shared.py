@@ -157,12 +157,13 @@ def random_model(config: GPT2Config, dtype: str, device: str) -> GPT2:
     weights = Weights.empty(config, resolve_dtype(dtype, np.dtype(np.float32), kind), cupy)
     for name, array in weights.items():
         fill(array, 1.0 if name.startswith("ln") and name.endswith("_w") else 0.0)
-    cupy.cuda.get_current_stream().synchronize()
     return GPT2(config, weights)
 
 
 def fill(array: Any, around: float = 0.0) -> None:
     """Fill an array on the GPU with a few million random numbers, again and again."""
+    import cupy
+
     from gpt2cupy.ops.layout import Uploader
 
     uploader = Uploader()
@@ -171,6 +172,7 @@ def fill(array: Any, around: float = 0.0) -> None:
     for start in range(0, flat.size, pool.size):
         part = flat[start : start + pool.size]
         uploader.copy(pool[: part.size], part)
+    cupy.cuda.get_current_stream().synchronize()  # the uploader's memory goes with it
 
 
 class Reader:
