@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import ablation
 import shared
 import tables
+import validation
 import workers
 
 RUNS = {
@@ -94,6 +95,32 @@ def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path):
     failed = bench("prefill", "--model", "tiny,7B", "--tokens", "4", *options)
     assert failed.returncode == 1 and "7B" in failed.stderr
     assert [row["model"] for row in json.loads(out.read_text())["results"]["rows"]] == ["tiny"]
+
+
+def test_validation_becomes_a_record(tmp_path):
+    known = subprocess.run(
+        [sys.executable, "-m", "gpt2cupy.cli", "validate", "--help"], capture_output=True, cwd=ROOT
+    )
+    if known.returncode:
+        pytest.skip("gpt2cupy validate: no such command")
+    out = tmp_path / "record.json"
+    options = ["--model", "tiny", "--device", "cpu", "--steps", "9", "--out", str(out)]
+    done = bench("validation", *options)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stderr
+    entry = json.loads(out.read_text())
+    for row in entry["results"]["comparisons"]:
+        assert row["compared"] == 18
+        kept = [step["step"] for step in row["steps"]]
+        assert kept == ([0, 1, 2, 4, 8] if row["against"] == "full" else [])
+    made = [tables.validate(entry), tables.validate_steps(entry)]
+    assert all(len(widths(text)) == 1 for text in made)
+
+
+@given(st.integers(1, 2000))
+def test_the_steps_shown_are_few_and_hold_both_ends(steps):
+    shown = validation.shown_steps(steps)
+    assert shown[0] == 0 and shown[-1] == steps - 1 and len(shown) <= 14
+    assert shown == sorted(set(shown))
 
 
 shapes = st.builds(

@@ -170,7 +170,21 @@ def profile_results():
     }
 
 
+def validate_results():
+    step = {"step": 4, "row": 0, "max_abs": 0.5, "rmse": 0.125, "agrees": True}
+    step |= {"top": [[88, 11.7954], [68, 7.8]], "reference_top": [[88, 11.5], [13, 7.75]]}
+    found = {"dtype": "bfloat16", "max_abs": 2.0, "rmse": 0.25, "passed": True}
+    found |= {"limit": {"max": 4.0, "rms": 0.5}, "largest_kl": 1e-3}
+    found |= {"compared": 256, "agreeing": 255}
+    comparisons = [
+        found | {"ours": "graph", "against": "full", "steps": [step]},
+        found | {"ours": "full", "against": "float64", "steps": [], "passed": False},
+    ]
+    return {"model": "shakespeare", "steps": 128, "batch": 2, "comparisons": comparisons}
+
+
 SYNTHETIC = {
+    "validate": validate_results(),
     "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
     "gemv": {
         "rows": [
@@ -194,6 +208,16 @@ SYNTHETIC = {
     "profile": profile_results(),
 }
 SAYS = {
+    "validate": [
+        "| bfloat16 | cached, graph | whole forward | 2.00e+00 | 2.50e-01 | 4.00e+00 | 5.00e-01 | "
+        "1.0e-03 | 255 of 256 | yes |",
+        "| bfloat16 | whole forward | float64 | 2.00e+00 |",
+        "| no |",
+    ],
+    "validate-steps": [
+        "| bfloat16 | cached, graph | 4 | 5.00e-01 | 1.25e-01 | 88:11.795 68:7.800 | "
+        "88:11.500 13:7.750 |"
+    ],
     "gpu-tests": ["| NVIDIA H200 | 9 | 0 | 1 |"],
     "gemv": [
         "| 124M | float16 | qkv | 2304 x 768 | 2.00 | 4.00 | 1,769 | 885 | 3,539 | 50% | 25% |"
