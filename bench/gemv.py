@@ -4,7 +4,8 @@
 
 Every shape of a layer, and the logits. Calls go round many copies of the weights,
 more than twice what the L2 cache holds, so that each reads from memory as in a
-decode step; they are captured in a graph, so that no launch from Python is timed.
+decode step; they are captured in a graph, one after another without overlap, so that no
+launch from Python is timed.
 The plain read is measured the same way over the same copies. The bare product is
 timed; in the model ours also adds bias, activation and residual in the same launch,
 cuBLAS needs a second one.

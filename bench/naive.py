@@ -35,9 +35,9 @@ def specs(path: str) -> dict[str, Spec]:
     """Both ways of both engines; ours with the cache takes decode path ``path``."""
     return {
         "gpt2cupy cached": Spec("ours", {"decode": path}),
-        "gpt2cupy naive": Spec("ours", {"naive": True}, short_warmup=True),
-        "transformers cached": Spec("hf_eager", {"use_cache": True}, short_warmup=True),
-        "transformers naive": Spec("hf_eager", {"use_cache": False}, short_warmup=True),
+        "gpt2cupy naive": Spec("ours", {"naive": True}, warmup=1),
+        "transformers cached": Spec("hf_eager", {"use_cache": True}, warmup=0),
+        "transformers naive": Spec("hf_eager", {"use_cache": False}, warmup=0),
     }
 
 

@@ -30,7 +30,7 @@ class Spec:
 
     script: str
     options: dict[str, Any] = field(default_factory=dict)
-    short_warmup: bool = False  # warm up with a few tokens: a run is long, and nothing compiles
+    warmup: int = 2  # whole runs before the measured ones; 0 is a few tokens, if none compiles
 
 
 class Worker:
@@ -115,7 +115,7 @@ class Comparison:
         runs: dict[str, list[dict[str, Any]]] = {}
         for name, worker in self.workers.items():
             spec = self.specs[name]
-            warmup = [min(8, job["tokens"])] if spec.short_warmup else [job["tokens"]] * 2
+            warmup = [job["tokens"]] * spec.warmup or [min(8, job["tokens"])]
             try:
                 request = {"do": "prepare", "warmup": warmup} | job | spec.options
                 ready[name] = worker.ask(request) | {"versions": worker.versions}

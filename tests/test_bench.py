@@ -252,7 +252,7 @@ JOB = {"prompts": [[1, 2]], "tokens": 5}
 def test_engines_run_in_turn_and_are_compared(scripts):
     specs = {
         "one": workers.Spec("counting"),
-        "two": workers.Spec("counting", {"step": 2}, short_warmup=True),
+        "two": workers.Spec("counting", {"step": 2}, warmup=0),
     }
     with workers.Comparison(specs) as comparison:
         found = comparison.run(JOB, rounds=3)
@@ -268,7 +268,7 @@ def test_an_engine_that_fails_is_skipped_with_its_reason(scripts):
     specs = {
         "missing": workers.Spec("missing"),
         "refuses": workers.Spec("counting", {"refuses": True}),
-        "dies": workers.Spec("counting", {"dies": True}, short_warmup=True),
+        "dies": workers.Spec("counting", {"dies": True}, warmup=0),
         "works": workers.Spec("counting"),
     }
     with workers.Comparison(specs) as comparison:

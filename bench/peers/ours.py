@@ -9,6 +9,7 @@ import numpy as np
 from interface import Job, Run, serve
 
 from gpt2cupy import GPT2, SamplingParams
+from gpt2cupy.decode import PromptRunner
 from gpt2cupy.engine import Engine, Request
 
 
@@ -40,6 +41,7 @@ def _naive(model: GPT2, prompts: list[np.ndarray], most: int) -> Run:
     batch, xp = len(prompts), model.xp
     length = len(prompts[0]) + most
     cache, work = model.new_cache(batch, length), model.new_workspace(batch * length)
+    runner = PromptRunner(model, cache, work)
     last_work = model.new_workspace(batch)
     logits = xp.empty((batch, model.config.padded_vocab_size), work.x.dtype)
 
@@ -47,7 +49,7 @@ def _naive(model: GPT2, prompts: list[np.ndarray], most: int) -> Run:
         texts, times = list(prompts), [time.perf_counter()]
         for _ in range(tokens):
             cache.reset()
-            x, starts = model.prefill(texts, range(batch), cache, work)
+            x, starts = runner.run(texts, range(batch))
             model.logits(xp.ascontiguousarray(x[starts[1:] - 1]), last_work, logits)
             ids = logits[:, : model.config.vocab_size].argmax(axis=1).astype(np.int32)
             ids = ids if xp is np else ids.get()
