@@ -26,6 +26,7 @@ from shared import (
     main,
     names,
     numbers,
+    parsed,
     parser,
     paths,
     random_model,
@@ -144,7 +145,7 @@ def run() -> None:
     options.add_argument("--disable", type=names, help="switches; all by default")
     options.add_argument("--list", action="store_true", help="show the switches and end")
     options.add_argument("--runs", type=int, default=3)
-    args = options.parse_args()
+    args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
     there = applicable(args.device, args.dtype, args.batch)
     if args.list:

@@ -27,6 +27,7 @@ from shared import (
     main,
     names,
     numbers,
+    parsed,
     parser,
     paths,
     random_model,
@@ -132,7 +133,7 @@ def run() -> None:
     options.add_argument("--prompt", type=int, default=32)
     options.add_argument("--tokens", type=int, default=200)
     options.add_argument("--runs", type=int, default=30)
-    args = options.parse_args()
+    args = parsed(options)
     known = paths(args.device)
     args.decode = chosen(args.decode or known, known, "decode path")
     chosen(args.dtype, DTYPES, "dtype")

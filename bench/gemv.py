@@ -26,6 +26,7 @@ from shared import (
     fill,
     main,
     names,
+    parsed,
     parser,
 )
 
@@ -96,15 +97,14 @@ def run() -> None:
     options.add_argument("--model", type=names, default=list(SIZES))
     options.add_argument("--dtype", type=names, default=list(DTYPES))
     options.add_argument("--runs", type=int, default=20)
-    args = options.parse_args()
+    args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
     if args.device == "cpu":
         raise InputError(
             "this compares two GPU backends", where="--device", remedy="Run it on a GPU."
         )
-    from gpt2cupy.ops.launch import cupy_module
+    import cupy
 
-    cupy = cupy_module()
     rows: list[dict[str, Any]] = []
     try:
         with cupy.cuda.Stream(non_blocking=True):

@@ -20,6 +20,7 @@ from shared import (
     main,
     names,
     numbers,
+    parsed,
     parser,
     paths,
     prompts,
@@ -51,7 +52,7 @@ def run() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--engines", type=names, help="all by default")
     options.add_argument("--decode", help="decode path with the cache; the fastest by default")
-    args = options.parse_args()
+    args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
     path = args.decode or paths(args.device)[-1]
     chosen([path], paths(args.device), "decode path")

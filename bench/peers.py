@@ -22,6 +22,7 @@ from shared import (
     main,
     names,
     numbers,
+    parsed,
     parser,
     paths,
     prompts,
@@ -56,7 +57,7 @@ def run() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--engines", type=names, help="all by default")
     options.add_argument("--gguf", type=Path, help="this model for llama.cpp's llama-bench")
-    args = options.parse_args()
+    args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
     engines = specs(args.device, args.gguf)
     wanted = chosen(args.engines or list(engines), engines, "engine")

@@ -20,6 +20,7 @@ from shared import (
     main,
     names,
     numbers,
+    parsed,
     parser,
     random_model,
     too_large,
@@ -65,7 +66,7 @@ def run() -> None:
     options.add_argument("--dtype", type=names, default=["float16"])
     options.add_argument("--tokens", type=numbers, default=[128, 512, 1024])
     options.add_argument("--runs", type=int, default=30)
-    args = options.parse_args()
+    args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
     rows, skipped = [], {}
     try:

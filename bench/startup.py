@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from shared import config_of, main, parser, write_checkpoint
+from shared import config_of, main, parsed, parser, write_checkpoint
 
 from gpt2cupy import record
 from gpt2cupy.timing import Timing
@@ -43,7 +43,7 @@ def run() -> None:
     options.add_argument("--model", default="124M", help="a size of GPT-2, or tiny")
     options.add_argument("--dtype", default="float16")
     options.add_argument("--runs", type=int, default=5)
-    args = options.parse_args()
+    args = parsed(options)
     with tempfile.TemporaryDirectory() as name:
         write_checkpoint(Path(name), config_of(args.model), args.dtype)
         cold = first_token(Path(name), args.device)

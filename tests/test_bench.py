@@ -89,6 +89,15 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("script", ["decode", "prefill", "ablation", "peers", "naive", "gemv"])
+def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, ROOT / "bench" / f"{script}.py", "--out", tmp_path / "record.json"]
+    failed = subprocess.run(command, capture_output=True, text=True, env=hidden)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
+    assert failed.stderr.startswith(f"{script}.py: ") and "GPU" in failed.stderr
+
+
 def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path):
     out = tmp_path / "record.json"
     options = ["--device", "cpu", "--out", str(out), "--dtype", "float32", "--runs", "1"]

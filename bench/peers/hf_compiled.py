@@ -20,7 +20,7 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     options: dict[str, Any] = {"cache_implementation": "static"}
     on_gpu = job["device"] != "cpu"
     if on_gpu:
-        options["compile_config"] = CompileConfig(mode="reduce-overhead", fullgraph=True)
+        options["compile_config"] = CompileConfig(mode="reduce-overhead")
     mode = "reduce-overhead" if on_gpu else "none"
     return generating(model, job, **options), {"compiled": mode, "cache": "static"}
 
