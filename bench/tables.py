@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import profile_tables
+import validate_tables
 from layout import Record, device, left_out, number, rate, source_line, spread, table
 
 
@@ -223,64 +224,6 @@ def peers(entry: Record) -> str:
     return table(header, lines, 3) + source_line(entry, note)
 
 
-def validate(entry: Record) -> str:
-    """Every comparison of row p."""
-    results = entry["results"]
-    lines = []
-    for row in results["comparisons"]:
-        figures = [f"{row[key]:.2e}" for key in ("max_abs", "rmse")]
-        figures += [f"{row['limit'][key]:.2e}" for key in ("max", "rms")]
-        figures += [f"{row['largest_kl']:.1e}", f"{row['agreeing']} of {row['compared']}"]
-        passed = "yes" if row["passed"] else "no"
-        ways = [WAYS.get(row[key], row[key]) for key in ("ours", "against")]
-        lines.append([row["dtype"], *ways, *figures, passed])
-    header = [
-        *("dtype", "ours", "against", "max abs", "RMSE", "limit", "limit of RMSE"),
-        *("largest KL", "same token", "passed"),
-    ]
-    note = (
-        f"`{results['model']}`, {results['steps']} steps of {results['batch']} rows, all fed the "
-        f"same random tokens; differences of the logits. The limit is that of the error rule: "
-        f"twice the error of a plain computation in this dtype, plus one unit in the last place; "
-        f"between two of ours, the limits of both"
-    )
-    return table(header, lines, 3) + source_line(entry, note)
-
-
-def validate_steps(entry: Record) -> str:
-    """The steps of row p: the cache against whole forward passes."""
-    results = entry["results"]
-    lines = []
-    for row in results["comparisons"]:
-        if row["against"] == "full":
-            for step in row["steps"]:
-                figures = [f"{step[key]:.2e}" for key in ("max_abs", "rmse")]
-                tops = [top_tokens(step[key]) for key in ("top", "reference_top")]
-                lines.append(
-                    [
-                        row["dtype"],
-                        WAYS.get(row["ours"], row["ours"]),
-                        step["step"],
-                        *figures,
-                        *tops,
-                    ]
-                )
-    header = [
-        *("dtype", "decode", "step", "max abs", "RMSE", "cached: token:logit"),
-        "whole forward: token:logit",
-    ]
-    note = f"`{results['model']}`; the first row of {results['batch']}"
-    return table(header, lines, 2) + source_line(entry, note)
-
-
-def top_tokens(top: list[tuple[int, float]]) -> str:
-    return " ".join(f"{token}:{logit:.3f}" for token, logit in top)
-
-
-# How validate calls what it compares -> how a table does.
-WAYS = {"full": "whole forward", "eager": "cached, eager", "graph": "cached, graph"}
-
-
 # Name of a table -> (the record it is made from, how).
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
@@ -293,8 +236,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "naive": ("naive", naive),
     "ablation": ("ablation", ablation),
     "peers": ("peers", peers),
-    "validate": ("validate", validate),
-    "validate-steps": ("validate", validate_steps),
+    "validate": ("validate", validate_tables.comparisons),
+    "validate-steps": ("validate", validate_tables.steps),
     "profile-operators": ("profile", profile_tables.operators),
     "profile-model": ("profile", profile_tables.components("model")),
     "profile-block": ("profile", profile_tables.components("block")),

@@ -9,14 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt2cupy import record
 
 sys.path.insert(0, str(record.ROOT / "bench"))
 import tables
-from compare import compared, timings
 
 PATH = record.ROOT / "bench" / "report.py"
 _TIMING = {"median_us": 800.4, "p10_us": 790.0, "p90_us": 850.0, "runs": 50}
@@ -285,56 +282,3 @@ def test_every_benchmark_has_a_section(report):
         for _, name, _ in report._MARKED.findall(page.read_text(encoding="utf-8"))
     ]
     assert set(marked) == set(tables.TABLES)
-
-
-# -- comparing two records -----------------------------------------------------------------------
-
-
-def decode_record(**medians):
-    rows = [
-        {"model": size, "dtype": "float16", "steps": [{"context": 128, "step": timing(us, 5.0)}]}
-        for size, us in medians.items()
-    ]
-    return entry({"rows": rows})
-
-
-def test_a_change_within_the_noise_is_none():
-    lines = list(compared(decode_record(a=100.0), decode_record(a=108.0)))
-    assert lines == ["0 of 1 timings changed beyond the noise"]
-
-
-@given(st.floats(10, 1e4), st.floats(10, 1e4), st.floats(0, 50), st.floats(0, 50))
-def test_what_changed_is_what_does_not_overlap(old, new, old_width, new_width):
-    a, b = entry({"step": timing(old, old_width)}), entry({"step": timing(new, new_width)})
-    *changes, last = compared(a, b)
-    slower = new - new_width > old + old_width
-    faster = new + new_width < old - old_width
-    assert [line.split()[0] for line in changes] == ["slower"] * slower + ["faster"] * faster
-    assert last.startswith(f"{int(slower or faster)} of 1 ")
-
-
-def test_compare_names_rows_and_finds_them_in_any_order(example):
-    before, after = (
-        decode_record(a=100.0, b=50.0, gone=1.0),
-        decode_record(b=25.0, new=2.0, a=100.0),
-    )
-    after["environment"]["driver"] = "590.0"
-    for name, entry_ in (("a", before), ("b", after)):
-        (example / f"{name}.json").write_text(json.dumps(entry_))
-    shown = run(example, "--compare", example / "a.json", example / "b.json")
-    assert shown.returncode == 0
-    assert shown.stdout.splitlines() == [
-        "driver: 580.1 -> 590.0",
-        "faster -50.0%: rows / model b dtype float16 / steps / context 128 / step: "
-        "50.0 us (45.0 to 55.0) -> 25.0 us (20.0 to 30.0)",
-        "only in the first: rows / model gone dtype float16 / steps / context 128 / step",
-        "only in the second: rows / model new dtype float16 / steps / context 128 / step",
-        "1 of 2 timings changed beyond the noise",
-    ]
-
-
-def test_every_row_of_a_record_has_a_name_of_its_own():
-    """Two rows of one name would hide each other when compared."""
-    for path in sorted(record.RESULTS.glob("*.json")):
-        found = [name for name, _ in timings(json.loads(path.read_text())["results"])]
-        assert len(found) == len(set(found)), path.name

@@ -1,0 +1,99 @@
+"""Engines as processes: run in turn, compared, and left out with a reason when they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from gpt2cupy.record import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import workers
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A folder of engines of our own instead of bench/peers."""
+    monkeypatch.setattr(workers, "PEERS", tmp_path)
+    # An engine that counts up from its first prompt's last id, so that ids can be compared.
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'bench' / 'peers')!r})\n"
+    start += "from interface import serve\n"
+
+    def write(name: str, body: str) -> None:
+        (tmp_path / f"{name}.py").write_text(start + body)
+
+    counting = """
+def prepare(job):
+    if job.get("refuses"):
+        raise ValueError("not this job")
+    first, asked = job["prompts"][0][-1], []
+    def run(tokens):
+        asked.append(tokens)
+        print("run", tokens)  # must not disturb the answers
+        if job.get("dies") and tokens == job["tokens"]:
+            sys.exit(3)
+        step = job.get("step", 1)
+        return [first + step * i for i in range(tokens)], 0.0, 0.5, 0.5 + 0.25 * (tokens - 1)
+    return run, {"form": "counting", "asked": asked}
+serve(("numpy",), prepare)
+"""
+    write("counting", counting)
+    write("missing", "import no_such_module\n")
+    return tmp_path
+
+
+JOB = {"prompts": [[1, 2]], "tokens": 5}
+
+
+def test_engines_run_in_turn_and_are_compared(scripts):
+    specs = {
+        "one": workers.Spec("counting"),
+        "two": workers.Spec("counting", {"step": 2}, warmup=0),
+    }
+    with workers.Comparison(specs) as comparison:
+        found = comparison.run(JOB | {"tokens": 10}, rounds=3)
+    assert found["skipped"] == {}
+    one, two = found["engines"]["one"], found["engines"]["two"]
+    assert one["step"] == {"median_us": 250e3, "p10_us": 250e3, "p90_us": 250e3, "runs": 3}
+    assert one["prefill"]["median_us"] == 500e3
+    assert (one["same_tokens"], two["same_tokens"]) == (10, 1)
+    assert (one["asked"], two["asked"]) == ([10, 10], [8])  # whole warm-up runs, or a short one
+    assert one["versions"] == {"numpy": np.__version__} and one["form"] == "counting"
+
+
+def test_an_engine_that_fails_is_skipped_with_its_reason(scripts):
+    specs = {
+        "missing": workers.Spec("missing"),
+        "refuses": workers.Spec("counting", {"refuses": True}),
+        "dies": workers.Spec("counting", {"dies": True}, warmup=0),
+        "works": workers.Spec("counting"),
+    }
+    with workers.Comparison(specs) as comparison:
+        found = comparison.run(JOB | {"tokens": 9}, rounds=2)
+        again = comparison.run(JOB | {"tokens": 9}, rounds=1)
+    assert list(found["engines"]) == list(again["engines"]) == ["works"]
+    assert "exit status 1" in found["skipped"]["missing"]
+    assert found["skipped"]["refuses"] == "ValueError: not this job"
+    assert "exit status 3" in found["skipped"]["dies"]
+    assert found["skipped"].keys() == again["skipped"].keys()
+
+
+def test_llama_bench_is_read(tmp_path, monkeypatch):
+    program = tmp_path / "llama-bench"
+    tests = [{"n_prompt": 2, "n_gen": 0, "avg_ns": 5e6}, {"n_prompt": 0, "n_gen": 4, "avg_ns": 8e6}]
+    program.write_text(f"#!/bin/sh\necho noise >&2\necho '{json.dumps(tests)}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    options = {"gguf": "m.gguf", "device": "cpu"}
+    with workers.Comparison({"llama": workers.Spec("llama_bench", options)}) as comparison:
+        found = comparison.run(JOB, rounds=1)
+        several = comparison.run(JOB | {"prompts": [[1], [2]]}, rounds=1)
+    llama = found["engines"]["llama"]
+    assert llama["prefill"]["median_us"] == pytest.approx(5e3)
+    assert llama["step"]["median_us"] == pytest.approx(2e3)
+    assert llama["same_tokens"] is None
+    assert "one sequence" in several["skipped"]["llama"]
