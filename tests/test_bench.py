@@ -63,6 +63,20 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
     assert len(made) == len(sources) and all(len(widths(text)) == 1 for text in made)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", ["decode", "prefill", "ablation", "gemv"])
+def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
+    out = tmp_path / "record.json"
+    options = RUNS.get(script, "--runs 2").replace("--dtype float32", "").split()
+    done = bench(script, "--model", "tiny", "--dtype", "float16", *options, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(out.read_text())
+    assert "gpu" in entry["environment"] and entry["results"]["rows"]
+    for row in entry["results"]["rows"]:
+        row["model"] = "124M"
+    assert tables.TABLES[script][1](entry)
+
+
 @pytest.mark.parametrize(
     "script, options, says",
     [
