@@ -92,6 +92,8 @@ def main() -> None:
         entry = json.loads(args.out.read_text())
         draw(entry["results"], entry["environment"].get("gpu") or entry["environment"]["cpu"])
         return
+    if args.trace:
+        args.trace.mkdir(parents=True, exist_ok=True)
     settings = Settings(warmup=args.warmup, runs=args.runs, tokens=args.tokens)
     peers = []
     if args.peer and all(importlib.util.find_spec(each) for each in ("torch", "transformers")):

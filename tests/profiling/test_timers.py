@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -80,6 +81,20 @@ def test_without_cupti_python_events_are_used(gpu, model, monkeypatch):
     found = profile.profile(model, PROMPT, SMALL)
     assert found.error is None and found.results["kernel_timer"] == "events"
     assert "install gpt2cupy[profile]" in found.results["note"]
+
+
+def test_ranges_have_the_names_of_the_tables(gpu, model, monkeypatch):
+    seen = []
+
+    def annotate(name, domain):
+        assert domain == "gpt2cupy"
+        return seen.append(name) or contextlib.nullcontext()
+
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate))
+    profile.profile(model, PROMPT, SMALL, cupti=False)
+    steps = (SMALL.runs + 1) * SMALL.tokens  # one run op by op is for warming up
+    assert seen.count("blocks.1/attention/qkv product") == seen.count("lm_head") == steps
+    assert seen.count("run") == seen.count("run, op by op") == SMALL.runs
 
 
 def test_a_gate_holds_until_everything_is_queued(monkeypatch):
