@@ -178,8 +178,7 @@ class _Places:
             return ("embeddings",), None
         if op == "sample":
             return SAMPLING, None
-        # The last: a product with its norm has the norm's weight before its own.
-        return next(self.of[id(array)] for array in args[::-1] if id(array) in self.of)
+        return next(self.of[id(array)] for array in args if id(array) in self.of)
 
 
 def ops_of_step(model: GPT2, state: DecodeState, context: float) -> list[Op]:

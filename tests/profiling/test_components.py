@@ -52,13 +52,20 @@ def test_observing_ends_with_its_block():
     assert model_module.ops is ops and gpt2cupy.decode.eager.ops is ops
 
 
-def test_profiling_changes_no_token(model):
+def test_profiling_changes_no_value():
+    model = GPT2.random(TINY, 0, device="cpu")
+    rng = np.random.default_rng(0)
+    for name, array in model.weights.items():
+        if name.endswith("_b"):
+            array[...] = rng.standard_normal(array.shape)
     session = Session(model, PROMPT, SMALL)
     session.unprofiled()
-    tokens = [session.state.ids.copy(), session.state.positions.copy()]
+    state = session.state
+    wanted = [array.copy() for array in (state.ids, state.positions, state.logits)]
     session.by_op()
-    np.testing.assert_array_equal(tokens, [session.state.ids, session.state.positions])
-    assert session.state.positions.tolist() == [len(PROMPT) + SMALL.tokens] * SMALL.batch
+    for before, after in zip(wanted, (state.ids, state.positions, state.logits), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert state.positions.tolist() == [len(PROMPT) + SMALL.tokens] * SMALL.batch
 
 
 @pytest.mark.parametrize(
