@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from layout import Record, Row, number, source_line, table
 
 OPERATORS = 20  # rows of the operator table that are shown
+LOST = 8  # rows of the table of losses, per dtype
 # What row g asks for: the components whose kernels are listed, in the order of the step.
 KERNELS = (
     "qkv product", "attention over the cache", "output product", "expansion + activation",
@@ -20,6 +21,13 @@ def engines(results: Row) -> Iterator[tuple[str, Row]]:
         yield f"transformers, {peer['settings']['dtype']}", peer
     for own in results["ours"]:
         yield f"gpt2cupy, {own['dtype']}", own
+
+
+def with_paths(results: Row) -> Iterator[tuple[str, Row]]:
+    """The same, and ours by the other decode paths."""
+    yield from engines(results)
+    for own in results.get("paths", []):
+        yield f"gpt2cupy, {own['dtype']}, {own['decoder']}", own
 
 
 def settings(results: Row) -> str:
@@ -88,7 +96,7 @@ def tokens(entry: Record) -> str:
     results = entry["results"]
     keys = ("mean_ms", "p50_ms", "p95_ms", "p99_ms")
     lines = []
-    for engine, found in engines(results):
+    for engine, found in with_paths(results):
         token = found["per_token"]
         figures = [number(token[key], 3) for key in keys]
         figures += [number(token["blocks_percent"], 1), number(token["tokens_per_s"], 1)]
@@ -125,7 +133,9 @@ def gaps(entry: Record) -> str:
     """A step as kernels and gaps, and what profiling costs."""
     results = entry["results"]
     lines = []
-    for own in results["ours"]:
+    for engine, own in with_paths(results):
+        if "gaps" not in own:
+            continue
         step, cost = own["gaps"], own["overhead"]
         keys = ("launches", "kernels_us", "gaps_us", "unprofiled_us", "host_us")
         residual = step["residual_percent"]
@@ -133,10 +143,42 @@ def gaps(entry: Record) -> str:
         figures.append("-" if residual is None else f"{residual:+.1f}")
         costs = [cost.get(key) for key in ("ops_percent", "kernels_percent")]
         figures += ["-" if each is None else f"{each:+.1f}" for each in costs]
-        lines.append([f"gpt2cupy, {own['dtype']}", *figures])
+        lines.append([engine, *figures])
     header = [
         *("engine", "launches", "kernels, µs", "gaps, µs", "unprofiled step, µs", "host, µs"),
         *("residual, %", "timing ops costs, %", "recording kernels costs, %"),
     ]
-    note = f"{settings(results)}. Residual: kernels and gaps against the unprofiled step"
+    note = (
+        f"{settings(results)}. Residual: kernels and gaps against the unprofiled step; gaps are "
+        f"negative where kernels overlap"
+    )
     return table(header, lines) + source_line(entry, note)
+
+
+def lost(entry: Record) -> str:
+    """Where a token's time is lost: what each kernel takes beyond the limit, and the gaps."""
+    results = entry["results"]
+    lines = []
+    for own in results["ours"]:
+        run = own["settings"]
+        steps = run["runs"] * run["tokens"]
+        found = [("gaps between kernels", own["gaps"]["gaps_us"], own["gaps"]["gaps_us"], None)]
+        for row in own["kernels"]:
+            taken, share = 1e3 * row["total_ms"] / steps, row.get("percent_of_limit")
+            beyond = taken * max(0.0, 1 - (share or 0) / 100)
+            found.append((f"`{row['kernel']}`: {row['component']}", taken, beyond, share))
+        found.sort(key=lambda each: -each[2])
+        for name, taken, beyond, share in found[:LOST]:
+            shown = "-" if share is None else number(share, 1)
+            lines.append([own["dtype"], name, number(taken, 1), shown, number(beyond, 1)])
+    header = ["dtype", "what", "µs a token", "% of limit", "µs beyond the limit"]
+    note = f"{settings(results)}; the {LOST} largest losses of each dtype"
+    return table(header, lines, 2) + source_line(entry, note)
+
+
+def pictures(entry: Record) -> str:
+    """The pictures that bench/profiling.py draws from the record."""
+    results = entry["results"]
+    dtypes = [own["dtype"] for own in results["ours"]]
+    drawn = "".join(f"![Roofline and components, {d}](profiling-{d}.png)\n" for d in dtypes)
+    return drawn + source_line(entry, settings(results))

@@ -1,4 +1,4 @@
-"""Profiles of the eager decode step and of Hugging Face: the record behind docs/profiling.md.
+"""Profiles of the decode step and of Hugging Face: the record behind docs/profiling.md.
 
     python bench/profiling.py [--model gpt2] [--dtype float32 float16] [--out FILE]
     python bench/profiling.py --draw      the pictures of docs/ again, from the record
@@ -11,6 +11,7 @@ where torch and transformers are installed (--no-peer leaves it out).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -35,14 +36,15 @@ PICTURES = record.ROOT / "docs"
 def ours(args: argparse.Namespace, dtype: str, settings: Settings) -> dict[str, Any]:
     config = GPT2Config.from_name(args.model)
     model = GPT2.random(config, 0, dtype=dtype, device=args.device)
+    name = f"{dtype}, {settings.decode}"
     found = profile(model, np.array(PROMPT_IDS, np.int32), settings, cupti=args.cupti)
     if found.error is not None:
         raise found.error
     if args.trace:
-        trace.write(found, args.trace / f"profile-{dtype}.trace.json")
-    print(f"{dtype}: {equation_text(found.results['gaps'])}", flush=True)
+        trace.write(found, args.trace / f"profile-{dtype}-{settings.decode}.json")
+    print(f"{name}: {equation_text(found.results['gaps'])}", flush=True)
     if note := found.results["note"]:
-        print(f"{dtype}: {note}", flush=True)
+        print(f"{name}: {note}", flush=True)
     return found.results
 
 
@@ -90,16 +92,20 @@ def main() -> None:
         entry = json.loads(args.out.read_text())
         draw(entry["results"], entry["environment"].get("gpu") or entry["environment"]["cpu"])
         return
+    if args.trace:
+        args.trace.mkdir(parents=True, exist_ok=True)
     settings = Settings(warmup=args.warmup, runs=args.runs, tokens=args.tokens)
     peers = []
     if args.peer and all(importlib.util.find_spec(each) for each in ("torch", "transformers")):
         peers.append(peer(args, args.dtype[0], settings))
     elif args.peer:
         print("Hugging Face is left out: torch or transformers is not installed")
+    others = [] if args.device == "cpu" else [dataclasses.replace(settings, decode="graph")]
     results = {
         "model": args.model,
         "weights": "random",
         "ours": [ours(args, dtype, settings) for dtype in args.dtype],
+        "paths": [ours(args, dtype, other) for dtype in args.dtype for other in others],
         "peers": peers,
     }
     entry = record.write(args.out, results, gpu=args.device != "cpu")

@@ -150,6 +150,7 @@ def profile(
     runs: Annotated[int, typer.Option(help="Runs measured.")] = 20,
     tokens: Annotated[int, typer.Option(help="Tokens of a run.")] = 30,
     batch: Annotated[int, typer.Option(help="Rows with the same prompt.")] = 1,
+    decode: Annotated[str, typer.Option(help="Path whose steps are profiled.")] = "eager",
     component: Annotated[Optional[str], typer.Option(help="Only this one's kernels.")] = None,  # noqa: UP045
     trace: Annotated[Optional[Path], typer.Option(help="Write a Chrome trace.")] = None,  # noqa: UP045
     plot: Annotated[Optional[Path], typer.Option(help="Draw roofline and bars.")] = None,  # noqa: UP045
@@ -164,7 +165,7 @@ def profile(
             model,
             dtype,
             device,
-            Settings(prompt, warmup, runs, tokens, batch),
+            Settings(prompt, warmup, runs, tokens, batch, decode),
             only=component,
             trace_path=trace,
             plot_path=plot,

@@ -112,6 +112,9 @@ class PretendedSession(Session):
 
         self.decoder = SimpleNamespace(step=step, calls=calls, name="eager")
 
+    def renew_decoder(self):
+        self.gpu.kernel("capture")
+
     def begin(self):
         self.gpu.kernel("prefill")
         self.gpu.now += 1000

@@ -163,6 +163,7 @@ def profile_results():
         "model": "gpt2",
         "weights": "random",
         "ours": [own | {"dtype": "float32"}, own | {"dtype": "float16"}],
+        "paths": [own | {"dtype": "float16", "decoder": "graph"}],
         "peers": [peer | {"operators": operators}],
     }
 
@@ -240,7 +241,17 @@ SAYS = {
         "| float16 | qkv product | `gemv` | 9 | 2.50 | 0.02 | 1,416 | 33.3 |",
         "| float16 | projection | `library` | 1 | 1.00 | 0.10 | - | - |",
     ],
-    "profile-gaps": ["| 88 | 400.0 | 200.0 | 606.0 | 390.0 | -1.0 | +12.5 | +3.0 |"],
+    "profile-lost": [
+        # 0.02 ms in 90 steps at a third of the limit; a library's kernel is lost whole.
+        "| float16 | gaps between kernels | 200.0 | - | 200.0 |",
+        "| float16 | `library`: projection | 1.1 | - | 1.1 |",
+        "| float16 | `gemv`: qkv product | 0.2 | 33.3 | 0.1 |",
+    ],
+    "profile-pictures": ["![Roofline and components, float16](profiling-float16.png)"],
+    "profile-gaps": [
+        "| gpt2cupy, float16, graph | 88 |",
+        "| 88 | 400.0 | 200.0 | 606.0 | 390.0 | -1.0 | +12.5 | +3.0 |",
+    ],
 }
 
 
@@ -250,9 +261,10 @@ SAYS = {
 def test_tables_of_what_only_a_gpu_measures(name):
     source, make = tables.TABLES[name]
     made = make(entry(SYNTHETIC[source]))
-    assert len({line.count("|") for line in made.splitlines() if line.startswith("|")}) == 1
+    widths = {line.count("|") for line in made.splitlines() if line.startswith("|")}
+    assert len(widths) == (name != "profile-pictures")
     assert [text for text in SAYS.get(name, []) if text not in made] == []
-    assert "not asked for" not in made
+    assert name == "profile-lost" or "not asked for" not in made
     assert made.endswith("NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.\n")
 
 

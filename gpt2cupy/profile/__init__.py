@@ -37,7 +37,7 @@ def profile(
     component: str | None = None,
     cupti: bool = True,
 ) -> Profile:
-    """Profile the eager decode steps that follow a prompt.
+    """Profile the decode steps that follow a prompt.
 
     Parameters
     ----------

@@ -15,6 +15,7 @@ from .. import lm
 from ..errors import InputError
 from . import Settings, component, equation_text, plot, profile, trace
 
+_KERNEL_WIDTH = 44
 _WIDTH = 160  # where no terminal says its own
 
 
@@ -42,7 +43,7 @@ def run(
         if path is not None:
             check_writable(path, flag)
     if plot_path is not None:
-        plot.matplotlib_figure()
+        plot.check_kind(plot_path)
     with lm.load(model, dtype=dtype, device=device) as loaded:
         where = {"model": loaded.name, "device": loaded.device}
         found = profile(
@@ -99,7 +100,11 @@ def _table(title: str, *headers: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for header in headers:
         is_text = header in ("kernel", "component", "covers")
-        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
+        # A library's kernel may have a name of hundreds of characters.
+        width = _KERNEL_WIDTH if header == "kernel" else None
+        table.add_column(
+            header, justify="left" if is_text else "right", no_wrap=True, max_width=width
+        )
     return table
 
 

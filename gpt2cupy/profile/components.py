@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from .. import model as model_module
 from .. import ops
-from ..decode import DecodeState, EagerDecoder
+from ..decode import DecodeState
 from ..decode import eager as eager_module
 from ..errors import InputError
 from ..model import GPT2
+from ..ops.launch import is_device_array
+from ..ops.tape import recorded
 from . import counts
 from .counts import Cost
 
@@ -26,9 +26,11 @@ TABLES: dict[str, tuple[str, ...]] = {
     "attention": ("qkv product", "attention over the cache", "output product"),
     "mlp": ("expansion + activation", "projection"),
 }
-# What a row does in one launch where other implementations have several steps.
+# What a row does where other implementations have several steps; norms come before a product
+# when its kernel makes them too.
 COVERS: dict[str, tuple[str, ...]] = {
     "embeddings": ("token embedding", "position embedding", "their sum"),
+    "qkv product": ("product", "bias"),
     "attention over the cache": (
         "qkv reshape", "cache update", "scores", "mask", "softmax", "values", "output reshape",
     ),
@@ -87,6 +89,8 @@ class Op:
         The checked launches it was recorded as; empty on NumPy.
     costs : list of Cost or None
         What each launch must do; one entry on NumPy.
+    fused : tuple of str
+        Other components that its one kernel makes too.
     """
 
     name: str
@@ -94,6 +98,11 @@ class Op:
     layer: int | None
     launches: list[Callable[[], Any]] = field(default_factory=list)
     costs: list[Cost | None] = field(default_factory=list)
+    fused: tuple[str, ...] = ()
+
+    def touches(self, name: str) -> bool:
+        """Whether the op is a part of the component, or makes it on the way."""
+        return self.within(name) or name in self.fused
 
     def within(self, name: str) -> bool:
         """Whether the op is a part of the component."""
@@ -116,6 +125,13 @@ class _Observed:
 
     def call(self, name: str, function: Any, *args: Any, **options: Any) -> Any:
         return self._around(name, function, args, options)
+
+    def norm_linear(self, x: Any, *args: Any, h: Any = None, **options: Any) -> Any:
+        """On NumPy as the two ops it is, so that both are seen; a kernel may be one."""
+        if is_device_array(x):
+            return self.call("norm_linear", ops.norm_linear, x, *args, h=h, **options)
+        norm, product = args[:3], args[3:]
+        return self.linear(self.layer_norm(x, *norm, out=h), *product, **options)
 
     def __getattr__(self, name: str) -> Any:
         function = functools.partial(self.call, name, getattr(ops, name))
@@ -147,8 +163,10 @@ class _Places:
     """Which component an array of weights, or a layer of the cache, belongs to."""
 
     def __init__(self, model: GPT2, state: DecodeState) -> None:
+        weights = model.weights
         self.of: dict[int, tuple[tuple[str, ...], int | None]] = {
-            id(model.weights.lnf_w): (("final norm",), None)
+            id(weights.lnf_w): (("final norm",), None),
+            id(weights.lm_head): (("lm_head",), None),
         }
         for number, layer in enumerate(model.layers):
             for name, path in _WEIGHTS.items():
@@ -160,14 +178,10 @@ class _Places:
             return ("embeddings",), None
         if op == "sample":
             return SAMPLING, None
-        for array in args:
-            if id(array) in self.of:
-                return self.of[id(array)]
-        # The one product left: its matrix may be the token table itself.
-        return ("lm_head",), None
+        return next(self.of[id(array)] for array in args if id(array) in self.of)
 
 
-def ops_of_step(model: GPT2, state: DecodeState, decoder: EagerDecoder, context: float) -> list[Op]:
+def ops_of_step(model: GPT2, state: DecodeState, context: float) -> list[Op]:
     """The ops of one eager step in order, labelled and counted.
 
     On the GPU the step is only recorded; on NumPy it is run once.
@@ -180,18 +194,33 @@ def ops_of_step(model: GPT2, state: DecodeState, decoder: EagerDecoder, context:
     places, found = _Places(model, state), list[Op]()
 
     def around(name: str, function: Any, args: tuple, options: dict[str, Any]) -> Any:
-        begin = len(decoder.calls)
+        begin = len(calls)
         result = function(*args, **options)
-        launches = decoder.calls[begin:]
-        path, layer = places(name, args)
-        given = options | ({"context": context} if name == "attention_decode" else {})
-        costs = counts.of_parts(name, args, given, max(1, len(launches)))
-        found.append(Op(name, path, layer, launches, costs))
+        launches = calls[begin:]
+        if name == "norm_linear":
+            found.extend(_norm_linear(places, args, options, launches))
+        else:
+            given = options | ({"context": context} if name == "attention_decode" else {})
+            costs = counts.of_parts(name, args, given, max(1, len(launches)))
+            found.append(Op(name, *places(name, args), launches, costs))
         return result
 
-    with observed(around):
-        if model.xp is np:
-            decoder.step(state)
-        else:
-            decoder.prepare(state)
+    with observed(around), recorded() as calls:
+        model.decode(state.ids, state.positions, state.slots, state.cache, state.work, state.logits)
+        eager_module.choose(state, state.logits, state.rows)
     return found
+
+
+def _norm_linear(
+    places: _Places, args: tuple, options: dict[str, Any], launches: list[Any]
+) -> list[Op]:
+    """A norm and a product: one op where one kernel makes both, else two."""
+    x, *norm, weight, bias = (*args, None)[:6]
+    product_at, norm_at = places("linear", (weight,)), places("layer_norm", tuple(norm[:2]))
+    if len(launches) == 1:
+        cost = counts.norm_linear(*args, **options)
+        return [Op("norm_linear", *product_at, launches, [cost], fused=(norm_at[0][-1],))]
+    h, rest = options["h"], {key: options.get(key) for key in ("activation", "out")}
+    first = Op("layer_norm", *norm_at, launches[:1], [counts.layer_norm(x, *norm, out=h)])
+    costs = counts.of_parts("linear", (h, weight, bias), rest, len(launches) - 1)
+    return [first, Op("linear", *product_at, launches[1:], costs)]

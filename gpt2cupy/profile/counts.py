@@ -75,6 +75,26 @@ def linear(
     return Cost(_size(x, weight, bias, residual) + written, 2 * n * m * k)
 
 
+def norm_linear(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    eps: float,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    out: Array | None = None,
+    h: Array | None = None,
+    backend: str = "ours",
+) -> Cost:
+    """The norm once and the product, with nothing written between them."""
+    n, m = len(x), len(weight)
+    written = n * m * weight.dtype.itemsize if out is None else out.nbytes
+    moved = _size(x, norm_weight, norm_bias, weight, bias) + written
+    return Cost(moved, 8 * x.size + 2 * n * m * weight.shape[1])
+
+
 def bias_act(
     x: Array,
     bias: Array | None = None,
@@ -129,6 +149,7 @@ def sample(
     counts: Array | None = None,
     bias: Array | None = None,
     scratch: Array | None = None,
+    plain: bool = False,
 ) -> Cost:
     """One pass over V logits (counts, bias) per row; maximum, exponential and sum: 3 per logit."""
     n = len(logits)
@@ -145,6 +166,7 @@ COUNTS: dict[str, Callable[..., Cost]] = {
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
     "linear": linear,
+    "norm_linear": norm_linear,
     "bias_act": bias_act,
     "attention_decode": attention_decode,
     "sample": sample,

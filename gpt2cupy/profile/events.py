@@ -42,4 +42,4 @@ def nvtx_ranges() -> Callable[[str], Any]:
 
 def launch_name(launch: Any) -> str:
     """The kernel's entry, or the library that will choose one."""
-    return str(getattr(getattr(launch, "func", launch), "name", "cuBLAS"))
+    return str(getattr(getattr(launch, "function", None), "name", "cuBLAS"))

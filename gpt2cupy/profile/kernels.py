@@ -114,6 +114,8 @@ def _by_kernel(session: Session, cupti: Cupti, runs: int) -> tuple[Timeline, int
                 names.append(record.name)
     if not names:
         raise unusable("it recorded no kernel")
+    # A graph shows its kernels if it was captured while they are recorded.
+    session.renew_decoder()
     found, walls, lost = [], [], 0
     for _ in range(runs):
         session.begin()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..decode import decoder
 from ..decode.eager import choose
 from ..engine import Engine
 from ..errors import InputError
@@ -28,13 +29,18 @@ QUEUE = 512  # launches that a stream surely takes without making the host wait
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run: ``warmup`` and ``runs`` generations of ``tokens`` tokens after the prompt."""
+    """What is run: ``warmup`` and ``runs`` generations of ``tokens`` tokens after the prompt.
+
+    ``decode`` is the path that runs the unprofiled steps, and those whose kernels
+    are recorded; ops are timed one by one, and so always launched eagerly.
+    """
 
     prompt: str = "What is your name"
     warmup: int = 20
     runs: int = 20
     tokens: int = 30
     batch: int = 1
+    decode: str = "eager"
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("runs", 1), ("tokens", 2), ("batch", 1)):
@@ -109,22 +115,27 @@ class Session:
 
     def __init__(self, model: GPT2, prompt: np.ndarray, settings: Settings) -> None:
         self.model, self.prompt, self.settings = model, prompt, settings
-        context = model.config.n_positions
-        if len(prompt) + settings.tokens > context:
+        room = model.config.n_positions
+        if len(prompt) + settings.tokens > room:
             raise InputError(
                 f"{len(prompt)} prompt tokens and {settings.tokens} new ones exceed the context of "
-                f"{context}",
+                f"{room}",
                 where="--prompt",
                 remedy="Shorten the prompt or lower --tokens.",
             )
-        self.engine = Engine(model, settings.batch)
+        self.engine = Engine(model, settings.batch, decode=settings.decode)
         self.state, self.decoder = self.engine.state, self.engine.decoder
         self.on_gpu = model.xp is not np
         with self.active():
             self.begin()
-            self.ops: list[Op] = ops_of_step(
-                model, self.state, self.decoder, len(prompt) + (settings.tokens - 1) / 2
-            )
+            context = len(prompt) + (settings.tokens - 1) / 2
+            self.ops: list[Op] = ops_of_step(model, self.state, context)
+
+    def renew_decoder(self) -> None:
+        """Start with a decoder that has prepared nothing: a graph is captured again."""
+        self.decoder = decoder(self.model, self.decoder.name)
+        self.decoder.step(self.state)
+        self.synchronize()
 
     def new_event(self) -> Any:
         return self.model.xp.cuda.Event()
@@ -180,7 +191,7 @@ class Session:
             event.record(self.engine.stream)
         marks[-1].synchronize()
         # Once the queue is full the host waits for the device: only the first steps count.
-        free = max(1, QUEUE // len(self.decoder.calls))
+        free = max(1, QUEUE // sum(len(op.launches) for op in self.ops))
         host = float(np.mean(queueing[:free]))
         return np.asarray(events.elapsed(self.model.xp, marks)) / 1e3, host
 

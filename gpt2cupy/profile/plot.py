@@ -21,6 +21,17 @@ def matplotlib_figure() -> Any:
     return Figure
 
 
+def check_kind(path: Path) -> None:
+    """Raise InputError unless a picture of this name's kind can be drawn."""
+    kinds = matplotlib_figure()().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InputError(
+            f"{path.name} names no kind of picture",
+            where="--plot",
+            remedy="End it in .png or .svg.",
+        )
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw ``results`` of a profile into an image whose kind the file's name says."""
     figure = matplotlib_figure()(figsize=(14, 7), layout="constrained")

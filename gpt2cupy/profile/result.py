@@ -52,13 +52,18 @@ def joined(runs: list[Timeline]) -> Timeline:
 
 
 def component_tables(ops: list[Op], timeline: Timeline, layers: int) -> dict[str, list[Row]]:
-    """The four tables, each row with average and total ms, count and share of its table."""
+    """The four tables, each row with average and total ms, count and share of its table.
+
+    A norm that is made inside a product's kernel has no row: the product's row
+    covers it.
+    """
     busy = timeline.busy
     steps = len(busy)
     tables = {}
     for name, rows in TABLES.items():
         # The rows "blocks", "embeddings", ... come once a step, those inside a block L times.
         count = steps * (1 if name == "model" else layers)
+        rows = tuple(row for row in rows if any(op.within(row) for op in ops))
         totals = [float(busy[:, _columns(ops, timeline, row)].sum()) / 1e3 for row in rows]
         tables[name] = [
             {
@@ -67,12 +72,21 @@ def component_tables(ops: list[Op], timeline: Timeline, layers: int) -> dict[str
                 "total_ms": total,
                 "count": count,
                 "percent": 100 * total / sum(totals),
-                "covers": ", ".join(COVERS.get(row, ())),
+                "covers": ", ".join(_covers(ops, row)),
                 "launches": _launches(ops, row),
             }
             for row, total in zip(rows, totals, strict=True)
         ]
     return tables
+
+
+def _covers(ops: list[Op], component: str) -> list[str]:
+    """What a row stands for: norms that a kernel in it makes, and its own steps."""
+    if component == "blocks":
+        return []
+    fused = [name for op in ops if op.within(component) for name in op.fused]
+    own = COVERS.get(component, (component,) if fused else ())
+    return [*dict.fromkeys(fused), *own]
 
 
 def _columns(ops: list[Op], timeline: Timeline, component: str) -> list[int]:
@@ -98,7 +112,7 @@ def kernel_table(
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for column, (index, _) in enumerate(timeline.owner):
-        if component is None or ops[index].within(component):
+        if component is None or ops[index].touches(component):
             key = timeline.names[column], ops[index].path[-1]
             groups.setdefault(key, []).append(column)
     busy, owner = timeline.busy, timeline.owner
@@ -163,8 +177,8 @@ def per_token(seconds: np.ndarray, batch: int, ops: list[Op], timeline: Timeline
 def step_equation(timeline: Timeline, tokens: int, unprofiled_us: float, host_us: float) -> Row:
     """Kernels plus gaps against the unprofiled step: medians, so that a busy moment counts little.
 
-    Events cannot see the gaps, for a gated step has none: then the gaps are the
-    difference, and there is no residual.
+    Gaps are negative where kernels overlap. Events cannot see them, for a gated
+    step has none: then the gaps are the difference, and there is no residual.
     """
     kernels = float(np.median(timeline.busy.sum(axis=1)))
     row: Row = {"source": timeline.source, "launches": len(timeline.names), "kernels_us": kernels}

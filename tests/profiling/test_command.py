@@ -58,6 +58,14 @@ def test_a_plot_is_drawn(found, tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["out", "out.json"])
+def test_a_plot_of_no_kind(name, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(Session, "unprofiled", lambda self: pytest.fail("measured"))
+    done = invoke("--plot", tmp_path / name)
+    assert done.exit_code == 1 and f"{name} names no kind of picture" in done.stderr
+
+
 def invoke(*options):
     quick = ["--device", "cpu", "--warmup", "0", "--runs", "1", "--tokens", "3"]
     return CliRunner().invoke(app, ["profile", *quick, *options])

@@ -52,13 +52,20 @@ def test_observing_ends_with_its_block():
     assert model_module.ops is ops and gpt2cupy.decode.eager.ops is ops
 
 
-def test_profiling_changes_no_token(model):
+def test_profiling_changes_no_value():
+    model = GPT2.random(TINY, 0, device="cpu")
+    rng = np.random.default_rng(0)
+    for name, array in model.weights.items():
+        if name.endswith("_b"):
+            array[...] = rng.standard_normal(array.shape)
     session = Session(model, PROMPT, SMALL)
     session.unprofiled()
-    tokens = [session.state.ids.copy(), session.state.positions.copy()]
+    state = session.state
+    wanted = [array.copy() for array in (state.ids, state.positions, state.logits)]
     session.by_op()
-    np.testing.assert_array_equal(tokens, [session.state.ids, session.state.positions])
-    assert session.state.positions.tolist() == [len(PROMPT) + SMALL.tokens] * SMALL.batch
+    for before, after in zip(wanted, (state.ids, state.positions, state.logits), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert state.positions.tolist() == [len(PROMPT) + SMALL.tokens] * SMALL.batch
 
 
 @pytest.mark.parametrize(
@@ -84,3 +91,31 @@ def test_names_of_components(given_name, wanted):
 def test_an_unknown_component_names_the_others(name):
     with pytest.raises(InputError, match=r"unknown component.*--component.*lm_head"):
         profile.component(name)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_norm_and_its_product_are_as_many_ops_as_kernels_make_them(model, count):
+    # One kernel for both; a norm and a product; a norm, the library's product and its epilogue.
+    session = Session(model, PROMPT, SMALL)
+    places = components._Places(model, session.state)
+    w, work = model.layers[1], session.state.work
+    args = work.x, w["ln2_w"], w["ln2_b"], 1e-5, w["fc_w"], w["fc_b"]
+    options = {"activation": "relu", "h": work.h, "out": work.inner, "backend": "ours"}
+    launches = [object() for _ in range(count)]
+    found = components._norm_linear(places, args, options, launches)
+    assert [launch for op in found for launch in op.launches] == launches
+    assert all(len(op.launches) == len(op.costs) for op in found)
+    product = found[-1]
+    assert product.label == "blocks.1/mlp/expansion + activation"
+    if count == 1:
+        assert len(found) == 1 and product.fused == ("ln_2",)
+        assert product.touches("ln_2") and not product.within("ln_2")
+        whole = product.costs[0]
+        apart = components._norm_linear(places, args, options, [object()] * 2)
+        # Apart, the normed rows are written and read once more.
+        bytes_apart = sum(op.costs[0].bytes for op in apart)
+        assert bytes_apart == whole.bytes + 2 * work.h.nbytes
+        assert sum(op.costs[0].flops for op in apart) == whole.flops
+    else:
+        assert found[0].label == "blocks.1/ln_2" and not product.fused
+        assert found[0].costs[0].bytes > 0 and all(cost.bytes > 0 for cost in product.costs)

@@ -66,6 +66,17 @@ def test_norms_move_their_arrays(n, c, dtype):
     assert both.flops == alone.flops + x.size
 
 
+@given(n=SIZES, m=SIZES, k=SIZES, dtype=DTYPES)
+def test_a_product_with_its_norm_writes_nothing_between(n, m, k, dtype):
+    x, norm = np.ones((n, k), np.float32), (np.ones(k, dtype), np.ones(k, dtype))
+    weight, bias = np.ones((m, k), dtype), np.ones(m, dtype)
+    out = ops.norm_linear(x, *norm, 1e-5, weight, bias)
+    cost = counts.norm_linear(x, *norm, 1e-5, weight, bias)
+    assert cost.bytes == sum(a.nbytes for a in (x, *norm, weight, bias, out))
+    parts = counts.layer_norm(x, *norm).flops + counts.linear(x.astype(dtype), weight).flops
+    assert cost.flops == parts
+
+
 @given(n=SIZES, c=SIZES, dtype=DTYPES)
 def test_an_embedding_moves_its_rows(n, c, dtype):
     wte, wpe = np.ones((20, c), dtype), np.ones((10, c), dtype)

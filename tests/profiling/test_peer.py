@@ -15,11 +15,14 @@ from gpt2cupy.record import ROOT
 def peer():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    path = ROOT / "bench" / "peers" / "profile_hf.py"
-    spec = importlib.util.spec_from_file_location("profile_hf", path)
+    folder = ROOT / "bench" / "peers"
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(folder)
+    spec = importlib.util.spec_from_file_location("profile_hf", folder / "profile_hf.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    monkeypatch.undo()
 
 
 @pytest.fixture

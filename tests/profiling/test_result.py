@@ -108,3 +108,26 @@ def test_a_context_that_is_too_short(model):
     with pytest.raises(InputError, match="exceed the context of 48"):
         profile.profile(model, np.zeros(44, np.int32), SMALL)
     profile.profile(model, np.zeros(43, np.int32), dataclasses.replace(SMALL, runs=1))
+
+
+def test_a_norm_inside_a_product_has_no_row_but_is_covered():
+    def op(*path, fused=()):
+        return components.Op("any", path, 0, [lambda: None], [None], fused)
+
+    inner = ("attention", "qkv product"), ("attention", "attention over the cache")
+    ops = [op("blocks", *path, fused=("ln_1",) if path == inner[0] else ()) for path in inner]
+    ops += [op("blocks", "mlp", "projection"), op("lm_head", fused=("final norm",))]
+    owner = [(index, 0) for index in range(len(ops))]
+    start = np.arange(len(ops), dtype=float)[None]
+    seen = Timeline(start, start + 0.5, owner, ["k"] * len(ops), "cupti", 1.0)
+    tables = result.component_tables(ops, seen, 1)
+    covers = {row["component"]: row["covers"] for rows in tables.values() for row in rows}
+    assert list(covers) == [
+        *("blocks", "lm_head", "attention", "mlp"),
+        *("qkv product", "attention over the cache", "projection"),
+    ]
+    assert covers["attention"] == "ln_1, attention" and covers["mlp"] == covers["blocks"] == ""
+    assert covers["qkv product"] == "ln_1, product, bias"
+    assert covers["lm_head"] == "final norm, lm_head"
+    mine = result.kernel_table(ops, seen, LIMITS, "ln_1")
+    assert [row["component"] for row in mine] == ["qkv product"]

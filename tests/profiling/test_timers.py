@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -82,6 +83,20 @@ def test_without_cupti_python_events_are_used(gpu, model, monkeypatch):
     assert "install gpt2cupy[profile]" in found.results["note"]
 
 
+def test_ranges_have_the_names_of_the_tables(gpu, model, monkeypatch):
+    seen = []
+
+    def annotate(name, domain):
+        assert domain == "gpt2cupy"
+        return seen.append(name) or contextlib.nullcontext()
+
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate))
+    profile.profile(model, PROMPT, SMALL, cupti=False)
+    steps = (SMALL.runs + 1) * SMALL.tokens  # one run op by op is for warming up
+    assert seen.count("blocks.1/attention/qkv product") == seen.count("lm_head") == steps
+    assert seen.count("run") == seen.count("run, op by op") == SMALL.runs
+
+
 def test_a_gate_holds_until_everything_is_queued(monkeypatch):
     monkeypatch.setattr(events, "GATE_SECONDS", 60)
     queue = []
@@ -98,38 +113,48 @@ def test_a_gate_holds_until_everything_is_queued(monkeypatch):
 
 def test_launches_have_names():
     kernel = SimpleNamespace(name="gemv")
-    assert events.launch_name(SimpleNamespace(func=kernel)) == "gemv"
+    assert events.launch_name(SimpleNamespace(function=kernel)) == "gemv"
     assert events.launch_name(lambda: None) == "cuBLAS"
 
 
+PLACES = {"embeddings", "qkv product", "attention over the cache", "projection", "lm_head"}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("gemv", ["ours", "cublas"])
 @pytest.mark.parametrize("dtype, batch", [("float32", 1), ("float16", 1), ("float16", 3)])
-def test_every_launch_of_a_step_has_its_place(dtype, batch):
+def test_every_launch_of_a_step_has_its_place(dtype, batch, gemv):
     settings = dataclasses.replace(SMALL, batch=batch)
-    session = Session(GPT2.random(TINY, 0, dtype=dtype, device="cuda"), PROMPT, settings)
-    launches = [launch for op in session.ops for launch in op.launches]
-    assert launches == session.decoder.calls
+    model = GPT2.random(TINY, 0, dtype=dtype, device="cuda")
+    model.gemv = gemv
+    session = Session(model, PROMPT, settings)
     assert all(len(op.launches) == len(op.costs) > 0 for op in session.ops)
+    per_layer = [sum(op.layer == layer for op in session.ops) for layer in range(TINY.n_layer)]
+    # Five where norms are made inside products, else seven.
+    assert set(per_layer) == {5 if any(op.fused for op in session.ops) else 7}
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decode", ["eager", "graph"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_profile_on_a_gpu(batch):
-    settings = dataclasses.replace(SMALL, batch=batch)
+def test_a_profile_on_a_gpu(batch, decode):
+    settings = dataclasses.replace(SMALL, batch=batch, decode=decode)
     model = GPT2.random(TINY, 0, dtype="float16", device="cuda")
     found = profile.profile(model, PROMPT, settings, cupti=False)
-    names = {row["kernel"] for row in found.results["kernels"]}
-    assert {"embedding", "layer_norm", "attention_decode", "sample"} <= names
+    assert {row["component"] for row in found.results["kernels"]} >= PLACES
+    assert found.results["decoder"] == decode
     assert (found.timeline.busy >= 0).all() and found.timeline.busy.sum() > 0
 
 
 @pytest.mark.gpu
-def test_cupti_sees_the_kernels():
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_cupti_sees_the_kernels(decode):
     pytest.importorskip("cupti")
     model = GPT2.random(TINY, 0, dtype="float16", device="cuda")
-    found = profile.profile(model, PROMPT, SMALL)
-    assert found.error is None, found.error
-    assert found.results["kernel_timer"] == "cupti"
-    assert {"embedding", "layer_norm"} <= {row["kernel"] for row in found.results["kernels"]}
-    # It lets go: a second profile works, and so does a model without one.
-    assert profile.profile(model, PROMPT, SMALL).error is None
+    settings = dataclasses.replace(SMALL, decode=decode)
+    # It lets go each time: a second profile works.
+    for _ in range(2):
+        found = profile.profile(model, PROMPT, settings)
+        assert found.error is None, found.error
+        assert found.results["kernel_timer"] == "cupti"
+        assert {row["component"] for row in found.results["kernels"]} >= PLACES
