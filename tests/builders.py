@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from gpt2cupy import GPT2Config
 from gpt2cupy.checkpoint.layout import HEAD, LAYER, PREFIX, WHOLE
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
+from gpt2cupy.validate.runs import widened as widened
 from gpt2cupy.weights import Weights
 
 TINY = GPT2Config(
@@ -150,14 +151,6 @@ def with_outliers(config: GPT2Config, weights: Weights, size: float = 2000.0) ->
         table = weights.wpe[:, column].astype(np.float32)
         weights.wpe[:, column] = table * (size / np.abs(table).max())
     return weights
-
-
-def widened(config: GPT2Config, weights: Weights) -> Weights:
-    """The same values in float64: what the oracle computes with."""
-    wide = Weights.empty(config, np.float64)
-    for name, array in weights.items():
-        getattr(wide, name)[...] = array.astype(np.float64)
-    return wide
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
