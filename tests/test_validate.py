@@ -24,7 +24,16 @@ from gpt2cupy.decode import EagerDecoder
 from gpt2cupy.errors import CheckpointError, Gpt2CupyError, InputError
 from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.record import ROOT
-from gpt2cupy.validate import Comparison, Limit, continued, random_ids, runs, table, validate
+from gpt2cupy.validate import (
+    Comparison,
+    Limit,
+    command,
+    continued,
+    random_ids,
+    runs,
+    table,
+    validate,
+)
 from gpt2cupy.validate.check import with_decoders
 from gpt2cupy.validate.command import Settings, run
 from gpt2cupy.validate.compare import compare_logits, top, worst
@@ -55,10 +64,10 @@ def copied(config, weights):
 
 def test_the_limit_is_twice_the_baseline_and_one_ulp():
     exact = np.array([1.0, -3.0])
-    limit = Limit.of(exact + [0.0, 0.25], exact, np.dtype(np.float16))
+    limit = Limit.of(np.array([1.0, -2.75]), exact, np.dtype(np.float16))
     assert limit.baseline_max == 0.25 and limit.baseline_rms == pytest.approx(0.25 / 2**0.5)
     assert limit.ulp == 2.0**-9  # of 3.0 in float16
-    assert limit.max == 0.5 + 2**-9
+    assert limit.max == 0.5 + 2**-9 and limit.rms == 2 * limit.baseline_rms + 2**-9
     assert limit.admits(limit.max, limit.rms)
     assert not limit.admits(np.nextafter(limit.max, 1), limit.rms)
     assert not limit.admits(limit.max, np.nextafter(limit.rms, 1))
@@ -245,6 +254,24 @@ def test_json_has_every_step(capsys):
         assert places == [(step, row) for step in range(5) for row in range(3)]
         assert all(len(s["top"]) == len(s["reference_top"]) == 3 for s in comparison["steps"])
         assert comparison["max_abs"] == max(s["max_abs"] for s in comparison["steps"])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_found_before_an_error_is_shown(monkeypatch, capsys, as_json):
+    def compare(settings):
+        yield [Comparison("float32", "full", "float64", 1e-7, 1e-8, LIMIT)]
+        raise InputError("no room")
+
+    monkeypatch.setattr(command, "compare", compare)
+    with pytest.raises(InputError, match="no room"):
+        run(Settings(device="cpu"), as_json=as_json)
+    output = capsys.readouterr()
+    if as_json:
+        found = json.loads(output.out)
+        assert found["passed"] is None and found["comparisons"][0]["passed"]
+    else:
+        assert "full" in output.out
+    assert "PASS" not in output.out + output.err
 
 
 @pytest.mark.parametrize(
@@ -478,6 +505,11 @@ def test_bisecting_sees_a_wrong_choice_a_wrong_cache_and_other_ops(bisect_step):
                 state.ids, state.positions, state.slots, state.cache, state.work, state.logits
             )
 
+    bench = bisect_step.Bench(lambda: EagerDecoder(model), ids)
+    first, again = bench.after(99)[0], bench.after(99)[0]
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name], name)
+    assert first["steps"].tolist() == [1, 1]
     found, count = bisect_step.bisect(lambda: EagerDecoder(model), lambda: Stuck(model), ids)
     assert found.op.writes == "next token" and found.op.index == count - 1
     assert set(found.differences) == {"steps"}

@@ -37,7 +37,7 @@ def continued(model: GPT2, prompt: np.ndarray, batch: int, steps: int, seed: int
     rows = [list(prompt) for _ in range(batch)]
     if steps > 1:
         params = SamplingParams(max_new_tokens=steps - 1, temperature=1.0, seed=seed)
-        engine = Engine(model, batch, decode="eager")
+        engine = Engine(model, batch, len(prompt) - 1 + steps, decode="eager")
         requests = [Request(row, prompt, params, index=row) for row in range(batch)]
         for token in engine.run(requests):
             rows[token.key].append(token.id)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from .. import checkpoint, loading
-from ..errors import InputError
+from ..errors import Gpt2CupyError, InputError
 from ..model import GPT2, check_tokens
 from ..record import environment
 from ..tokenizer import Tokenizer
 from ..weights import Weights
+from . import table
 from .check import continued, random_ids, validate
 from .compare import Comparison
 
@@ -48,14 +49,25 @@ def run(settings: Settings, *, as_json: bool = False) -> bool:
         If the settings cannot be run: an unknown dtype, path or model, a prompt
         longer than the context, transformers missing.
     """
-    from rich.console import Console
-
-    from . import table
-
-    comparisons = []
-    for found in compare(settings):
-        comparisons += found
+    comparisons: list[Comparison] = []
+    try:
+        for found in compare(settings):
+            comparisons += found
+    except (Gpt2CupyError, KeyboardInterrupt):
+        # One dtype may not fit where others did: what was found is shown, without a verdict.
+        if comparisons:
+            _show(settings, comparisons, None, as_json)
+        raise
     passed = all(comparison.passed for comparison in comparisons)
+    _show(settings, comparisons, passed, as_json)
+    verdict = table.verdict(comparisons)
+    print(verdict, file=sys.stderr if as_json else sys.stdout, flush=True)
+    return passed
+
+
+def _show(
+    settings: Settings, comparisons: list[Comparison], passed: bool | None, as_json: bool
+) -> None:
     if as_json:
         gpu = loading.resolve_device(settings.device)[0] == "cuda"
         whole = {
@@ -64,13 +76,13 @@ def run(settings: Settings, *, as_json: bool = False) -> bool:
             "passed": passed,
             "comparisons": [comparison.to_dict() for comparison in comparisons],
         }
-        print(json.dumps(whole, indent=1, allow_nan=False))
-    else:
-        # A file or a pipe has no width of its own: nothing is cut off there.
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-        console.print(table.render(comparisons))
-    print(table.verdict(comparisons), file=sys.stderr if as_json else sys.stdout)
-    return passed
+        print(json.dumps(whole, indent=1, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+
+    # A file or a pipe has no width of its own: nothing is cut off there.
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table.render(comparisons))
 
 
 def compare(settings: Settings) -> Iterator[list[Comparison]]:

@@ -11,6 +11,7 @@ import numpy as np
 from ..config import GPT2Config
 from ..decode import DecodeState, EagerDecoder
 from ..model import GPT2, Workspace
+from ..ops.launch import memory_error
 from ..sampling import SamplingParams
 from ..weights import Weights
 
@@ -28,8 +29,12 @@ def on_device(model: GPT2) -> Iterator[None]:
     if model.xp is np:
         yield
         return
-    with model.weights.wte.device, model.xp.cuda.Stream(non_blocking=True):
-        yield
+    cuda = model.xp.cuda
+    with model.weights.wte.device, cuda.Stream(non_blocking=True):
+        try:
+            yield
+        except cuda.memory.OutOfMemoryError as error:
+            raise memory_error(error, "validating") from error
 
 
 def host_weights(model: GPT2) -> Weights:
