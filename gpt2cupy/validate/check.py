@@ -10,7 +10,8 @@ import numpy as np
 from .. import decode
 from ..engine import Engine, Request
 from ..errors import InputError
-from ..model import GPT2, check_ids
+from ..ids import check_ids
+from ..model import GPT2
 from ..sampling import SamplingParams
 from ..weights import Weights
 from . import runs

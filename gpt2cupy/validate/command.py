@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import checkpoint, loading
 from ..errors import Gpt2CupyError, InputError
-from ..model import GPT2, check_tokens
+from ..ids import check_tokens
+from ..model import GPT2
 from ..record import environment
 from ..tokenizer import Tokenizer
 from ..weights import Weights

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, Gpt2CupyError
-from ..model import GPT2, check_ids
+from ..ids import check_ids
+from ..model import GPT2
 from . import runs
 from .check import chosen_decoders, with_decoders
 from .compare import Comparison, compare_logits

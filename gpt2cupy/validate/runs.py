@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..config import GPT2Config
-from ..decode import DecodeState, EagerDecoder
-from ..model import GPT2, Workspace
-from ..ops.launch import memory_error
+from ..decode import DecodeState, EagerDecoder, PromptRunner
+from ..decode.prompt import BUCKETS
+from ..model import GPT2
+from ..ops.device import device_errors
 from ..sampling import SamplingParams
 from ..weights import Weights
+from ..workspace import Workspace
 
 Array = Any
 
@@ -29,12 +31,10 @@ def on_device(model: GPT2) -> Iterator[None]:
     if model.xp is np:
         yield
         return
-    cuda = model.xp.cuda
-    with model.weights.wte.device, cuda.Stream(non_blocking=True):
-        try:
-            yield
-        except cuda.memory.OutOfMemoryError as error:
-            raise memory_error(error, "validating") from error
+    # The device first: a stream belongs to the one that is current when it is made.
+    stream = model.xp.cuda.Stream
+    with model.weights.wte.device, stream(non_blocking=True), device_errors("validating"):
+        yield
 
 
 def host_weights(model: GPT2) -> Weights:
@@ -101,8 +101,11 @@ class _Tapped(GPT2):
         return x
 
 
-def start(model: GPT2, ids: np.ndarray, prefilled: int) -> DecodeState:
-    """A state whose cache holds the first ``prefilled`` tokens of each row of ids [B, T]."""
+def start(model: GPT2, ids: np.ndarray, prefilled: int, *, graphs: bool = False) -> DecodeState:
+    """A state whose cache holds the first ``prefilled`` tokens of each row of ids [B, T].
+
+    ``graphs`` says whether they are run from a graph, where the device has them.
+    """
     batch, length = ids.shape
     cache = model.new_cache(batch, length)
     state = DecodeState(model, cache, batch)
@@ -110,8 +113,10 @@ def start(model: GPT2, ids: np.ndarray, prefilled: int) -> DecodeState:
     for row in range(batch):
         state.assign(row, row, settings)
     if prefilled:
-        work = model.new_workspace(batch * prefilled)
-        model.prefill(list(ids[:, :prefilled]), range(batch), cache, work)
+        work = model.new_workspace(max(batch * prefilled, BUCKETS[-1]))
+        prompts = PromptRunner(model, cache, work, graphs=graphs)
+        prompts.run(list(ids[:, :prefilled]), range(batch))
+        host(state.steps)  # waits: the graph goes with its owner
     return state
 
 
@@ -130,7 +135,7 @@ def cached(decoder: EagerDecoder, ids: np.ndarray, prefilled: int = 0) -> np.nda
     model = decoder.model
     found = []
     with on_device(model):
-        state = start(model, ids, prefilled)
+        state = start(model, ids, prefilled, graphs=decoder.name != "eager")
         decoder.prepare(state)
         for position in range(prefilled, ids.shape[1]):
             feed(state, ids[:, position], position)
