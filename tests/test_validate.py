@@ -346,6 +346,23 @@ def test_the_same_checkpoint_passes_against_hugging_face(tmp_path, xp, hugging_f
     assert not failures(found)
 
 
+@pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
+def test_their_float64_has_the_values_that_a_narrow_model_holds(tmp_path, hugging_face, dtype_name):
+    stored = Weights.random(TINY, 5)
+    stored.proj_b[...] *= 50  # of the residual stream: held in float32 whatever the dtype
+    write_checkpoint(tmp_path, TINY, weights=stored)
+    held = Weights.from_tensors(TINY, weight_tensors(TINY, stored), DTYPES[dtype_name])
+    model = GPT2(TINY, held)
+    ids = random_ids(model, 2, 20)
+    found = against(hugging_face, model, tmp_path, ids)
+    assert not failures(found) and {c.dtype for c in found} == {dtype_name}
+    exact = runs.exact(TINY, held, ids)
+    (logits,) = (c for c in found if c.ours == "logits")
+    for step in logits.steps:
+        best = exact[step.row, step.step].max()
+        assert step.reference_top[0][1] == pytest.approx(best, rel=1e-9)
+
+
 CHANGES = [
     *[(name, layer, f"layer {layer}") for name in ("qkv_w", "proj_w", "fc_w", "out_w")
       for layer in range(TINY.n_layer)],
