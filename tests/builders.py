@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from gpt2cupy import GPT2Config
+from gpt2cupy import GPT2, GPT2Config
 from gpt2cupy.checkpoint.layout import HEAD, LAYER, PREFIX, WHOLE
+from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
 from gpt2cupy.validate.runs import widened as widened
 from gpt2cupy.weights import Weights
@@ -151,6 +152,20 @@ def with_outliers(config: GPT2Config, weights: Weights, size: float = 2000.0) ->
         table = weights.wpe[:, column].astype(np.float32)
         weights.wpe[:, column] = table * (size / np.abs(table).max())
     return weights
+
+
+def copied(config: GPT2Config, weights: Weights) -> Weights:
+    """The same values in memory of their own, to be changed."""
+    copy = Weights.empty(config, weights.dtype)
+    for name, array in weights.items():
+        getattr(copy, name)[...] = array
+    return copy
+
+
+def model_on(xp: Any, config: GPT2Config, weights: Weights) -> GPT2:
+    """The model on the CPU for NumPy, on the first GPU for CuPy."""
+    tensors = weight_tensors(config, weights)
+    return place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

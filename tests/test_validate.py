@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import io
 import json
 import math
@@ -13,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from builders import TINY, with_outliers, write_checkpoint
+from builders import TINY, copied, model_on, with_outliers, write_checkpoint
 from error_rule import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,8 +19,7 @@ from rich.console import Console
 
 from gpt2cupy import GPT2, GPT2Config, decode
 from gpt2cupy.decode import EagerDecoder
-from gpt2cupy.errors import CheckpointError, Gpt2CupyError, InputError
-from gpt2cupy.loading import place, weight_tensors
+from gpt2cupy.errors import Gpt2CupyError, InputError
 from gpt2cupy.record import ROOT
 from gpt2cupy.validate import (
     Comparison,
@@ -43,20 +40,8 @@ GPT2_SHAPE = GPT2Config.from_name("gpt2")
 LIMIT = Limit(1e-6, 1e-7, 1e-7)
 
 
-def model_on(xp, config, weights):
-    tensors = weight_tensors(config, weights)
-    return place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
-
-
 def failures(comparisons):
     return [(c.ours, c.against, c.max_abs, c.limit.max) for c in comparisons if not c.passed]
-
-
-def copied(config, weights):
-    copy = Weights.empty(config, weights.dtype)
-    for name, array in weights.items():
-        getattr(copy, name)[...] = array
-    return copy
 
 
 # -- the rule and the figures ----------------------------------------------------------------------
@@ -135,21 +120,6 @@ def test_only_the_steps_after_the_prompt_are_compared(xp):
     assert not failures(found) and len(found[0].steps) == 2 * 9
     whole = validate(model, ids)
     assert whole[0].steps[2 * 2].reference_top == found[0].steps[0].reference_top
-
-
-class Broken(EagerDecoder):
-    """Its step is another model's, while the prompt is its own model's."""
-
-    name = "broken"
-
-    def __init__(self, model, other):
-        super().__init__(model)
-        self.other = other
-
-    def _step(self, state):
-        good, self.model = self.model, self.other
-        super()._step(state)
-        self.model = good
 
 
 class Forgetful(EagerDecoder):
@@ -320,229 +290,9 @@ def test_exit_codes(tmp_path):
     assert failed.returncode == 1 and failed.stdout.splitlines()[-1].startswith("FAIL")
 
 
-# -- Hugging Face ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hugging_face():
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from gpt2cupy.validate import huggingface
-
-    return huggingface
-
-
-def against(hugging_face, model, folder, ids):
-    return hugging_face.compare(model, hugging_face.load(folder), ids)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_same_checkpoint_passes_against_hugging_face(tmp_path, xp, hugging_face, seed):
-    weights = write_checkpoint(tmp_path, TINY, seed)
-    model = model_on(xp, TINY, weights)
-    found = against(hugging_face, model, tmp_path, random_ids(model, 2, 30, seed))
-    names = ["embedding", "layer 0", "layer 1", "logits", *decode.paths(model)]
-    assert list(dict.fromkeys(c.ours for c in found)) == names
-    assert not failures(found)
-
-
-@pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
-def test_their_float64_has_the_values_that_a_narrow_model_holds(tmp_path, hugging_face, dtype_name):
-    stored = Weights.random(TINY, 5)
-    stored.proj_b[...] *= 50  # of the residual stream: held in float32 whatever the dtype
-    write_checkpoint(tmp_path, TINY, weights=stored)
-    held = Weights.from_tensors(TINY, weight_tensors(TINY, stored), DTYPES[dtype_name])
-    model = GPT2(TINY, held)
-    ids = random_ids(model, 2, 20)
-    found = against(hugging_face, model, tmp_path, ids)
-    assert not failures(found) and {c.dtype for c in found} == {dtype_name}
-    exact = runs.exact(TINY, held, ids)
-    (logits,) = (c for c in found if c.ours == "logits")
-    for step in logits.steps:
-        best = exact[step.row, step.step].max()
-        assert step.reference_top[0][1] == pytest.approx(best, rel=1e-9)
-
-
-CHANGES = [
-    *[(name, layer, f"layer {layer}") for name in ("qkv_w", "proj_w", "fc_w", "out_w")
-      for layer in range(TINY.n_layer)],
-    ("wte", None, "embedding"),
-    ("wpe", None, "embedding"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, layer, first", CHANGES)
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.95])  # of the rows: of qkv_w query, key and value
-def test_one_changed_element_is_found_and_its_layer_named(
-    tmp_path, hugging_face, name, layer, first, part
-):
-    weights = write_checkpoint(tmp_path / "right", TINY, 4)
-    ids = random_ids(GPT2(TINY, weights), 2, 30, 1)
-    array = getattr(weights, name)
-    array = array if layer is None else array[layer]
-    row = int(part * len(array))
-    if name == "wte":
-        row = int(ids[0, 3])
-    if name == "wpe":
-        row = int(part * 30)
-    array[row, 7] += 1.0
-    write_checkpoint(tmp_path / "changed", TINY, weights=weights)
-    model = GPT2.from_pretrained(str(tmp_path / "changed"), device="cpu")
-    found = against(hugging_face, model, tmp_path / "right", ids)
-    wrong = [c.ours for c in found if not c.passed]
-    assert wrong[0] == first
-    assert {"logits", "eager"} <= set(wrong)
-
-
-def test_a_changed_head_is_found_in_the_logits(tmp_path, hugging_face):
-    config = dataclasses.replace(TINY, tie_word_embeddings=False)
-    weights = write_checkpoint(tmp_path, config, 4)
-    weights.lm_head[20, 3] += 1.0
-    model = GPT2(config, weights)
-    found = against(hugging_face, model, tmp_path, random_ids(model, 1, 5))
-    assert [c.ours for c in found if not c.passed] == ["logits", "eager"]
-
-
-def test_the_command_names_the_first_layer_that_differs(tmp_path, hugging_face, capsys):
-    weights = write_checkpoint(tmp_path / "right", TINY, 4)
-    weights.proj_w[1, 3, 5] += 1.0
-    write_checkpoint(tmp_path / "changed", TINY, weights=weights)
-    settings = {"steps": 12, "device": "cpu", "against": "hf"}
-    assert run(Settings(str(tmp_path / "right"), **settings))
-    changed = Settings(str(tmp_path / "changed"), **settings, reference=str(tmp_path / "right"))
-    assert not run(changed)
-    assert "FAIL: 3 of 5" in capsys.readouterr().out
-    assert not run(changed, as_json=True)
-    output = capsys.readouterr()
-    assert "first layer 1 against hf float64" in output.err
-    assert [c["ours"] for c in json.loads(output.out)["comparisons"] if not c["passed"]] == [
-        "layer 1",
-        "logits",
-        "eager",
-    ]
-
-
-def test_references_that_do_not_fit_are_refused(tmp_path, hugging_face):
-    model = GPT2(TINY, Weights.random(TINY, 0))
-    other = GPT2Config(vocab_size=50, n_positions=48, n_embd=32, n_layer=2, n_head=2)
-    write_checkpoint(tmp_path / "other", other)
-    ids = np.zeros((1, 3), np.int32)
-    with pytest.raises(CheckpointError, match="vocab_size 211, the reference 50"):
-        against(hugging_face, model, tmp_path / "other", ids)
-    with pytest.raises(CheckpointError, match="--reference"):
-        hugging_face.load(tmp_path / "model.bin")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="cannot load the reference"):
-        hugging_face.load(tmp_path / "empty")
-
-
-def test_without_transformers_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(Gpt2CupyError, match=r"pip install 'gpt2cupy\[parity\]'"):
-        run(Settings(steps=2, device="cpu", against="hf"))
-
-
-# -- bisecting a step ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bisect_step():
-    spec = importlib.util.spec_from_file_location("bisect_step", ROOT / "tools" / "bisect_step.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bisect_step"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bisect_step"]
-
-
-WRITES = {"qkv_b": "qkv", "proj_w": "x", "fc_w": "inner", "out_w": "x"}
-
-
-@pytest.mark.parametrize("layer", range(TINY.n_layer))
-@pytest.mark.parametrize("name", WRITES)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_bisecting_names_the_op_that_is_wrong(xp, bisect_step, name, layer, rows):
-    weights = Weights.random(TINY, 0)
-    changed = copied(TINY, weights)
-    getattr(changed, name)[layer].reshape(-1)[5] += 1.0
-    model, other = model_on(xp, TINY, weights), model_on(xp, TINY, changed)
-    ids = random_ids(model, rows, 10)
-    departure, count = bisect_step.bisect(
-        lambda: EagerDecoder(model), lambda: Broken(model, other), ids
-    )
-    assert count == 1 + 5 * TINY.n_layer + 2
-    op = departure.op
-    place = {"qkv_b": 1, "proj_w": 3, "fc_w": 4, "out_w": 5}[name]
-    assert (op.layer, op.writes, op.index) == (layer, WRITES[name], 5 * layer + place)
-    assert set(departure.differences) == {WRITES[name]}
-    assert f"layer {layer}" in str(op)
-
-
-def test_bisecting_finds_attention_logits_and_embedding(bisect_step):
-    model = GPT2(TINY, Weights.random(TINY, 0))
-    ids = random_ids(model, 2, 10)
-
-    def first(name, change):
-        changed = GPT2(TINY, copied(TINY, model.weights))
-        change(changed)
-        found, _ = bisect_step.bisect(
-            lambda: EagerDecoder(model), lambda: Broken(model, changed), ids
-        )
-        return found and (found.op.name, found.op.layer, found.op.writes)
-
-    def scaled(other):
-        other.config = GPT2Config(**{**vars(TINY), "scale_attn_weights": False})
-
-    def normed(other):
-        other.weights.lnf_b[0] += 1
-
-    def placed(other):
-        other.weights.wpe[9, 0] += 1
-
-    assert first("scale", scaled) == ("attention_decode", 0, "attended")
-    assert first("norm", normed) == ("norm_linear", None, "logits")
-    assert first("position", placed) == ("embedding", None, "x")
-    assert first("nothing", lambda other: None) is None
-
-
-def test_bisecting_sees_a_wrong_choice_a_wrong_cache_and_other_ops(bisect_step):
-    model = GPT2(TINY, Weights.random(TINY, 0))
-    ids = random_ids(model, 2, 10)
-
-    class Stuck(EagerDecoder):
-        def _step(self, state):
-            before = state.steps.copy()
-            super()._step(state)
-            if state.steps.any():
-                state.steps[...] = before
-
-    class Shorter(EagerDecoder):
-        def _step(self, state):
-            self.model.decode(
-                state.ids, state.positions, state.slots, state.cache, state.work, state.logits
-            )
-
-    bench = bisect_step.Bench(lambda: EagerDecoder(model), ids)
-    first, again = bench.after(99)[0], bench.after(99)[0]
-    for name, array in first.items():
-        np.testing.assert_array_equal(array, again[name], name)
-    assert first["steps"].tolist() == [1, 1]
-    found, count = bisect_step.bisect(lambda: EagerDecoder(model), lambda: Stuck(model), ids)
-    assert found.op.writes == "next token" and found.op.index == count - 1
-    assert set(found.differences) == {"steps"}
-    with pytest.raises(InputError, match="same ops"):
-        bisect_step.bisect(lambda: EagerDecoder(model), lambda: Shorter(model), ids)
-    found, _ = bisect_step.bisect(lambda: EagerDecoder(model), lambda: Forgetful(model), ids)
-    assert found.op.writes == "the state" and set(found.differences) == {"k"}
-
-
-def test_the_tolerance_of_bisecting(bisect_step):
-    assert bisect_step.relative(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == 0.25
-    nan = np.array([np.nan, 1.0], np.float32)
-    assert bisect_step.relative(nan, nan.copy()) == 0
-    assert bisect_step.relative(nan, np.ones(2, np.float32)) == math.inf
-    infinite = np.array([np.inf, 2.0])
-    assert bisect_step.relative(np.array([np.inf, 1.0]), infinite) == 0.5
+def test_a_comparison_without_steps_is_drawn():
+    text = drawn([Comparison("float32", "layer 0", "hf float64", 1e-7, 1e-8, LIMIT)])
+    assert "layer 0" in text and "pass" in text
 
 
 # -- on a GPU --------------------------------------------------------------------------------------
@@ -577,23 +327,3 @@ def test_a_changed_element_fails_on_a_gpu(dtype_name):
     changed.fc_w[6, 100, 50] += 1
     model = model_on(cupy, GPT2_SHAPE, changed)
     assert failures(validate(model, random_ids(model, 1, 8), weights=weights))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 17])
-@pytest.mark.parametrize("dtype_name", DTYPES)
-def test_no_path_leaves_eager_in_any_op(bisect_step, dtype_name, rows):
-    import cupy
-
-    model = model_on(cupy, TINY, Weights.random(TINY, 0, DTYPES[dtype_name]))
-    ids = random_ids(model, rows, 10)
-    for path in decode.paths(model):
-        found, count = bisect_step.bisect(
-            lambda: EagerDecoder(model), lambda path=path: decode.decoder(model, path), ids
-        )
-        assert found is None and count == 1 + 5 * TINY.n_layer + 2
-
-
-def test_a_comparison_without_steps_is_drawn():
-    text = drawn([Comparison("float32", "layer 0", "hf float64", 1e-7, 1e-8, LIMIT)])
-    assert "layer 0" in text and "pass" in text

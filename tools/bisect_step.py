@@ -103,7 +103,9 @@ class Bench:
         with runs.on_device(model):
             self.state = runs.start(model, ids, ids.shape[1] - 1)
             cache = self.state.cache
-            self.before = [(array, array.copy()) for array in (cache.k, cache.v, self.state.steps)]
+            # As bytes, which can be copied whatever the dtype.
+            kept = [a.view(np.uint8) for a in (cache.k, cache.v, self.state.steps)]
+            self.before = [(array, array.copy()) for array in kept]
             runs.host(self.state.steps)  # waits: the next run is on another stream
 
     def after(self, count: int) -> tuple[dict[str, np.ndarray], list[Op]]:

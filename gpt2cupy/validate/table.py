@@ -25,8 +25,8 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     first = failed[0]
     return (
         f"FAIL: {len(failed)} of {len(comparisons)} comparisons break the error rule, first "
-        f"{first.ours} against {first.against} in {first.dtype} (max abs {first.max_abs:.3g}, "
-        f"at most {first.limit.max:.3g})"
+        f"{first.ours} against {first.against} in {first.dtype}: max abs {first.max_abs:.3g}, "
+        f"admitted {first.limit.max:.3g}; RMSE {first.rmse:.3g}, admitted {first.limit.rms:.3g}"
     )
 
 
