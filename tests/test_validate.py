@@ -174,6 +174,8 @@ def test_what_cannot_be_validated_is_refused():
         random_ids(model, 1, 49)
     with pytest.raises(InputError, match="batch is 0"):
         random_ids(model, 0, 4)
+    with pytest.raises(InputError, match="seed is -1"):
+        random_ids(model, 1, 4, seed=-1)
     prompt = np.zeros(48, np.int32)
     assert continued(model, prompt, 1, 1).shape == (1, 48)
     with pytest.raises(InputError, match="48 tokens and 2 steps"):

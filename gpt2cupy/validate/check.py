@@ -22,6 +22,8 @@ from .rule import Limit
 def random_ids(model: GPT2, batch: int, steps: int, seed: int = 0) -> np.ndarray:
     """Token ids [B, T], drawn evenly from the vocabulary."""
     _check_room(model, batch, 0, steps)
+    if seed < 0:
+        raise InputError(f"seed is {seed}", where="seed", remedy="It must be 0 or more.")
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, steps))
     return ids.astype(np.int32)
 
