@@ -1,4 +1,4 @@
-"""The command line: ``gpt2cupy generate``, ``info``, ``compile`` and ``profile``."""
+"""The command line: ``gpt2cupy generate``, ``info``, ``compile``, ``profile``, ``validate``."""
 
 from __future__ import annotations
 
@@ -172,6 +172,38 @@ def profile(
             as_json=json,
             cupti=cupti,
         )
+
+
+@app.command()
+def validate(
+    name: Annotated[str, typer.Argument(metavar="[MODEL]", help="As --model.")] = "",
+    model: Model = "shakespeare",
+    steps: Annotated[int, typer.Option(help="Decode steps compared.")] = 128,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 2,
+    prompt: Annotated[Optional[str], typer.Option(help="Instead of random ids.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of random ids, or of the continuation.")] = 0,
+    dtype: Annotated[str, typer.Option(help="One dtype; auto is all the device has.")] = "auto",
+    device: Device = "auto",
+    path: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Decode path beside eager; several times for several. Default: all."),
+    ] = None,
+    against: Annotated[str, typer.Option(help="float64, or hf for transformers.")] = "float64",
+    reference: Annotated[Optional[str], typer.Option(help="Folder that hf loads.")] = None,  # noqa: UP045
+    revision: Annotated[Optional[str], typer.Option(help="Revision of a hub id.")] = None,  # noqa: UP045
+    json: Annotated[bool, typer.Option("--json", help="Every step as JSON.")] = False,
+) -> None:
+    """Check the numbers: cached against whole forward, all paths, float64 or transformers."""
+    with _shell_manners():
+        from .validate import command
+
+        settings = command.Settings(
+            name or model, steps, batch, prompt, seed, dtype, device, tuple(path or ()), against,
+            reference, revision,
+        )  # fmt: skip
+        passed = command.run(settings, as_json=json)
+    if not passed:
+        raise typer.Exit(1)
 
 
 def main() -> None:

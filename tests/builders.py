@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from gpt2cupy import GPT2Config
+from gpt2cupy import GPT2, GPT2Config
 from gpt2cupy.checkpoint.layout import HEAD, LAYER, PREFIX, WHOLE
+from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
+from gpt2cupy.validate.runs import widened as widened
 from gpt2cupy.weights import Weights
 
 TINY = GPT2Config(
@@ -152,12 +154,18 @@ def with_outliers(config: GPT2Config, weights: Weights, size: float = 2000.0) ->
     return weights
 
 
-def widened(config: GPT2Config, weights: Weights) -> Weights:
-    """The same values in float64: what the oracle computes with."""
-    wide = Weights.empty(config, np.float64)
+def copied(config: GPT2Config, weights: Weights) -> Weights:
+    """The same values in memory of their own, to be changed."""
+    copy = Weights.empty(config, weights.dtype)
     for name, array in weights.items():
-        getattr(wide, name)[...] = array.astype(np.float64)
-    return wide
+        getattr(copy, name)[...] = array
+    return copy
+
+
+def model_on(xp: Any, config: GPT2Config, weights: Weights) -> GPT2:
+    """The model on the CPU for NumPy, on the first GPU for CuPy."""
+    tensors = weight_tensors(config, weights)
+    return place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

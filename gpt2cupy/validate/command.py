@@ -1,0 +1,154 @@
+"""The body of ``gpt2cupy validate``: checkpoints in, tables or JSON out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import checkpoint, loading
+from ..errors import Gpt2CupyError, InputError
+from ..ids import check_tokens
+from ..model import GPT2
+from ..record import environment
+from ..tokenizer import Tokenizer
+from ..weights import Weights
+from . import table
+from .check import continued, random_ids, validate
+from .compare import Comparison
+
+AGAINST = ("float64", "hf")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared; the fields are the options of the command."""
+
+    model: str = "shakespeare"
+    steps: int = 128
+    batch: int = 2
+    prompt: str | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    path: tuple[str, ...] = ()
+    against: str = "float64"
+    reference: str | None = None
+    revision: str | None = None
+
+
+def run(settings: Settings, *, as_json: bool = False) -> bool:
+    """Validate, print tables (or JSON) and the verdict; returns whether everything passed.
+
+    Raises
+    ------
+    Gpt2CupyError
+        If the settings cannot be run: an unknown dtype, path or model, a prompt
+        longer than the context, transformers missing.
+    """
+    comparisons: list[Comparison] = []
+    try:
+        for found in compare(settings):
+            comparisons += found
+    except (Gpt2CupyError, KeyboardInterrupt):
+        # One dtype may not fit where others did: what was found is shown, without a verdict.
+        if comparisons:
+            _show(settings, comparisons, None, as_json)
+        raise
+    passed = all(comparison.passed for comparison in comparisons)
+    _show(settings, comparisons, passed, as_json)
+    verdict = table.verdict(comparisons)
+    print(verdict, file=sys.stderr if as_json else sys.stdout, flush=True)
+    return passed
+
+
+def _show(
+    settings: Settings, comparisons: list[Comparison], passed: bool | None, as_json: bool
+) -> None:
+    if as_json:
+        gpu = loading.resolve_device(settings.device)[0] == "cuda"
+        whole = {
+            "settings": asdict(settings),
+            "environment": environment(gpu=gpu),
+            "passed": passed,
+            "comparisons": [comparison.to_dict() for comparison in comparisons],
+        }
+        print(json.dumps(whole, indent=1, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+
+    # A file or a pipe has no width of its own: nothing is cut off there.
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table.render(comparisons))
+
+
+def compare(settings: Settings) -> Iterator[list[Comparison]]:
+    """The comparisons of one dtype after another."""
+    if settings.against not in AGAINST:
+        raise InputError(
+            f"unknown reference {settings.against!r}",
+            where="--against",
+            remedy=f"Use {' or '.join(AGAINST)}.",
+        )
+    if settings.reference is not None and settings.against != "hf":
+        raise InputError(
+            "--reference means nothing without --against hf",
+            where="--reference",
+            remedy="Add --against hf.",
+        )
+    kind, index = loading.resolve_device(settings.device)
+    dtypes = _dtypes(settings.dtype, kind)
+    source = checkpoint.open(settings.model, revision=settings.revision)
+    theirs = _load_theirs(settings, source) if settings.against == "hf" else None
+    for dtype in dtypes:
+        held = loading.resolve_dtype(dtype, source.dtype, kind)
+        weights = Weights.from_tensors(source.config, source.tensors(finite=True), held)
+        model = GPT2(source.config, weights)
+        if kind != "cpu":
+            # From the files again, so that an error of loading would be seen.
+            model = loading.place(source.config, source.tensors(), held, kind, index)
+        ids, prefilled = _tokens(settings, source, model)
+        paths = settings.path or None
+        if theirs is None:
+            yield validate(model, ids, prefilled=prefilled, paths=paths, weights=weights)
+        else:
+            from . import huggingface
+
+            yield huggingface.compare(model, theirs, ids, prefilled, paths=paths)
+
+
+def _dtypes(name: str, kind: str) -> Sequence[str]:
+    """The dtypes to validate: "auto" is every one that the device computes in."""
+    possible = ("float32",) if kind == "cpu" else loading.DTYPES
+    if name == "auto":
+        return possible
+    # As a GPU would hold it: on the CPU every dtype becomes float32, which is not what was asked.
+    full = loading.resolve_dtype(name, np.dtype(np.float32), "cuda").name
+    if full not in possible:
+        raise InputError(
+            f"the NumPy engine computes in float32 only, not in {full}",
+            where="dtype",
+            remedy="Validate other dtypes on a GPU.",
+        )
+    return (full,)
+
+
+def _tokens(settings: Settings, source: checkpoint.Checkpoint, model: GPT2) -> tuple[Any, int]:
+    """Ids [B, T], and how many of them come before the steps."""
+    batch, steps, seed = settings.batch, settings.steps, settings.seed
+    if settings.prompt is None:
+        return random_ids(model, batch, steps, seed), 0
+    tokenizer = Tokenizer.from_path(source.path)
+    prompt = tokenizer.encode(settings.prompt) or [tokenizer.eot_token]
+    checked = check_tokens(prompt, model.config)
+    return continued(model, checked, batch, steps, seed), len(checked) - 1
+
+
+def _load_theirs(settings: Settings, source: checkpoint.Checkpoint) -> Any:
+    from . import huggingface
+
+    return huggingface.load(settings.reference or source.path)

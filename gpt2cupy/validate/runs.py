@@ -1,0 +1,144 @@
+"""The ways to the logits of given tokens: whole, cached by a decoder, in float64, the baseline."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ..config import GPT2Config
+from ..decode import DecodeState, EagerDecoder, PromptRunner
+from ..decode.prompt import BUCKETS
+from ..model import GPT2
+from ..ops.device import device_errors
+from ..sampling import SamplingParams
+from ..weights import Weights
+from ..workspace import Workspace
+
+Array = Any
+
+
+def host(array: Array) -> np.ndarray:
+    """The array in host memory."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+@contextlib.contextmanager
+def on_device(model: GPT2) -> Iterator[None]:
+    """The model's device and a stream of its own, as the engine has them."""
+    if model.xp is np:
+        yield
+        return
+    # The device first: a stream belongs to the one that is current when it is made.
+    stream = model.xp.cuda.Stream
+    with model.weights.wte.device, stream(non_blocking=True), device_errors("validating"):
+        yield
+
+
+def host_weights(model: GPT2) -> Weights:
+    """The values that the model holds, in its dtype, in host memory."""
+    if model.xp is np:
+        return model.weights
+    copy = Weights.empty(model.config, model.dtype)
+    for name, array in model.weights.items():
+        getattr(copy, name)[...] = array.get()
+    return copy
+
+
+def widened(config: GPT2Config, weights: Weights) -> Weights:
+    """The same values in float64: what the reference computes with."""
+    wide = Weights.empty(config, np.float64)
+    for name, array in weights.items():
+        getattr(wide, name)[...] = array.astype(np.float64)
+    return wide
+
+
+def exact(config: GPT2Config, weights: Weights, ids: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] in float64 from the values of ``weights``."""
+    return GPT2(config, widened(config, weights))(ids)
+
+
+def baseline(config: GPT2Config, weights: Weights, ids: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] as the error rule's baseline: float32 sums, results rounded to the dtype."""
+    return GPT2(config, weights)(ids).astype(weights.dtype)
+
+
+def full(model: GPT2, ids: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of one pass over all tokens."""
+    with on_device(model):
+        return host(model(ids))
+
+
+def layers(model: GPT2, ids: np.ndarray) -> list[np.ndarray]:
+    """Residual stream [B, T, C] after the embedding and after each layer: L + 1 arrays."""
+    tapped = _Tapped(model.config, model.weights, gemv=model.gemv)
+    tapped.states = []
+    with on_device(model):
+        tapped.hidden(ids)
+    return [state.reshape(*ids.shape, -1) for state in tapped.states]
+
+
+class _Tapped(GPT2):
+    """Keeps the residual stream as each layer finds it, and as the last leaves it."""
+
+    states: list[np.ndarray]
+
+    def forward(
+        self,
+        ids: Array,
+        positions: Array,
+        attend: Callable[[int, Array, Array], None],
+        work: Workspace,
+    ) -> Array:
+        def tapped(layer: int, qkv: Array, out: Array) -> None:
+            self.states.append(host(work.x).copy())
+            attend(layer, qkv, out)
+
+        x = super().forward(ids, positions, tapped, work)
+        self.states.append(host(x).copy())
+        return x
+
+
+def start(model: GPT2, ids: np.ndarray, prefilled: int, *, graphs: bool = False) -> DecodeState:
+    """A state whose cache holds the first ``prefilled`` tokens of each row of ids [B, T].
+
+    ``graphs`` says whether they are run from a graph, where the device has them.
+    """
+    batch, length = ids.shape
+    cache = model.new_cache(batch, length)
+    state = DecodeState(model, cache, batch)
+    settings = SamplingParams().row(0, length, -1)
+    for row in range(batch):
+        state.assign(row, row, settings)
+    if prefilled:
+        work = model.new_workspace(max(batch * prefilled, BUCKETS[-1]))
+        prompts = PromptRunner(model, cache, work, graphs=graphs)
+        prompts.run(list(ids[:, :prefilled]), range(batch))
+        host(state.steps)  # waits: the graph goes with its owner
+    return state
+
+
+def feed(state: DecodeState, tokens: np.ndarray, position: int) -> None:
+    """Make ``tokens`` [B] at ``position`` what the next step feeds, whatever the last one chose."""
+    for array, values in ((state.ids, tokens), (state.positions, np.full(len(tokens), position))):
+        whole = np.ascontiguousarray(values, np.int32)
+        if state.xp is np:
+            array[...] = whole
+        else:
+            array.set(whole)
+
+
+def cached(decoder: EagerDecoder, ids: np.ndarray, prefilled: int = 0) -> np.ndarray:
+    """Logits [B, T - prefilled, V] of one decode step per token, each fed the given token."""
+    model = decoder.model
+    found = []
+    with on_device(model):
+        state = start(model, ids, prefilled, graphs=decoder.name != "eager")
+        decoder.prepare(state)
+        for position in range(prefilled, ids.shape[1]):
+            feed(state, ids[:, position], position)
+            decoder.step(state)
+            found.append(host(state.logits)[:, : state.vocab_size].copy())
+    return np.stack(found, axis=1)
