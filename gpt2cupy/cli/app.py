@@ -1,0 +1,36 @@
+"""The commands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from . import generate, machine, shell, text
+
+app = typer.Typer(
+    help="GPT-2 inference from hand-written CUDA kernels.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"gpt2cupy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (generate.generate, text.score, text.tokenize, machine.info, machine.compile):
+    app.command()(shell.with_manners(command))
