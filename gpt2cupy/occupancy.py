@@ -139,7 +139,8 @@ def _entries(data: bytes) -> Iterator[tuple[str, Resources]]:
     sizes = {section.name: section.size for section in sections}
     contents = {s.name: data[s.offset : s.offset + s.size] for s in sections}
     names = _symbols(contents)
-    registers, frames = {}, {}
+    registers: dict[str, int] = {}
+    frames: dict[str, int] = {}
     for attribute, payload in _records(contents[".nv.info"]):
         if attribute in (_REGISTERS, _FRAME):
             symbol, value = struct.unpack("<II", payload)

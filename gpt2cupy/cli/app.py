@@ -17,9 +17,10 @@ app = typer.Typer(
 )
 
 
+@shell.with_manners
 def _version(show: bool) -> None:
     if show:
-        print(f"gpt2cupy {__version__}")
+        shell.write(f"gpt2cupy {__version__}\n")
         raise typer.Exit
 
 

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 200
 
 
-class Gemv(enum.Enum):
-    """Who multiplies a single row on the GPU."""
-
-    ours = "ours"
-    cublas = "cublas"
+Gemv = enum.Enum("Gemv", {"ours": "ours", "cublas": "cublas"})
 
 
 def generate(
@@ -127,9 +123,10 @@ def generate(
 
 def _stream(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool) -> None:
     """One continuation, as it comes."""
+    pieces = lm.stream(prompt, params)  # refuses what cannot be, before anything is written
     shell.write(prompt)
     piece, count = None, 0
-    for piece in lm.stream(prompt, params):
+    for piece in pieces:
         shell.write(piece.text)
         count += 1
     shell.write("\n")

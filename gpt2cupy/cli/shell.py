@@ -140,8 +140,9 @@ def read_text(argument: str | None, file: Path | None) -> str:
     asked = argument == "-" or file is not None
     if sys.stdin is None or (not asked and sys.stdin.isatty()):
         return ""
-    return _decoded(sys.stdin.buffer.read(), "stdin")
-
+    # In pieces: while one read() goes on to the end, Ctrl-C may have to wait for it.
+    read: Callable[[int], bytes] = sys.stdin.buffer.read1  # type: ignore[union-attr]
+    return _decoded(b"".join(iter(lambda: read(1 << 16), b"")), "stdin")
 
 
 def _decoded(data: bytes, where: str) -> str:
