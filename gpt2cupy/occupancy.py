@@ -139,9 +139,10 @@ def _entries(data: bytes) -> Iterator[tuple[str, Resources]]:
     sizes = {section.name: section.size for section in sections}
     contents = {s.name: data[s.offset : s.offset + s.size] for s in sections}
     names = _symbols(contents)
+    # A source may have no entry for an old chip, and then its cubin no records.
     registers: dict[str, int] = {}
     frames: dict[str, int] = {}
-    for attribute, payload in _records(contents[".nv.info"]):
+    for attribute, payload in _records(contents.get(".nv.info", b"")):
         if attribute in (_REGISTERS, _FRAME):
             symbol, value = struct.unpack("<II", payload)
             (registers if attribute == _REGISTERS else frames)[names[symbol]] = value

@@ -403,23 +403,28 @@ def test_what_needs_cupy_says_so(arguments):
 
 def test_info_kernels_without_a_gpu():
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.ops import compiler
+
     arguments = ("info", "--kernels", "--arch", "sm_90", "--dtype", "float16")
     rows = [json.loads(line) for line in done(*arguments, "--json").splitlines()]
-    entries = {row["entry"]: row for row in rows}
-    assert {"embedding", "layer_norm", "gemv", "attention_decode", "sample"} <= entries.keys()
-    for name, row in entries.items():
+    assert {"embedding", "layer_norm", "sample"} <= {row["entry"] for row in rows}
+    assert {row["source"] for row in rows} == set(compiler.SOURCES)
+    for row in rows:
+        name = row["entry"]
         assert row["arch"] == "sm_90" and 0 < row["registers"] <= 255
         assert row["local_bytes"] == 0, f"{name} spills"
         if row["threads"] is None:
-            # The steps of the ladders; everything else must say how it is launched.
-            assert name.removesuffix("_f32").endswith("_naive")
+            # Lower rungs of the ladders; everything else must say how it is launched.
+            rungs = ("layer_norm_naive", "gemv_naive", "gemv", "attention_naive")
+            assert name.removesuffix("_f32") in rungs
         else:
             assert row["blocks_per_sm"] > 0 and 0 < row["occupancy"] <= 1
     table = done(*arguments).splitlines()
     assert table[0].split()[0] == "sm_90" and "registers" in table[0]
     for line, row in zip(table[1:-1], rows, strict=True):
         numbers = [str(row[key]) for key in ("registers", "local_bytes", "shared_bytes")]
-        assert line.split()[:5] == [f"{row['source']}:", row["entry"], *numbers]
+        sizes = [f"{key}={value}" for key, value in row["macros"].items() if key != "ELEM"]
+        assert line.split()[:-3] == [f"{row['source']}:", row["entry"], *sizes, *numbers]
         share = "-" if row["occupancy"] is None else f"{row['occupancy']:.0%}"
         assert line.split()[-1] == share
 

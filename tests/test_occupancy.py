@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2cupy import info, occupancy
+from gpt2cupy import kernel_report
 from gpt2cupy.errors import CompileError
 from gpt2cupy.occupancy import LIMITS, REGISTERS, WARP, blocks_per_sm, read_cubin
 from gpt2cupy.ops import compiler
@@ -74,8 +74,10 @@ def read(tmp_path, cubin: bytes) -> dict[str, tuple[int, int, int]]:
 def test_cubins_are_read_as_the_compiler_says(source, arch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     code = dict(compiler.source_closure(source))[source]
-    cubin, log = compiled(code, source, arch, "-DELEM=__half", "-DHS=64")
-    assert told(log) and read(tmp_path, cubin) == told(log)
+    cubin, log = compiled(code, source, arch, "-DELEM=__half", "-DHS=64", "-DK=256")
+    assert read(tmp_path, cubin) == told(log)
+    if source != "norm_skinny.cu" or arch != "sm_75":  # no tensor core instruction, no entries
+        assert told(log)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_120"])
@@ -112,11 +114,16 @@ def test_every_architecture_has_limits():
     "arch, threads, registers, shared, blocks",
     [
         # Each line is held back by something else: warps, blocks, registers, shared memory.
+        # Those of sm_90 are what the driver of an H200 answered.
         ("sm_90", 256, 32, 0, 8),
-        ("sm_90", 32, 16, 0, 32),
+        ("sm_90", 32, 18, 0, 32),
+        ("sm_90", 96, 18, 0, 21),
         ("sm_90", 128, 36, 0, 12),  # 40 registers a thread, 1280 a warp: 12 warps in a quarter
+        ("sm_90", 1024, 36, 0, 1),
+        ("sm_90", 96, 166, 64, 4),
         ("sm_90", 256, 62, 41600, 4),
-        ("sm_90", 32, 16, 48 << 10, 4),  # 49 KB each with the reserved one
+        ("sm_90", 128, 62, 41600, 5),
+        ("sm_90", 32, 83, 4224, 20),
         ("sm_75", 32, 16, 32 << 10, 2),  # nothing reserved
         ("sm_80", 32, 16, 32 << 10, 4),  # 33 KB each of 164
         ("sm_86", 1024, 32, 0, 1),  # 48 warps
@@ -157,7 +164,7 @@ def test_threads_are_those_that_ops_launches(monkeypatch):
     seen: dict[str, int] = {}
 
     def launch(kernel, grid, block, args, **options):
-        seen[info._TYPE_SUFFIX.sub("", kernel.entry)] = int(np.prod(block))
+        seen[kernel_report._TYPE_SUFFIX.sub("", kernel.entry)] = int(np.prod(block))
 
     # The launcher is replaced, so NumPy's arrays do for the GPU's.
     for function in (embedding, bias_act, layer_norm):
@@ -170,18 +177,18 @@ def test_threads_are_those_that_ops_launches(monkeypatch):
     add_layer_norm(out, x, weight, bias, out=out)
     ids = np.zeros(2, np.int32)
     embedding(ids, ids, np.ones((5, 768), half), np.ones((5, 768), half), out=x)
-    for size in (768, 59):
-        gemv(np.ones((1, size), half), np.ones((8, size), half), None, out=np.empty((1, 8), half))
+    # A size that the fused kernels, which have their bounds, cannot take.
+    gemv(np.ones((1, 59), half), np.ones((8, 59), half), out=np.empty((1, 8), half))
     bias_act(out, bias, out=out)
-    launched = {entry: n for entry, n in info.THREADS.items() if entry in seen}
-    assert launched == seen and len(seen) == 6
-    assert info.THREADS["transpose"] == _TILE * _TILE_ROWS
+    launched = {entry: n for entry, n in kernel_report.THREADS.items() if entry in seen}
+    assert launched == seen and len(seen) == 5
+    assert kernel_report.THREADS["transpose"] == _TILE * _TILE_ROWS
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_driver_agrees(dtype):
-    asked = info.kernel_report("shakespeare", dtype, "cuda", None)
+    asked = kernel_report.report("shakespeare", dtype, "cuda", None)
     arch = asked[0]["arch"]
-    assert asked == info.kernel_report("shakespeare", dtype, "cuda", arch)
-    assert occupancy.LIMITS[arch] and all(row["registers"] for row in asked)
+    assert asked == kernel_report.report("shakespeare", dtype, "cuda", arch)
+    assert all(row["registers"] for row in asked)

@@ -28,16 +28,18 @@ def info(
     """What would run here: versions, device, kernels, and the memory of a model."""
     if arch is not None and not kernels:
         raise typer.BadParameter("--arch needs --kernels")
-    from .. import info as about
-
     if kernels:
-        rows = about.kernel_report(model, dtype, device, arch, revision=revision)
+        from .. import kernel_report
+
+        rows = kernel_report.report(model, dtype, device, arch, revision=revision)
         if as_json:
             for row in rows:
                 shell.write(json.dumps(row) + "\n")
         else:
-            shell.write("".join(line + "\n" for line in about.kernel_table(rows)))
+            shell.write("".join(line + "\n" for line in kernel_report.table(rows)))
         return
+    from .. import info as about
+
     facts = about.report(model, dtype, device, revision=revision)
     if as_json:
         shell.write(json.dumps(facts) + "\n")
