@@ -56,7 +56,7 @@ class Terminal(io.BytesIO):
 
 def call(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the command inside this process."""
-    source = Terminal() if stdin is None else io.BytesIO(stdin)
+    source = Terminal(b"typed") if stdin is None else io.BytesIO(stdin)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     saved, sys.stdin = sys.stdin, io.TextIOWrapper(source)
     try:
@@ -134,8 +134,12 @@ def test_the_prompt_from_everywhere(tmp_path, lm):
 
 def test_no_prompt_at_all_begins_a_text(lm):
     expected = lm.generate("", max_new_tokens=5).text + "\n"
-    assert done("generate", *SHORT) == expected
+    assert done("generate", *SHORT) == expected, "a terminal is not waited for"
     assert done("generate", *SHORT, stdin=b"") == expected
+
+
+def test_a_terminal_is_read_when_asked():
+    assert done("tokenize", "-") == done("tokenize", "--file", "-") == done("tokenize", "typed")
 
 
 def test_a_prompt_that_is_not_text_is_taken():
@@ -343,7 +347,7 @@ def test_ids_in_every_writing(lm):
     assert done("tokenize", "--decode", stdin=b" \n") == ""
 
 
-@pytest.mark.parametrize("ids", ["x", "1.5", "1 2 three", "99999", "9999999999"])
+@pytest.mark.parametrize("ids", ["x", "1.5", "1 2 three", "99999", "9" * 5000])
 def test_ids_that_are_none(ids):
     code, out, err = call("tokenize", "--decode", ids)
     assert code == 1 and out == "" and err.startswith("gpt2cupy: ") and err.count("\n") == 1
@@ -409,6 +413,8 @@ def test_info_kernels_without_a_gpu():
     rows = [json.loads(line) for line in done(*arguments, "--json").splitlines()]
     assert {"embedding", "layer_norm", "sample"} <= {row["entry"] for row in rows}
     assert {row["source"] for row in rows} == set(compiler.SOURCES)
+    assert {row["macros"].get("HS", "64") for row in rows} == {"64"}
+    assert {row["macros"].get("K", "256") for row in rows} == {"256", "1024"}
     for row in rows:
         name = row["entry"]
         assert row["arch"] == "sm_90" and 0 < row["registers"] <= 255
@@ -495,7 +501,7 @@ def test_compile_counts_what_it_made(monkeypatch, tmp_path):
     "arguments, says",
     [
         (("generate", "a", "--model", "/no/such/folder"), "/no/such/folder"),
-        (("generate", "a", "--model", "two\nlines"), "two"),
+        (("generate", "--file", "two\nlines"), "two lines"),
         (("generate", "a", "--temperature", "-1"), "temperature"),
         (("generate", "a", "--max-new-tokens", "100000"), "context"),
         (("generate", "a", "--n", "0"), "n=0"),
@@ -630,7 +636,6 @@ def test_ctrl_c_in_the_middle_of_a_text(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LanguageModel, "stream", stream)
-    monkeypatch.setattr("gpt2cupy.cli.shell._drop_output", lambda: None)
     code, out, err = call("generate", "ROMEO:", *SHORT, "--quiet")
     assert (code, out, err) == (130, "ROMEO:", "")
 

@@ -46,24 +46,15 @@ def _manners() -> Iterator[None]:
             say(f"{paint('gpt2cupy:', RED)} {_one_line(error)}")
             raise typer.Exit(1) from None
         except BrokenPipeError:
-            _drop_output()
             raise typer.Exit(141) from None
         except KeyboardInterrupt:
-            # What is still to be written has no reader who waits for it.
-            _drop_output()
             if _colourful():
                 say("")  # the shell's next line begins after ^C
             raise typer.Exit(130) from None
 
 
-def _drop_output() -> None:
-    """Send stdout nowhere, so that nothing is written at interpreter exit either."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def write(text: str) -> None:
-    """Text for stdout, now."""
+    """Text for stdout, now: nothing is left that could fail when the interpreter ends."""
     try:
         if sys.stdout is None:
             raise OSError(None, "it is closed")
@@ -72,8 +63,6 @@ def write(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        if sys.stdout is not None:
-            _drop_output()
         raise Gpt2CupyError(
             f"the output cannot be written: {error.strerror}", where="stdout"
         ) from error
