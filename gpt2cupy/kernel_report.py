@@ -172,7 +172,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A report in columns, for people."""
     names = [_kernel_name(row) for row in rows]
     width = max(map(len, names))
-    head = ("registers", "spill B", "shared B", "threads", "blocks/SM", "occupancy")
+    head = ("registers", "local B", "shared B", "threads", "blocks/SM", "occupancy")
     yield f"{rows[0]['arch']:<{width}}  " + "  ".join(head)
     keys = ("registers", "local_bytes", "shared_bytes", "threads", "blocks_per_sm", "occupancy")
     for name, row in zip(names, rows, strict=True):
@@ -182,4 +182,4 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             text = "-" if value is None else f"{value:.0%}" if key == "occupancy" else str(value)
             cells.append(f"{text:>{len(label)}}")
         yield f"{name:<{width}}  " + "  ".join(cells)
-    yield "spill: local memory of a thread, which also holds arrays that are no registers."
+    yield "local: memory of a thread for spilled registers and arrays that could not stay in them"

@@ -150,7 +150,7 @@ def _entries(data: bytes) -> Iterator[tuple[str, Resources]]:
     reserved = 1024 if ".nv.shared.reserved.0" in sizes else 0
     for section in sections:
         entry = section.name.removeprefix(".text.")
-        if entry == section.name or entry not in registers:
+        if entry == section.name:
             continue
         bounds = [
             struct.unpack("<III", payload)
