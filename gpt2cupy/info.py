@@ -13,7 +13,8 @@ from ._version import __version__
 from .engine import Engine
 from .errors import DeviceError
 from .loading import load_model
-from .ops import compiler, launch
+from .ops import compiler
+from .ops.device import cupy_module
 
 
 def versions() -> dict[str, str]:
@@ -66,7 +67,7 @@ def why_cpu(device: str) -> str:
     if device == "cpu":
         return "asked for"
     try:
-        launch.cupy_module()
+        cupy_module()
     except DeviceError as error:
         return error.what
     except Exception as error:

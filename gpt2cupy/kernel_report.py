@@ -10,10 +10,11 @@ import numpy as np
 
 from . import checkpoint, occupancy
 from .config import GPT2Config
-from .errors import DeviceError, InputError
+from .errors import InputError, NoDeviceError
 from .info import why_cpu
 from .loading import resolve_device, resolve_dtype
 from .ops import compiler, launch
+from .ops.device import device_arch
 
 # Threads of a block as ops launches the entries that have no __launch_bounds__, without the
 # suffix of their type. Those of the ladders, which only tests and readers launch, are not here.
@@ -52,7 +53,7 @@ def report(
 
     Raises
     ------
-    DeviceError
+    NoDeviceError
         If ``arch`` is None and there is no GPU, or NVRTC is missing.
     """
     source = checkpoint.open(name, revision=revision)
@@ -77,14 +78,14 @@ def report(
         ]
     kind, index = resolve_device(device)
     if kind == "cpu":
-        raise DeviceError(
+        raise NoDeviceError(
             f"there is no GPU to ask about its kernels: {why_cpu(device)}",
             remedy="Name an architecture: --arch sm_90.",
         )
     import cupy
 
     with cupy.cuda.Device(index):
-        arch = launch.device_arch(index)
+        arch = device_arch(index)
         rows = []
         for file, defines, entry, found, threads in _entries(arch, elem, source.config):
             module = launch.load(file, elem, head_size, int(defines.get("K", 0)))

@@ -1,4 +1,4 @@
-"""The command line: ``gpt2cupy generate``, ``score``, ``tokenize``, ``info`` and ``compile``.
+"""The command line: ``gpt2cupy generate``, ``score``, ``tokenize``, ``info`` and others.
 
 Text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error of
 gpt2cupy, 2 wrong usage, 130 Ctrl-C, 141 the reader of the output went away.

@@ -33,5 +33,12 @@ def _options(
     pass
 
 
-for command in (generate.generate, text.score, text.tokenize, machine.info, machine.compile):
+for command in (
+    generate.generate,
+    text.score,
+    text.tokenize,
+    machine.info,
+    machine.compile,
+    machine.profile,
+):
     app.command()(shell.with_manners(command))

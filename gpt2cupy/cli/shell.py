@@ -42,6 +42,8 @@ def _manners() -> Iterator[None]:
         warnings.showwarning = _show_warning
         try:
             yield
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except Gpt2CupyError as error:
             say(f"{paint('gpt2cupy:', RED)} {_one_line(error)}")
             raise typer.Exit(1) from None
