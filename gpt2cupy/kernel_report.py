@@ -88,7 +88,8 @@ def report(
         arch = device_arch(index)
         rows = []
         for file, defines, entry, found, threads in _entries(arch, elem, source.config):
-            module = launch.load(file, elem, head_size, int(defines.get("K", 0)))
+            inner = int(defines["K"]) if "K" in defines else None
+            module = launch.load(file, elem, head_size, inner)
             told, resident = _asked(cupy, index, module.get_function(entry), found, threads)
             rows.append(_row(arch, file, defines, entry, told, threads, resident))
         return rows
