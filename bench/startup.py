@@ -25,7 +25,7 @@ PROMPT = "To be, or not to be, that is the question"
 
 def first_token(folder: Path, device: str) -> float:
     """Seconds from starting the command to the first byte after the prompt."""
-    command = [sys.executable, "-m", "gpt2cupy.cli", "generate", PROMPT, "--quiet"]
+    command = [sys.executable, "-m", "gpt2cupy", "generate", PROMPT, "--quiet"]
     command += ["--model", str(folder), "--device", device, "--max-new-tokens", "8"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)

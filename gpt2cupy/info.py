@@ -1,17 +1,20 @@
-"""What ``gpt2cupy info`` prints: versions, device, and the memory budget of a model."""
+"""What ``gpt2cupy info`` prints: versions, device, and the memory of a model."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from ._version import __version__
 from .engine import Engine
+from .errors import DeviceError
 from .loading import load_model
 from .ops import compiler
+from .ops.device import cupy_module
 
 
 def versions() -> dict[str, str]:
@@ -25,41 +28,90 @@ def versions() -> dict[str, str]:
     return found
 
 
-def report(name: str, dtype: str, device: str) -> Iterator[tuple[str, str]]:
-    """(label, text) lines for one model on one device."""
-    yield "versions", ", ".join(f"{key} {value}" for key, value in versions().items())
-    model, source = load_model(name, dtype=dtype, device=device)
-    if model.xp is np:
-        yield "device", "cpu: NumPy engine, weights held in float32"
-    else:
-        runtime = model.xp.cuda.runtime
-        properties = runtime.getDeviceProperties(model.weights.wte.device.id)
-        yield (
-            "device",
-            (
-                f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, "
-                f"{properties['multiProcessorCount']} SMs, {properties['totalGlobalMem'] >> 20} MiB"
-            ),
-        )
-        yield "driver", f"CUDA {runtime.driverGetVersion()}, runtime {runtime.runtimeGetVersion()}"
-        yield "nvrtc", ".".join(map(str, compiler.nvrtc_version()))
-        yield "one-row product", f"{model.gemv} (forced by gemv=)"
-    yield "kernel cache", str(compiler.cache_dir())
+def report(name: str, dtype: str, device: str, *, revision: str | None = None) -> dict[str, Any]:
+    """What would run for one model on one device, in JSON's types; sizes in bytes."""
+    model, source = load_model(name, dtype=dtype, device=device, revision=revision)
     config = model.config
+    engine = Engine(model)
+    facts: dict[str, Any] = {"versions": versions()}
+    if model.xp is np:
+        facts["device"] = {"kind": "cpu", "reason": why_cpu(device)}
+    else:
+        index = model.weights.wte.device.id
+        facts["device"] = {"kind": f"cuda:{index}", **_gpu(model.xp, index)}
+        facts["gemv"] = model.gemv
+    return facts | {
+        "kernel_cache": str(compiler.cache_dir()),
+        "model": {
+            "name": source.name,
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "head_size": config.head_size,
+            "n_embd": config.n_embd,
+            "n_positions": config.n_positions,
+            "vocab_size": config.vocab_size,
+            "dtype": model.dtype.name,
+            "stored_dtype": source.dtype.name,
+        },
+        "memory": {
+            "weights": model.weights.nbytes,
+            "cache": engine.cache.nbytes,
+            "decode state": engine.state.nbytes,
+            "prefill": engine.prefill_work.nbytes,
+        },
+    }
+
+
+def why_cpu(device: str) -> str:
+    """Why ``device`` takes the CPU here."""
+    if device == "cpu":
+        return "asked for"
+    try:
+        cupy_module()
+    except DeviceError as error:
+        return error.what
+    except Exception as error:
+        # CuPy itself may fail to load in many ways; device="auto" takes the CPU in all of them.
+        return str(error).partition("\n")[0]
+    return "no GPU can be used"
+
+
+def _gpu(cupy: Any, index: int) -> dict[str, Any]:
+    runtime = cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(index)
+    return {
+        "name": properties["name"].decode(),
+        "arch": f"sm_{properties['major']}{properties['minor']}",
+        "sm_count": properties["multiProcessorCount"],
+        "memory": properties["totalGlobalMem"],
+        "cuda_driver": runtime.driverGetVersion(),
+        "cuda_runtime": runtime.runtimeGetVersion(),
+        "nvrtc": ".".join(map(str, compiler.nvrtc_version())),
+    }
+
+
+def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(label, text) lines of a report, for people."""
+    yield "versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+    device = facts["device"]
+    if device["kind"] == "cpu":
+        yield "device", f"cpu ({device['reason']}): NumPy engine, weights held in float32"
+    else:
+        size = f"{device['sm_count']} SMs, {device['memory'] >> 20} MiB"
+        yield "device", f"{device['kind']}, {device['name']}, {device['arch']}, {size}"
+        yield "driver", f"CUDA {device['cuda_driver']}, runtime {device['cuda_runtime']}"
+        yield "nvrtc", device["nvrtc"]
+        yield "one-row product", f"{facts['gemv']} (forced by --gemv)"
+    yield "kernel cache", facts["kernel_cache"]
+    model = facts["model"]
     yield (
         "model",
         (
-            f"{source.name}: {config.n_layer} layers, {config.n_head} heads x {config.head_size}, "
-            f"width {config.n_embd}, context {config.n_positions}, vocabulary {config.vocab_size}"
+            f"{model['name']}: {model['n_layer']} layers, {model['n_head']} heads x "
+            f"{model['head_size']}, width {model['n_embd']}, context {model['n_positions']}, "
+            f"vocabulary {model['vocab_size']}"
         ),
     )
-    yield "dtype", f"{model.dtype} (stored as {source.dtype})"
-    engine = Engine(model)
-    budget = {
-        "weights": model.weights.nbytes,
-        "cache": engine.cache.nbytes,
-        "decode state": engine.state.nbytes,
-        "prefill": engine.prefill_work.nbytes,
-    }
-    for label, size in budget.items():
+    yield "dtype", f"{model['dtype']} (stored as {model['stored_dtype']})"
+    for label, size in facts["memory"].items():
         yield label, f"{size / 2**20:.1f} MiB"

@@ -25,7 +25,7 @@ LAYERS = (
     ("checkpoint", "decode"),
     ("loading", "engine", "record"),
     ("text", "prompts", "scoring", "held", "lm"),
-    ("info", "profile", "validate", "cli"),
+    ("occupancy", "info", "kernel_report", "profile", "validate", "cli", "__main__"),
 )
 _FLAT = [name for layer in LAYERS for name in layer]
 # The convenient constructors of GPT2 reach upward, inside the function.

@@ -39,7 +39,7 @@ def no_gpu(monkeypatch):
 
 def exists(command: str) -> bool:
     """Whether gpt2cupy has this command."""
-    call = [sys.executable, "-m", "gpt2cupy.cli", command, "--help"]
+    call = [sys.executable, "-m", "gpt2cupy", command, "--help"]
     return subprocess.run(call, capture_output=True, cwd=ROOT).returncode == 0
 
 

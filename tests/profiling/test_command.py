@@ -11,7 +11,7 @@ from pretended_gpu import PROMPT, SMALL, STEP, held
 from typer.testing import CliRunner
 
 from gpt2cupy import profile
-from gpt2cupy.cli import app
+from gpt2cupy.cli.app import app
 from gpt2cupy.profile import command, plot, trace
 from gpt2cupy.profile.measure import Session
 

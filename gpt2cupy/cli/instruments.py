@@ -1,0 +1,73 @@
+"""``gpt2cupy profile`` and ``gpt2cupy validate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def profile(
+    model: options.Model = "shakespeare",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    prompt: Annotated[str, typer.Option(help="Text fed before the measured tokens.")] = (
+        "What is your name"
+    ),
+    warmup: Annotated[int, typer.Option(help="Runs before measuring.")] = 20,
+    runs: Annotated[int, typer.Option(help="Runs measured.")] = 20,
+    tokens: Annotated[int, typer.Option(help="Tokens of a run.")] = 30,
+    batch: Annotated[int, typer.Option(help="Rows with the same prompt.")] = 1,
+    decode: Annotated[str, typer.Option(help="Path whose steps are profiled.")] = "eager",
+    component: Annotated[str | None, typer.Option(help="Only this one's kernels.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw roofline and bars.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    cupti: Annotated[bool, typer.Option(help="Record kernels through CUPTI.")] = True,
+) -> None:
+    """Where the time of a decode step goes: by component, by kernel, and between kernels."""
+    from ..profile import Settings, command
+
+    command.run(
+        model,
+        dtype,
+        device,
+        Settings(prompt, warmup, runs, tokens, batch, decode),
+        only=component,
+        trace_path=trace,
+        plot_path=plot,
+        as_json=as_json,
+        cupti=cupti,
+    )
+
+
+def validate(
+    name: Annotated[str, typer.Argument(metavar="[MODEL]", help="As --model.")] = "",
+    model: options.Model = "shakespeare",
+    steps: Annotated[int, typer.Option(help="Decode steps compared.")] = 128,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 2,
+    prompt: Annotated[str | None, typer.Option(help="Instead of random ids.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random ids, or of the continuation.")] = 0,
+    dtype: Annotated[str, typer.Option(help="One dtype; auto is all the device has.")] = "auto",
+    device: options.Device = "auto",
+    path: Annotated[
+        list[str] | None,
+        typer.Option(help="Decode path beside eager; several times for several. Default: all."),
+    ] = None,
+    against: Annotated[str, typer.Option(help="float64, or hf for transformers.")] = "float64",
+    reference: Annotated[str | None, typer.Option(help="Folder that hf loads.")] = None,
+    revision: options.Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every step as JSON.")] = False,
+) -> None:
+    """Check the numbers: cached against whole forward, all paths, float64 or transformers."""
+    from ..validate import command
+
+    settings = command.Settings(
+        name or model, steps, batch, prompt, seed, dtype, device, tuple(path or ()), against,
+        reference, revision,
+    )  # fmt: skip
+    if not command.run(settings, as_json=as_json):
+        raise typer.Exit(1)

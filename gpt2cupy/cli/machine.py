@@ -1,0 +1,68 @@
+"""``gpt2cupy info`` and ``gpt2cupy compile``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from . import options, shell
+
+
+def info(
+    model: options.Model = "shakespeare",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    revision: options.Revision = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="What each kernel of the model takes of the GPU."),
+    ] = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="With --kernels: sm_75, sm_80, ...; needs no GPU. Default: this GPU's."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """What would run here: versions, device, kernels, and the memory of a model."""
+    if arch is not None and not kernels:
+        raise typer.BadParameter("--arch needs --kernels")
+    if kernels:
+        from .. import kernel_report
+
+        rows = kernel_report.report(model, dtype, device, arch, revision=revision)
+        if as_json:
+            for row in rows:
+                shell.write(json.dumps(row) + "\n")
+        else:
+            shell.write("".join(line + "\n" for line in kernel_report.table(rows)))
+        return
+    from .. import info as about
+
+    facts = about.report(model, dtype, device, revision=revision)
+    if as_json:
+        shell.write(json.dumps(facts) + "\n")
+    else:
+        for label, text in about.lines(facts):
+            shell.write(f"{label:<16} {text}\n")
+
+
+def compile(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="sm_75, sm_80, ...; several times for several. Default: this GPU's."),
+    ] = None,
+) -> None:
+    """Compile every kernel ahead of time into the cache; needs no GPU."""
+    from tqdm import tqdm
+
+    from ..ops import compiler, device
+
+    if not arch:
+        device.cupy_module()
+        arch = [device.device_arch(device.current_device())]
+    jobs = [(*variant, name) for name in arch for variant in compiler.variants()]
+    for source, defines, name in tqdm(jobs, unit="kernel", disable=None):
+        compiler.cubin(source, defines, name)
+    shell.write(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}\n")

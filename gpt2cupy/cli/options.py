@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Name, hub id, folder or llm.c .bin file.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="Folder, tokenizer.json or llm.c file; by default the model's own."),
+]
+File = Annotated[
+    Path | None, typer.Option("--file", "-f", help="Read the text from a file, as it is.")
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON, one object per line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]

@@ -1,0 +1,147 @@
+"""Manners of the shell: what goes where, how errors look, how a command ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import typer
+
+from ..errors import Gpt2CupyError, InputError
+
+P = ParamSpec("P")
+
+RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
+
+
+def with_manners(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, ending as a shell user expects."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        with _manners():
+            command(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def _manners() -> Iterator[None]:
+    """Errors of ours as one line and exit code 1; a broken pipe or Ctrl-C as shells expect."""
+    if sys.stdout is not None:
+        # A prompt from the command line may hold bytes that are not text.
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except Gpt2CupyError as error:
+            say(f"{paint('gpt2cupy:', RED)} {_one_line(error)}")
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise typer.Exit(141) from None
+        except KeyboardInterrupt:
+            if _colourful():
+                say("")  # the shell's next line begins after ^C
+            raise typer.Exit(130) from None
+
+
+def write(text: str) -> None:
+    """Text for stdout, now: nothing is left that could fail when the interpreter ends."""
+    try:
+        if sys.stdout is None:
+            raise OSError(None, "it is closed")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Gpt2CupyError(
+            f"the output cannot be written: {error.strerror}", where="stdout"
+        ) from error
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """A line for stderr."""
+    if not quiet and sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def paint(text: str, colour: str) -> str:
+    """The text in a colour, where stderr shows colours."""
+    return f"{colour}{text}{PLAIN}" if _colourful() else text
+
+
+def _colourful() -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and not plain
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    say(f"gpt2cupy: warning: {message}")
+
+
+def silence_warnings() -> None:
+    """For ``--quiet``; until the command ends."""
+    warnings.simplefilter("ignore")
+
+
+def _one_line(error: Gpt2CupyError) -> str:
+    """The error in one line; what is longer (a compiler's log) goes to a file that it names."""
+    first, *more = error.what.splitlines() or [""]
+    if not more:
+        return " ".join(str(error).splitlines())
+    short = Gpt2CupyError(first.rstrip(": "), where=error.where, remedy=error.remedy)
+    try:
+        handle, name = tempfile.mkstemp(prefix="gpt2cupy-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(f"{error}\n")
+    except OSError:
+        return str(error)  # better many lines than none
+    return " ".join(f"{short} The log: {name}".splitlines())
+
+
+# -- input ---------------------------------------------------------------------------------------
+
+
+def read_text(argument: str | None, file: Path | None) -> str:
+    """Text from the argument, a file, or stdin: where it is "-" or piped and nothing is given."""
+    if argument not in (None, "-") and file is not None:
+        raise typer.BadParameter("give the text or --file, not both")
+    if file is not None and str(file) != "-":
+        try:
+            return _decoded(file.read_bytes(), str(file))
+        except OSError as error:
+            raise InputError(
+                f"the file cannot be read: {error.strerror}",
+                where=str(file),
+                remedy="Give a text file that you may read.",
+            ) from error
+    if argument is not None and argument != "-":
+        return argument
+    asked = argument == "-" or file is not None
+    if sys.stdin is None or (not asked and sys.stdin.isatty()):
+        return ""
+    # In pieces: while one read() goes on to the end, Ctrl-C may have to wait for it.
+    read: Callable[[int], bytes] = sys.stdin.buffer.read1  # type: ignore[union-attr]
+    return _decoded(b"".join(iter(lambda: read(1 << 16), b"")), "stdin")
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"byte {error.start} is not UTF-8",
+            where=where,
+            remedy="Convert the text first, for example with iconv -t UTF-8.",
+        ) from error
