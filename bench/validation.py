@@ -41,7 +41,7 @@ def shortened(comparison: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def validated(model: str, args: Any) -> dict[str, Any]:
     """What the command says about a model, as JSON."""
-    command = [sys.executable, "-m", "gpt2cupy.cli", "validate", "--json", "--model", model]
+    command = [sys.executable, "-m", "gpt2cupy", "validate", "--json", "--model", model]
     command += ["--steps", str(args.steps), "--batch", str(args.batch), "--device", args.device]
     done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
     try:

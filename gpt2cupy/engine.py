@@ -95,15 +95,15 @@ class Engine:
         Sequences generated at once.
     capacity : int, optional
         Tokens of prompt and continuation per slot; ``n_positions`` by default.
-    decode : {"auto", "eager", "graph"}
-        How a step is run; "auto" is the fastest there is.
+    decode : {"auto", "eager", "graph"}, optional
+        How a step is run; ``model.decode_path`` by default.
     """
 
     def __init__(
-        self, model: GPT2, slots: int = 1, capacity: int | None = None, *, decode: str = "auto"
+        self, model: GPT2, slots: int = 1, capacity: int | None = None, *, decode: str | None = None
     ) -> None:
         self.model = model
-        self.decoder = decoder(model, decode)
+        self.decoder = decoder(model, decode or model.decode_path)
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
         if model.xp is np:
@@ -146,22 +146,26 @@ class Engine:
         """
         waiting = deque(requests)
         self.active: dict[int, _Sequence] = {}
+        # NumPy runs a step when it is queued: a token must be out before the next step.
+        at_once = self.model.xp is np
         try:
             while waiting or self.active:
                 with self._on_device():
                     self._admit(waiting)
                     sequences = list(self.active.values())
                     wants_top = any(s.request.params.logprobs for s in sequences)
-                    if wants_top:
-                        # The next step overwrites the logits: look at them first.
-                        tokens = [self._read(s, self._top(s)) for s in sequences]
+                    if not (wants_top or at_once):
                         self._step()
-                    else:
+                    tokens = [self._read(s, self._top(s)) for s in sequences]
+                    if wants_top and not at_once:
+                        # The step overwrites the logits, which had to be looked at first.
                         self._step()
-                        tokens = [self._read(s, []) for s in sequences]
                 for token in tokens:
                     if token is not None:
                         yield token
+                if at_once:
+                    with self._on_device():
+                        self._step()
         finally:
             with self._on_device():
                 for row in list(self.active):

@@ -40,6 +40,7 @@ def report(name: str, dtype: str, device: str, *, revision: str | None = None) -
         index = model.weights.wte.device.id
         facts["device"] = {"kind": f"cuda:{index}", **_gpu(model.xp, index)}
         facts["gemv"] = model.gemv
+    facts["decode"] = engine.decoder.name
     return facts | {
         "kernel_cache": str(compiler.cache_dir()),
         "model": {
@@ -102,6 +103,7 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "driver", f"CUDA {device['cuda_driver']}, runtime {device['cuda_runtime']}"
         yield "nvrtc", device["nvrtc"]
         yield "one-row product", f"{facts['gemv']} (forced by --gemv)"
+    yield "decode path", f"{facts['decode']} (forced by --decode)"
     yield "kernel cache", facts["kernel_cache"]
     model = facts["model"]
     yield (

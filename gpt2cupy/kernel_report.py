@@ -80,6 +80,7 @@ def report(
     if kind == "cpu":
         raise NoDeviceError(
             f"there is no GPU to ask about its kernels: {why_cpu(device)}",
+            where=device,
             remedy="Name an architecture: --arch sm_90.",
         )
     import cupy

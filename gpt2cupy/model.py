@@ -27,6 +27,11 @@ class GPT2:
     weights : Weights
     gemv : {"ours", "cublas"}
         Which kernel multiplies a single row on the GPU.
+
+    Attributes
+    ----------
+    decode_path : {"auto", "eager", "graph"}
+        How engines made later run a step of this model; "auto" is the fastest.
     """
 
     def __init__(self, config: GPT2Config, weights: Weights, *, gemv: str = "ours") -> None:
@@ -37,6 +42,7 @@ class GPT2:
         self.config = config
         self.weights = weights
         self.gemv = gemv
+        self.decode_path = "auto"
         if isinstance(weights.wte, np.ndarray):
             self.xp: Any = np
         else:

@@ -31,6 +31,7 @@ GPU_SOURCES = (
     "gpt2cupy/weights.py",
     "gpt2cupy/cache.py",
     "gpt2cupy/model.py",
+    "gpt2cupy/workspace.py",
     "gpt2cupy/engine.py",
 )
 CPU_SOURCES = (
@@ -39,6 +40,7 @@ CPU_SOURCES = (
     "gpt2cupy/weights.py",
     "gpt2cupy/cache.py",
     "gpt2cupy/model.py",
+    "gpt2cupy/workspace.py",
     "gpt2cupy/engine.py",
 )
 

@@ -39,6 +39,7 @@ def generate(
     gemv: Annotated[
         Gemv | None, typer.Option(help="Who multiplies a single row on the GPU.")
     ] = None,
+    decode: Annotated[str, typer.Option(help="How a step is run: auto, eager or graph.")] = "auto",
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -108,6 +109,7 @@ def generate(
                     remedy="Leave it out.",
                 )
             lm.model.gemv = gemv.value
+        lm.model.decode_path = decode
         shell.say(shell.paint(f"{lm.name}, {lm.dtype} on {lm.device}", shell.DIM), quiet=quiet)
         if max_new_tokens is None:
             room = lm.config.n_positions + 1 - len(lm.encode(text))

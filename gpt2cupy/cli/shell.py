@@ -66,7 +66,9 @@ def write(text: str) -> None:
         raise
     except OSError as error:
         raise Gpt2CupyError(
-            f"the output cannot be written: {error.strerror}", where="stdout"
+            f"the output cannot be written: {error.strerror}",
+            where="stdout",
+            remedy="Free space on the disk, or send the output elsewhere.",
         ) from error
 
 

@@ -8,6 +8,7 @@ narrower than float32 are computed in float32, as the kernels do.
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -124,18 +125,20 @@ def bias_act(
     return _store(y, out, x.dtype if residual is None else residual.dtype)
 
 
-def _product(x: Array, weight: Array) -> Array:
-    """``x @ weight.T``, summed in parts of 128 of the inner size.
+# Inputs of a product that BLAS sums at a time. It may keep one running sum over all of them
+# (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
+PART: ContextVar[int] = ContextVar("PART", default=128)
 
-    BLAS may keep one running sum over the whole inner size (OpenBLAS does, MKL
-    does not); summing parts apart brings its rounding error down by a third.
-    """
+
+def _product(x: Array, weight: Array) -> Array:
+    """``x @ weight.T``, summed in parts of the inner size."""
     if len(x) == 1:
         # The matrix-vector product streams the rows as they lie, in many sums at once.
         return (weight @ x[0])[None]
-    y = x[:, :128] @ weight[:, :128].T
-    for start in range(128, x.shape[1], 128):
-        y += x[:, start : start + 128] @ weight[:, start : start + 128].T
+    part = PART.get()
+    y = x[:, :part] @ weight[:, :part].T
+    for start in range(part, x.shape[1], part):
+        y += x[:, start : start + part] @ weight[:, start : start + part].T
     return y
 
 
