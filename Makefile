@@ -22,8 +22,8 @@ LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-
 
 # One environment, filled by one pip at a time.
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest compile-all parity fuzz gpu-test lint format docs records
-.PHONY: release-check clean
+.PHONY: help demo test test-lowest compile-all parity fuzz gpu-test bench lint format docs
+.PHONY: records release-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -88,6 +88,17 @@ fuzz: $(VENV)/fuzz ## Fuzz loaders and tokenizer with atheris, for a minute or F
 
 gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gpu-tests.json
 	$(BIN)/python tools/gpu_test.py
+
+bench: $(VENV)/test ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
+	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1 \
+	  --gemv ours --out bench/results/decode-sizes.json
+	$(BIN)/python bench/prefill.py
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/gemv.py
+	$(BIN)/python bench/ablation.py
+	$(BIN)/python bench/validation.py --model 124M
+	$(BIN)/python bench/report.py
 
 lint: $(VENV)/lint ## Check with ruff, mypy and clang-format
 	$(BIN)/ruff check .
