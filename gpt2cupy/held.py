@@ -64,7 +64,15 @@ class HeldModel:
     def turn(self) -> Iterator[GPT2]:
         """The model for this call alone, its device the current one."""
         with self._turns.take(), self._on_gpu():
+            # The engine has a stream of its own and shares cuBLAS's workspace with this call: a
+            # step that was queued ahead ends first, and this call before the next step.
+            if self.gpu is not None and self._engine is not None:
+                self._engine.stream.synchronize()
             yield self.model
+            if self.gpu is not None:
+                import cupy
+
+                cupy.cuda.get_current_stream().synchronize()
 
     def tokens(self, requests: list[Request], slots: int) -> Generator[Token, None, None]:
         """What the engine makes of the requests; holds the turn until they are done."""

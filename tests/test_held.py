@@ -202,6 +202,28 @@ def test_models_on_one_gpu_alternate(machine, monkeypatch):
         assert waits.waits == 0, "a model alone waits for nothing"
 
 
+def test_a_call_and_the_engine_wait_for_each_other(machine, monkeypatch):
+    """A step may still be queued when generate() ends: cuBLAS's workspace is not free yet."""
+    waits = []
+    cupy = machine()
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def synchronize(self):
+            waits.append(self.name)
+
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: Stream("caller"), raising=False)
+    with gpt2cupy.load(device="cpu") as lm:
+        expected = lm.score("To be").logprobs.tolist()
+        lm.generate("a", max_new_tokens=2)
+        lm._held.gpu = 0
+        monkeypatch.setattr(lm._held._engine, "stream", Stream("engine"))
+        assert lm.score("To be").logprobs.tolist() == expected
+        assert waits == ["engine", "caller"]
+
+
 # -- closing -------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,31 @@ def test_the_plain_kernel_chooses_what_the_full_one_chooses(temperature):
     np.testing.assert_allclose(plain[2]["logprob"][1:], full[2]["logprob"][1:], atol=2e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [50257, 60000])  # within and beyond NOISE_AHEAD turns
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_plain_kernel_over_all_its_blocks(temperature, vocabulary):
+    import cupy
+
+    rng = np.random.default_rng(3)
+    padded = -(-vocabulary // 128) * 128
+    logits = np.full((8, padded), np.nan, np.float32)
+    logits[:, :vocabulary] = rng.standard_normal((8, vocabulary)) * 3
+    for row, pair in enumerate(([0, 1], [5, vocabulary - 1], [3000, 40000])):
+        logits[row, pair] = 30.0  # equals in one block, or far apart
+    params = SamplingParams(seed=5, temperature=temperature)
+    rows = np.concatenate([params.row(i, 0, -1).view(np.uint8).reshape(1, -1) for i in range(8)])
+    found = {}
+    for plain in (False, True):
+        arrays = (np.arange(8, dtype=np.int32), rows, np.zeros(8, np.int32), np.arange(8) * 100)
+        state = [cupy.asarray(a.astype(np.int32) if a.dtype == np.int64 else a) for a in arrays]
+        steps, ring = cupy.zeros(8, np.uint32), cupy.zeros((8, 4, 16), np.uint8)
+        ops.sample(cupy.asarray(logits), vocabulary, *state, steps, ring, plain=plain)
+        found[plain] = ring.get().view(RING_ENTRY)[:, 0, 0]
+    np.testing.assert_array_equal(found[True]["id"], found[False]["id"])
+    np.testing.assert_allclose(found[True]["logprob"], found[False]["logprob"], atol=4e-6)
+
+
 CASES = {
     "temperature": {"temperature": 0.7},
     "top_k": {"temperature": 1.0, "top_k": 5},
