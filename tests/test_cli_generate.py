@@ -171,6 +171,12 @@ def test_another_tokenizer(tmp_path):
     assert code == 1 and str(tmp_path) in err
 
 
+@pytest.mark.parametrize("path", ["graph", "bogus"])
+def test_a_decode_path_that_is_not_there_is_refused_before_anything_is_written(path):
+    code, out, err = call("generate", "x", *SHORT, "--decode", path)
+    assert code == 1 and out == "" and path in err
+
+
 def test_gemv_means_nothing_on_the_cpu():
     code, out, err = call("generate", "x", *SHORT, "--gemv", "cublas")
     assert code == 1 and out == "" and "--gemv" in err

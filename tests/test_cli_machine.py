@@ -100,14 +100,14 @@ def test_kernels_differ_by_dtype_and_architecture():
 
 
 def test_info_kernels_of_an_unknown_architecture():
-    code, _, err = call("info", "--kernels", "--arch", "sm_12345")
-    assert code == 1 and "sm_12345" in err and "sm_90" in err
+    code, _, err = call("info", "--kernels", "--arch", "sm_123")
+    assert code == 1 and "sm_123" in err and "sm_90" in err
 
 
 def test_compile_refuses_an_unknown_architecture(tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     environment = PLAIN_ENV | {"GPT2CUPY_CACHE_DIR": str(tmp_path)}
-    failed = cli("compile", "--arch", "sm_12345", env=environment)
+    failed = cli("compile", "--arch", "sm_123", env=environment)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, "no bar without a terminal"
     assert failed.stderr.startswith("gpt2cupy: NVRTC")
     assert not list(tmp_path.iterdir())
@@ -116,7 +116,7 @@ def test_compile_refuses_an_unknown_architecture(tmp_path):
 def test_compile_shows_a_bar_on_a_terminal(tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     environment = PLAIN_ENV | {"GPT2CUPY_CACHE_DIR": str(tmp_path)}
-    code, shown = on_terminal("compile", "--arch", "sm_12345", env=environment)
+    code, shown = on_terminal("compile", "--arch", "sm_123", env=environment)
     assert code == 1 and re.search(r"0%\|.*\| 0/\d+ ", shown)
     assert re.search(r"\n[^\n]*gpt2cupy:[^\n]* NVRTC", shown), "the error has a line of its own"
 

@@ -98,9 +98,11 @@ def generate(
     )
     text = shell.read_text(prompt, file)
 
+    from ..decode import decoder
     from ..lm import load
 
     with load(model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer) as lm:
+        decoder(lm.model, decode)  # refuses a path that is not there, before anything is written
         if gemv is not None:
             if lm.model.xp is np:
                 raise InputError(

@@ -45,8 +45,10 @@ def profile(
 
 
 def validate(
-    name: Annotated[str, typer.Argument(metavar="[MODEL]", help="As --model.")] = "",
-    model: options.Model = "shakespeare",
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Name, hub id or folder.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Decode steps compared.")] = 128,
     batch: Annotated[int, typer.Option(help="Rows.")] = 2,
     prompt: Annotated[str | None, typer.Option(help="Instead of random ids.")] = None,
@@ -63,11 +65,13 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Every step as JSON.")] = False,
 ) -> None:
     """Check the numbers: cached against whole forward, all paths, float64 or transformers."""
+    if name is not None and model is not None:
+        raise typer.BadParameter("give the model once, with --model or without")
     from ..validate import command
 
     settings = command.Settings(
-        name or model, steps, batch, prompt, seed, dtype, device, tuple(path or ()), against,
-        reference, revision,
+        name or model or "shakespeare", steps, batch, prompt, seed, dtype, device,
+        tuple(path or ()), against, reference, revision,
     )  # fmt: skip
     if not command.run(settings, as_json=as_json):
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -62,6 +63,11 @@ def compile(
     if not arch:
         device.cupy_module()
         arch = [device.device_arch(device.current_device())]
+    for name in arch:
+        if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
+            raise typer.BadParameter(
+                f"{name!r} is no architecture; it is one of {', '.join(compiler.ARCHITECTURES)}"
+            )
     jobs = [(*variant, name) for name in arch for variant in compiler.variants()]
     for source, defines, name in tqdm(jobs, unit="kernel", disable=None):
         compiler.cubin(source, defines, name)
