@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ._version import __version__
+from . import record
 from .engine import Engine
 from .errors import DeviceError
 from .loading import load_model
 from .ops import compiler
 from .ops.device import cupy_module
 
-
-def versions() -> dict[str, str]:
-    """Installed versions of what the results may depend on."""
-    found = {"gpt2cupy": __version__, "python": platform.python_version()}
-    for name in ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+_PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
 
 
 def report(name: str, dtype: str, device: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -33,7 +22,7 @@ def report(name: str, dtype: str, device: str, *, revision: str | None = None) -
     model, source = load_model(name, dtype=dtype, device=device, revision=revision)
     config = model.config
     engine = Engine(model)
-    facts: dict[str, Any] = {"versions": versions()}
+    facts: dict[str, Any] = {"versions": record.versions(_PACKAGES)}
     if model.xp is np:
         facts["device"] = {"kind": "cpu", "reason": why_cpu(device)}
     else:

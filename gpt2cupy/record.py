@@ -56,14 +56,20 @@ def source_hash(patterns: tuple[str, ...] | list[str]) -> str:
     return digest.hexdigest()
 
 
-def environment(*, gpu: bool) -> dict[str, Any]:
-    """Device, driver and library versions."""
-    found: dict[str, Any] = {"gpt2cupy": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of gpt2cupy, Python and those packages that are installed."""
+    found = {"gpt2cupy": __version__, "python": platform.python_version()}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def environment(*, gpu: bool) -> dict[str, Any]:
+    """Device, driver and library versions."""
+    found: dict[str, Any] = dict(versions(_PACKAGES))
     found["cpu"] = _cpu_name()
     if gpu:
         import cupy
@@ -113,6 +119,16 @@ def _cpu_name() -> str:
     return f"{names[0]} x {len(names)}" if names else platform.processor()
 
 
+def _portable(argument: str) -> str:
+    """An argument of the command without the folders of this machine."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    inside = path.is_relative_to(ROOT)
+    return option + equals + (path.relative_to(ROOT).as_posix() if inside else path.name)
+
+
 def write(path: str | Path, results: Any, *, gpu: bool) -> dict[str, Any]:
     """Write a record; returns it.
 
@@ -128,7 +144,7 @@ def write(path: str | Path, results: Any, *, gpu: bool) -> dict[str, Any]:
     sources = list(GPU_SOURCES if gpu else CPU_SOURCES)
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_portable, sys.argv)]),
         "environment": environment(gpu=gpu),
         "sources": sources,
         "source_hash": source_hash(sources),

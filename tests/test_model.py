@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from builders import TINY, widened, with_outliers, write_checkpoint
+from builders import TINY, model_on, widened, with_outliers, write_checkpoint
 from error_rule import DTYPES, check
 
 import gpt2cupy
@@ -14,17 +14,11 @@ from gpt2cupy import GPT2, GPT2Config, SamplingParams
 from gpt2cupy.decode import PromptRunner
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.errors import InputError
-from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.weights import Weights
 
 
 def host(array):
     return array.get() if hasattr(array, "get") else array
-
-
-def model_on(xp, config, weights):
-    tensors = weight_tensors(config, weights)
-    return place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
 
 
 def stepwise(model, ids, poison=True):

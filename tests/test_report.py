@@ -294,3 +294,25 @@ def test_every_benchmark_has_a_section(report):
         for _, name, _ in report._MARKED.findall(page.read_text(encoding="utf-8"))
     ]
     assert set(marked) == set(tables.TABLES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("/elsewhere/out/decode.json", "decode.json"),
+        ("--out=/elsewhere/out/decode.json", "--out=decode.json"),
+        (str(record.RESULTS / "decode.json"), "bench/results/decode.json"),
+        ("out/decode.json", "out/decode.json"),
+        ("--prompt=a = b", "'--prompt=a = b'"),
+    ],
+)
+def test_a_record_names_no_folder_of_the_machine(monkeypatch, tmp_path, argument, shown):
+    monkeypatch.setattr("sys.argv", [str(record.ROOT / "bench" / "decode.py"), argument])
+    written = record.write(tmp_path / "record.json", {}, gpu=False)
+    assert written["command"] == f"python bench/decode.py {shown}"
+
+
+@pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_record_names_no_folder_of_a_machine(path):
+    for word in json.loads(path.read_text())["command"].split():
+        assert not word.rpartition("=")[2].startswith("/")
