@@ -4,8 +4,7 @@
 //   token  = argmax(x)                     temperature 0
 //          = argmax(x + gumbel noise)      otherwise: a draw from softmax(x)
 //
-// Shapes    logits, scratch [R, Vp] float; rows [R]: which state row each line of logits belongs
-// to;
+// Shapes    logits, scratch [R, Vp] float; rows [R]: the state row of each line of logits;
 //           params, ids, positions, steps [B]; ring [B, ring_size]; counts [B, V] int and
 //           bias [B, V] float may be null
 // Bytes     4 V per pass over a row: 2 passes when nothing but temperature is asked, else about 10
@@ -19,9 +18,8 @@
 //           Gumbel-max: Maddison, Tarlow, Minka, 2014
 //
 // Entries   sample        everything that can be asked for, one block per row
-//           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS blocks
-//           per
-//                         row, whose findings meet in the shared memory of the first
+//           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS
+//                         blocks a row, whose findings meet in the shared memory of the first
 //
 // gpt2cupy/ops/reference_sampling.py is the specification.
 #include "common.cuh"
@@ -284,10 +282,16 @@ struct Finding {
   float logit;
 };
 
+// A sum of exp(x - from) as one of exp(x - to). Where no number has been seen it is 0, or NaN
+// after a NaN: it stays as it is.
+__device__ inline float rescaled(float sum, float from, float to) {
+  return from == MINUS_INFINITY ? sum : sum * expf(from - to);
+}
+
 // Merge the findings of a warp's lanes; every lane gets the result.
 __device__ inline Finding warp_merged(Finding own) {
   float top = warp_max(own.top);
-  own.sum = warp_sum(own.top == MINUS_INFINITY ? 0.0f : own.sum * expf(own.top - top));
+  own.sum = warp_sum(rescaled(own.sum, own.top, top));
   own.top = top;
 #pragma unroll
   for (int offset = WARP / 2; offset > 0; offset /= 2) {
@@ -343,13 +347,13 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
 #pragma unroll
     for (int i = 0; i < 4; i++)
       if (quad * 4 + i < V) top = fmaxf(top, x[i]);
-    float sum = own.top == MINUS_INFINITY ? 0.0f : own.sum * expf(own.top - top);
+    float sum = rescaled(own.sum, own.top, top);
     own.top = top;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int v = quad * 4 + i;
       if (v >= V) continue;
-      sum += expf(x[i] - top);
+      sum += x[i] == MINUS_INFINITY ? 0.0f : expf(x[i] - top);  // top may be it too
       own.best = better(own.best, Best{x[i] / divisor + shift[i], v});
       if (own.best.id == v) own.logit = x[i];
     }
@@ -386,8 +390,7 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
   for (int i = lane; i < blocks * WARPS; i += WARP) {
     Finding other = findings[i];
     float top = fmaxf(own.top, other.top);
-    own.sum = (own.top == MINUS_INFINITY ? 0.0f : own.sum * expf(own.top - top)) +
-              (other.top == MINUS_INFINITY ? 0.0f : other.sum * expf(other.top - top));
+    own.sum = rescaled(own.sum, own.top, top) + rescaled(other.sum, other.top, top);
     own.top = top;
     own.best = better(own.best, other.best);
     if (own.best.id == other.best.id) own.logit = other.logit;

@@ -59,7 +59,59 @@ def test_the_plain_kernel_chooses_what_the_full_one_chooses(temperature):
     np.testing.assert_array_equal(plain[0], full[0])
     np.testing.assert_array_equal(plain[1], full[1])
     np.testing.assert_array_equal(plain[2]["stamp"], full[2]["stamp"])
-    np.testing.assert_allclose(plain[2]["logprob"][1:], full[2]["logprob"][1:], atol=2e-6)
+    np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=2e-6)
+
+
+def rows_that_are_not_all_numbers() -> np.ndarray:
+    """Logits [12, V]: NaN or infinite everywhere, here and there, first, last, but in one place."""
+    logits = np.random.default_rng(4).standard_normal((12, V)).astype(np.float32) * 3
+    logits[0] = np.nan
+    logits[1, 500] = np.nan
+    logits[2, 0] = logits[3, V - 1] = np.nan
+    logits[4, : V - 1] = np.nan
+    logits[5] = -np.inf
+    logits[6, : V - 7] = -np.inf  # whole warps and blocks see nothing else
+    logits[7, 3:] = -np.inf
+    logits[8] = -np.inf
+    logits[8, [4, 5, 999]] = np.nan  # NaN beside nothing larger than -inf
+    logits[9, ::2] = -np.inf
+    logits[10, 77] = np.inf
+    logits[11, : V // 2] = np.nan
+    return logits
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nan_loses_to_every_number_and_shows_in_the_logprob(xp, temperature, plain):
+    logits = rows_that_are_not_all_numbers()
+    params = SamplingParams(seed=5, temperature=temperature)
+    rows = [params.row(i, 0, 7) for i in range(len(logits))]
+    with np.errstate(invalid="ignore"):  # inf - inf
+        ids, _, entries, _ = choose(xp, logits, rows, np.arange(len(logits)), plain=plain)
+        expected = reference_sampling.token_logprobs(logits.astype(np.float64))
+    assert ids[[0, 4]].tolist() == [V - 1, V - 1]
+    assert np.isnan(logits[range(12), ids]).tolist() == [True] + [False] * 11
+    if temperature == 0:
+        assert ids[[5, 8, 10]].tolist() == [0, 0, 77]
+    lost = np.isnan(entries["logprob"])
+    assert lost.tolist() == [i not in (6, 7, 9) for i in range(12)]
+    np.testing.assert_allclose(entries["logprob"], expected[range(12), ids], atol=4e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_kernels_choose_what_numpy_chooses_beside_nan(temperature):
+    import cupy
+
+    logits = rows_that_are_not_all_numbers()
+    params = SamplingParams(seed=5, temperature=temperature)
+    rows, positions = [params.row(i, 0, 7) for i in range(12)], np.arange(12)
+    with np.errstate(invalid="ignore"):
+        expected = choose(np, logits, rows, positions)
+    for plain in (False, True):
+        found = choose(cupy, logits, rows, positions, plain=plain)
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_allclose(found[2]["logprob"], expected[2]["logprob"], atol=4e-6)
 
 
 @pytest.mark.gpu

@@ -107,6 +107,12 @@ def process_logits(
     return x
 
 
+def best(x: Array) -> int:
+    """The place of the largest value, the first of equals; NaN loses to every number."""
+    numbers = np.flatnonzero(~np.isnan(x))
+    return int(numbers[np.argmax(x[numbers])]) if len(numbers) else len(x) - 1
+
+
 def token_logprobs(logits: Array) -> Array:
     """log softmax over the last axis."""
     top = logits.max(axis=-1, keepdims=True)
@@ -143,7 +149,7 @@ def sample(
         )
         if own["temperature"] > 0:
             x = x + gumbel(int(own["seed"]), position, vocab_size)
-        token = int(np.argmax(x))
+        token = best(x)
         ids[row] = token
         positions[row] = position
         if counts is not None:
