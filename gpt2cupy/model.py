@@ -26,7 +26,7 @@ class GPT2:
     config : GPT2Config
     weights : Weights
     gemv : {"ours", "cublas"}
-        Which kernel multiplies a single row on the GPU.
+        Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceError
+from ..errors import DeviceError, InputError
 from .device import current_device
 from .tape import submit
 
@@ -62,6 +62,33 @@ def _stream() -> int:
     return cupy.cuda.get_current_stream().ptr
 
 
+def _check(x: Any, weight: Any, bias: Any | None, out: Any) -> None:
+    """What launch() checks for our kernels: the library would read and write past the arrays."""
+    m = len(weight)
+    wrong = (
+        weight.shape != (m, x.shape[1])
+        or out.shape != (len(x), m)
+        or weight.dtype != x.dtype
+        or x.dtype.name not in _TYPES
+        or out.dtype not in (x.dtype, np.float32)
+        or (bias is not None and (bias.shape != (m,) or bias.dtype != out.dtype))
+        or not all(a.flags.c_contiguous for a in (x, weight, out))
+    )
+    if wrong:
+        parts = {"x": x, "weight": weight, "bias": bias, "out": out}
+        seen = ", ".join(
+            f"{name} {array.dtype.name}{list(array.shape)}"
+            for name, array in parts.items()
+            if array is not None
+        )
+        raise InputError(
+            f"arrays that do not fit each other: {seen}",
+            where="linear",
+            remedy="Contiguous x [N, K] and weight [M, K] of one dtype, out [N, M] of it or "
+            "float32, bias [M] of out's dtype.",
+        )
+
+
 def gemv(x: Any, weight: Any, out: Any) -> None:
     """``out = weight @ x`` for one row: gemv in float32, gemm_ex with one column otherwise.
 
@@ -72,6 +99,7 @@ def gemv(x: Any, weight: Any, out: Any) -> None:
     out : cupy.ndarray [1, M]
         Of x's dtype, or float32.
     """
+    _check(x, weight, None, out)
     device = current_device()
     submit(functools.partial(_gemv, _device(device), x, weight, out))
 
@@ -180,6 +208,7 @@ def matmul(
     activation : {None, "relu", "gelu_tanh"}
         What the library's epilogues have.
     """
+    _check(x, weight, bias, out)
     device = current_device()
     parts = (["bias"] if bias is not None else []) + ([activation] if activation else [])
     n, k = x.shape

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
 from . import blas, reference
 from .device import has_mma, sm_count
 from .launch import Kernel, device_empty, is_device_array, launch
@@ -141,7 +140,10 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
 ) -> Array:
-    """``linear(layer_norm(x), weight, bias)``; one kernel for a single row on the GPU.
+    """``linear(layer_norm(x), weight, bias)``; one kernel for 1 to 16 rows on the GPU.
+
+    Float32 has that kernel for one row only; K above 2048 and chips older than sm_80
+    (2 to 16 rows) take two.
 
     Parameters
     ----------
@@ -158,7 +160,7 @@ def norm_linear(
     h : array [N, K], optional
         Where the normed rows go if they are written at all.
     backend : {"ours", "cublas"}
-        As in :func:`linear`.
+        As in :func:`linear`; cuBLAS takes a norm of its own before it.
 
     Returns
     -------
@@ -207,11 +209,11 @@ def linear(
         Of out's dtype.
     activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
     residual : array [N, M], optional
-        Of out's dtype; may be ``out`` itself, which is then updated in place.
+        Of out's dtype; may lie where ``out`` does, which is then updated in place.
     out : array [N, M], optional
         Of x's dtype, or float32.
     backend : {"ours", "cublas"}
-        Which GEMV takes a single row on the GPU.
+        Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
 
     Returns
     -------
@@ -236,24 +238,19 @@ def linear(
         args = (x, weight, bias, residual, out, ACTIVATION_CODES[activation])
         _launch(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
         return out
-    _check_product(x, weight, bias, out)
+    in_place = residual is not None and residual.data.ptr == out.data.ptr
+    if in_place and activation is None and _alike(residual, out):
+        blas.matmul(x, weight, bias, out, add=True)
+        return out
     # What the library's epilogue has is fused; the rest is one more pass over the output. Its
     # GELU is an approximation about as fine as half precision: four times float32's error.
     library = ("relu",) if x.dtype == np.float32 else ("relu", "gelu_tanh")
-    epilogue = activation if activation in library and residual is None else None
-    if residual is not None and residual is out:
-        if activation is None:
-            blas.matmul(x, weight, bias, out, add=True)
-            return out
-        residual = out.copy()
-    if activation == epilogue:
-        blas.matmul(x, weight, bias, out, activation=epilogue)
-        bias, activation = None, None
-    else:
-        blas.matmul(x, weight, None, out)
-    if bias is not None or activation or residual is not None:
-        bias_act(out, bias, activation, residual=residual, out=out)
-    return out
+    if residual is None and (activation is None or activation in library):
+        blas.matmul(x, weight, bias, out, activation=activation)
+        return out
+    product = device_empty(out.shape, out.dtype) if in_place else out
+    blas.matmul(x, weight, None, product)
+    return bias_act(product, bias, activation, residual=residual, out=out)
 
 
 def bias_act(
@@ -289,33 +286,10 @@ def bias_act(
     return out
 
 
+def _alike(a: Array, b: Array) -> bool:
+    return (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype)
+
+
 def _output(x: Array, weight: Array, residual: Array | None) -> Array:
     dtype = x.dtype if residual is None else residual.dtype
     return device_empty((len(x), len(weight)), dtype)
-
-
-def _check_product(x: Array, weight: Array, bias: Array | None, out: Array) -> None:
-    """What launch() checks for our kernels, for the library's."""
-    n, k = x.shape
-    m = len(weight)
-    wrong = (
-        weight.shape != (m, k)
-        or out.shape != (n, m)
-        or weight.dtype != x.dtype
-        or out.dtype not in (x.dtype, np.float32)
-        or (bias is not None and (bias.shape != (m,) or bias.dtype != out.dtype))
-        or not all(a.flags.c_contiguous for a in (x, weight, out))
-    )
-    if wrong:
-        parts = {"x": x, "weight": weight, "bias": bias, "out": out}
-        seen = ", ".join(
-            f"{name} {array.dtype.name}{list(array.shape)}"
-            for name, array in parts.items()
-            if array is not None
-        )
-        raise InputError(
-            f"arrays that do not fit each other: {seen}",
-            where="linear",
-            remedy="Contiguous x [N, K] and weight [M, K] of one dtype, out [N, M] of it or "
-            "float32, bias [M] of out's dtype.",
-        )

@@ -1,0 +1,134 @@
+"""Products of many rows: which calls they become, recorded and replayed, on NumPy's stand-ins."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gpt2cupy import ops
+from gpt2cupy.errors import InputError
+from gpt2cupy.ops import blas, reference
+from gpt2cupy.ops.tape import recorded, submit
+
+linear = importlib.import_module("gpt2cupy.ops.linear")  # the package has a function of this name
+ROWS, M, K = 17, 24, 16
+
+
+class DeviceArray(np.ndarray):
+    """An array of NumPy that shows its address as CuPy's do."""
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+def device_array(values) -> DeviceArray:
+    return np.array(values).view(DeviceArray)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """cuBLAS and the epilogue's kernel done by NumPy when they run; returns their names."""
+    names = []
+
+    def matmul(x, weight, bias, out, *, activation=None, add=False):
+        def run():
+            names.append("matmul")
+            product = reference.linear(x, weight, bias, activation=activation)
+            out[...] = product + out if add else product
+
+        blas._check(x, weight, bias, out)
+        submit(run)
+
+    def bias_act(x, bias, activation, *, residual=None, out=None):
+        def run():
+            names.append("bias_act")
+            reference.bias_act(x, bias, activation, residual=residual, out=out)
+
+        submit(run)
+        return out
+
+    monkeypatch.setattr(linear, "is_device_array", lambda a: isinstance(a, DeviceArray))
+    monkeypatch.setattr(linear, "device_empty", lambda s, d: device_array(np.full(s, np.nan, d)))
+    monkeypatch.setattr(linear, "has_mma", lambda: True)
+    monkeypatch.setattr(blas, "matmul", matmul)
+    monkeypatch.setattr(linear, "bias_act", bias_act)
+    return names
+
+
+def case(array):
+    rng = np.random.default_rng(0)
+    shapes = ((ROWS, K), (M, K), (M,), (ROWS, M))
+    return [array(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu_tanh", "tanh"])
+@pytest.mark.parametrize("residual", ["none", "beside", "out", "view of out"])
+def test_a_recorded_product_reads_its_arrays_when_it_is_replayed(library, activation, residual):
+    x, w, bias, before = case(device_array)
+    out = device_array(np.zeros((ROWS, M), np.float32))
+    given = {"none": None, "beside": before, "out": out, "view of out": out[:]}[residual]
+    with recorded() as calls:
+        assert ops.linear(x, w, bias, activation=activation, residual=given, out=out) is out
+    assert library == []
+    # What was there while it was recorded is not what counts.
+    x += 1
+    if given is not None:
+        given[...] = before
+    for call in calls:
+        call()
+    added = None if given is None else before
+    expected = reference.linear(x, w, bias, activation=activation, residual=added)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    fused = residual == "none" and activation in (None, "relu")
+    in_place = residual.endswith("out") and activation is None
+    assert library == (["matmul"] if fused or in_place else ["matmul", "bias_act"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 2, ROWS])
+@pytest.mark.parametrize("backend", ["ours", "cublas"])
+def test_a_recorded_product_updates_in_place(rows, activation, backend):
+    import cupy
+
+    x, w, bias, before = case(cupy.asarray)
+    x, before = x[:rows], before[:rows]
+    out = cupy.zeros_like(before)
+    with recorded() as calls:
+        ops.linear(x, w, bias, activation=activation, residual=out[:], out=out, backend=backend)
+    out[...] = before
+    for call in calls:
+        call()
+    host = [a.get() for a in (x, w, bias)]
+    expected = reference.linear(*host, activation=activation, residual=before.get())
+    np.testing.assert_allclose(out.get(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weight": np.zeros((M, K + 1), np.float32)},
+        {"weight": np.zeros((M, K), np.float16)},
+        {"weight": np.zeros((K, M), np.float32).T},
+        {"x": np.zeros((ROWS, K), np.int32), "weight": np.zeros((M, K), np.int32)},
+        {"bias": np.zeros(M + 1, np.float32)},
+        {"bias": np.zeros(M, np.float16)},
+        {"out": np.zeros((ROWS + 1, M), np.float32)},
+        {"out": np.zeros((ROWS, M), np.float16)},
+        {"out": np.zeros((M, ROWS), np.float32).T},
+    ],
+)
+def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
+    """Before a GPU is looked for: neither product runs past its arrays."""
+    x, weight, bias, out = case(np.asarray)
+    arrays = {"x": x, "weight": weight, "bias": bias, "out": out} | changed
+    with pytest.raises(InputError, match="do not fit each other.*weight") as caught:
+        blas.matmul(*arrays.values())
+    assert caught.value.where == "linear" and "float32" in caught.value.remedy
+    if "bias" not in changed:
+        with pytest.raises(InputError, match="do not fit each other"):
+            blas.gemv(arrays["x"], arrays["weight"], arrays["out"])
