@@ -99,9 +99,12 @@ def chosen(wanted: list[str], known: Any, what: str) -> list[str]:
 
 
 def paths(device: str) -> list[str]:
-    """The ways to run a decode step, the plainest first: the decoders of gpt2cupy.decode."""
-    classes = [getattr(decode, name) for name in decode.__all__ if name.endswith("Decoder")]
-    return [found.name for found in classes if device != "cpu" or found.name == "eager"]
+    """The ways to run a decode step, the plainest first."""
+    if device == "cpu":
+        return list(decode.paths(np))
+    import cupy
+
+    return list(decode.paths(cupy))
 
 
 def backends(dtype: str, batch: int, device: str) -> list[str]:

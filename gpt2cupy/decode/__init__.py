@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..errors import InputError
@@ -14,9 +16,9 @@ from .state import DecodeState
 __all__ = ["DecodeState", "EagerDecoder", "GraphDecoder", "PromptRunner", "decoder", "paths"]
 
 
-def paths(model: GPT2) -> dict[str, type[EagerDecoder]]:
-    """The ways to run a step of ``model`` by name, the plainest first."""
-    if model.xp is np:
+def paths(xp: Any) -> dict[str, type[EagerDecoder]]:
+    """The ways to run a step on the arrays of NumPy or CuPy by name, the plainest first."""
+    if xp is np:
         return {"eager": EagerDecoder}
     return {"eager": EagerDecoder, "graph": GraphDecoder}
 
@@ -29,7 +31,7 @@ def decoder(model: GPT2, name: str = "auto") -> EagerDecoder:
     InputError
         If the model's device has no such path.
     """
-    known = paths(model)
+    known = paths(model.xp)
     if name == "auto":
         name = list(known)[-1]
     if name not in known:

@@ -25,19 +25,14 @@ class EagerDecoder:
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
-        self.calls: list[Callable[[], Any]] = []  # the launches of the step prepared last
-        # By kind of step: what must live as long as it, and what runs it.
-        self._prepared: dict[tuple[int, ...], tuple[Any, Callable[[], None]]] = {}
+        self.calls: list[Callable[[], Any]] = []  # the launches of the step asked for last
+        # By kind of step: what must live as long as it, its launches, and what runs them.
+        self._prepared: dict[tuple[int, ...], tuple[Any, list[Any], Callable[[], None]]] = {}
 
     def prepare(self, state: DecodeState) -> None:
         """Make the step of ``state`` ready to run, without running it."""
-        if state.xp is np:
-            return
-        kind = self._kind(state)
-        if _key(kind) not in self._prepared:
-            with recorded() as self.calls:
-                self._step(state)
-            self._prepared[_key(kind)] = (kind, self.calls), self._ready(self.calls)
+        if state.xp is not np:
+            self._run_of(state)
 
     def step(self, state: DecodeState, n: int = 1) -> None:
         """Queue ``n`` steps: feed every row its token and choose the next."""
@@ -45,10 +40,21 @@ class EagerDecoder:
             for _ in range(n):
                 self._step(state)
             return
-        self.prepare(state)
-        _, run = self._prepared[_key(self._kind(state))]
+        run = self._run_of(state)
         for _ in range(n):
             run()
+
+    def _run_of(self, state: DecodeState) -> Callable[[], None]:
+        """What runs the step of ``state`` as it is now."""
+        kind = self._kind(state)
+        # Identities, which stay theirs because what was prepared keeps the objects.
+        key = tuple(id(part) for part in kind)
+        if key not in self._prepared:
+            with recorded() as calls:
+                self._step(state)
+            self._prepared[key] = kind, calls, self._ready(calls)
+        _, self.calls, run = self._prepared[key]
+        return run
 
     def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
         """What runs the recorded launches of a step."""
@@ -68,11 +74,6 @@ class EagerDecoder:
             state.ids, state.positions, state.slots, state.cache, state.work, state.logits
         )
         choose(state, state.logits, state.rows)
-
-
-def _key(kind: tuple[Any, ...]) -> tuple[int, ...]:
-    # Identities, which stay theirs because what was prepared keeps the objects.
-    return tuple(id(part) for part in kind)
 
 
 def choose(state: DecodeState, logits: Any, rows: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,18 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        for index, call in enumerate(calls):
-            if overlap and index > 0 and isinstance(call, Launch) and call.overlaps:
-                call.overlapped()
-            else:
-                call()
+        try:
+            for index, call in enumerate(calls):
+                if overlap and index > 0 and isinstance(call, Launch) and call.overlaps:
+                    call.overlapped()
+                else:
+                    call()
+        except BaseException:
+            # Left open, the capture would make other calls of the driver fail. It is worth
+            # nothing now, and may say so by an error of its own.
+            with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+                stream.end_capture()
+            raise
         graph = stream.end_capture()
 
     def run() -> None:

@@ -38,8 +38,10 @@ class PromptRunner:
         self.cache = cache
         self.work = work
         self._graphs = graphs and model.xp is not np
-        # By rows: the input, what must live as long as the graph, the graph, its output.
-        self._buckets: dict[int, tuple[PackedPrompts, Any, Callable[[], None], Any]] = {}
+        # By rows and backend: the input, what must live as long as the graph, the graph, its output.
+        self._buckets: dict[
+            tuple[int, str], tuple[PackedPrompts, Any, Callable[[], None], Any]
+        ] = {}
 
     def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> tuple[Any, np.ndarray]:
         """As :meth:`GPT2.prefill`; rows of x past the last token hold nothing of use."""
@@ -47,9 +49,10 @@ class PromptRunner:
         rows = next((n for n in BUCKETS if n >= total), 0)
         if not self._graphs or not rows or rows > self.work.rows:
             return self.model.prefill(tokens, slots, self.cache, self.work)
-        if rows not in self._buckets:
-            self._buckets[rows] = self._capture(rows)
-        packed, _, launch, x = self._buckets[rows]
+        key = rows, self.model.gemv
+        if key not in self._buckets:
+            self._buckets[key] = self._capture(rows)
+        packed, _, launch, x = self._buckets[key]
         starts = packed.fill(tokens, slots, self.cache)
         launch()
         return x, starts

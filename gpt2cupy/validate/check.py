@@ -119,7 +119,7 @@ def validate(
 
 def chosen_decoders(model: GPT2, paths: Sequence[str] | None) -> list[decode.EagerDecoder]:
     """Eager, which the others are compared with, and the paths named; by default all there are."""
-    names = decode.paths(model) if paths is None else paths
+    names = decode.paths(model.xp) if paths is None else paths
     return [decode.decoder(model, name) for name in dict.fromkeys(("eager", *names))]
 
 

@@ -1,0 +1,218 @@
+"""Decoders and prompt graphs, as far as they go without a GPU: what is prepared, kept and told apart."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from builders import TINY
+
+from gpt2cupy import decode
+from gpt2cupy.cache import KVCache
+from gpt2cupy.decode import EagerDecoder, GraphDecoder, PromptRunner, graph, prompt
+from gpt2cupy.ops.tape import recorded, submit
+from gpt2cupy.workspace import Workspace
+
+DEVICE = SimpleNamespace(zeros=np.zeros)  # stands for CuPy
+
+
+class Spelled(EagerDecoder):
+    """Its step is one call, which writes down the kind of step that was recorded."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.ran, self.kinds = [], 0
+
+    def _kind(self, state):
+        self.kinds += 1
+        return super()._kind(state)
+
+    def _step(self, state):
+        label = (state.plain, self.model.gemv)
+        submit(lambda: self.ran.append(label))
+
+
+def a_state():
+    return SimpleNamespace(xp=DEVICE, counts=None, bias=None, plain=True)
+
+
+def test_the_launches_shown_are_those_of_the_step_asked_for():
+    decoder, state = Spelled(SimpleNamespace(gemv="ours")), a_state()
+    for plain, gemv in [(True, "ours"), (False, "ours"), (True, "cublas"), (True, "ours")] * 2:
+        state.plain, decoder.model.gemv = plain, gemv
+        decoder.prepare(state)
+        assert decoder.ran == []
+        (call,) = decoder.calls
+        call()
+        assert decoder.ran.pop() == (plain, gemv)
+        decoder.step(state, 2)
+        assert decoder.ran == [(plain, gemv)] * 2
+        decoder.ran.clear()
+    assert len(decoder._prepared) == 3
+
+
+def test_a_step_looks_up_what_to_run_once():
+    decoder, state = Spelled(SimpleNamespace(gemv="ours")), a_state()
+    decoder.step(state, 5)
+    decoder.step(state)
+    assert decoder.kinds == 2 and len(decoder.ran) == 6
+
+
+def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):
+    """A graph captured with one product must not run for a model that was given the other."""
+
+    class Model:
+        xp, gemv = DEVICE, "ours"
+
+        def run_packed(self, packed, longest, cache, work):
+            gemv = self.gemv
+            submit(lambda: ran.append((packed.rows, gemv)))
+            return work.x
+
+    ran, captures = [], []
+
+    def captured(calls):
+        captures.append(calls)
+        return lambda: [call() for call in calls]
+
+    monkeypatch.setattr(prompt, "captured", captured)
+    model, cache = Model(), KVCache(TINY, 1, 32, np.float32)
+    runner = PromptRunner(model, cache, Workspace(TINY, 32, np.float32))
+    for count, gemv in [(3, "ours"), (3, "cublas"), (8, "ours"), (9, "cublas"), (2, "cublas")]:
+        model.gemv = gemv
+        cache.reset(0)
+        runner.run([np.zeros(count, np.int32)], [0])
+    expected = [(8, "ours"), (8, "cublas"), (8, "ours"), (12, "cublas"), (8, "cublas")]
+    assert ran == expected and len(captures) == 3
+
+
+class Stream:
+    """A stream that is being captured or is not, as CUDA would have it."""
+
+    capturing: Stream | None = None
+    spoilt = False
+
+    def __init__(self, non_blocking):
+        assert non_blocking
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def begin_capture(self):
+        assert Stream.capturing is None
+        Stream.capturing = self
+
+    def end_capture(self):
+        import cupy
+
+        assert Stream.capturing is self
+        Stream.capturing = None
+        if Stream.spoilt:
+            raise cupy.cuda.runtime.CUDARuntimeError(901)
+        return SimpleNamespace(launch=lambda stream: "launched")
+
+
+@pytest.fixture
+def streams(machine, monkeypatch):
+    cupy = machine()
+    cupy.cuda.Stream, cupy.cuda.get_current_stream = Stream, lambda: None
+    monkeypatch.setattr(graph, "has_clusters", lambda: False)
+    monkeypatch.setattr(Stream, "capturing", None)
+    monkeypatch.setattr(Stream, "spoilt", False)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("error", [ValueError("no such kernel"), KeyboardInterrupt()])
+def test_a_capture_that_fails_is_ended(streams, monkeypatch, error, spoilt):
+    """And the error that made it fail is the one that is seen."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(Stream, "spoilt", spoilt)
+    with pytest.raises(type(error)) as caught:
+        graph.captured([lambda: None, fail])
+    assert caught.value is error
+    assert Stream.capturing is None
+    monkeypatch.setattr(Stream, "spoilt", False)
+    calls = []
+    assert graph.captured([lambda: calls.append(Stream.capturing)])() is None
+    assert calls[0] is not None and Stream.capturing is None
+
+
+def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
+    class Broken(GraphDecoder):
+        broken = True
+
+        def _step(self, state):
+            submit(self._launch)
+
+        def _launch(self):
+            if self.broken:
+                raise ValueError("no such kernel")
+
+    decoder, state = Broken(SimpleNamespace(gemv="ours")), a_state()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such kernel"):
+            decoder.step(state)
+    decoder.broken = False
+    decoder.step(state)
+    assert Stream.capturing is None
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_gpu_usable():
+    import cupy
+
+    def fail():
+        raise ValueError("no such kernel")
+
+    x = cupy.zeros(4, np.float32)
+    with pytest.raises(ValueError, match="no such kernel"):
+        graph.captured([lambda: x.fill(1), fail])
+    x += 1  # a capture left open would refuse or swallow this
+    assert x.get().tolist() == [1] * 4
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        graph.captured([lambda: x.fill(3)])()
+    stream.synchronize()
+    assert x.get().tolist() == [3] * 4
+
+
+@pytest.mark.gpu
+def test_a_prompt_takes_the_backend_that_the_model_has_now():
+    import cupy
+    from builders import model_on
+
+    from gpt2cupy.weights import Weights
+
+    model = model_on(cupy, TINY, Weights.random(TINY, 0, np.float16))
+    cache, work = model.new_cache(1), model.new_workspace(16)
+    runner = PromptRunner(model, cache, work)
+    tokens, found = np.arange(8, dtype=np.int32), {}
+    for backend in ("ours", "cublas", "ours"):
+        model.gemv = backend
+        cache.reset(0)
+        x, _ = runner.run([tokens], [0])
+        found.setdefault(backend, []).append(x.get()[:8])
+    np.testing.assert_array_equal(*found["ours"])
+    np.testing.assert_allclose(found["cublas"][0], found["ours"][0], atol=2e-2)
+    assert sorted(runner._buckets) == [(8, "cublas"), (8, "ours")]
+
+
+def test_paths_by_the_kind_of_arrays():
+    assert list(decode.paths(np)) == ["eager"]
+    assert list(decode.paths(DEVICE)) == ["eager", "graph"]
+
+
+def test_nothing_is_recorded_after_a_recording_that_failed():
+    with pytest.raises(ValueError, match="half-way"), recorded() as calls:
+        submit(print)
+        raise ValueError("half-way")
+    ran = []
+    submit(lambda: ran.append(1))
+    assert ran == [1] and calls == [print]
