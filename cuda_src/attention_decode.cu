@@ -6,12 +6,12 @@
 //           out [B, C]. All ELEM. K and V at position p are written here, from qkv.
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
-// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them. A
-// key is read by a group of LANES lanes, VEC elements each; the groups stride
-//           over the keys, every one with its own online softmax (running maximum, sum and
-//           weighted values), and are merged once at the end: within each warp by shuffles, across
-//           warps and across the blocks of the cluster through shared memory. The first AHEAD
-//           turns of keys and values are loaded before the kernel waits for its predecessor.
+// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them.
+//           A key is read by a group of LANES lanes, VEC elements each; the groups stride over the
+//           keys, every one with its own online softmax (running maximum, sum and weighted
+//           values), and are merged once at the end: within each warp by shuffles, across warps
+//           and across the blocks of the cluster through shared memory. The first AHEAD turns of
+//           keys and values are loaded before the kernel waits for its predecessor.
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
 //
 // Entries   attention_decode        one block per head: many rows, or a chip without clusters

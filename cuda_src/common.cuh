@@ -3,7 +3,7 @@
 // Compile-time macros, set by gpt2cupy/ops/compiler.py:
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
-//   K      inner size of the product (norm_gemv only)
+//   K      inner size of the product (norm_gemv and norm_skinny)
 //
 // Letters: B rows, T tokens, C channels, NH heads, HS head size, V vocabulary, L layers.
 #pragma once
@@ -44,10 +44,11 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// vectors: N consecutive elements moved by one load or store
+// vectors: N consecutive elements moved by one load or store, or by several of 16 bytes: launch()
+// promises no more than that alignment, and newer chips have accesses of 32 bytes
 
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Vec {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T value[N];
 };
 
@@ -91,8 +92,10 @@ __device__ inline float warp_max(float x) {
 // ---------------------------------------------------------------------------------------------
 // overlap of neighbouring kernels (programmatic dependent launch, sm_90 and newer)
 //
-// A kernel of the decode step first loads what no kernel of the step writes (weights, keys and
-// values of the past), then waits for its predecessor. Launched the plain way, or on an older
+// A kernel of the decode step first loads what no kernel before it in the step writes (weights,
+// keys and values of the past, positions), then waits for its predecessor. Positions are written
+// by the choice of the token: it is the last of the step, and the first of the next is launched
+// the plain way, so it starts only when that is complete. Launched the plain way, or on an older
 // chip, both calls do nothing.
 
 // From here on the next kernel of the stream may start, up to its own wait.
