@@ -1,4 +1,4 @@
-// The activations a GPT-2 checkpoint may ask for, on one float.
+// What follows a product: the activations a GPT-2 checkpoint may ask for, and what is added.
 #pragma once
 
 #include "common.cuh"
@@ -16,6 +16,12 @@ __device__ inline float tanh_for_elem(float x) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
+}
+
+// source[i], a bias or a residual: zero where there is none, or not `there`.
+template <typename T>
+__device__ inline float addend(const T* source, int i, bool there) {
+  return source && there ? to_float(source[i]) : 0.0f;
 }
 
 __device__ inline float activate(float x, int activation) {

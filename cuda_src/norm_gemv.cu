@@ -97,12 +97,6 @@ __device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
     for (int i = 0; i < VEC; i++) x[c][i] *= scale;
 }
 
-// The bias or residual of the output that this lane will write; null counts as zero.
-template <typename T>
-__device__ inline float addend(const T* source, int m, bool writes) {
-  return source && writes ? to_float(source[m]) : 0.0f;
-}
-
 template <bool NORM, typename in_t, typename out_t>
 __device__ inline void product(const in_t* x,
                                const elem_t* norm_weight,

@@ -84,12 +84,6 @@ __device__ inline void row_statistics(const float* x, int N, float eps, float (*
   }
 }
 
-// source[n, m], or zero outside [N, M] and for null.
-template <typename T>
-__device__ inline float addend(const T* source, int n, int m, int N, int M) {
-  return source && n < N && m < M ? to_float(source[(size_t)n * M + m]) : 0.0f;
-}
-
 template <bool NORM, typename in_t, typename out_t>
 __device__ inline void product(const in_t* x,
                                const elem_t* norm_weight,
@@ -112,7 +106,8 @@ __device__ inline void product(const in_t* x,
   release_dependents();
   Packed w[CHUNKS];
   load_weights(weight, min(tile * TILE + across, M - 1), k0, w);
-  float own_bias = addend(bias, 0, tile * TILE + threadIdx.x % TILE, 1, M);
+  int first = tile * TILE + threadIdx.x % TILE;
+  float own_bias = addend(bias, first, first < M);
   Packed scale[CHUNKS], shift[CHUNKS];
   if constexpr (NORM) {
 #pragma unroll
@@ -148,7 +143,8 @@ __device__ inline void product(const in_t* x,
   }
   // Thread i writes output i % TILE of row i / TILE: N TILE outputs, at most one each.
   int n = threadIdx.x / TILE;
-  float own_residual = addend(residual, n, tile * TILE + threadIdx.x % TILE, N, M);
+  // With at most 16 rows an int holds the place.
+  float own_residual = addend(residual, n * M + first, n < N && first < M);
 
   for (int turn = 0; tile * TILE < M; turn ^= 1) {
     float d[2][4] = {};
@@ -184,8 +180,8 @@ __device__ inline void product(const in_t* x,
       y[(size_t)n * M + m] = from_float<out_t>(activate(sum, activation) + own_residual);
     }
     m = tile * TILE + threadIdx.x % TILE;
-    own_bias = addend(bias, 0, m, 1, M);
-    own_residual = addend(residual, n, m, N, M);
+    own_bias = addend(bias, m, m < M);
+    own_residual = addend(residual, n * M + m, n < N && m < M);
   }
 }
 

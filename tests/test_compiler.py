@@ -115,7 +115,7 @@ def test_no_vector_asks_for_more_alignment_than_launch_checks(sources):
     """Newer chips have accesses of 32 bytes: eight floats aligned to 32 would fault on them."""
     checks = [
         f"static_assert(alignof(Vec<{elem}, {n}>) == {min(n * size, launch.ALIGNMENT)}, "
-        f"\"{elem} {n}\");"
+        f'"{elem} {n}");'
         for elem, size in (("float", 4), ("__half", 2), ("__nv_bfloat16", 2))
         for n in (1, 2, 4, 8, 16)
     ]

@@ -1,4 +1,4 @@
-"""Decoders and prompt graphs, as far as they go without a GPU: what is prepared, kept and told apart."""
+"""Decoders and prompt graphs: what is prepared, kept and told apart; mostly without a GPU."""
 
 from __future__ import annotations
 

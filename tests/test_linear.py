@@ -126,7 +126,7 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
     """Before a GPU is looked for: neither product runs past its arrays."""
     x, weight, bias, out = case(np.asarray)
     arrays = {"x": x, "weight": weight, "bias": bias, "out": out} | changed
-    with pytest.raises(InputError, match="do not fit each other.*weight") as caught:
+    with pytest.raises(InputError, match=r"do not fit each other.*weight") as caught:
         blas.matmul(*arrays.values())
     assert caught.value.where == "linear" and "float32" in caught.value.remedy
     if "bias" not in changed:

@@ -38,7 +38,8 @@ class PromptRunner:
         self.cache = cache
         self.work = work
         self._graphs = graphs and model.xp is not np
-        # By rows and backend: the input, what must live as long as the graph, the graph, its output.
+        # By rows and backend: the input, what must live as long as the graph, the graph, its
+        # output.
         self._buckets: dict[
             tuple[int, str], tuple[PackedPrompts, Any, Callable[[], None], Any]
         ] = {}
