@@ -80,23 +80,25 @@ def make_requests(
     eos = params.eos_token_id
     if eos is None:
         eos = -1 if config.eos_token_id is None else config.eos_token_id
-    largest = max([eos, *params.logit_bias], default=-1)
-    if largest >= config.vocab_size:
-        raise InputError(
-            f"token id {largest} is outside the vocabulary of {config.vocab_size}",
-            where="eos_token_id or logit_bias",
-            remedy="Use ids of this model.",
-        )
+    for name, largest in (("eos_token_id", eos), ("logit_bias", max(params.logit_bias, default=0))):
+        if largest >= config.vocab_size:
+            raise InputError(
+                f"token id {largest} is outside the vocabulary of {config.vocab_size}",
+                where=name,
+                remedy="Use ids of this model.",
+            )
     requests = []
     for number, prompt in enumerate(prompts):
         ids = encode(prompt, tokenizer, config)
-        wanted = params.max_new_tokens
-        if wanted is not None and len(ids) + wanted > config.n_positions + 1:
+        # Without a most, what must come has to fit.
+        name = "min_new_tokens" if params.max_new_tokens is None else "max_new_tokens"
+        wanted = getattr(params, name)
+        if len(ids) + wanted > config.n_positions + 1:
             raise InputError(
                 f"{len(ids)} tokens of prompt and {wanted} new ones exceed the context of "
                 f"{config.n_positions}",
                 where=f"prompt {number}",
-                remedy="Lower max_new_tokens, or pass None to go on to the end of the context.",
+                remedy=f"Shorten the prompt or lower {name}.",
             )
         requests += [Request((number, i), ids, params, index=i, eos=eos) for i in range(params.n)]
     return requests

@@ -30,7 +30,7 @@ class SamplingParams:
     max_new_tokens : int, optional
         Tokens to generate at most; None goes on to the end of the context.
     min_new_tokens : int
-        The end-of-text token cannot be chosen before that many.
+        The end-of-text token cannot be chosen before that many; at most ``max_new_tokens``.
     temperature : float
         0 takes the most probable token, of equals the one with the smaller id;
         otherwise logits are divided by it and a token is drawn.
@@ -92,6 +92,12 @@ class SamplingParams:
         limit = self.max_new_tokens
         self._require(limit is None or _is_int(limit, 0), "max_new_tokens", "0 or more, or None")
         self._require(_is_int(self.min_new_tokens, 0), "min_new_tokens", "an integer, 0 or more")
+        if limit is not None and self.min_new_tokens > limit:
+            raise InputError(
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={limit}",
+                where="SamplingParams",
+                remedy="Raise max_new_tokens or lower min_new_tokens.",
+            )
         self._require(_is_number(self.temperature, 0), "temperature", "0 or more")
         self._require(_is_int(self.top_k, 0), "top_k", "an integer, 0 (off) or more")
         in_unit = _is_number(self.top_p, 0, 1) and self.top_p > 0
@@ -108,7 +114,7 @@ class SamplingParams:
         self._require(seed_fits, "seed", "from 0 to 2**64 - 1, or None")
         self._require(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings")
         eos = self.eos_token_id
-        self._require(eos is None or _is_int(eos, -1), "eos_token_id", "a token id, -1 or None")
+        self._require(eos is None or _is_int(eos, -1), "eos_token_id", "a token id, -1, or None")
         self._require(_is_int(self.n, 1), "n", "an integer, 1 or more")
         count = self.logprobs
         self._require(

@@ -20,8 +20,11 @@ def check_window(window: int | None, stride: int | None, config: GPT2Config) -> 
         stride = max(window // 2, 1) if stride is None else stride
         if 1 <= stride <= window <= config.n_positions:
             return int(window), int(stride)
+    shown = " with ".join(
+        f"{name}={value!r}" for name, value in zip(("window", "stride"), given, strict=False)
+    )
     raise InputError(
-        f"window {window!r} with stride {stride!r} is impossible",
+        f"{shown} is impossible",
         where="score",
         remedy=f"They are integers, 1 <= stride <= window <= {config.n_positions}.",
     )

@@ -43,7 +43,7 @@ def test_the_installed_command_is_there():
         (("generate", "--file", "two\nlines"), "two lines"),
         (("generate", "a", "--temperature", "-1"), "temperature"),
         (("generate", "a", "--max-new-tokens", "100000"), "context"),
-        (("generate", "a", "--n", "0"), "n=0"),
+        (("generate", "a", "--n", "0"), "--n 0"),
         (("generate", "a", "--dtype", "int4"), "int4"),
         (("generate", "a", "--device", "tpu"), "tpu"),
         (("generate", "--file", "/no/such/file"), "/no/such/file"),

@@ -163,6 +163,11 @@ def test_new_tokens_by_default_fit_the_context(lm):
     assert code == (1 if used > lm.config.n_positions - 199 else 0) == 1 and "context" in err
 
 
+def test_new_tokens_by_default_are_as_many_as_must_come():
+    row = json.loads(done("generate", "x", *CPU, "--json", "--min-new-tokens", "220"))
+    assert len(row["ids"]) == 220
+
+
 def test_another_tokenizer(tmp_path):
     same = str(EMBEDDED["shakespeare"])
     arguments = ("generate", "ROMEO:", *SHORT)

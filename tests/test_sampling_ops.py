@@ -152,7 +152,7 @@ CASES = {
         "frequency_penalty": 0.4,
     },
     "greedy_penalties": {"repetition_penalty": 1.9},
-    "min_new_tokens": {"temperature": 1.0, "min_new_tokens": 100},
+    "min_new_tokens": {"temperature": 1.0, "max_new_tokens": None, "min_new_tokens": 100},
 }
 
 

@@ -71,6 +71,16 @@ def test_valid_values_pass(name, value):
     SamplingParams(**{name: value})
 
 
+@pytest.mark.parametrize("least, most", [(1, 0), (5, 4), (65, 64)])
+def test_more_tokens_at_least_than_at_most_names_both(least, most):
+    with pytest.raises(InputError) as caught:
+        SamplingParams(min_new_tokens=least, max_new_tokens=most)
+    for name, value in (("min_new_tokens", least), ("max_new_tokens", most)):
+        assert f"{name}={value}" in caught.value.what and name in caught.value.remedy
+    SamplingParams(min_new_tokens=most, max_new_tokens=most)
+    SamplingParams(min_new_tokens=least, max_new_tokens=None)
+
+
 @pytest.mark.parametrize("given, kept", [("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])
 def test_stop_becomes_a_tuple(given, kept):
     assert SamplingParams(stop=given).stop == kept

@@ -107,7 +107,7 @@ def generate(
             if lm.model.xp is np:
                 raise InputError(
                     "--gemv is for a GPU, and this runs on the CPU",
-                    where="gemv",
+                    where="--gemv",
                     remedy="Leave it out.",
                 )
             lm.model.gemv = gemv.value
@@ -115,7 +115,9 @@ def generate(
         shell.say(shell.paint(f"{lm.name}, {lm.dtype} on {lm.device}", shell.DIM), quiet=quiet)
         if max_new_tokens is None:
             room = lm.config.n_positions + 1 - len(lm.encode(text))
-            params = dataclasses.replace(params, max_new_tokens=min(DEFAULT_NEW_TOKENS, room))
+            wanted = min(max(DEFAULT_NEW_TOKENS, min_new_tokens), room)
+            if min_new_tokens <= room:  # else the error names what was typed
+                params = dataclasses.replace(params, max_new_tokens=wanted)
         if as_json:
             for found in _objects(lm, text, params):
                 shell.write(json.dumps(found) + "\n")

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 import typer
 
 from ..errors import Gpt2CupyError, InputError
+from . import wording
 
 P = ParamSpec("P")
 
@@ -23,29 +24,30 @@ RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
 
 def with_manners(command: Callable[P, None]) -> Callable[P, None]:
     """The command, ending as a shell user expects."""
+    options = wording.options_of(command)
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        with _manners():
+        with _manners(options):
             command(*args, **kwargs)
 
     return wrapped
 
 
 @contextmanager
-def _manners() -> Iterator[None]:
+def _manners(options: dict[str, str]) -> Iterator[None]:
     """Errors of ours as one line and exit code 1; a broken pipe or Ctrl-C as shells expect."""
     if sys.stdout is not None:
         # A prompt from the command line may hold bytes that are not text.
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = functools.partial(_show_warning, options)
         try:
             yield
             if sys.stdout is not None:
                 sys.stdout.flush()
         except Gpt2CupyError as error:
-            say(f"{paint('gpt2cupy:', RED)} {_one_line(error)}")
+            say(f"{paint('gpt2cupy:', RED)} {_one_line(wording.in_options(error, options))}")
             raise typer.Exit(1) from None
         except BrokenPipeError:
             raise typer.Exit(141) from None
@@ -88,8 +90,10 @@ def _colourful() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and not plain
 
 
-def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-    say(f"gpt2cupy: warning: {message}")
+def _show_warning(
+    options: dict[str, str], message: Warning | str, *place: Any, **more: Any
+) -> None:
+    say(f"gpt2cupy: warning: {wording.reworded(str(message), options)}")
 
 
 def silence_warnings() -> None:
