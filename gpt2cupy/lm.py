@@ -249,7 +249,8 @@ def load(
         gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, or an
         llm.c ``.bin`` file.
     dtype : {"auto", "float32", "float16", "bfloat16"}
-        "auto" keeps the stored one on a GPU; the CPU always computes in float32.
+        "auto" keeps the stored one on a GPU; the CPU always computes in float32,
+        and warns if another one is asked for.
     device : str
         "auto" (the GPU where one can be used), "cpu", "cuda" or "cuda:1".
     revision : str, optional

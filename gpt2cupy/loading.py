@@ -59,10 +59,20 @@ def _usable(index: int) -> int:
 
 
 def resolve_dtype(dtype: str, stored: np.dtype, kind: str) -> np.dtype:
-    """The dtype that weights are held in: "auto" is the stored one on a GPU, float32 on the CPU."""
+    """The dtype that weights are held in: "auto" is the stored one on a GPU, float32 on the CPU.
+
+    Another one that is asked for on the CPU is a warning: the same script may
+    run on a GPU elsewhere.
+    """
     name = _dtype_name(dtype)
     if kind == "cpu":
         # NumPy computes in float32 anyway; narrower weights would be widened at every step.
+        if name not in ("auto", "float32"):
+            warnings.warn(
+                f"dtype={name!r} is for a GPU: the CPU holds weights and computes in float32",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return np.dtype(np.float32)
     if name == "auto":
         return stored

@@ -103,3 +103,12 @@ def test_a_file_keeps_its_name():
     error = InputError("the file top_p=1 cannot be read", where="/home/n_ame/top_k.txt")
     options = wording.options_of(tokenize)
     assert str(wording.in_options(error, options)) == str(error)
+
+
+@pytest.mark.filterwarnings("default:dtype=")
+def test_another_dtype_on_the_cpu_is_said():
+    arguments = ("generate", "x", *CPU, "--max-new-tokens", "2", "--dtype")
+    code, out, err = call(*arguments, "float16")
+    expected = "gpt2cupy: warning: --dtype float16 is for a GPU: the CPU holds weights and computes"
+    assert code == 0 and out and expected in err
+    assert "warning" not in call(*arguments, "float32")[2]

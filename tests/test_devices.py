@@ -7,10 +7,11 @@ import warnings
 
 import numpy as np
 import pytest
+from builders import TINY
 from fake_cupy import CUDADriverError, CUDARuntimeError, OutOfMemoryError, packages
 
 import gpt2cupy
-from gpt2cupy import checkpoint, loading
+from gpt2cupy import GPT2, checkpoint, loading
 from gpt2cupy.engine import Engine
 from gpt2cupy.errors import DeviceError, DeviceMemoryError, Gpt2CupyError, InputError, NoDeviceError
 from gpt2cupy.ops import device as device_module
@@ -133,7 +134,25 @@ def test_what_is_no_dtype(dtype):
 @pytest.mark.parametrize("dtype", ["float16", "fp16", np.dtype(np.float16)])
 def test_dtypes(dtype):
     assert loading.resolve_dtype(dtype, np.dtype(np.float32), "cuda") == np.float16
-    assert loading.resolve_dtype(dtype, np.dtype(np.float16), "cpu") == np.float32
+    with pytest.warns(RuntimeWarning, match="dtype='float16' is for a GPU.*float32"):
+        assert loading.resolve_dtype(dtype, np.dtype(np.float16), "cpu") == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bf16", "bfloat16", "auto", "float32", "fp32"])
+def test_another_dtype_on_the_cpu_is_said_once(dtype):
+    """By every way to load; what is kept, or was not asked for, is no warning."""
+    for load in (
+        lambda: gpt2cupy.load(dtype=dtype, device="cpu").model,
+        lambda: GPT2.from_pretrained(dtype=dtype, device="cpu"),
+        lambda: GPT2.random(TINY, dtype=dtype, device="cpu"),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert load().dtype == np.float32
+        kept = dtype in ("auto", "float32", "fp32")
+        assert [c.category for c in caught] == ([] if kept else [RuntimeWarning])
+        if not kept:
+            assert caught[0].filename == __file__, "it points at the caller"
 
 
 @pytest.mark.parametrize("options", [{"device": "tpu"}, {"dtype": "int8"}])
