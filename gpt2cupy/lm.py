@@ -231,6 +231,14 @@ class LanguageModel:
         with self._held.turn() as model:
             return model(ids)
 
+    def hidden_states(self, ids: Any) -> Any:
+        """Hidden states of every layer, on the device: ids [B, T] -> float32 [L + 1, B, T, C].
+
+        See :meth:`GPT2.hidden_states`.
+        """
+        with self._held.turn() as model:
+            return model.hidden_states(ids)
+
 
 def load(
     name_or_path: str = "shakespeare",

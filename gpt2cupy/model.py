@@ -158,7 +158,12 @@ class GPT2:
         return x, starts
 
     def run_packed(
-        self, packed: PackedPrompts, longest: int, cache: KVCache, work: Workspace
+        self,
+        packed: PackedPrompts,
+        longest: int,
+        cache: KVCache,
+        work: Workspace,
+        states: Array | None = None,
     ) -> Array:
         """Queue the layers for what ``packed`` holds; returns the residual stream [N, C].
 
@@ -170,9 +175,13 @@ class GPT2:
         cache : KVCache
         work : Workspace
             Of exactly ``packed.rows`` rows.
+        states : array [L, N, C], optional
+            Where the residual stream goes as each layer reads it.
         """
 
         def attend(layer: int, qkv: Array, out: Array) -> None:
+            if states is not None:
+                states[layer] = work.x
             k, v = cache.layers[layer]
             scale = self.config.attention_scale(layer)
             ops.attention_prefill(
@@ -207,6 +216,28 @@ class GPT2:
         work = self.new_workspace(batch * length)
         x, _ = self.prefill(list(host), range(batch), self.new_cache(batch, length), work)
         return x.reshape(batch, length, -1)
+
+    def hidden_states(self, ids: Array) -> Array:
+        """Hidden states of every layer: ids [B, T] -> float32 [L + 1, B, T, C].
+
+        What transformers gives for ``output_hidden_states``: first the embeddings,
+        then the residual stream after each layer; the last, after layer L, is also
+        after the last norm, and as fine as the weights' dtype.
+
+        Raises
+        ------
+        InputError
+            If an id is outside the vocabulary or T exceeds ``n_positions``.
+        """
+        host, w = check_ids(ids, self.config), self.weights
+        batch, length = host.shape
+        cache, work = self.new_cache(batch, length), self.new_workspace(batch * length)
+        packed = PackedPrompts(work.rows, batch, self.xp)
+        packed.fill(list(host), range(batch), cache)
+        states = self.xp.empty((self.config.n_layer + 1, *work.x.shape), work.x.dtype)
+        x = self.run_packed(packed, length, cache, work, states)
+        states[-1] = ops.layer_norm(x, w.lnf_w, w.lnf_b, self.config.layer_norm_epsilon, out=work.h)
+        return states.reshape(-1, batch, length, self.config.n_embd)
 
     def __call__(self, ids: Array) -> Array:
         """Logits of every position, without a cache kept: ids [B, T] -> float32 [B, T, V].

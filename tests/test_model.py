@@ -63,6 +63,37 @@ def test_prefill_in_pieces_and_ragged_equals_each_alone(xp):
     np.testing.assert_allclose(together, alone, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("batch, length", [(1, 1), (1, 5), (3, 40)])
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_hidden_states_obey_the_error_rule(xp, dtype_name, batch, length):
+    dtype = np.dtype(np.float32) if xp is np else DTYPES[dtype_name]
+    weights = Weights.random(TINY, 0, dtype)
+    model = model_on(xp, TINY, weights)
+    ids = np.random.default_rng(0).integers(0, TINY.vocab_size, (batch, length))
+    found = host(model.hidden_states(ids))
+    assert found.dtype == np.float32
+    exact = GPT2(TINY, widened(TINY, weights)).hidden_states(ids)
+    assert found.shape == exact.shape == (TINY.n_layer + 1, batch, length, TINY.n_embd)
+    assert exact.dtype == np.float64
+    baseline = GPT2(TINY, weights).hidden_states(ids)
+    for layer in range(len(exact)):
+        check(found[layer], baseline[layer], exact[layer], dtype, f"hidden state {layer}")
+    # The last one is what the logits are made of, the one before the last layer's input.
+    logits = found[-1] @ host(model.weights.lm_head)[: TINY.vocab_size].astype(np.float32).T
+    np.testing.assert_allclose(logits, host(model(ids)), atol=0.02 * np.abs(logits).max())
+    first = host(model.weights.wte)[ids].astype(np.float32)
+    np.testing.assert_array_equal(
+        found[0], first + host(model.weights.wpe)[:length].astype(np.float32)
+    )
+
+
+def test_hidden_states_refuse_what_the_model_cannot_take(xp):
+    model = model_on(xp, TINY, Weights.random(TINY, 0))
+    for ids in ([[TINY.vocab_size]], [[0] * (TINY.n_positions + 1)], [[0.5]]):
+        with pytest.raises(InputError):
+            model.hidden_states(ids)
+
+
 def requests(config, count, **options):
     rng = np.random.default_rng(3)
     params = SamplingParams(max_new_tokens=12, seed=1, **options)

@@ -200,3 +200,27 @@ def test_hidden_states(tmp_path, hugging_face, config):
         found = hugging_face(tmp_path)(torch.as_tensor(ids), output_hidden_states=True)
     theirs = found.hidden_states[-1].numpy().reshape(66, -1)
     assert np.abs(normed - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("config", [SMALL, MIDDLE], ids=["small", "middle"])
+@pytest.mark.parametrize("batch, length", [(2, 33), (1, 1)])
+def test_hidden_states_of_every_layer(tmp_path, hugging_face, config, batch, length):
+    write_checkpoint(tmp_path, config, weights=loud(config, 6))
+    ids = some_ids(config, batch, length)
+    ours = GPT2.from_pretrained(str(tmp_path), device="cpu").hidden_states(ids)
+    with torch.inference_mode():
+        found = hugging_face(tmp_path)(torch.as_tensor(ids), output_hidden_states=True)
+    assert len(ours) == len(found.hidden_states) == config.n_layer + 1
+    for mine, state in zip(ours, found.hidden_states, strict=True):
+        theirs = state.numpy()
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        assert np.abs(mine - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    assert np.abs(np.diff(ours, axis=0)).max(axis=(1, 2, 3)).min() > 0, "each layer does something"
+
+
+def test_hidden_states_of_the_embedded_model(embedded, their_embedded):
+    ids = embedded.encode("But, soft! what light").reshape(1, -1)
+    with torch.inference_mode():
+        found = their_embedded(torch.as_tensor(ids), output_hidden_states=True).hidden_states
+    for mine, theirs in zip(embedded.hidden_states(ids), found, strict=True):
+        assert np.abs(mine - theirs.numpy()).max() <= 1e-4 * np.abs(theirs.numpy()).max()
