@@ -8,6 +8,7 @@ read, so the GPU does not wait for Python.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from . import ops
 from .decode import DecodeState, PromptRunner, decoder
 from .decode.eager import choose
+from .errors import BusyError
 from .model import GPT2
 from .ops.device import memory_error
 from .sampling import SamplingParams
@@ -104,6 +106,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.decoder = decoder(model, decode or model.decode_path)
+        self._free = threading.Lock()  # until a run has ended
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
         if model.xp is np:
@@ -143,7 +146,25 @@ class Engine:
         """Generate until every request is finished, yielding tokens as they are chosen.
 
         Dropping a request from outside is done by :meth:`drop`.
+
+        Raises
+        ------
+        BusyError
+            If requests of an earlier call are still running, in this thread or
+            another. Engines of one model may run side by side.
         """
+        if not self._free.acquire(blocking=False):
+            raise BusyError(
+                "this engine is running other requests",
+                where="Engine.run",
+                remedy="Finish or close() the first run, or make one more Engine of the model.",
+            )
+        try:
+            yield from self._run(requests)
+        finally:
+            self._free.release()
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[Token]:
         waiting = deque(requests)
         self.active: dict[int, _Sequence] = {}
         # NumPy runs a step when it is queued: a token must be out before the next step.

@@ -67,4 +67,4 @@ class ClosedError(Gpt2CupyError, RuntimeError):
 
 
 class BusyError(Gpt2CupyError, RuntimeError):
-    """A model that is asked for more while a stream of it is open in the same thread."""
+    """A model with a stream open in the same thread, or an engine that is running already."""

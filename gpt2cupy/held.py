@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import threading
-import weakref
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -16,10 +13,6 @@ from .errors import ClosedError
 from .model import GPT2
 from .ops.device import device_errors
 from .turns import Turns
-
-# Models on one GPU share cuBLAS's workspace and descriptors (ops/blas.py): their work alternates.
-_gpu_locks: dict[int | None, threading.Lock] = collections.defaultdict(threading.Lock)
-_open_models: weakref.WeakSet[HeldModel] = weakref.WeakSet()
 
 
 class HeldModel:
@@ -44,7 +37,6 @@ class HeldModel:
         self._engine: Engine | None = None
         self._running: Any = None  # the engine's generator while a call reads it
         self._turns = Turns(name)
-        _open_models.add(self)
 
     @property
     def closed(self) -> bool:
@@ -64,15 +56,7 @@ class HeldModel:
     def turn(self) -> Iterator[GPT2]:
         """The model for this call alone, its device the current one."""
         with self._turns.take(), self._on_gpu():
-            # The engine has a stream of its own and shares cuBLAS's workspace with this call: a
-            # step that was queued ahead ends first, and this call before the next step.
-            if self.gpu is not None and self._engine is not None:
-                self._engine.stream.synchronize()
             yield self.model
-            if self.gpu is not None:
-                import cupy
-
-                cupy.cuda.get_current_stream().synchronize()
 
     def tokens(self, requests: list[Request], slots: int) -> Generator[Token, None, None]:
         """What the engine makes of the requests; holds the turn until they are done."""
@@ -115,7 +99,6 @@ class HeldModel:
     def close(self) -> None:
         """Free everything; what is running ends with ClosedError at its next token."""
         self._model = None
-        _open_models.discard(self)
         self._forget_engine()
         running = self._running
         if running is not None:
@@ -149,13 +132,11 @@ class HeldModel:
 
     @contextlib.contextmanager
     def _on_gpu(self) -> Iterator[None]:
-        """The GPU as current device and, among the models on it, to this one alone."""
+        """The GPU as current device; its errors are ours."""
         if self.gpu is None:
             yield
             return
         import cupy
 
-        with _gpu_locks[self.gpu], cupy.cuda.Device(self.gpu) as device, device_errors(self._name):
+        with cupy.cuda.Device(self.gpu), device_errors(self._name):
             yield
-            if any(other.gpu == self.gpu for other in list(_open_models) if other is not self):
-                device.synchronize()

@@ -11,6 +11,7 @@ from builders import TINY
 from gpt2cupy import decode
 from gpt2cupy.cache import KVCache
 from gpt2cupy.decode import EagerDecoder, GraphDecoder, PromptRunner, graph, prompt
+from gpt2cupy.ops import blas
 from gpt2cupy.ops.tape import recorded, submit
 from gpt2cupy.workspace import Workspace
 
@@ -113,14 +114,20 @@ class Stream:
         Stream.capturing = None
         if Stream.spoilt:
             raise cupy.cuda.runtime.CUDARuntimeError(901)
-        return SimpleNamespace(launch=lambda stream: "launched")
+        return SimpleNamespace(launch=lambda stream: turns.append(blas.workspace()._depth))
+
+
+turns: list[int] = []  # within how many turns each graph was launched
 
 
 @pytest.fixture
 def streams(machine, monkeypatch):
     cupy = machine()
-    cupy.cuda.Stream, cupy.cuda.get_current_stream = Stream, lambda: None
+    outside = SimpleNamespace(ptr=0, synchronize=lambda: None)
+    cupy.cuda.Stream, cupy.cuda.get_current_stream = Stream, lambda: outside
     monkeypatch.setattr(graph, "has_clusters", lambda: False)
+    monkeypatch.setattr(blas, "current_device", lambda: 0)
+    monkeypatch.setattr(blas, "_turns", {})
     monkeypatch.setattr(Stream, "capturing", None)
     monkeypatch.setattr(Stream, "spoilt", False)
 
@@ -141,6 +148,7 @@ def test_a_capture_that_fails_is_ended(streams, monkeypatch, error, spoilt):
     monkeypatch.setattr(Stream, "spoilt", False)
     calls = []
     assert graph.captured([lambda: calls.append(Stream.capturing)])() is None
+    assert blas.workspace()._depth == 0
     assert calls[0] is not None and Stream.capturing is None
 
 
@@ -162,6 +170,15 @@ def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
     decoder.broken = False
     decoder.step(state)
     assert Stream.capturing is None
+
+
+def test_a_graph_is_captured_and_launched_in_its_turn(streams):
+    """Its products use the workspace, and nobody may wait for a stream that is captured."""
+    turns.clear()
+    run = graph.captured([lambda: turns.append(blas.workspace()._depth)])
+    assert turns == [1] and blas.workspace()._depth == 0
+    run()
+    assert turns == [1, 1] and blas.workspace()._depth == 0
 
 
 @pytest.mark.gpu

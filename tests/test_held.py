@@ -7,7 +7,6 @@ import gc
 import os
 import pickle
 import threading
-import time
 import weakref
 
 import pytest
@@ -15,7 +14,6 @@ from builders import TINY
 
 import gpt2cupy
 from gpt2cupy import GPT2
-from gpt2cupy.engine import Engine
 from gpt2cupy.errors import BusyError, ClosedError, Gpt2CupyError, InputError
 from gpt2cupy.weights import Weights
 
@@ -175,53 +173,6 @@ def test_streams_of_two_models_side_by_side(device):
         assert ["".join(column) for column in zip(*texts, strict=True)] == expected
         one.close()
         assert other.generate("KING", **options).text == expected[1]
-
-
-def test_models_on_one_gpu_alternate(machine, monkeypatch):
-    """They share cuBLAS's workspace: neither may start a step before the other's has ended."""
-    waits = machine().cuda.Device
-    inside, most, step = [], [], Engine._step
-
-    def slow(self):
-        inside.append(self)
-        most.append(len(inside))
-        time.sleep(0.002)
-        step(self)
-        inside.remove(self)
-
-    monkeypatch.setattr(Engine, "_step", slow)
-    with gpt2cupy.load(device="cpu") as one, gpt2cupy.load(device="cpu") as other:
-        one._held.gpu = other._held.gpu = 0
-        callers = [Caller(lambda m=m: m.generate("a", max_new_tokens=30)) for m in (one, other)]
-        results = [caller.finished().result for caller in callers]
-        assert results[0] == results[1] and set(most) == {1}
-        assert waits.waits >= 60, "the work of a step has ended when the other model goes on"
-        other.close()
-        waits.waits = 0
-        assert one.generate("a", max_new_tokens=30) == results[0]
-        assert waits.waits == 0, "a model alone waits for nothing"
-
-
-def test_a_call_and_the_engine_wait_for_each_other(machine, monkeypatch):
-    """A step may still be queued when generate() ends: cuBLAS's workspace is not free yet."""
-    waits = []
-    cupy = machine()
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def synchronize(self):
-            waits.append(self.name)
-
-    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: Stream("caller"), raising=False)
-    with gpt2cupy.load(device="cpu") as lm:
-        expected = lm.score("To be").logprobs.tolist()
-        lm.generate("a", max_new_tokens=2)
-        lm._held.gpu = 0
-        monkeypatch.setattr(lm._held._engine, "stream", Stream("engine"))
-        assert lm.score("To be").logprobs.tolist() == expected
-        assert waits == ["engine", "caller"]
 
 
 # -- closing -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from ..ops import blas
 from ..ops.device import has_clusters
 from ..ops.tape import Launch
 from .eager import EagerDecoder
@@ -20,7 +21,8 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
 
     overlap = has_clusters()  # programmatic edges came with the same chips
     stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    # Nobody may wait for a stream that is being captured.
+    with blas.workspace(), stream:
         stream.begin_capture()
         try:
             for index, call in enumerate(calls):
@@ -37,7 +39,8 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
         graph = stream.end_capture()
 
     def run() -> None:
-        graph.launch(cupy.cuda.get_current_stream())
+        with blas.workspace():
+            graph.launch(cupy.cuda.get_current_stream())
 
     return run
 

@@ -2,12 +2,14 @@
 
 CuPy's wrappers refuse to run during stream capture and have no cuBLASLt, so the
 handles and the workspace here are ours. Algorithms are chosen once per problem
-and pinned, so that the same call gives the same bits.
+and pinned, so that the same call gives the same bits. Streams of one GPU share the
+workspace: one waits for the other, whichever threads they come from.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,50 @@ class _Device:
 @functools.cache
 def _device(device: int) -> _Device:
     return _Device()
+
+
+class _Turns:
+    """Who may queue work on one GPU that uses the workspace, and the stream it was queued on last.
+
+    A context manager; inside it, it may be entered again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._stream: Any = None
+
+    def __enter__(self) -> None:
+        import cupy
+
+        self._lock.acquire()
+        try:
+            if self._depth == 0:
+                stream = cupy.cuda.get_current_stream()
+                before, self._stream = self._stream, stream
+                # What is queued on one stream runs in order anyway.
+                if before is not None and before.ptr != stream.ptr:
+                    before.synchronize()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._depth += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        self._lock.release()
+
+
+_turns: dict[int, _Turns] = {}
+
+
+def workspace() -> _Turns:
+    """The workspace of the current GPU for what is queued inside: products, or graphs of them.
+
+    Other threads wait, and so does the host for what another stream has queued.
+    """
+    device = current_device()
+    return _turns.get(device) or _turns.setdefault(device, _Turns())
 
 
 def _stream() -> int:
@@ -105,6 +151,11 @@ def gemv(x: Any, weight: Any, out: Any) -> None:
 
 
 def _gemv(own: _Device, x: Any, weight: Any, out: Any) -> None:
+    with workspace():
+        _queue_gemv(own, x, weight, out)
+
+
+def _queue_gemv(own: _Device, x: Any, weight: Any, out: Any) -> None:
     stream = _stream()
     if own.stream != stream:
         own.cublas.set_stream(own.handle, stream)
@@ -168,6 +219,10 @@ class _Product:
         lt.matmul_desc_set_attribute(self.desc, attribute, data.ctypes.data, data.nbytes)
 
     def run(self, own: _Device, x: Any, weight: Any, bias: Any, add: bool, out: Any) -> None:
+        with workspace():
+            self._queue(own, x, weight, bias, add, out)
+
+    def _queue(self, own: _Device, x: Any, weight: Any, bias: Any, add: bool, out: Any) -> None:
         if bias is not None:
             self._set(own.lt, "BIAS_POINTER", bias.data.ptr, np.uint64)
         beta = own.one if add else own.zero
