@@ -137,7 +137,7 @@ def memory_error(error: BaseException, what: str) -> DeviceMemoryError:
     return DeviceMemoryError(
         f"the GPU has too little free memory for {what}: {error}",
         where="GPU memory",
-        remedy="Use a smaller model, dtype or cache (max_batch, max_tokens), or close other "
+        remedy="Use a smaller model or dtype, run fewer sequences at once, or close other "
         "programs on this GPU.",
     )
 
