@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 END_OF_TEXT = "<|endoftext|>"
 
 
-def split_corpus(data: bytes) -> tuple[str, str]:
-    """Return the train (first 85 %) and dev (next 5 %) texts; the last 10 % is not touched."""
-    train_end, dev_end = len(data) * 85 // 100, len(data) * 90 // 100
+def split_corpus(data: bytes, train_to: int, dev_to: int) -> tuple[str, str]:
+    """Return the train and the dev text, which end at these percents of the bytes."""
+    train_end, dev_end = len(data) * train_to // 100, len(data) * dev_to // 100
     return data[:train_end].decode(), data[train_end:dev_end].decode()
 
 
@@ -45,12 +45,17 @@ def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 class Corpus:
     """The training text as words, each with several ways of being split into tokens.
 
+    A speaker's name is a word in capitals between a blank line and a colon; where speakers swap
+    names, their names within the speeches, such as `` Romeo``, go with those in capitals.
+
     Parameters
     ----------
     text : str
     tokenizer : Tokenizer
     dropout : float
         Probability that BPE skips a merge it could make. With 0 there is one split per word.
+    rename : float
+        Share of the speakers who swap names in an epoch.
     rng : numpy.random.Generator
     variants : int
         Random splits drawn for each distinct word, beside the regular one, which is number 0.
@@ -61,15 +66,26 @@ class Corpus:
         text: str,
         tokenizer: Tokenizer,
         dropout: float,
+        rename: float,
         rng: np.random.Generator,
         variants: int = 16,
     ) -> None:
         pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        kinds, words = np.unique(np.array(pieces, dtype=object), return_inverse=True)
-        self.words, self.rng = words, rng
         newline = np.array([piece == "Ċ" for piece in pieces])
         # A speech starts at the top and after every blank line.
         self.speech = np.concatenate(([True, False], newline[:-2] & newline[1:-1] & ~newline[2:]))
+        names = {pieces[i] for i in np.flatnonzero(self.speech[:-1]) if pieces[i + 1] == ":"}
+        forms = [
+            (name, "Ġ" + name, name.title(), "Ġ" + name.title())
+            for name in sorted(names)
+            if name.isalpha() and name.isupper()
+        ]
+        kinds = sorted({*pieces, *chain.from_iterable(forms)})
+        numbers = {kind: number for number, kind in enumerate(kinds)}
+        self.words = np.array([numbers[piece] for piece in pieces])
+        self.names = np.array([[numbers[form] for form in row] for row in forms], dtype=int)
+        self.kinds, self.rename, self.rng = len(kinds), rename, rng
+        self.capacity = len(text.encode())  # tokens, were no merge ever made
         ranks = {pair: rank for rank, pair in enumerate(merges_of(tokenizer))}
         self.variants = variants + 1 if dropout > 0 else 1
         splits = [
@@ -95,7 +111,7 @@ class Corpus:
         return parts
 
     def epoch(self, share: float) -> tuple[Tensor, Tensor]:
-        """Split the text anew, a ``share`` of its words at random.
+        """Split the text anew, a ``share`` of its words at random; rename likewise.
 
         Returns
         -------
@@ -104,23 +120,29 @@ class Corpus:
         """
         chosen = self.rng.integers(self.variants, size=len(self.words))
         chosen *= self.rng.random(len(self.words)) < share
-        row = self.words * self.variants + chosen
+        renamed = np.arange(self.kinds)
+        if self.rename:
+            swap = self.names[self.rng.random(len(self.names)) < self.rename * share]
+            renamed[swap] = self.rng.permutation(swap)
+        row = renamed[self.words] * self.variants + chosen
         sizes = self.sizes[row]
         begin = np.cumsum(sizes) - sizes
         index = np.repeat(self.offsets[row] - begin, sizes) + np.arange(sizes.sum())
         return torch.from_numpy(self.flat[index]), torch.from_numpy(begin[self.speech])
 
 
-def draw_batch(ids: Tensor, starts: Tensor, batch: int, window: int, end_of_text: int) -> Tensor:
-    """Draw windows [batch, window + 1]; one in eight is end-of-text and the start of a speech."""
-    device = ids.device
-    first = torch.randint(len(ids) - window, (batch,), device=device)
+def draw_batch(
+    ids: Tensor, size: Tensor, starts: Tensor, batch: int, window: int, end_of_text: int
+) -> Tensor:
+    """Draw windows [batch, window + 1] of the first ``size`` ids, a tensor so that it may change.
+
+    One in eight is end-of-text and the start of a speech.
+    """
+    device, last = ids.device, size - window
+    first = (torch.rand(batch, dtype=torch.float64, device=device) * last).long()
     speech = starts[torch.randint(len(starts), (batch,), device=device)]
-    opens = (torch.rand(batch, device=device) < 0.125) & (speech < len(ids) - window)
+    opens = (torch.rand(batch, device=device) < 0.125) & (speech < last)
     first = torch.where(opens, speech - 1, first)
     rows = ids[(first[:, None] + torch.arange(window + 1, device=device)).clamp_(min=0)]
     rows[:, 0] = torch.where(opens, end_of_text, rows[:, 0])
     return rows
-
-
-# --------------------------------------------------------------------------- GPT-2
