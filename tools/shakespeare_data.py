@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -45,17 +45,12 @@ def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 class Corpus:
     """The training text as words, each with several ways of being split into tokens.
 
-    A speaker's name is a word in capitals between a blank line and a colon; where speakers swap
-    names, their names within the speeches, such as `` Romeo``, go with those in capitals.
-
     Parameters
     ----------
     text : str
     tokenizer : Tokenizer
     dropout : float
         Probability that BPE skips a merge it could make. With 0 there is one split per word.
-    rename : float
-        Share of the speakers who swap names in an epoch.
     rng : numpy.random.Generator
     variants : int
         Random splits drawn for each distinct word, beside the regular one, which is number 0.
@@ -66,25 +61,15 @@ class Corpus:
         text: str,
         tokenizer: Tokenizer,
         dropout: float,
-        rename: float,
         rng: np.random.Generator,
         variants: int = 16,
     ) -> None:
         pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        kinds, words = np.unique(np.array(pieces, dtype=object), return_inverse=True)
+        self.words, self.rng = words, rng
         newline = np.array([piece == "Ċ" for piece in pieces])
         # A speech starts at the top and after every blank line.
         self.speech = np.concatenate(([True, False], newline[:-2] & newline[1:-1] & ~newline[2:]))
-        names = {pieces[i] for i in np.flatnonzero(self.speech[:-1]) if pieces[i + 1] == ":"}
-        forms = [
-            (name, "Ġ" + name, name.title(), "Ġ" + name.title())
-            for name in sorted(names)
-            if name.isalpha() and name.isupper()
-        ]
-        kinds = sorted({*pieces, *chain.from_iterable(forms)})
-        numbers = {kind: number for number, kind in enumerate(kinds)}
-        self.words = np.array([numbers[piece] for piece in pieces])
-        self.names = np.array([[numbers[form] for form in row] for row in forms], dtype=int)
-        self.kinds, self.rename, self.rng = len(kinds), rename, rng
         self.capacity = len(text.encode())  # tokens, were no merge ever made
         ranks = {pair: rank for rank, pair in enumerate(merges_of(tokenizer))}
         self.variants = variants + 1 if dropout > 0 else 1
@@ -111,7 +96,7 @@ class Corpus:
         return parts
 
     def epoch(self, share: float) -> tuple[Tensor, Tensor]:
-        """Split the text anew, a ``share`` of its words at random; rename likewise.
+        """Split the text anew, a ``share`` of its words at random.
 
         Returns
         -------
@@ -120,11 +105,7 @@ class Corpus:
         """
         chosen = self.rng.integers(self.variants, size=len(self.words))
         chosen *= self.rng.random(len(self.words)) < share
-        renamed = np.arange(self.kinds)
-        if self.rename:
-            swap = self.names[self.rng.random(len(self.names)) < self.rename * share]
-            renamed[swap] = self.rng.permutation(swap)
-        row = renamed[self.words] * self.variants + chosen
+        row = self.words * self.variants + chosen
         sizes = self.sizes[row]
         begin = np.cumsum(sizes) - sizes
         index = np.repeat(self.offsets[row] - begin, sizes) + np.arange(sizes.sum())

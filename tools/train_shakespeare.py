@@ -8,10 +8,9 @@ averaged ones of the last step. The output is a folder in Hugging Face layout: c
 model.safetensors (fp16), vocab.json, merges.txt, tokenizer_config.json, train_log.json.
 
 A megabyte of text overfits any GPT-2, so besides dropout, weight decay and averaged weights there
-are three more remedies: BPE-dropout (the training text is split into tokens anew each epoch, some
-merges left out; Provilkov et al., arXiv:1910.13267), which fades to nothing at the end of the run;
-``--rename``: speakers swap names in each epoch, which fades likewise; and ``--teachers``:
-distillation from the mean prediction of models that this script made earlier.
+are two more remedies: BPE-dropout (the training text is split into tokens anew each epoch, some
+merges left out; Provilkov et al., arXiv:1910.13267), which fades to nothing at the end of the run,
+and ``--teachers``: distillation from the mean prediction of models that this script made earlier.
 
     python tools/train_shakespeare.py corpus.txt --out teacher1 --seed 1
     python tools/train_shakespeare.py corpus.txt --out student --teachers teacher1 teacher2
@@ -110,8 +109,7 @@ def train(args: argparse.Namespace, text: str, dev: str, tokenizer: Tokenizer) -
     lr, train_loss = torch.zeros(2, device=device).unbind()
     optimizer = make_optimizer(model, lr, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    rng = np.random.default_rng(args.seed)
-    corpus = Corpus(text, tokenizer, args.bpe_dropout, args.rename, rng)
+    corpus = Corpus(text, tokenizer, args.bpe_dropout, np.random.default_rng(args.seed))
     # Every epoch's ids lie in the same memory, since a recorded step reads it again and again.
     ids = torch.zeros(corpus.capacity, dtype=torch.long, device=device)
     starts = torch.zeros(int(corpus.speech.sum()), dtype=torch.long, device=device)
@@ -189,7 +187,6 @@ def parse_args() -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.5)
     add("--dropout", type=float, default=0.2)
     add("--bpe-dropout", type=float, default=0.2)
-    add("--rename", type=float, default=0.0, help="share of the speakers who swap names")
     add("--ema", type=float, default=0.995, help="decay of the averaged weights")
     add("--teachers", type=Path, nargs="*", default=[], help="folders this script made earlier")
     add("--alpha", type=float, default=0.8, help="share of the teachers in the loss")
@@ -213,7 +210,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__},
         "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
         "result": run["result"],
-        "curve_columns": ["step", "train_nats_per_token", "dev_bits_per_byte"],
+        "curve_columns": ["step", "train_nats_per_token", "dev_bits_per_byte"][: 3 if dev else 2],
         "curve": run["curve"],
     }
     write_json(args.out / "train_log.json", log, indent=None)
