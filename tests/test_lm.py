@@ -247,7 +247,7 @@ def test_parameters_and_options_together(lm):
     [
         ([5] * 513, {}, "513 tokens, the context 512"),
         ([5] * 500, {"max_new_tokens": 14}, "500 tokens of prompt and 14 new ones"),
-        ([1024], {}, "token id 1024"),
+        ([2048], {}, "token id 2048"),
         ([5, -1], {}, "token id -1"),
         ([2**63], {}, "token id 9223372036854775808"),
         ([5, [6]], {}, "rows of one length"),
@@ -258,7 +258,7 @@ def test_parameters_and_options_together(lm):
         (np.array(5), {}, "cannot be a ndarray"),
         ([[[5], [6]]], {}, "must be integers"),
         (["ROMEO:", [5, 4096]], {}, "token id 4096"),
-        ("a", {"logit_bias": {1024: 1.0}}, "token id 1024"),
+        ("a", {"logit_bias": {2048: 1.0}}, "token id 2048"),
         ("a", {"eos_token_id": 5000}, "token id 5000"),
         ("a", {"temprature": 1.0}, "temprature"),
         ("a", {"temperature": -1.0}, "temperature"),
@@ -277,8 +277,8 @@ def test_errors_leave_the_model_usable(lm, prompt, options, says):
 
 def test_stream_refuses_before_its_first_piece(lm):
     # At the call, not at the first iteration: a server has not yet answered then.
-    with pytest.raises(InputError, match="token id 1024"):
-        lm.stream([1024])
+    with pytest.raises(InputError, match="token id 2048"):
+        lm.stream([2048])
     with pytest.raises(InputError, match="one continuation"):
         lm.stream("a", n=2)
 
@@ -286,7 +286,7 @@ def test_stream_refuses_before_its_first_piece(lm):
 def test_calling_checks_its_ids(lm):
     assert lm([[1, 2, 3]]).shape == (1, 3, lm.config.vocab_size)
     assert lm([[1, 2, 3]]).dtype == np.float32
-    for wrong in ([[1024]], [[-1]], [[0.5]], [[]], [[1] * 513], [[1, 2], [3]], None, "a"):
+    for wrong in ([[2048]], [[-1]], [[0.5]], [[]], [[1] * 513], [[1, 2], [3]], None, "a"):
         with pytest.raises(InputError):
             lm(wrong)
 

@@ -87,7 +87,7 @@ def test_perplexity_and_bits_per_byte(lm):
         (None, {}),
         (b"ab", {}),
         ([5, [6]], {}),
-        ([5, 1024, 5], {}),
+        ([5, 2048, 5], {}),
     ],
 )
 def test_score_refuses_the_impossible(lm, text, options):
@@ -99,6 +99,6 @@ def test_score_refuses_the_impossible(lm, text, options):
 
 def test_score_checks_the_last_id_too(lm):
     # It is only ever a target, so the check of a window's inputs does not see it.
-    for wrong in (1024, -1):
+    for wrong in (2048, -1):
         with pytest.raises(InputError, match=f"token id {wrong}"):
             lm.score([5, 6, wrong])

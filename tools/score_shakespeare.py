@@ -9,10 +9,13 @@ defaults: the whole context, moved by half of it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import gpt2cupy
 from gpt2cupy import record
+
+WEIGHTS = Path(gpt2cupy.__file__).parent / "models" / "shakespeare" / "model.safetensors"
 
 
 def main() -> None:
@@ -34,6 +37,7 @@ def main() -> None:
             "stride": lm.config.n_positions // 2,
             "device": lm.device,
             "dtype": str(lm.dtype),
+            "weights_sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte(text),
         }

@@ -14,9 +14,9 @@ from torch import Tensor
 END_OF_TEXT = "<|endoftext|>"
 
 
-def split_corpus(data: bytes) -> tuple[str, str]:
-    """Return the train (first 85 %) and dev (next 5 %) texts; the last 10 % is not touched."""
-    train_end, dev_end = len(data) * 85 // 100, len(data) * 90 // 100
+def split_corpus(data: bytes, train_to: int, dev_to: int) -> tuple[str, str]:
+    """Return the train and the dev text, which end at these percents of the bytes."""
+    train_end, dev_end = len(data) * train_to // 100, len(data) * dev_to // 100
     return data[:train_end].decode(), data[train_end:dev_end].decode()
 
 
@@ -70,6 +70,7 @@ class Corpus:
         newline = np.array([piece == "Ċ" for piece in pieces])
         # A speech starts at the top and after every blank line.
         self.speech = np.concatenate(([True, False], newline[:-2] & newline[1:-1] & ~newline[2:]))
+        self.capacity = len(text.encode())  # tokens, were no merge ever made
         ranks = {pair: rank for rank, pair in enumerate(merges_of(tokenizer))}
         self.variants = variants + 1 if dropout > 0 else 1
         splits = [
@@ -111,16 +112,18 @@ class Corpus:
         return torch.from_numpy(self.flat[index]), torch.from_numpy(begin[self.speech])
 
 
-def draw_batch(ids: Tensor, starts: Tensor, batch: int, window: int, end_of_text: int) -> Tensor:
-    """Draw windows [batch, window + 1]; one in eight is end-of-text and the start of a speech."""
-    device = ids.device
-    first = torch.randint(len(ids) - window, (batch,), device=device)
+def draw_batch(
+    ids: Tensor, size: Tensor, starts: Tensor, batch: int, window: int, end_of_text: int
+) -> Tensor:
+    """Draw windows [batch, window + 1] of the first ``size`` ids, a tensor so that it may change.
+
+    One in eight is end-of-text and the start of a speech.
+    """
+    device, last = ids.device, size - window
+    first = (torch.rand(batch, dtype=torch.float64, device=device) * last).long()
     speech = starts[torch.randint(len(starts), (batch,), device=device)]
-    opens = (torch.rand(batch, device=device) < 0.125) & (speech < len(ids) - window)
+    opens = (torch.rand(batch, device=device) < 0.125) & (speech < last)
     first = torch.where(opens, speech - 1, first)
     rows = ids[(first[:, None] + torch.arange(window + 1, device=device)).clamp_(min=0)]
     rows[:, 0] = torch.where(opens, end_of_text, rows[:, 0])
     return rows
-
-
-# --------------------------------------------------------------------------- GPT-2

@@ -54,7 +54,7 @@ def test_a_folder_goes_before_an_alias(tmp_path, monkeypatch, asked):
 def test_the_embedded_model_goes_before_everything(tmp_path, monkeypatch, asked):
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "shakespeare", TINY)
-    assert checkpoint.open("shakespeare").config.vocab_size == 1024
+    assert checkpoint.open("shakespeare").config.vocab_size == 2048
     assert not asked
 
 
