@@ -29,8 +29,8 @@ using u64 = unsigned long long;
 
 constexpr int THREADS = 1024;  // also in gpt2cupy/ops/sampling.py
 constexpr int PARTS = 8;       // likewise, and the next
-constexpr int PLAIN_THREADS = 256;
-constexpr int NOISE_AHEAD = 7;  // quads of a thread: 57,344 tokens in all
+constexpr int PLAIN_THREADS = 1024;
+constexpr int NOISE_AHEAD = 2;  // quads of a thread: 65,536 tokens in all
 constexpr int PROMPT_BIT = 1 << 30;
 
 struct RowParams {

@@ -243,7 +243,7 @@ def attention_decode(
     q, new_k, new_v = _heads(qkv, n_head, head_size)
     for row, slot in enumerate(slots):
         position = int(positions[row])
-        if slot < 0 or position >= capacity:
+        if slot < 0 or not 0 <= position < capacity:
             out[row] = 0
             continue
         k[slot, :, position] = new_k[:, row]

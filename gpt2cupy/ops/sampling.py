@@ -16,7 +16,7 @@ Array = Any
 __all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
 
 _THREADS = 1024  # THREADS in sampling.cu
-_PLAIN_THREADS = 256  # PLAIN_THREADS there
+_PLAIN_THREADS = 1024  # PLAIN_THREADS there
 _PARTS = 8  # PARTS there: blocks that share a row in sample_plain
 
 SAMPLE = Kernel(
