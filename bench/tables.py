@@ -249,6 +249,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "profile-tokens": ("profile", profile_tables.tokens),
     "profile-kernels": ("profile", profile_tables.kernels),
     "profile-gaps": ("profile", profile_tables.gaps),
+    "profile-added": ("profile", profile_tables.added),
     "profile-lost": ("profile", profile_tables.lost),
     "profile-pictures": ("profile", profile_tables.pictures),
 }

@@ -48,6 +48,18 @@ def test_every_engine_writes_the_same_text(script, tmp_path):
     assert len(widths) == 1
 
 
+def test_the_baseline_of_the_profile(tmp_path):
+    out = tmp_path / "record.json"
+    quick = ("--warmup", "1", "--runs", "1", "--tokens", "3", "--dtype", "float32")
+    bench("profiling", *quick, "--out", str(out))
+    entry = json.loads(out.read_text())
+    assert entry["complete"] is True
+    (peer,) = entry["results"]["peers"]
+    assert peer["settings"]["warmup"] == 1 and peer["operators"]["rows"]
+    made = tables.TABLES["profile-attention"][1](entry)
+    assert made.count("| transformers, float32 |") == 8 and "gpt2cupy, float32" in made
+
+
 def test_the_cpu_comparison(tmp_path):
     out = tmp_path / "record.json"
     bench("cpu", "--rounds", "1", "--tokens", "10", "--out", str(out))
