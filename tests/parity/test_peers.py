@@ -40,7 +40,8 @@ def test_every_engine_writes_the_same_text(script, tmp_path):
     rows = entry["results"]["rows"]
     assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
-        assert row["skipped"] == {}
+        assert all("not installed" in why or "GGUF" in why for why in row["skipped"].values())
+        assert set(row["skipped"]) <= {"llama.cpp", "tinygrad", "vLLM"}
         assert set(row["engines"]) >= set(ENGINES[script])
         same = {name: one["same_tokens"] for name, one in row["engines"].items()}
         assert set(same.values()) == {40}, same
