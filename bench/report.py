@@ -113,8 +113,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.compare:
-        before, after = (json.loads(path.read_text()) for path in args.compare)
-        print(*compared(before, after), sep="\n")
+        try:
+            before, after = (json.loads(path.read_text()) for path in args.compare)
+            lines = list(compared(before, after))
+        except OSError as error:
+            sys.exit(f"report.py: {error.filename} cannot be read: {error.strerror} (--compare)")
+        except (ValueError, LookupError, TypeError) as error:
+            sys.exit(f"report.py: that is no record of a benchmark: {error!r} (--compare)")
+        print(*lines, sep="\n")
         return
     if args.records:
         failed = list_records(args.root, args.results) and args.strict

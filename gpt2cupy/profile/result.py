@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..timing import Timing
 from .components import COVERS, TABLES, Op
 from .counts import Cost
 from .limits import Limits
@@ -133,6 +134,7 @@ def kernel_table(
             "avg_us": total / calls,
             "percent": 100 * total / whole,
             "step_us": float(added[:, columns].sum(axis=1).mean()),
+            "call": Timing.of(busy[:, columns].reshape(-1) / 1e6).as_dict(),
         }
         costs = [_cost(ops, owner, column) for column in columns]
         known = [cost for cost in costs if cost is not None]
@@ -171,6 +173,7 @@ def per_token(seconds: np.ndarray, batch: int, ops: list[Op], timeline: Timeline
     busy = timeline.busy
     blocks = busy[:, _columns(ops, timeline, "blocks")].sum() / busy.sum()
     return {
+        "step": Timing.of(times / 1e3).as_dict(),
         "mean_ms": float(times.mean()),
         "p50_ms": p50,
         "p95_ms": p95,

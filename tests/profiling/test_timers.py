@@ -55,6 +55,8 @@ def test_cupti_times_the_kernels(cupti, model):
     assert gaps["residual_percent"] == pytest.approx(-100 * 0.5 / gaps["unprofiled_us"])
     costs = results["overhead"]["kernels_percent"]
     assert costs == pytest.approx(100 * gaps["recording_us"] / gaps["unprofiled_us"])
+    assert rows["library"]["call"] == {"median_us": 3, "p10_us": 3, "p90_us": 3, "runs": steps}
+    assert results["per_token"]["step"]["median_us"] == pytest.approx(gaps["unprofiled_us"])
     # What the kernels add to a step makes the recorded one.
     step = sum(row["step_us"] for row in results["kernels"])
     assert step == pytest.approx(gaps["kernels_us"] + gaps["gaps_us"])
