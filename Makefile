@@ -114,10 +114,10 @@ format: $(VENV)/lint ## Rewrite sources in the project's format
 docs: $(VENV)/docs ## Write docs/api.md from the docstrings
 	$(BIN)/python tools/make_api.py
 
-records: $(VENV)/base ## List the benchmark and GPU-test records, current or stale
+records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale, cut off or missing
 	@$(BIN)/python bench/report.py --records
 
-release-check: $(VENV)/base ## Fail if a record is stale
+release-check: $(VENV)/base ## Fail if a record is stale or cut off, or a table has none
 	@$(BIN)/python bench/report.py --records --strict
 
 clean: ## Remove the environment and caches

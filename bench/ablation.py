@@ -20,22 +20,23 @@ from unittest.mock import patch
 import numpy as np
 from shared import (
     DTYPES,
+    Kept,
     backends,
     chosen,
     config_of,
     main,
     names,
     numbers,
-    parsed,
     parser,
     paths,
     random_model,
     too_large,
 )
 
-from gpt2cupy import GPT2, SamplingParams, decode, ops, record
+from gpt2cupy import GPT2, SamplingParams, decode, ops
 from gpt2cupy.decode import graph
 from gpt2cupy.engine import Engine, Request
+from gpt2cupy.loading import resolve_device
 from gpt2cupy.timing import Timing
 
 PROMPT = 32
@@ -145,20 +146,21 @@ def run() -> None:
     options.add_argument("--disable", type=names, help="switches; all by default")
     options.add_argument("--list", action="store_true", help="show the switches and end")
     options.add_argument("--runs", type=int, default=3)
-    args = parsed(options)
+    args = options.parse_args()
     chosen(args.dtype, DTYPES, "dtype")
     there = applicable(args.device, args.dtype, args.batch)
-    if args.list:
-        for name in there:
-            print(f"{name:<12} {SWITCHES[name].what}")
+    if args.list:  # needs no GPU
+        print(*(f"{name:<18} {SWITCHES[name].what}" for name in there), sep="\n")
         return
+    resolve_device(args.device)
     wanted = there if args.disable is None else chosen(args.disable, there, "switch")
-    config, rows, skipped = config_of(args.model), [], {}
-    try:
+    config = config_of(args.model)
+    settings = {"model": args.model, "prompt": PROMPT, "tokens": args.tokens}
+    settings |= {"switches": {name: SWITCHES[name].what for name in wanted}}
+    with Kept(args.out, settings, gpu=args.device != "cpu") as kept:
         for dtype in args.dtype:
             if reason := too_large(config, dtype, max(args.batch), args.device):
-                skipped[f"{args.model} {dtype}"] = reason
-                print(f"{args.model} {dtype}: skipped, {reason}", flush=True)
+                kept.skip(f"{args.model} {dtype}", reason)
                 continue
             model = random_model(config, dtype, args.device)
             for batch in args.batch:
@@ -169,16 +171,10 @@ def run() -> None:
                     rate = 1e6 * batch / step.median_us
                     row = {"dtype": dtype, "batch": batch, "off": ",".join(off)}
                     row |= {"only_cache": list(off) == every}
-                    rows.append(row | {"step": step.as_dict(), "tokens_per_second": rate})
+                    kept.rows.append(row | {"step": step.as_dict(), "tokens_per_second": rate})
                     title = f"{dtype} batch {batch}, off: {', '.join(off) or 'nothing'}"
                     print(f"{title}: {rate:.0f} tokens/s", flush=True)
             del model
-    finally:
-        if rows:
-            results = {"model": args.model, "prompt": PROMPT, "tokens": args.tokens}
-            results |= {"switches": {name: SWITCHES[name].what for name in wanted}}
-            results |= {"rows": rows, "skipped": skipped}
-            record.write(args.out, results, gpu=args.device != "cpu")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 
 # What names a row, in this order; everything else in it is a figure or a remark.
 IDENTITY = (
-    "model", "dtype", "batch", "shape", "tokens", "context", "decode", "gemv", "off", "component",
-    "kernel", "name",
+    "model", "dtype", "batch", "shape", "tokens", "context", "decode", "decoder", "gemv", "off",
+    "component", "kernel", "name",
 )  # fmt: skip
 TIMING = {"median_us", "p10_us", "p90_us"}
 
@@ -55,6 +55,9 @@ def compared(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
             yield f"{word} {change:+.1%}: {name}: {_range(old)} -> {_range(new)}"
     for where, names in (("first", before.keys() - after), ("second", after.keys() - before)):
         yield from (f"only in the {where}: {name}" for name in sorted(names))
+    if not before and not after:
+        yield "neither record holds a timing with its spread"
+        return
     yield f"{changed} of {len(both)} timings changed beyond the noise"
 
 

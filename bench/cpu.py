@@ -22,7 +22,9 @@ from gpt2cupy import record
 PROMPT = 32
 OURS = "gpt2cupy"
 ENGINES = {OURS: Spec("ours", {"decode": "eager"})} | {
-    f"transformers {attention} {loop}": Spec("hf_eager", {"attention": attention, "loop": loop})
+    f"transformers {attention} {loop}": Spec(
+        "hf_eager", {"attention": attention, "loop": loop}, needs=("torch", "transformers")
+    )
     for attention in ("eager", "sdpa")
     for loop in ("loop", "generate")
 }

@@ -20,6 +20,7 @@ import numpy as np
 from shared import (
     DTYPES,
     PREFILL_ROWS,
+    Kept,
     Reader,
     backends,
     chosen,
@@ -35,7 +36,7 @@ from shared import (
     too_large,
 )
 
-from gpt2cupy import GPT2, SamplingParams, record
+from gpt2cupy import GPT2, SamplingParams
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.timing import Timing, times
 
@@ -139,17 +140,14 @@ def run() -> None:
     chosen(args.dtype, DTYPES, "dtype")
     chosen(args.gemv, ("ours", "cublas"), "backend")
 
-    rows: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
     on_gpu = args.device != "cpu"
     reader = Reader() if on_gpu else None
-    try:
+    with Kept(args.out, {"weights": "random"}, gpu=on_gpu) as kept:
         for size in args.model:
             config = config_of(size)
             for dtype in args.dtype:
                 if reason := too_large(config, dtype, max(args.batch), args.device):
-                    skipped[f"{size} {dtype}"] = reason
-                    print(f"{size} {dtype}: skipped, {reason}", flush=True)
+                    kept.skip(f"{size} {dtype}", reason)
                     continue
                 model = random_model(config, dtype, args.device)
                 for batch in args.batch:
@@ -160,12 +158,8 @@ def run() -> None:
                             row = {"model": size, "dtype": dtype, "batch": batch}
                             row |= {"decode": path, "gemv": gemv}
                             measure_row(model, row, args, reader)
-                            rows.append(row)
+                            kept.rows.append(row)
                 del model
-    finally:
-        if rows:  # what was measured is kept
-            results = {"weights": "random", "rows": rows, "skipped": skipped}
-            record.write(args.out, results, gpu=on_gpu)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from shared import (
     DTYPES,
     SIZES,
+    Kept,
     Reader,
     chosen,
     config_of,
@@ -30,7 +31,7 @@ from shared import (
     parser,
 )
 
-from gpt2cupy import GPT2Config, record
+from gpt2cupy import GPT2Config
 from gpt2cupy.errors import InputError
 from gpt2cupy.loading import resolve_dtype
 from gpt2cupy.timing import Timing, device_times
@@ -105,21 +106,16 @@ def run() -> None:
         )
     import cupy
 
-    rows: list[dict[str, Any]] = []
-    try:
-        with cupy.cuda.Stream(non_blocking=True):
-            reader = Reader()
-            for size in args.model:
-                for dtype in args.dtype:
-                    for name, (m, k, wide) in shapes(config_of(size)).items():
-                        row = {"model": size, "dtype": dtype, "shape": name, "m": m, "k": k}
-                        row |= measure(m, k, wide, dtype, reader, args.runs)
-                        rows.append(row)
-                        print(line(row), flush=True)
-                        cupy.get_default_memory_pool().free_all_blocks()
-    finally:
-        if rows:
-            record.write(args.out, {"rows": rows}, gpu=True)
+    with Kept(args.out, {}, gpu=True) as kept, cupy.cuda.Stream(non_blocking=True):
+        reader = Reader()
+        for size in args.model:
+            for dtype in args.dtype:
+                for name, (m, k, wide) in shapes(config_of(size)).items():
+                    row = {"model": size, "dtype": dtype, "shape": name, "m": m, "k": k}
+                    row |= measure(m, k, wide, dtype, reader, args.runs)
+                    kept.rows.append(row)
+                    print(line(row), flush=True)
+                    cupy.get_default_memory_pool().free_all_blocks()
 
 
 def line(row: dict[str, Any]) -> str:

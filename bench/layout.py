@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gpt2cupy.record import is_complete
+
 _VERSIONS = (
     "driver", "CUDA", "nvrtc", "cupy-cuda12x", "cupy-cuda13x", "numpy", "torch", "transformers",
 )  # fmt: skip
@@ -22,6 +24,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]], text: int = 1) -
 
 def source_line(entry: Record, what: str) -> str:
     """What was measured, where and when, as it stands under a table."""
+    if not is_complete(entry):
+        what += ". The run was cut off: rows are missing"
     return f"\n{what}. {where(entry)}; {versions(entry)}; {entry['date']}.\n"
 
 

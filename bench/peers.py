@@ -6,7 +6,9 @@
 Every engine is a process of its own (bench/peers/) that loads the same checkpoint of
 random weights; they run in turn, there and back again. A run is greedy: the prompt,
 then the tokens; "step" is the time a step takes over the run. Loading and compiling
-are timed apart. Peers are timed once per version, not at every change of ours.
+are timed apart. Peers are timed once per version, not at every change of ours. One that is
+not installed is skipped, and the record says so: PyTorch with transformers, llama.cpp's
+llama-bench (with --gguf, the same shape as a GGUF file), tinygrad, vLLM.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from shared import (
     DTYPES,
+    Kept,
     chosen,
     config_of,
     main,
@@ -31,20 +34,23 @@ from shared import (
 )
 from workers import Comparison, Spec
 
-from gpt2cupy import record
+_HF = ("torch", "transformers")
+# Engines that are known and not timed.
+NOT_TIMED = {"ONNX Runtime": "GPT-2 with its cache would have to be exported first"}
 
 
 def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
-    """Every engine by name; one that is not installed says so when it is started."""
+    """Every engine by name; one that is not installed is skipped and says so."""
     found = {f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in paths(device)}
-    found |= {
-        "transformers eager": Spec("hf_eager", {"attention": "sdpa", "loop": "generate"}),
-        "transformers compiled": Spec("hf_compiled"),
-        "PyTorch step": Spec("torch_step"),
+    eager = {"attention": "sdpa", "loop": "generate"}
+    return found | {
+        "transformers eager": Spec("hf_eager", eager, needs=_HF),
+        "transformers compiled": Spec("hf_compiled", needs=_HF),
+        "PyTorch step": Spec("torch_step", needs=("torch",)),
+        "llama.cpp": Spec("llama_bench", {"gguf": str(gguf or "")}, needs=("llama-bench",)),
+        "tinygrad": Spec("tinygrad_step", needs=("tinygrad",)),
+        "vLLM": Spec("vllm_engine", needs=("vllm",)),
     }
-    if gguf:
-        found["llama.cpp"] = Spec("llama_bench", {"gguf": str(gguf)})
-    return found
 
 
 def run() -> None:
@@ -62,33 +68,31 @@ def run() -> None:
     engines = specs(args.device, args.gguf)
     wanted = chosen(args.engines or list(engines), engines, "engine")
 
-    rows: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
-    on_gpu = args.device != "cpu"
-    try:
-        with Comparison({name: engines[name] for name in wanted}) as comparison:
-            for size in args.model:
-                config = config_of(size)
-                with tempfile.TemporaryDirectory() as name:
-                    for dtype in args.dtype:
-                        if reason := too_large(
-                            config, dtype, max(args.batch), args.device, len(wanted)
-                        ):
-                            skipped[f"{size} {dtype}"] = reason
-                            continue
-                        write_checkpoint(Path(name) / dtype, config, dtype)
-                        for batch in args.batch:
-                            job = {"folder": str(Path(name) / dtype), "dtype": dtype}
-                            job |= {"device": args.device, "tokens": args.tokens}
-                            job["prompts"] = prompts(config, batch, args.prompt)
-                            row = {"model": size, "dtype": dtype, "batch": batch}
-                            rows.append(row | comparison.run(job, args.rounds))
-                            show(rows[-1])
-    finally:
-        if rows:
-            shape = {"prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds}
-            results = {"weights": "random"} | shape | {"rows": rows, "skipped": skipped}
-            record.write(args.out, results, gpu=on_gpu)
+    settings = {"weights": "random", "prompt": args.prompt, "tokens": args.tokens}
+    settings["rounds"] = args.rounds
+    with (
+        Kept(args.out, settings, gpu=args.device != "cpu") as kept,
+        Comparison({name: engines[name] for name in wanted}) as comparison,
+    ):
+        for name, reason in NOT_TIMED.items():
+            kept.skip(name, reason)
+        for size in args.model:
+            config = config_of(size)
+            with tempfile.TemporaryDirectory() as name:
+                for dtype in args.dtype:
+                    count = len(comparison.workers)
+                    if reason := too_large(config, dtype, max(args.batch), args.device, count):
+                        kept.skip(f"{size} {dtype}", reason)
+                        continue
+                    write_checkpoint(Path(name) / dtype, config, dtype)
+                    for batch in args.batch:
+                        job = {"folder": str(Path(name) / dtype), "dtype": dtype}
+                        job |= {"device": args.device, "tokens": args.tokens}
+                        job["prompts"] = prompts(config, batch, args.prompt)
+                        row = {"model": size, "dtype": dtype, "batch": batch}
+                        kept.rows.append(row | comparison.run(job, args.rounds))
+                        show(kept.rows[-1])
+                        kept.save()
 
 
 def show(row: dict[str, Any]) -> None:

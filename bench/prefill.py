@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from shared import (
     DTYPES,
+    Kept,
     chosen,
     config_of,
     main,
@@ -26,7 +27,7 @@ from shared import (
     too_large,
 )
 
-from gpt2cupy import GPT2, SamplingParams, record
+from gpt2cupy import GPT2, SamplingParams
 from gpt2cupy.decode.eager import choose
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.timing import Timing, times
@@ -68,29 +69,23 @@ def run() -> None:
     options.add_argument("--runs", type=int, default=30)
     args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
-    rows, skipped = [], {}
-    try:
+    with Kept(args.out, {"weights": "random"}, gpu=args.device != "cpu") as kept:
         for size in args.model:
             config = config_of(size)
             for dtype in args.dtype:
                 if reason := too_large(config, dtype, 1, args.device):
-                    skipped[f"{size} {dtype}"] = reason
-                    print(f"{size} {dtype}: skipped, {reason}", flush=True)
+                    kept.skip(f"{size} {dtype}", reason)
                     continue
                 model = random_model(config, dtype, args.device)
                 for tokens in args.tokens:
                     row = {"model": size, "dtype": dtype} | measure(model, tokens, args.runs)
-                    rows.append(row)
+                    kept.rows.append(row)
                     print(
                         f"{size} {dtype} 1 x {tokens}: {row['device']['median_us'] / 1e3:.3f} ms, "
                         f"first token {row['first_token']['median_us'] / 1e3:.3f} ms",
                         flush=True,
                     )
                 del model
-    finally:
-        if rows:
-            results = {"weights": "random", "rows": rows, "skipped": skipped}
-            record.write(args.out, results, gpu=args.device != "cpu")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python bench/report.py               rewrite the tables of README.md and docs/*.md
     python bench/report.py --check       exit 1 if a document differs from its records
-    python bench/report.py --records     one line per record: current or stale
-    python bench/report.py --records --strict    and exit 1 if one is stale
+    python bench/report.py --records     one line per record: current, stale, cut off or missing
+    python bench/report.py --records --strict    and exit 1 unless all are current
     python bench/report.py --compare A.json B.json    what changed beyond the noise
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is written
@@ -73,21 +73,37 @@ def update(root: Path, results: Path, *, check: bool) -> int:
     return differing
 
 
-def list_records(results: Path) -> int:
-    """Print a line per record; returns how many are stale."""
-    stale = 0
-    for name, entry in records(results).items():
-        word = "current" if record.is_current(entry) else "stale"
-        stale += word == "stale"
-        print(f"{name:<16} {word:<8} {device(entry)}, {entry['date']}")
-    return stale
+def promised(root: Path) -> dict[str, list[str]]:
+    """The records that the documents' tables are made from, each with its tables."""
+    found: dict[str, list[str]] = {}
+    for path in documents(root):
+        for _, name, _ in _MARKED.findall(path.read_text(encoding="utf-8")):
+            if name in TABLES:
+                found.setdefault(TABLES[name][0], []).append(f"{path.name}: {name}")
+    return found
+
+
+def list_records(root: Path, results: Path) -> int:
+    """Print a line per record, there or promised; returns how many are not current."""
+    there, wanted, bad = records(results), promised(root), 0
+    for name in sorted(there.keys() | wanted.keys()):
+        if name not in there:
+            word, about = "missing", ", ".join(wanted[name])
+        else:
+            entry = there[name]
+            word = "current" if record.is_current(entry) else "stale"
+            word = word if record.is_complete(entry) else "cut off"
+            about = f"{device(entry)}, {entry['date']}"
+        bad += word != "current"
+        print(f"{name:<16} {word:<8} {about}")
+    return bad
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", action="store_true", help="list the records")
     parser.add_argument(
-        "--strict", action="store_true", help="with --records: fail if one is stale"
+        "--strict", action="store_true", help="with --records: fail unless all are current"
     )
     parser.add_argument("--check", action="store_true", help="compare, change nothing")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two records")
@@ -97,11 +113,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.compare:
-        before, after = (json.loads(path.read_text()) for path in args.compare)
-        print(*compared(before, after), sep="\n")
+        try:
+            before, after = (json.loads(path.read_text()) for path in args.compare)
+            lines = list(compared(before, after))
+        except OSError as error:
+            sys.exit(f"report.py: {error.filename} cannot be read: {error.strerror} (--compare)")
+        except (ValueError, LookupError, TypeError) as error:
+            sys.exit(f"report.py: that is no record of a benchmark: {error!r} (--compare)")
+        print(*lines, sep="\n")
         return
     if args.records:
-        failed = list_records(args.results) and args.strict
+        failed = list_records(args.root, args.results) and args.strict
     else:
         failed = update(args.root, args.results, check=args.check) and args.check
     sys.exit(1 if failed else 0)

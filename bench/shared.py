@@ -187,6 +187,43 @@ def fill(array: Any, around: float = 0.0) -> None:
     cupy.cuda.get_current_stream().synchronize()  # the uploader's memory goes with it
 
 
+class Kept:
+    """A record that grows by rows; used in a ``with`` statement.
+
+    It is written when the block ends, also by an error, and by :meth:`save`. Only one whose
+    block came to its end is complete.
+
+    Parameters
+    ----------
+    out : path
+    settings : dict
+        What goes before the rows.
+    gpu : bool
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], *, gpu: bool) -> None:
+        self.out, self.settings, self.gpu = out, settings, gpu
+        self.rows: list[dict[str, Any]] = []
+        self.skipped: dict[str, str] = {}
+
+    def skip(self, what: str, reason: str) -> None:
+        """Note what is left out, and say so."""
+        self.skipped[what] = reason
+        print(f"{what}: skipped, {reason}", flush=True)
+
+    def save(self, *, complete: bool = False) -> None:
+        """Write what there is, if there is anything."""
+        if self.rows:
+            results = self.settings | {"rows": self.rows, "skipped": self.skipped}
+            record.write(self.out, results, gpu=self.gpu, complete=complete)
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.save(complete=kind is None)
+
+
 class Reader:
     """Reads memory as fast as a plain kernel can; the yardstick beside every figure."""
 

@@ -161,12 +161,15 @@ def naive(entry: Record) -> str:
     for engine in ("ours", "transformers"):
         header += [f"{engine}, whole forward, tokens/s", f"{engine}, KV cache, tokens/s"]
         header.append("speed-up")
+    rounds = results["rounds"]
     note = (
         f"{results['model']}, random weights, {results['tokens']} greedy tokens after "
-        f"{results['prompt']}; medians of {results['rounds']} runs in turn, each engine in its own "
-        f"process. Ours with the cache: {results['decode']} decode path. transformers: generate() "
-        f"with use_cache=False and True{left_out(results)}"
+        f"{results['prompt']}; {f'medians of {rounds} runs' if rounds > 1 else 'one run each'}, in "
+        f"turn, each engine in its own process. Ours with the cache: {results['decode']} decode "
+        f"path. transformers: generate() with use_cache=False and True{left_out(results)}"
     )
+    absent = {name: why for row in results["rows"] for name, why in row["skipped"].items()}
+    note += "".join(f". {name}: left out, {why}" for name, why in absent.items())
     return table(header, lines) + source_line(entry, note)
 
 
@@ -246,6 +249,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "profile-tokens": ("profile", profile_tables.tokens),
     "profile-kernels": ("profile", profile_tables.kernels),
     "profile-gaps": ("profile", profile_tables.gaps),
+    "profile-added": ("profile", profile_tables.added),
     "profile-lost": ("profile", profile_tables.lost),
     "profile-pictures": ("profile", profile_tables.pictures),
 }

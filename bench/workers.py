@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +34,13 @@ class Spec:
     script: str
     options: dict[str, Any] = field(default_factory=dict)
     warmup: int = 2  # whole runs before the measured ones; 0 is a few tokens, if none compiles
+    needs: tuple[str, ...] = ()  # modules, or programs on PATH
+
+
+def not_installed(spec: Spec) -> str:
+    """What of an engine's needs is missing, or nothing."""
+    missing = [n for n in spec.needs if not (importlib.util.find_spec(n) or shutil.which(n))]
+    return f"{' and '.join(missing)} not installed" if missing else ""
 
 
 class Worker:
@@ -49,15 +59,18 @@ class Worker:
         )
 
     def wait_ready(self) -> None:
-        self.versions = self._answer()["versions"]
+        self.versions = self.receive()["versions"]
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.send(job)
+        return self.receive()
+
+    def send(self, job: dict[str, Any]) -> None:
         assert self.process.stdin
         with contextlib.suppress(BrokenPipeError):  # the answer says how it ended
             print(json.dumps(job), file=self.process.stdin, flush=True)
-        return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
             raise EngineError(f"the process ended with exit status {self.process.wait()}")
@@ -82,18 +95,33 @@ class Comparison:
     specs : mapping of name to Spec
     threads : int, optional
         Of every engine on the CPU.
+    together : bool
+        Prepare all engines of a job at the same time: quicker, but then the times of loading
+        and of the first run mean nothing.
     """
 
-    def __init__(self, specs: Mapping[str, Spec], threads: int | None = None) -> None:
-        self.specs = dict(specs)
-        self.failed: dict[str, str] = {}  # engines that never started
-        self.workers = {name: Worker(spec.script, threads) for name, spec in specs.items()}
+    def __init__(
+        self, specs: Mapping[str, Spec], threads: int | None = None, *, together: bool = False
+    ) -> None:
+        self.specs, self.together, self.began = dict(specs), together, time.perf_counter()
+        # Engines that never started.
+        self.failed = {n: why for n, spec in specs.items() if (why := not_installed(spec))}
+        self.workers = {
+            name: Worker(spec.script, threads)
+            for name, spec in specs.items()
+            if name not in self.failed
+        }
         for name, worker in list(self.workers.items()):
             try:
                 worker.wait_ready()
             except EngineError as error:
                 self.failed[name] = str(error)
                 self.workers.pop(name).close()
+
+    def say(self, what: str) -> None:
+        """Tell how far it came, on stderr."""
+        seconds = time.perf_counter() - self.began
+        print(f"[{seconds:6.1f} s] {what}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Comparison:
         return self
@@ -112,28 +140,37 @@ class Comparison:
         """
         skipped = dict(self.failed)
         ready: dict[str, dict[str, Any]] = {}
-        runs: dict[str, list[dict[str, Any]]] = {}
         for name, worker in self.workers.items():
             spec = self.specs[name]
             warmup = [job["tokens"]] * spec.warmup or [min(8, job["tokens"])]
-            try:
-                request = {"do": "prepare", "warmup": warmup} | job | spec.options
-                ready[name] = worker.ask(request) | {"versions": worker.versions}
-                runs[name] = []
-            except EngineError as error:
-                skipped[name] = str(error)
+            worker.send({"do": "prepare", "warmup": warmup} | job | spec.options)
+            if not self.together:
+                self._await(name, ready, skipped)
+        for name in self.workers if self.together else ():
+            self._await(name, ready, skipped)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for number in range(rounds):
             # There and back again, so that a clock that drifts favours none.
             for name in list(runs) if number % 2 == 0 else list(runs)[::-1]:
                 try:
                     answer = self.workers[name].ask({"do": "run", "tokens": job["tokens"]})
                     runs[name].append(answer)
+                    self.say(f"{name}: {answer['us_per_step']:.0f} us a step")
                 except EngineError as error:
                     skipped[name] = str(error)
                     del runs[name]
         engines = {name: figures(ready[name], runs[name]) for name in runs}
         count_same_tokens(engines, runs)
         return {"engines": engines, "skipped": skipped}
+
+    def _await(self, name: str, ready: dict[str, dict[str, Any]], skipped: dict[str, str]) -> None:
+        """Wait until an engine is prepared."""
+        worker = self.workers[name]
+        try:
+            ready[name] = worker.receive() | {"versions": worker.versions}
+            self.say(f"{name}: ready")
+        except EngineError as error:
+            skipped[name] = str(error)
 
 
 def figures(ready: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:

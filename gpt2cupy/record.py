@@ -129,7 +129,7 @@ def _portable(argument: str) -> str:
     return option + equals + (path.relative_to(ROOT).as_posix() if inside else path.name)
 
 
-def write(path: str | Path, results: Any, *, gpu: bool) -> dict[str, Any]:
+def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -> dict[str, Any]:
     """Write a record; returns it.
 
     Parameters
@@ -140,6 +140,8 @@ def write(path: str | Path, results: Any, *, gpu: bool) -> dict[str, Any]:
         What was measured, with units in the names.
     gpu : bool
         Whether it was measured on a GPU, and so depends on the kernels.
+    complete : bool
+        Whether all that was asked for was measured, or skipped with a reason.
     """
     sources = list(GPU_SOURCES if gpu else CPU_SOURCES)
     record = {
@@ -148,6 +150,7 @@ def write(path: str | Path, results: Any, *, gpu: bool) -> dict[str, Any]:
         "environment": environment(gpu=gpu),
         "sources": sources,
         "source_hash": source_hash(sources),
+        "complete": complete,
         "results": results,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -158,3 +161,8 @@ def write(path: str | Path, results: Any, *, gpu: bool) -> dict[str, Any]:
 def is_current(record: dict[str, Any]) -> bool:
     """Whether the sources are still those that the record was measured with."""
     return record["source_hash"] == source_hash(record["sources"])
+
+
+def is_complete(record: dict[str, Any]) -> bool:
+    """Whether the command came to its end."""
+    return record.get("complete", True)

@@ -22,6 +22,7 @@ from gpt2cupy.weights import Weights
 
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
+import naive
 import shared
 import tables
 import validate_tables
@@ -56,6 +57,7 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
     assert done.returncode == 0, done.stderr
     entry = json.loads(out.read_text())
     assert "gpu" not in entry["environment"] and f"{script}.py" in entry["command"]
+    assert entry["complete"] is True
     for row in entry["results"].get("rows", []):
         row["model"] = "124M"  # what the tables of the documents show
     sources = {script, "decode-sizes"} if script == "decode" else {script}
@@ -92,6 +94,7 @@ def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
         ("cpu", ["--device", "cuda"], "unknown device 'cuda'"),
         ("peers", ["--engines", "nothing"], "unknown engine 'nothing'"),
         ("naive", ["--decode", "telepathy"], "unknown decode path"),
+        ("profiling", ["--model", "7B"], "7B"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
@@ -103,7 +106,9 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("script", ["decode", "prefill", "ablation", "peers", "naive", "gemv"])
+@pytest.mark.parametrize(
+    "script", ["decode", "prefill", "ablation", "peers", "naive", "gemv", "profiling"]
+)
 def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, ROOT / "bench" / f"{script}.py", "--out", tmp_path / "record.json"]
@@ -117,7 +122,9 @@ def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path):
     options = ["--device", "cpu", "--out", str(out), "--dtype", "float32", "--runs", "1"]
     failed = bench("prefill", "--model", "tiny,7B", "--tokens", "4", *options)
     assert failed.returncode == 1 and "7B" in failed.stderr
-    assert [row["model"] for row in json.loads(out.read_text())["results"]["rows"]] == ["tiny"]
+    kept = json.loads(out.read_text())
+    assert [row["model"] for row in kept["results"]["rows"]] == ["tiny"]
+    assert kept["complete"] is False
 
 
 def test_validation_becomes_a_record(tmp_path):
@@ -132,6 +139,24 @@ def test_validation_becomes_a_record(tmp_path):
         assert kept == ([0, 1, 2, 4, 8] if row["against"] == "full" else [])
     made = [validate_tables.comparisons(entry), validate_tables.steps(entry)]
     assert all(len(widths(text)) == 1 for text in made)
+
+
+def test_profiling_becomes_a_record(tmp_path):
+    out = tmp_path / "record.json"
+    quick = ["--warmup", "1", "--runs", "2", "--tokens", "4", "--dtype", "float32"]
+    options = ["--model", "tiny", "--device", "cpu", "--no-peer", *quick, "--out", str(out)]
+    pictures = {path: path.read_bytes() for path in (ROOT / "docs").glob("*.png")}
+    done = bench("profiling", *options)
+    assert done.returncode == 0, done.stderr
+    assert "residual" in done.stderr and done.stderr.rstrip().endswith("done")
+    entry = json.loads(out.read_text())
+    assert entry["complete"] is False, "rows a to f are to stand beside the baseline's"
+    assert [own["settings"]["tokens"] for own in entry["results"]["ours"]] == [4]
+    made = [make(entry) for source, make in tables.TABLES.values() if source == "profile"]
+    says = "The run was cut off", "was not measured", "does not have them"
+    assert all(any(each in text for each in says) for text in made)
+    # The documents' pictures are those of the documents' record.
+    assert all(path.read_bytes() == before for path, before in pictures.items())
 
 
 def test_of_a_comparison_some_steps_of_the_first_row_are_kept():
@@ -206,6 +231,46 @@ def test_every_switch_is_tried_alone_and_all_together():
     assert ablation.combinations([]) == [()]
     assert ablation.combinations(["a"]) == [(), ("a",)]
     assert ablation.combinations(["a", "b"]) == [(), ("a",), ("b",), ("a", "b")]
+
+
+def test_the_switches_are_listed_without_a_gpu():
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, ROOT / "bench" / "ablation.py", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, env=hidden)
+    assert listed.returncode == 0, listed.stderr
+    shown = [line.split()[0] for line in listed.stdout.splitlines()]
+    assert shown == list(ablation.SWITCHES)
+
+
+@given(st.integers(1, 20), st.integers(1, 100), st.integers(1, 1000))
+def test_naive_runs_meet_every_bucket_before_they_are_timed(batch, prompt, tokens):
+    """Every length of the run takes the same graph, or none, as one that was run before."""
+    met = naive.lengths(batch, prompt, tokens)
+    assert met == sorted(set(met)) and met[0] >= prompt and met[-1] == prompt + tokens - 1
+
+    def bucket(length):
+        return next((rows for rows in naive.BUCKETS if rows >= batch * length), None)
+
+    assert {bucket(length) for length in range(prompt, prompt + tokens)} <= set(map(bucket, met))
+
+
+def test_the_estimate_is_made_from_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(naive.record, "RESULTS", tmp_path)
+    with pytest.raises(OSError):
+        naive.estimate([1], 1, 32, 512)
+    rows = {
+        "peers": [{"engines": {"transformers eager": {"step": {"median_us": 4000.0}}}}],
+        "prefill": [{"tokens": t, "device": {"median_us": 2.0 * t}} for t in (100, 200)],
+        "decode": [{"batch": 1, "end_to_end": {"us_per_step": 500.0}}],
+    }
+    for name, found in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"results": {"rows": found}}))
+    # Two texts of 100 and 101 tokens: ours 200 + 202 us and twice 1500 of launches, theirs twice
+    # 4000, and both with their caches.
+    seconds = (402 + 3000 + 8000 + 2 * (1000 + 4000)) / 1e6
+    assert naive.estimate([1], 2, 100, 2) == pytest.approx(naive.START_S + 2 * seconds)
+    with pytest.raises(LookupError):
+        naive.estimate([3], 1, 100, 2)
 
 
 def test_switches_are_those_that_do_something():

@@ -73,3 +73,37 @@ def test_every_row_of_a_record_has_a_name_of_its_own():
     for path in sorted(record.RESULTS.glob("*.json")):
         found = [name for name, _ in timings(json.loads(path.read_text())["results"])]
         assert len(found) == len(set(found)), path.name
+
+
+def test_records_without_timings_say_so():
+    assert list(compared(entry({"a": 1}), entry({"a": 2}))) == [
+        "neither record holds a timing with its spread"
+    ]
+
+
+def test_what_is_no_record_is_one_line(tmp_path):
+    good, list_, broken = (tmp_path / name for name in ("good.json", "list.json", "broken.json"))
+    good.write_text(json.dumps(decode_record(a=1.0)))
+    list_.write_text("[]")
+    broken.write_text("{")
+    for other, says in (
+        (tmp_path / "none.json", "none.json cannot be read: No such file"),
+        (list_, "no record of a benchmark"),
+        (broken, "no record of a benchmark"),
+    ):
+        command = [sys.executable, record.ROOT / "bench" / "report.py", "--compare", good, other]
+        failed = subprocess.run(command, capture_output=True, text=True)
+        assert failed.returncode == 1 and failed.stderr.startswith("report.py: ")
+        assert says in failed.stderr and failed.stderr.count("\n") == 1
+
+
+def test_profiles_are_compared_by_token_and_by_kernel():
+    def profile(us):
+        kernel = {"kernel": "gemv", "component": "lm_head", "call": timing(us)}
+        own = {"dtype": "float16", "decoder": "graph", "kernels": [kernel]}
+        return entry({"paths": [own | {"per_token": {"step": timing(100.0)}}]})
+
+    slower, last = compared(profile(20.0), profile(40.0))
+    name = "paths / dtype float16 decoder graph / kernels / component lm_head kernel gemv / call"
+    assert slower.startswith(f"slower +100.0%: {name}: ")
+    assert last == "1 of 2 timings changed beyond the noise"

@@ -110,6 +110,27 @@ def test_stale_records(example):
     assert run(example, "--records", "--strict").returncode == 1
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_table_without_its_record_fails_the_release(example, missing):
+    path = example / "README.md"
+    path.write_text(path.read_text() + "<!-- table: naive -->\n<!-- end -->\n")
+    if not missing:
+        (example / "results" / "naive.json").write_text(json.dumps(entry({"rows": []})))
+    listed = run(example, "--records")
+    assert listed.returncode == 0
+    assert ("naive            missing  README.md: naive" in listed.stdout) == missing
+    assert run(example, "--records", "--strict").returncode == missing
+
+
+def test_a_record_that_was_cut_off_fails_the_release(example):
+    path = example / "results" / "decode.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
+    listed = run(example, "--records", "--strict")
+    assert listed.returncode == 1 and "decode           cut off" in listed.stdout
+    run(example)
+    assert "The run was cut off: rows are missing." in (example / "README.md").read_text()
+
+
 def test_a_changed_source_makes_a_record_stale(tmp_path, monkeypatch):
     (tmp_path / "kernel.cu").write_text("one")
     monkeypatch.setattr(record, "ROOT", tmp_path)
@@ -134,17 +155,20 @@ def profile_results():
     token |= {"tokens_per_s": 222.2, "blocks_percent": 93.4}
     settings = {"prompt": "What", "prompt_tokens": 1, "batch": 1, "warmup": 2, "runs": 3}
     kernel = {"component": "qkv product", "kernel": "gemv", "calls": 9, "avg_us": 2.5}
-    kernel |= {"total_ms": 0.02, "gb_per_s": 1416.0, "percent_of_limit": 33.3}
+    kernel |= {"total_ms": 0.02, "gb_per_s": 1416.0, "percent_of_limit": 33.3, "step_us": 2.0}
     gaps = {"launches": 88, "kernels_us": 400.0, "gaps_us": 200.0, "unprofiled_us": 606.0}
+    gaps |= {"overlap_us": 3.5, "recording_us": 2.5}
+    older = gaps | {"gaps_us": -7.5, "host_us": 390.0, "residual_percent": -1.0}
+    del older["overlap_us"], older["recording_us"]
     own = {
         "settings": settings | {"tokens": 30},
         "tables": {key: [row | {"covers": "a, b"} for row in rows] for key, rows in tables.items()},
         "per_token": token,
         "kernels": [
             {"component": "projection", "kernel": "library", "calls": 1}
-            | {"avg_us": 1.0, "total_ms": 0.1},
+            | {"avg_us": 1.0, "total_ms": 0.1, "step_us": 5.0},
             kernel,
-            kernel | {"component": "sampling", "kernel": "not asked for"},
+            kernel | {"component": "sampling", "kernel": "not asked for", "step_us": 1.0},
         ],
         "kernel_timer": "cupti",
         "gaps": gaps | {"host_us": 390.0, "residual_percent": -1.0},
@@ -163,7 +187,11 @@ def profile_results():
         "model": "gpt2",
         "weights": "random",
         "ours": [own | {"dtype": "float32"}, own | {"dtype": "float16"}],
-        "paths": [own | {"dtype": "float16", "decoder": "graph"}],
+        "paths": [
+            own | {"dtype": "float16", "decoder": "graph"},
+            # As records were before overlap was told apart.
+            own | {"dtype": "float32", "decoder": "graph", "kernels": [], "gaps": older},
+        ],
         "peers": [peer | {"operators": operators}],
     }
 
@@ -243,14 +271,21 @@ SAYS = {
     ],
     "profile-lost": [
         # 0.02 ms in 90 steps at a third of the limit; a library's kernel is lost whole.
-        "| float16 | gaps between kernels | 200.0 | - | 200.0 |",
+        "| float16 | gaps between kernels | 197.5 | - | 197.5 |",
         "| float16 | `library`: projection | 1.1 | - | 1.1 |",
         "| float16 | `gemv`: qkv product | 0.2 | 33.3 | 0.1 |",
     ],
     "profile-pictures": ["![Roofline and components, float16](profiling-float16.png)"],
     "profile-gaps": [
-        "| gpt2cupy, float16, graph | 88 |",
-        "| 88 | 400.0 | 200.0 | 606.0 | 390.0 | -1.0 | +12.5 | +3.0 |",
+        "| gpt2cupy, float16, graph | 88 | 400.0 | 3.5 | 200.0 | 2.5 | 606.0 | 390.0 | -1.0 | "
+        "+12.5 | +3.0 |",
+        "| gpt2cupy, float32, graph | 88 | 400.0 | - | -7.5 | - | 606.0 |",
+    ],
+    "profile-added": [
+        # Of 8 us the longest first; 0.02 ms in 90 steps.
+        "| float16 | graph | projection | `library` | 5.0 | 62.5% | 1.1 |",
+        "| float16 | graph | qkv product | `gemv` | 2.0 | 25.0% | 0.2 |",
+        "| float16 | graph | all |  | 8.0 | 100.0% |  |",
     ],
 }
 
@@ -264,7 +299,7 @@ def test_tables_of_what_only_a_gpu_measures(name):
     widths = {line.count("|") for line in made.splitlines() if line.startswith("|")}
     assert len(widths) == (name != "profile-pictures")
     assert [text for text in SAYS.get(name, []) if text not in made] == []
-    assert name == "profile-lost" or "not asked for" not in made
+    assert name in ("profile-lost", "profile-added") or "not asked for" not in made
     assert made.endswith("NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.\n")
 
 

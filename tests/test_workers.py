@@ -82,6 +82,93 @@ def test_an_engine_that_fails_is_skipped_with_its_reason(scripts):
     assert found["skipped"].keys() == again["skipped"].keys()
 
 
+def test_what_is_not_installed_is_not_started(scripts):
+    specs = {
+        "module": workers.Spec("counting", needs=("numpy", "no_such_module")),
+        "program": workers.Spec("counting", needs=("no-such-program",)),
+        "both": workers.Spec("counting", needs=("numpy", "sh")),
+    }
+    with workers.Comparison(specs) as comparison:
+        assert list(comparison.workers) == ["both"]
+        found = comparison.run(JOB, rounds=1)
+    assert list(found["engines"]) == ["both"]
+    assert found["skipped"] == {
+        "module": "no_such_module not installed",
+        "program": "no-such-program not installed",
+    }
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_engines_may_be_prepared_together(scripts, capsys, together):
+    specs = {
+        "refuses": workers.Spec("counting", {"refuses": True}),
+        "one": workers.Spec("counting"),
+        "two": workers.Spec("counting", warmup=0),
+    }
+    with workers.Comparison(specs, together=together) as comparison:
+        found = comparison.run(JOB, rounds=2)
+    assert list(found["engines"]) == ["one", "two"]
+    assert found["skipped"] == {"refuses": "ValueError: not this job"}
+    lines = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    told = [line for line in lines if line.startswith(("one", "two"))]
+    assert told == ["one: ready", "two: ready", *["one: 250000 us a step"],
+                    *["two: 250000 us a step"] * 2, "one: 250000 us a step"]  # fmt: skip
+
+
+def test_what_an_engine_writes_to_its_descriptors_disturbs_no_answer(scripts):
+    noisy = """
+import os
+def prepare(job):
+    os.write(1, b"library\\n")
+    os.system("echo from a process")
+    return lambda tokens: ([1] * tokens, 0.0, 0.5, 1.0), {}
+serve((), prepare)
+"""
+    (scripts / "noisy.py").write_text((scripts / "missing.py").read_text().replace(
+        "import no_such_module\n", noisy))  # fmt: skip
+    with workers.Comparison({"noisy": workers.Spec("noisy")}) as comparison:
+        assert list(comparison.run(JOB, rounds=1)["engines"]) == ["noisy"]
+
+
+FAKE_VLLM = """
+import time
+from types import SimpleNamespace
+now = [0.0]
+time.perf_counter = lambda: now[0]
+class SamplingParams:
+    def __init__(self, **options):
+        self.options = options
+class LLM:
+    def __init__(self, model, **options):
+        assert options["enable_prefix_caching"] is False and options["max_num_seqs"] == 1
+        assert options["max_model_len"] == 7
+    def generate(self, prompts, params, use_tqdm):
+        assert prompts == [{"prompt_token_ids": [1, 2]}] and params.options["ignore_eos"]
+        count = params.options["max_tokens"]
+        now[0] += 0.25 * count
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(range(count)))])]
+"""
+
+
+def test_vllm_is_read(tmp_path, monkeypatch):
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text(FAKE_VLLM)
+    about = tmp_path / "vllm-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = JOB | {"folder": "model", "dtype": "float16", "device": "cuda"}
+    with workers.Comparison({"vLLM": workers.Spec("vllm_engine", needs=("vllm",))}) as comparison:
+        found = comparison.run(job, rounds=1)
+        on_cpu = comparison.run(job | {"device": "cpu"}, rounds=1)
+    figures = found["engines"]["vLLM"]
+    assert figures["versions"] == {"vllm": "1.0"} and figures["same_tokens"] == 5
+    assert figures["prefill"]["median_us"] == figures["step"]["median_us"] == 250e3
+    assert on_cpu["skipped"] == {"vLLM": "ValueError: vLLM is timed on a GPU"}
+
+
 def test_llama_bench_is_read(tmp_path, monkeypatch):
     program = tmp_path / "llama-bench"
     tests = [{"n_prompt": 2, "n_gen": 0, "avg_ns": 5e6}, {"n_prompt": 0, "n_gen": 4, "avg_ns": 8e6}]
@@ -97,3 +184,6 @@ def test_llama_bench_is_read(tmp_path, monkeypatch):
     assert llama["step"]["median_us"] == pytest.approx(2e3)
     assert llama["same_tokens"] is None
     assert "one sequence" in several["skipped"]["llama"]
+    options = {"gguf": "", "device": "cpu"}
+    with workers.Comparison({"llama": workers.Spec("llama_bench", options)}) as comparison:
+        assert "--gguf" in comparison.run(JOB, rounds=1)["skipped"]["llama"]

@@ -1,11 +1,13 @@
 """Hugging Face transformers, not compiled.
 
 Options of a job: ``attention`` (sdpa, eager), ``loop`` (generate, or a bare loop over the
-cache), ``use_cache``, ``threads`` on the CPU.
+cache), ``use_cache``, ``threads`` on the CPU; ``keep`` the model for the next job with the same
+folder, and run the forward pass once for each of ``lengths`` before anything is timed.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -30,14 +32,21 @@ class Clock(transformers.generation.streamers.BaseStreamer):
 def load(job: Job) -> Any:
     """The model of a job on its device, in its dtype."""
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if job.get("threads"):
         torch.set_num_threads(job["threads"])
+    of = job["folder"], job.get("attention", "sdpa"), job["dtype"], job["device"]
+    return _kept(*of) if job.get("keep") else _load(*of)
+
+
+def _load(folder: str, attention: str, dtype: str, device: str) -> Any:
     model = transformers.GPT2LMHeadModel.from_pretrained(
-        job["folder"],
-        attn_implementation=job.get("attention", "sdpa"),
-        dtype=getattr(torch, job["dtype"]),
+        folder, attn_implementation=attention, dtype=getattr(torch, dtype)
     )
-    return model.to(job["device"]).eval()
+    return model.to(device).eval()
+
+
+_kept = functools.lru_cache(maxsize=1)(_load)
 
 
 def generating(model: Any, job: Job, **options: Any) -> Run:
@@ -83,8 +92,17 @@ def looping(model: Any, job: Job) -> Run:
     return run
 
 
+@torch.inference_mode()
+def warm(model: Any, job: Job) -> None:
+    """The forward pass of texts as long as they will be: libraries choose kernels by length."""
+    for length in job.get("lengths", ()):
+        ids = torch.zeros((len(job["prompts"]), length), dtype=torch.long, device=job["device"])
+        model(ids, use_cache=False, logits_to_keep=1)
+
+
 def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     model = load(job)
+    warm(model, job)
     about = {"attention": job.get("attention", "sdpa"), "loop": job.get("loop", "generate")}
     if about["loop"] == "loop":
         return looping(model, job), about

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,9 @@ Run = Callable[[int], tuple[list[int], float, float, float]]
 
 def serve(packages: tuple[str, ...], prepare: Callable[[Job], tuple[Run, dict[str, Any]]]) -> None:
     """Answer jobs until stdin ends; whatever else is printed goes to stderr."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # By its descriptor, so that libraries and processes they start cannot write among answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
     def answer(line: dict[str, Any]) -> None:
         print(json.dumps(line), file=answers, flush=True)

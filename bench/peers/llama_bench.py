@@ -20,6 +20,8 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     program = shutil.which("llama-bench")
     if program is None:
         raise FileNotFoundError("llama-bench is not on PATH")
+    if not job["gguf"]:
+        raise ValueError("no GGUF file of this shape is named (--gguf)")
     if len(job["prompts"]) != 1:
         raise ValueError("llama-bench decodes one sequence")
     prompt = len(job["prompts"][0])

@@ -1,8 +1,13 @@
-"""gpt2cupy as an engine of the comparison. Options of a job: ``decode``, ``naive``."""
+"""gpt2cupy as an engine of the comparison.
+
+Options of a job: ``decode``, ``naive``; with the latter the forward pass is run once for each of
+``lengths`` before anything is timed.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,8 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     model = GPT2.from_pretrained(job["folder"], dtype=job["dtype"], device=job["device"])
     prompts = [np.asarray(ids, np.int32) for ids in job["prompts"]]
     if job.get("naive"):
-        return _naive(model, prompts, job["tokens"]), {"decode": "whole forward"}
+        run = _naive(model, prompts, job["tokens"], job.get("lengths", ()))
+        return run, {"decode": "whole forward"}
     # One step more than is shown: the engine computes one ahead of what it hands out.
     capacity = min(len(prompts[0]) + job["tokens"] + 1, model.config.n_positions)
     engine = Engine(model, len(prompts), capacity, decode=job["decode"])
@@ -36,8 +42,12 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     return run, {"decode": job["decode"]}
 
 
-def _naive(model: GPT2, prompts: list[np.ndarray], most: int) -> Run:
-    """The whole text through the forward pass for each token; nothing is kept between them."""
+def _naive(model: GPT2, prompts: list[np.ndarray], most: int, lengths: Sequence[int]) -> Run:
+    """The whole text through the forward pass for each token; nothing is kept between them.
+
+    A graph is captured for each bucket of lengths when it is first met: ``lengths`` meet all
+    of them before the run.
+    """
     batch, xp = len(prompts), model.xp
     length = len(prompts[0]) + most
     cache, work = model.new_cache(batch, length), model.new_workspace(batch * length)
@@ -45,14 +55,20 @@ def _naive(model: GPT2, prompts: list[np.ndarray], most: int) -> Run:
     last_work = model.new_workspace(batch)
     logits = xp.empty((batch, model.config.padded_vocab_size), work.x.dtype)
 
+    def forward(texts: list[np.ndarray]) -> np.ndarray:
+        cache.reset()
+        x, starts = runner.run(texts, range(batch))
+        model.logits(xp.ascontiguousarray(x[starts[1:] - 1]), last_work, logits)
+        ids = logits[:, : model.config.vocab_size].argmax(axis=1).astype(np.int32)
+        return ids if xp is np else ids.get()
+
+    for each in lengths:
+        forward([np.zeros(each, np.int32)] * batch)
+
     def run(tokens: int) -> tuple[list[int], float, float, float]:
         texts, times = list(prompts), [time.perf_counter()]
         for _ in range(tokens):
-            cache.reset()
-            x, starts = runner.run(texts, range(batch))
-            model.logits(xp.ascontiguousarray(x[starts[1:] - 1]), last_work, logits)
-            ids = logits[:, : model.config.vocab_size].argmax(axis=1).astype(np.int32)
-            ids = ids if xp is np else ids.get()
+            ids = forward(texts)
             texts = [np.append(text, id_) for text, id_ in zip(texts, ids, strict=True)]
             times.append(time.perf_counter())
         return texts[0][len(prompts[0]) :].tolist(), times[0], times[1], times[-1]

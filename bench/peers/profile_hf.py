@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import statistics
 import sys
@@ -25,9 +26,11 @@ import torch
 import transformers
 from hf_operators import operators
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpt2cupy import GPT2Config, record
+from shared import config_of
+
+from gpt2cupy import record
 
 # "What is your name" in GPT-2's tokens: random weights have no tokenizer.
 PROMPT_IDS = [2061, 318, 534, 1438]
@@ -87,6 +90,7 @@ class Runs:
 
     def __init__(self, load: Callable[[], Any], ids: torch.Tensor, args: Any) -> None:
         self.load, self.ids, self.args = load, ids, args
+        self.warmup = args.warmup
 
     @torch.inference_mode()
     def once(self, model: Any, clock: Clock) -> None:
@@ -103,11 +107,13 @@ class Runs:
         clock = Clock(self.ids.device)
         prepare(model, clock)
         found: dict[str, list[float]] = {}
-        for run in range(self.args.warmup + self.args.runs):
+        for run in range(self.warmup + self.args.runs):
             self.once(model, clock)
             for name, times in clock.milliseconds().items():
-                if run >= self.args.warmup:
+                if run >= self.warmup:
                     found.setdefault(name, []).extend(times)
+        # The GPU and its libraries are warm from now on: one run for what hooks bring.
+        self.warmup = min(1, self.warmup)
         return found
 
 
@@ -224,22 +230,18 @@ def components(runs: Runs) -> Row:
 
 
 def loader(args: Any, device: torch.device) -> Callable[[], Any]:
-    """Makes the model anew, so that hooks of one table do not stay for the next."""
-    dtype = getattr(torch, args.dtype)
-
-    def load() -> Any:
-        if args.random:
-            torch.manual_seed(0)
-            config = transformers.GPT2Config(**GPT2Config.from_name(args.model).to_dict())
-            config._attn_implementation = "eager"
-            model = transformers.GPT2LMHeadModel(config)
-        else:
-            model = transformers.GPT2LMHeadModel.from_pretrained(
-                args.model, attn_implementation="eager"
-            )
-        return model.to(device, dtype).eval()
-
-    return load
+    """Copies a model, so that hooks of one table do not stay for the next."""
+    if args.random:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(**config_of(args.model).to_dict())
+        config._attn_implementation = "eager"
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        model = transformers.GPT2LMHeadModel.from_pretrained(
+            args.model, attn_implementation="eager"
+        )
+    model = model.to(device, getattr(torch, args.dtype)).eval()
+    return lambda: copy.deepcopy(model)
 
 
 def main() -> None:
@@ -261,8 +263,10 @@ def main() -> None:
     ids = PROMPT_IDS
     if not args.random:
         ids = transformers.AutoTokenizer.from_pretrained(args.model)(args.prompt)["input_ids"]
-    prompt = torch.tensor([ids] * args.batch, device=device)
     load = loader(args, device)
+    if args.random:
+        ids = [each % load().config.vocab_size for each in ids]
+    prompt = torch.tensor([ids] * args.batch, device=device)
     results = {
         "settings": vars(args) | {"prompt_tokens": len(ids), "out": None},
         "weights": "random" if args.random else "trained",

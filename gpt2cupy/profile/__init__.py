@@ -15,7 +15,7 @@ from .components import component
 from .events import nvtx_ranges
 from .kernels import by_kernel
 from .limits import limits
-from .measure import Session, Settings, Timeline
+from .measure import Session, Settings
 from .result import (
     Profile,
     component_tables,
@@ -25,6 +25,7 @@ from .result import (
     per_token,
     step_equation,
 )
+from .timeline import Timeline
 
 __all__ = ["Profile", "Settings", "component", "equation_text", "profile"]
 
@@ -97,7 +98,7 @@ def profile(
         "tables": component_tables(session.ops, ops_timeline, model.config.n_layer),
         "per_token": per_token(steps, settings.batch, session.ops, ops_timeline),
         "kernel_component": component,
-        "kernels": kernel_table(session.ops, finest, reached, component),
+        "kernels": kernel_table(session.ops, finest, reached, settings.tokens, component),
         "gaps": gaps,
         "overhead": overhead,
         "limits": asdict(reached),

@@ -129,7 +129,7 @@ def _kernel_table(console: Console, results: dict[str, Any]) -> None:
     only = results["kernel_component"]
     title = f"\nkernels{f' of {only}' if only else ''} ({results['kernel_timer']})"
     table = _table(
-        title, "kernel", "component", "calls", "total ms", "avg us", "%", "kB", "kFLOP",
+        title, "kernel", "component", "calls", "total ms", "avg us", "%", "step us", "kB", "kFLOP",
         "GB/s", "GFLOP/s", "% of copy", "% of product",
     )  # fmt: skip
     for row in results["kernels"]:
@@ -142,7 +142,7 @@ def _kernel_table(console: Console, results: dict[str, Any]) -> None:
             ]  # fmt: skip
         table.add_row(
             row["kernel"], row["component"], str(row["calls"]), f"{row['total_ms']:.2f}",
-            f"{row['avg_us']:.2f}", f"{row['percent']:.1f}", *figures,
+            f"{row['avg_us']:.2f}", f"{row['percent']:.1f}", f"{row['step_us']:.2f}", *figures,
         )  # fmt: skip
     console.print(table)
 
@@ -161,6 +161,7 @@ def _summary(console: Console, results: dict[str, Any]) -> None:
         f"p95 {token['p95_ms']:.4f}, p99 {token['p99_ms']:.4f}; "
         f"{token['tokens_per_s']:,.1f} tokens/s; blocks {token['blocks_percent']:.1f} %",
         f"step        {equation_text(results['gaps'])}",
+        "            (step us: from the end of the kernel before to its own; together the step)",
         f"host        {results['gaps']['host_us']:.1f} us to queue a step",
         f"profiling   a step takes longer by: {', '.join(slower)}",
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import model as model_module
 from .. import ops
-from ..decode import DecodeState
+from ..decode import DecodeState, EagerDecoder
 from ..decode import eager as eager_module
 from ..errors import InputError
 from ..model import GPT2
@@ -49,6 +49,13 @@ _WEIGHTS = {
 }
 CACHE = ("blocks", "attention", "attention over the cache")
 SAMPLING = ("sampling",)
+# Ops with a place of their own, whatever weights they read first, and the other components that
+# they make. A kernel that fuses several rows of a table is an entry here, a row of the table,
+# what it covers, and its bytes and operations in counts.py.
+OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "embedding": (("embeddings",), ()),
+    "sample": (SAMPLING, ()),
+}
 NAMES = tuple(dict.fromkeys(["block", *(row for rows in TABLES.values() for row in rows)]))
 
 
@@ -174,15 +181,16 @@ class _Places:
             self.of[id(state.cache.layers[number][0])] = CACHE, number
 
     def __call__(self, op: str, args: tuple) -> tuple[tuple[str, ...], int | None]:
-        if op == "embedding":
-            return ("embeddings",), None
-        if op == "sample":
-            return SAMPLING, None
-        return next(self.of[id(array)] for array in args if id(array) in self.of)
+        path, layer = next((self.of[id(a)] for a in args if id(a) in self.of), (None, None))
+        if op in OPS:
+            return OPS[op][0], layer
+        if path is None:
+            raise LookupError(f"ops.{op} reads no weight of a component: give it a place in OPS")
+        return path, layer
 
 
-def ops_of_step(model: GPT2, state: DecodeState, context: float) -> list[Op]:
-    """The ops of one eager step in order, labelled and counted.
+def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[Op]:
+    """The ops of one step of a decode path in order, labelled and counted.
 
     On the GPU the step is only recorded; on NumPy it is run once.
 
@@ -191,7 +199,7 @@ def ops_of_step(model: GPT2, state: DecodeState, context: float) -> list[Op]:
     context : float
         Tokens that each row's slot holds before a step, for the cost of attention.
     """
-    places, found = _Places(model, state), list[Op]()
+    places, found = _Places(path.model, state), list[Op]()
 
     def around(name: str, function: Any, args: tuple, options: dict[str, Any]) -> Any:
         begin = len(calls)
@@ -202,12 +210,12 @@ def ops_of_step(model: GPT2, state: DecodeState, context: float) -> list[Op]:
         else:
             given = options | ({"context": context} if name == "attention_decode" else {})
             costs = counts.of_parts(name, args, given, max(1, len(launches)))
-            found.append(Op(name, *places(name, args), launches, costs))
+            fused = OPS[name][1] if name in OPS else ()
+            found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
     with observed(around), recorded() as calls:
-        model.decode(state.ids, state.positions, state.slots, state.cache, state.work, state.logits)
-        eager_module.choose(state, state.logits, state.rows)
+        path._step(state)
     return found
 
 

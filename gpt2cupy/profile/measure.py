@@ -23,6 +23,7 @@ from ..sampling import SamplingParams
 from ..timing import host_times
 from . import events
 from .components import Op, observed, ops_of_step
+from .timeline import Timeline
 
 QUEUE = 512  # launches that a stream surely takes without making the host wait
 
@@ -50,51 +51,6 @@ class Settings:
                     where="profile",
                     remedy=f"It must be at least {least}.",
                 )
-
-
-@dataclass
-class Timeline:
-    """When each launch (on NumPy: each op) of each step began and ended, in microseconds.
-
-    Attributes
-    ----------
-    start, end : array of float64 [S, n]
-        S steps of n launches, on one clock within a run.
-    owner : list of (int, int)
-        The op that each belongs to, and the launch of that op.
-    names : list of str
-    source : {"perf_counter", "events", "cupti"}
-    step_us : float
-        Median wall-clock time of a step while it was measured so.
-    timer_us : float
-        What timing one op costs outside its begin and end; taken off the gaps.
-    """
-
-    start: np.ndarray
-    end: np.ndarray
-    owner: list[tuple[int, int]]
-    names: list[str]
-    source: str
-    step_us: float
-    timer_us: float = 0.0
-
-    @property
-    def busy(self) -> np.ndarray:
-        """Duration of each launch [S, n]."""
-        return self.end - self.start
-
-    def gap_us(self, tokens: int) -> float:
-        """Median time of a step in which nothing ran, from its first launch to the next step's.
-
-        Parameters
-        ----------
-        tokens : int
-            Steps of a run: the pause between two runs is none of a step's.
-        """
-        gaps = (self.start[:, 1:] - self.end[:, :-1]).sum(axis=1)[:-1]
-        gaps += self.start[1:, 0] - self.end[:-1, -1]
-        within_run = np.arange(1, len(self.start)) % tokens > 0
-        return float(np.median(gaps[within_run])) - len(self.names) * self.timer_us
 
 
 class Session:
@@ -129,7 +85,7 @@ class Session:
         with self.active():
             self.begin()
             context = len(prompt) + (settings.tokens - 1) / 2
-            self.ops: list[Op] = ops_of_step(model, self.state, context)
+            self.ops: list[Op] = ops_of_step(self.decoder, self.state, context)
 
     def renew_decoder(self) -> None:
         """Start with a decoder that has prepared nothing: a graph is captured again."""

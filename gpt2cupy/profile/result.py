@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ..timing import Timing
 from .components import COVERS, TABLES, Op
 from .counts import Cost
 from .limits import Limits
-from .measure import Timeline
+from .timeline import Timeline
 
 Row = dict[str, Any]
 
@@ -84,9 +85,11 @@ def _covers(ops: list[Op], component: str) -> list[str]:
     """What a row stands for: norms that a kernel in it makes, and its own steps."""
     if component == "blocks":
         return []
-    fused = [name for op in ops if op.within(component) for name in op.fused]
+    inside = TABLES.get(component, ())
+    mine = [op for op in ops if op.within(component)]
+    fused = [name for op in mine for name in op.fused if name not in inside]
     own = COVERS.get(component, (component,) if fused else ())
-    return [*dict.fromkeys(fused), *own]
+    return [*dict.fromkeys([*fused, *own])]
 
 
 def _columns(ops: list[Op], timeline: Timeline, component: str) -> list[int]:
@@ -102,13 +105,15 @@ def _launches(ops: list[Op], component: str) -> int:
 
 
 def kernel_table(
-    ops: list[Op], timeline: Timeline, limits: Limits, component: str | None = None
+    ops: list[Op], timeline: Timeline, limits: Limits, tokens: int, component: str | None = None
 ) -> list[Row]:
     """A row per kernel and the component it runs in, longest first.
 
     Bytes and operations are what one call must do (:mod:`.counts`); a library's
     kernels beyond the first of a call have none. ``percent_of_limit`` compares the
     time with what a copy and a product at this device's rate would take.
+    ``step_us`` is what the row adds to a step: those of all rows make the step,
+    although kernels may overlap.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for column, (index, _) in enumerate(timeline.owner):
@@ -116,6 +121,7 @@ def kernel_table(
             key = timeline.names[column], ops[index].path[-1]
             groups.setdefault(key, []).append(column)
     busy, owner = timeline.busy, timeline.owner
+    added = timeline.parts(tokens).added
     whole = float(sum(busy[:, columns].sum() for columns in groups.values()))
     rows = []
     for (name, where), columns in groups.items():
@@ -127,6 +133,8 @@ def kernel_table(
             "total_ms": total / 1e3,
             "avg_us": total / calls,
             "percent": 100 * total / whole,
+            "step_us": float(added[:, columns].sum(axis=1).mean()),
+            "call": Timing.of(busy[:, columns].reshape(-1) / 1e6).as_dict(),
         }
         costs = [_cost(ops, owner, column) for column in columns]
         known = [cost for cost in costs if cost is not None]
@@ -165,6 +173,7 @@ def per_token(seconds: np.ndarray, batch: int, ops: list[Op], timeline: Timeline
     busy = timeline.busy
     blocks = busy[:, _columns(ops, timeline, "blocks")].sum() / busy.sum()
     return {
+        "step": Timing.of(times / 1e3).as_dict(),
         "mean_ms": float(times.mean()),
         "p50_ms": p50,
         "p95_ms": p95,
@@ -175,28 +184,42 @@ def per_token(seconds: np.ndarray, batch: int, ops: list[Op], timeline: Timeline
 
 
 def step_equation(timeline: Timeline, tokens: int, unprofiled_us: float, host_us: float) -> Row:
-    """Kernels plus gaps against the unprofiled step: medians, so that a busy moment counts little.
+    """The step as kernels, what of them overlaps, and gaps, against the unprofiled step.
 
-    Gaps are negative where kernels overlap. Events cannot see them, for a gated
-    step has none: then the gaps are the difference, and there is no residual.
+    ``kernels_us - overlap_us + gaps_us`` is the step as it was recorded, and
+    ``recording_us`` is how much longer that is for being recorded, measured apart:
+    with CUPTI by events around the same steps. Events see no gaps, for a gated step
+    has none: then the gaps are the difference, and there is no residual.
     """
-    kernels = float(np.median(timeline.busy.sum(axis=1)))
+    parts = timeline.parts(tokens)
+    kernels, alone, gaps = (
+        float(each.sum(axis=1).mean()) for each in (parts.busy, parts.alone, parts.gaps)
+    )
     row: Row = {"source": timeline.source, "launches": len(timeline.names), "kernels_us": kernels}
+    row["overlap_us"] = kernels - alone
     if timeline.source == "events":
-        row |= {"gaps_us": unprofiled_us - kernels, "residual_percent": None}
+        row |= {"gaps_us": unprofiled_us - kernels, "recording_us": None, "residual_percent": None}
     else:
-        gaps = timeline.gap_us(tokens)
-        residual = 100 * (kernels + gaps - unprofiled_us) / unprofiled_us
-        row |= {"gaps_us": gaps, "residual_percent": residual}
+        recording = len(timeline.names) * timeline.timer_us
+        if timeline.source == "cupti":
+            recording = timeline.step_us - unprofiled_us
+        residual = 100 * (alone + gaps - recording - unprofiled_us) / unprofiled_us
+        row |= {"gaps_us": gaps, "recording_us": recording, "residual_percent": residual}
     return row | {"unprofiled_us": unprofiled_us, "host_us": host_us}
 
 
 def equation_text(row: Row) -> str:
     """The equation in words, as it is printed."""
     what = "ops" if row["source"] == "perf_counter" else "kernels"
-    text = f"{what} {row['kernels_us']:.1f} us + gaps {row['gaps_us']:.1f} us"
+    text = f"{what} {row['kernels_us']:.1f} us"
+    if row["overlap_us"] >= 0.05:
+        text += f" - overlap {row['overlap_us']:.1f} us"
+    text += f" + gaps {row['gaps_us']:.1f} us"
     step = f"unprofiled step {row['unprofiled_us']:.1f} us"
     if row["residual_percent"] is None:
         return f"{text} = {step}: the gaps are the difference, for events do not see them"
-    total = row["kernels_us"] + row["gaps_us"]
-    return f"{text} = {total:.1f} us; {step}; residual {row['residual_percent']:+.1f} %"
+    total = row["kernels_us"] - row["overlap_us"] + row["gaps_us"] - row["recording_us"]
+    return (
+        f"{text} - recording {row['recording_us']:.1f} us = {total:.1f} us; {step}; "
+        f"residual {row['residual_percent']:+.1f} %"
+    )

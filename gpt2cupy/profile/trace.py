@@ -7,37 +7,65 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .result import Profile
 
 Event = dict[str, Any]
-_COMPONENTS, _KERNELS = 1, 2
+_COMPONENTS, _KERNELS = 1, 2  # kernels that overlap take the tracks after these
 
 
 def events(profile: Profile) -> list[Event]:
-    """The events of the last run: a slice per token, per component and per kernel."""
+    """The events of the last run: a slice per token, per component and per kernel.
+
+    Slices of one track may not overlap: a kernel that starts while another runs goes to
+    a track of its own, and a component begins when the one before it has ended.
+    """
     timeline, ops = profile.timeline, profile.ops
     tokens = profile.results["settings"]["tokens"]
     start, end = timeline.start[-tokens:], timeline.end[-tokens:]
     origin = float(start[0, 0])
+    ended = np.maximum.accumulate(end.reshape(-1))
+    # Of each launch: when all before it had ended.
+    before = np.concatenate([[origin], ended[:-1]]).reshape(end.shape)
+    ended = ended.reshape(end.shape)
+    track = tracks(start, end)
     found = [_name("process_name", 0, f"gpt2cupy ({timeline.source})")]
     found += [_name("thread_name", _COMPONENTS, "components")]
-    found += [_name("thread_name", _KERNELS, "kernels" if profile.ops[0].launches else "ops")]
+    kind = "kernels" if profile.ops[0].launches else "ops"
+    for number in range(track.max() + 1):
+        name = f"{kind}, overlapping" if number else kind
+        found.append(_name("thread_name", _KERNELS + number, name))
 
     def slice_(thread: int, name: str, begin: float, finish: float, **args: Any) -> None:
         where = {"ph": "X", "pid": 0, "tid": thread, "ts": begin - origin}
         found.append({"name": name, **where, "dur": finish - begin, "args": args})
 
     for token in range(tokens):
-        begins, ends = start[token].tolist(), end[token].tolist()
+        begins, ends = np.maximum(start, before)[token].tolist(), ended[token].tolist()
         slice_(_COMPONENTS, f"token {token}", begins[0], ends[-1])
         for names, columns in _nested(profile):
-            slice_(_COMPONENTS, names, begins[columns[0]], ends[columns[-1]])
+            finish = ends[columns[-1]]
+            slice_(_COMPONENTS, names, min(begins[columns[0]], finish), finish)
+        begins, ends = start[token].tolist(), end[token].tolist()
         for column, (index, part) in enumerate(timeline.owner):
             cost = ops[index].costs[part]
             args: dict[str, Any] = {"component": ops[index].label}
             args |= {} if cost is None else {"bytes": cost.bytes, "flops": cost.flops}
-            slice_(_KERNELS, timeline.names[column], begins[column], ends[column], **args)
+            number = _KERNELS + int(track[token, column])
+            slice_(number, timeline.names[column], begins[column], ends[column], **args)
     return found
+
+
+def tracks(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The first track of each launch [S, n] on which nothing runs when it starts."""
+    free: list[float] = []
+    found = []
+    for begin, finish in zip(start.reshape(-1).tolist(), end.reshape(-1).tolist(), strict=True):
+        number = next((n for n, at in enumerate(free) if at <= begin), len(free))
+        free[number : number + 1] = [finish]
+        found.append(number)
+    return np.array(found).reshape(start.shape)
 
 
 def _nested(profile: Profile) -> list[tuple[str, list[int]]]:

@@ -40,12 +40,25 @@ def test_every_engine_writes_the_same_text(script, tmp_path):
     rows = entry["results"]["rows"]
     assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
-        assert row["skipped"] == {}
+        assert all("not installed" in why or "GGUF" in why for why in row["skipped"].values())
+        assert set(row["skipped"]) <= {"llama.cpp", "tinygrad", "vLLM"}
         assert set(row["engines"]) >= set(ENGINES[script])
         same = {name: one["same_tokens"] for name, one in row["engines"].items()}
         assert set(same.values()) == {40}, same
     widths = {line.count("|") for line in tables.TABLES[script][1](entry).splitlines()} - {0}
     assert len(widths) == 1
+
+
+def test_the_baseline_of_the_profile(tmp_path):
+    out = tmp_path / "record.json"
+    quick = ("--warmup", "1", "--runs", "1", "--tokens", "3", "--dtype", "float32")
+    bench("profiling", *quick, "--out", str(out))
+    entry = json.loads(out.read_text())
+    assert entry["complete"] is True
+    (peer,) = entry["results"]["peers"]
+    assert peer["settings"]["warmup"] == 1 and peer["operators"]["rows"]
+    made = tables.TABLES["profile-attention"][1](entry)
+    assert made.count("| transformers, float32 |") == 8 and "gpt2cupy, float32" in made
 
 
 def test_the_cpu_comparison(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 from builders import TINY
@@ -50,6 +51,22 @@ def test_a_trace_of_kernels(cupti, model, tmp_path):
     mine = [each for each in slices if named[each["tid"]] == "kernels"]
     assert len(mine) == SMALL.tokens * (STEP + 1)
     assert {each["dur"] for each in mine} == {3.0}
+
+
+def test_a_trace_of_kernels_that_overlap(cupti, model, tmp_path):
+    overlapping = profile.profile(model, PROMPT, SMALL)
+    timeline = overlapping.timeline
+    # Kernels start while the one before still runs; one ends before that one does.
+    timeline.start[:, 1:] -= 3
+    timeline.end[:, 5] -= 5
+    slices, named = check_trace(overlapping, tmp_path / "out.json")
+    assert set(named.values()) == {"components", "kernels", "kernels, overlapping"}
+    mine = [each for each in slices if "kernels" in named[each["tid"]]]
+    assert len(mine) == SMALL.tokens * (STEP + 1)
+    ours = [each for each in slices if named[each["tid"]] == "components"]
+    tokens = [each for each in ours if each["name"].startswith("token")]
+    for one, following in pairwise(tokens):
+        assert one["ts"] + one["dur"] <= following["ts"] + 1e-6
 
 
 def test_a_plot_is_drawn(found, tmp_path):

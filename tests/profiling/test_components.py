@@ -13,8 +13,10 @@ import gpt2cupy
 from gpt2cupy import GPT2, ops, profile
 from gpt2cupy import model as model_module
 from gpt2cupy.errors import InputError
-from gpt2cupy.profile import components
+from gpt2cupy.profile import components, result
+from gpt2cupy.profile.limits import Limits
 from gpt2cupy.profile.measure import Session
+from gpt2cupy.profile.timeline import Timeline
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -119,3 +121,52 @@ def test_a_norm_and_its_product_are_as_many_ops_as_kernels_make_them(model, coun
     else:
         assert found[0].label == "blocks.1/ln_2" and not product.fused
         assert found[0].costs[0].bytes > 0 and all(cost.bytes > 0 for cost in product.costs)
+
+
+def test_a_kernel_that_fuses_a_block_needs_entries_and_nothing_else(model, monkeypatch):
+    """A row of the table, its place with the rows that it makes, what it covers, its cost."""
+    rows = ("qkv product", "attention over the cache", "output product")
+    place = ("blocks", "attention", "attention block"), ("ln_1", *rows)
+    attention = (*components.TABLES["attention"], "attention block")
+    monkeypatch.setitem(components.TABLES, "attention", attention)
+    monkeypatch.setitem(components.OPS, "attention_block", place)
+    monkeypatch.setitem(components.COVERS, "attention block", rows)
+    cost = components.Cost(1000.0, 10.0)
+    monkeypatch.setitem(components.counts.COUNTS, "attention_block", lambda *_: cost)
+
+    def attention_block(x, ln_w, ln_b, eps, qkv_w, qkv_b, *rest):
+        return x
+
+    monkeypatch.setattr(ops, "attention_block", attention_block, raising=False)
+
+    class Fused(gpt2cupy.decode.EagerDecoder):
+        def _step(self, state):
+            module = gpt2cupy.decode.eager
+            for w in self.model.layers:
+                args = w["ln1_w"], w["ln1_b"], 1e-5, w["qkv_w"], w["qkv_b"]
+                module.ops.attention_block(state.work.x, *args)
+            module.choose(state, state.logits, state.rows)
+
+    session = Session(model, PROMPT, SMALL)
+    found = components.ops_of_step(Fused(model), session.state, 4.0)
+    labels = [f"blocks.{n}/attention/attention block" for n in range(TINY.n_layer)]
+    assert [op.label for op in found] == [*labels, "sampling"]
+    assert found[0].costs == [cost] and found[0].touches("qkv product")
+    start = np.arange(2.0 * len(found)).reshape(2, -1)
+    owner = [(index, 0) for index in range(len(found))]
+    seen = Timeline(start, start + 0.5, owner, [op.name for op in found], "cupti", 1.0)
+    tables = result.component_tables(found, seen, TINY.n_layer)
+    assert [row["component"] for row in tables["attention"]] == ["attention block"]
+    covers = {row["component"]: row["covers"] for rows in tables.values() for row in rows}
+    assert covers["attention block"] == f"ln_1, {', '.join(rows)}"
+    assert covers["attention"] == "ln_1, attention" and tables["mlp"] == []
+    kernels = result.kernel_table(found, seen, Limits(1e9, 1e9, 1, 1), 2, "output product")
+    assert [row["kernel"] for row in kernels] == ["attention_block"]
+    assert kernels[0]["bytes"] == 1000
+
+
+def test_an_op_without_a_place_is_named(model):
+    session = Session(model, PROMPT, SMALL)
+    places = components._Places(model, session.state)
+    with pytest.raises(LookupError, match=r"ops\.rotate reads no weight"):
+        places("rotate", (np.zeros(2),))

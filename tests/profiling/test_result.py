@@ -7,13 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 from builders import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 from pretended_gpu import PROMPT, SMALL
 
 from gpt2cupy import profile
 from gpt2cupy.errors import InputError
 from gpt2cupy.profile import components, counts, result
 from gpt2cupy.profile.limits import Limits
-from gpt2cupy.profile.measure import Settings, Timeline
+from gpt2cupy.profile.measure import Settings
+from gpt2cupy.profile.timeline import Timeline
 
 LIMITS = Limits(1e9, 1e9, 1, 1)
 
@@ -60,11 +63,11 @@ def test_a_component_has_its_kernels_only(model):
     assert "sampling" not in {row["component"] for row in whole}
 
 
-def timeline(start, end, source="cupti"):
+def timeline(start, end, source="cupti", step_us=8.0):
     count = len(start[0])
     names = ["a", "b", "c"][:count]
     owner = [(0, part) for part in range(count)]
-    return Timeline(np.array(start, float), np.array(end, float), owner, names, source, 1.0)
+    return Timeline(np.array(start, float), np.array(end, float), owner, names, source, step_us)
 
 
 def test_kernels_and_gaps_make_the_step():
@@ -73,11 +76,60 @@ def test_kernels_and_gaps_make_the_step():
     start = [[0, 2], [5, 7], [1000, 1002], [1007, 1009]]
     end = [[1, 4], [6, 9], [1001, 1004], [1008, 1011]]
     row = result.step_equation(timeline(start, end), 2, unprofiled_us=8.0, host_us=5.0)
-    assert (row["kernels_us"], row["gaps_us"]) == (3.0, 3.0)
-    assert row["residual_percent"] == pytest.approx(-25)
+    assert (row["kernels_us"], row["overlap_us"], row["gaps_us"]) == (3.0, 0.0, 3.0)
+    assert row["recording_us"] == 0 and row["residual_percent"] == pytest.approx(-25)
     text = result.equation_text(row)
-    assert "kernels 3.0 us + gaps 3.0 us = 6.0 us; unprofiled step 8.0 us" in text
+    assert "kernels 3.0 us + gaps 3.0 us - recording 0.0 us = 6.0 us; unprofiled step 8" in text
     assert "residual -25.0 %" in text
+
+
+def test_kernels_that_overlap_make_the_step_too():
+    # A step of 10 us: a 0 to 4, b 2 to 7 while a still runs, then nothing until 10.
+    starts = np.arange(4)[:, None] * 10.0
+    begin, end = np.array([0, 2]), np.array([4, 7])
+    seen = timeline(starts + begin, starts + end, step_us=11.0)
+    row = result.step_equation(seen, 4, unprofiled_us=9.0, host_us=1.0)
+    assert (row["kernels_us"], row["overlap_us"], row["gaps_us"]) == (9.0, 2.0, 3.0)
+    # Recording made the same steps 2 us longer between events.
+    assert row["recording_us"] == 2.0
+    assert row["residual_percent"] == pytest.approx(100 * (10 - 2 - 9) / 9)
+    assert "kernels 9.0 us - overlap 2.0 us + gaps 3.0 us - recording 2.0 us = 8.0 us" in (
+        result.equation_text(row)
+    )
+    op = components.Op("any", ("lm_head",), None, [], [None, None])
+    rows = {each["kernel"]: each for each in result.kernel_table([op], seen, LIMITS, 4)}
+    assert (rows["a"]["step_us"], rows["b"]["step_us"]) == (7.0, 3.0)
+    assert (rows["a"]["avg_us"], rows["b"]["avg_us"]) == (4.0, 5.0)
+
+
+@given(st.data())
+def test_whatever_overlaps_what_launches_add_is_the_step(data):
+    runs, tokens, n = (data.draw(st.integers(1, most)) for most in (3, 5, 4))
+    tokens += 1
+    times = st.lists(st.floats(0, 50), min_size=tokens * n, max_size=tokens * n)
+    shape = (runs * tokens, n)
+    start = np.concatenate([np.cumsum(data.draw(times)) for _ in range(runs)]).reshape(shape)
+    took = np.concatenate([data.draw(times) for _ in range(runs)]).reshape(shape)
+    owner, names = [(0, part) for part in range(n)], ["k"] * n
+    seen = Timeline(start, start + took, owner, names, "cupti", 1.0)
+    parts = seen.parts(tokens)
+    ends = np.maximum.accumulate((start + took).reshape(runs, -1), axis=1)[:, n - 1 :: n]
+    steps = np.sort(np.diff(ends, axis=1).reshape(-1))
+    quarter = len(steps) // 4
+    whole = steps[quarter : len(steps) - quarter].mean()
+    assert parts.added.sum(axis=1).mean() == pytest.approx(whole, abs=1e-6)
+    assert (parts.gaps >= 0).all() and (parts.alone >= 0).all()
+    assert (parts.alone <= parts.busy + 1e-9).all()
+    row = result.step_equation(seen, tokens, unprofiled_us=1.0, host_us=1.0)
+    made = row["kernels_us"] - row["overlap_us"] + row["gaps_us"]
+    assert made == pytest.approx(whole, abs=1e-6)
+
+
+def test_a_step_that_was_held_up_changes_nothing():
+    starts = np.arange(8)[:, None] * 10.0
+    starts[5:] += 900
+    row = result.step_equation(timeline(starts, starts + 4), 8, unprofiled_us=10.0, host_us=1.0)
+    assert (row["kernels_us"], row["gaps_us"]) == (4.0, 6.0)
 
 
 def test_events_have_no_residual():
@@ -90,7 +142,7 @@ def test_events_have_no_residual():
 def test_rates_and_the_share_of_the_limit():
     op = components.Op("linear", ("lm_head",), None, [], [counts.Cost(2000.0, 500.0)])
     seen = timeline([[0.0], [10.0]], [[4.0], [14.0]])
-    (row,) = result.kernel_table([op], seen, LIMITS)
+    (row,) = result.kernel_table([op], seen, LIMITS, 2)
     assert row["calls"] == 2 and row["avg_us"] == 4.0 and row["total_ms"] == 0.008
     assert row["gb_per_s"] == pytest.approx(0.5) and row["gflop_per_s"] == pytest.approx(0.125)
     assert row["percent_of_copy"] == pytest.approx(50)
@@ -129,5 +181,8 @@ def test_a_norm_inside_a_product_has_no_row_but_is_covered():
     assert covers["attention"] == "ln_1, attention" and covers["mlp"] == covers["blocks"] == ""
     assert covers["qkv product"] == "ln_1, product, bias"
     assert covers["lm_head"] == "final norm, lm_head"
-    mine = result.kernel_table(ops, seen, LIMITS, "ln_1")
+    twice = Timeline(
+        *(np.concatenate([t, t + 9]) for t in (start, start + 0.5)), owner, seen.names, "cupti", 1.0
+    )
+    mine = result.kernel_table(ops, twice, LIMITS, 2, "ln_1")
     assert [row["component"] for row in mine] == ["qkv product"]

@@ -45,11 +45,21 @@ def test_cupti_times_the_kernels(cupti, model):
     assert rows["library"]["calls"] == rows["library_reduce"]["calls"] == steps
     assert "bytes" in rows["library"] and "bytes" not in rows["library_reduce"]
     assert sum(row["calls"] for row in results["kernels"]) == steps * (STEP + 1)
-    # 3 us of every kernel and 1 us before it; an event after each unprofiled step.
-    gaps = results["gaps"]
-    assert gaps["kernels_us"] == 3 * (STEP + 1) and gaps["gaps_us"] == pytest.approx(STEP + 1)
-    assert gaps["unprofiled_us"] == pytest.approx(4 * (STEP + 1) + 0.5)
-    assert abs(gaps["residual_percent"]) < 5
+    # 3 us of every kernel and 1.25 us before it, of which recording is 0.25; an event after each
+    # unprofiled step.
+    gaps, launches = results["gaps"], STEP + 1
+    assert gaps["kernels_us"] == 3 * launches and gaps["overlap_us"] == 0
+    assert gaps["gaps_us"] == pytest.approx(1.25 * launches)
+    assert gaps["recording_us"] == pytest.approx(0.25 * launches)
+    assert gaps["unprofiled_us"] == pytest.approx(4 * launches + 0.5)
+    assert gaps["residual_percent"] == pytest.approx(-100 * 0.5 / gaps["unprofiled_us"])
+    costs = results["overhead"]["kernels_percent"]
+    assert costs == pytest.approx(100 * gaps["recording_us"] / gaps["unprofiled_us"])
+    assert rows["library"]["call"] == {"median_us": 3, "p10_us": 3, "p90_us": 3, "runs": steps}
+    assert results["per_token"]["step"]["median_us"] == pytest.approx(gaps["unprofiled_us"])
+    # What the kernels add to a step makes the recorded one.
+    step = sum(row["step_us"] for row in results["kernels"])
+    assert step == pytest.approx(gaps["kernels_us"] + gaps["gaps_us"])
     assert cupti.log == ["enable", "disable", "finalize"]
 
 
