@@ -89,7 +89,10 @@ def gpu_tests(entry: Record) -> str:
     results = entry["results"]
     counts = [results["passed"], len(results["failed"]), len(results["skipped"])]
     header = ["GPU tests", "passed", "failed", "skipped"]
-    return table(header, [[device(entry), *counts]]) + source_line(entry, "`make gpu-test`")
+    chip = results.get("chip")
+    who = device(entry) + (f", as {chip} with {results['sms']} SMs" if chip else "")
+    how = f"`tools/gpu_test.py --chip {chip}`" if chip else "`make gpu-test`"
+    return table(header, [[who, *counts]]) + source_line(entry, how)
 
 
 def cpu(entry: Record) -> str:
@@ -234,6 +237,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
     "gpu-tests": ("gpu-tests", gpu_tests),
+    "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_tests),
+    "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_tests),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),
     "naive": ("naive", naive),

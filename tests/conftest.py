@@ -10,6 +10,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chip", help="run the GPU tests as this older chip would (tests/chips.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("--chip"):
+        from chips import CHIPS, pretend
+
+        if name not in CHIPS:
+            raise pytest.UsageError(f"--chip {name}: known are {', '.join(CHIPS)}")
+        pretend(name)
+
+
 def _gpu_reason() -> str:
     """Why there is no usable GPU, or nothing."""
     try:

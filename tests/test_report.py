@@ -212,6 +212,7 @@ def validate_results():
 SYNTHETIC = {
     "validate": validate_results(),
     "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
+    "gpu-tests-sm_75": {"passed": 7, "failed": ["b"], "skipped": {}, "chip": "sm_75", "sms": 40},
     "gemv": {
         "rows": [
             {"model": "124M", "dtype": "float16", "shape": "qkv", "m": 2304, "k": 768}
@@ -245,6 +246,7 @@ SAYS = {
         "88:11.500 13:7.750 |"
     ],
     "gpu-tests": ["| NVIDIA H200 | 9 | 0 | 1 |"],
+    "gpu-tests-sm_75": ["| NVIDIA H200, as sm_75 with 40 SMs | 7 | 1 | 0 |"],
     "gemv": [
         "| 124M | float16 | qkv | 2304 x 768 | 2.00 | 4.00 | 1,769 | 885 | 3,539 | 50% | 25% |"
     ],

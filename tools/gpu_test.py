@@ -1,4 +1,9 @@
-"""Run the GPU tests and record what passed: bench/results/gpu-tests.json."""
+"""Run the GPU tests and record what passed: bench/results/gpu-tests.json.
+
+    python tools/gpu_test.py [--chip sm_75] [--out FILE] [options of pytest]
+
+With --chip as an older chip would run them (tests/chips.py), into gpu-tests-sm_75.json.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import sys
 import pytest
 
 from gpt2cupy import record
+from gpt2cupy.ops.device import sm_count
 
 
 class Tally:
@@ -29,15 +35,23 @@ class Tally:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(record.RESULTS / "gpu-tests.json"))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--chip")
+    parser.add_argument("--out")
     args, rest = parser.parse_known_args()
+    name = "gpu-tests"
+    if args.chip:
+        rest += ["--chip", args.chip]
+        name += f"-{args.chip}"
+    out = args.out or str(record.RESULTS / f"{name}.json")
     tally = Tally()
     code = pytest.main(["-m", "gpu", "-q", *rest], plugins=[tally])
     if tally.passed == 0:
         sys.exit("no GPU test ran: nothing is recorded")
     results = {"passed": tally.passed, "failed": tally.failed, "skipped": tally.skipped}
-    record.write(args.out, results, gpu=True)
+    if args.chip:
+        results |= {"chip": args.chip, "sms": sm_count()}
+    record.write(out, results, gpu=True)
     print(f"{tally.passed} passed, {len(tally.failed)} failed, {len(tally.skipped)} skipped")
     sys.exit(int(code))
 

@@ -1,0 +1,50 @@
+"""Running the GPU tests as an older chip would: ``pytest -m gpu --chip sm_75``.
+
+The kernels are compiled to PTX of that architecture, which the driver translates for the GPU
+that is there, and the package is told the limits of a small chip of that kind: so the branches
+for chips without clusters, tensor cores or much shared memory run too.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import NamedTuple
+
+from gpt2cupy.ops import compiler, device, launch
+
+
+class Chip(NamedTuple):
+    """What such a chip has less of."""
+
+    shared: int  # bytes of shared memory for a block
+    sms: int
+
+
+CHIPS = {"sm_75": Chip(64 << 10, 40), "sm_80": Chip(163 << 10, 40), "sm_86": Chip(99 << 10, 40)}
+
+
+def pretend(name: str) -> None:
+    """Make this process take its GPU for a ``name``."""
+    chip = CHIPS[name]
+    # PTX must not get among the cubins of a real chip of this kind.
+    os.environ["GPT2CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"gpt2cupy-{name}-")
+    device.device_arch = launch.device_arch = lambda index: name
+    device._sm_count = lambda index: chip.sms
+    device._shared_limit = lambda index: chip.shared
+    compiler.compile_source = _to_ptx
+
+
+def _to_ptx(source: str, options: list[str]) -> bytes:
+    """What compiler.compile_source does, to PTX."""
+    binding = compiler.nvrtc()
+    texts = dict(compiler.source_closure(source))
+    code = texts.pop(source)
+    headers = tuple(text.encode() for text in texts.values())
+    program = binding.createProgram(code, source, headers, tuple(name.encode() for name in texts))
+    options = [option.replace("-arch=sm_", "-arch=compute_") for option in options]
+    try:
+        binding.compileProgram(program, (*options, *compiler._cuda_includes()))
+        return binding.getPTX(program)
+    finally:
+        binding.destroyProgram(program)
