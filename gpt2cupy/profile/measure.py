@@ -123,14 +123,17 @@ class Session:
             self.engine.stream.synchronize()
 
     def unprofiled(self) -> tuple[np.ndarray, float]:
-        """One run as it always goes: seconds of each step [tokens], and of the host to queue one.
-
-        The steps of a run are queued without waiting; on the GPU an event stands
-        after each.
-        """
-        tokens = self.settings.tokens
+        """One run as it always goes: the prompt, then :meth:`steps`."""
         self.begin()
         self.synchronize()
+        return self.steps()
+
+    def steps(self) -> tuple[np.ndarray, float]:
+        """The steps of a run: seconds of each [tokens], and of the host to queue one.
+
+        They are queued without waiting; on the GPU an event stands after each.
+        """
+        tokens = self.settings.tokens
         if not self.on_gpu:
             times = [time.perf_counter()]
             for _ in range(tokens):
