@@ -147,7 +147,7 @@ class _Observed:
 
 
 @contextlib.contextmanager
-def observed(around: Callable[..., Any]) -> Iterator[_Observed]:
+def observed(around: Callable[..., Any]) -> Iterator[None]:
     """Within, every op that the model or the sampler calls goes through ``around``.
 
     Parameters
@@ -160,7 +160,7 @@ def observed(around: Callable[..., Any]) -> Iterator[_Observed]:
     for module in modules:
         module.ops = stand_in  # type: ignore[attr-defined]
     try:
-        yield stand_in
+        yield
     finally:
         for module in modules:
             module.ops = ops  # type: ignore[attr-defined]

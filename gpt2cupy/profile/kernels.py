@@ -123,8 +123,7 @@ def _by_kernel(session: Session, cupti: Cupti, runs: int) -> tuple[Timeline, int
         session.begin()
         session.synchronize()
         cupti.take()
-        session.decoder.step(session.state, tokens)
-        session.synchronize()
+        session.steps()
         records = cupti.take()
         if [record.name for record in records] != names * tokens:
             lost += 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from ..engine import Engine
 from ..errors import InputError
 from ..model import GPT2
 from ..sampling import SamplingParams
-from ..timing import host_times
 from . import events
 from .components import Op, observed, ops_of_step
 from .timeline import Timeline
@@ -123,14 +121,17 @@ class Session:
             self.engine.stream.synchronize()
 
     def unprofiled(self) -> tuple[np.ndarray, float]:
-        """One run as it always goes: seconds of each step [tokens], and of the host to queue one.
-
-        The steps of a run are queued without waiting; on the GPU an event stands
-        after each.
-        """
-        tokens = self.settings.tokens
+        """One run as it always goes: the prompt, then :meth:`steps`."""
         self.begin()
         self.synchronize()
+        return self.steps()
+
+    def steps(self) -> tuple[np.ndarray, float]:
+        """The steps of a run: seconds of each [tokens], and of the host to queue one.
+
+        They are queued without waiting; on the GPU an event stands after each.
+        """
+        tokens = self.settings.tokens
         if not self.on_gpu:
             times = [time.perf_counter()]
             for _ in range(tokens):
@@ -168,17 +169,16 @@ class Session:
             return result
 
         tokens = self.settings.tokens
-        with observed(around) as stand_in:
-            timer = _call_us(lambda: stand_in.call("", int)) - _call_us(int)
-            times.clear()
-            begin = clock()
+        with observed(around):
+            marks = [clock()]
             for _ in range(tokens):
                 self.decoder.step(self.state)
-            wall = (clock() - begin) / tokens
+                marks.append(clock())
+        step_us = float(np.median(np.diff(marks))) * 1e6
         both = np.asarray(times).reshape(tokens, -1, 2) * 1e6
         names = [f"numpy {op.name}" for op in self.ops]
         owner = [(index, 0) for index in range(len(self.ops))]
-        return Timeline(both[..., 0], both[..., 1], owner, names, "perf_counter", wall * 1e6, timer)
+        return Timeline(both[..., 0], both[..., 1], owner, names, "perf_counter", step_us)
 
     def _by_events(self) -> Timeline:
         stream, tokens = self.engine.stream, self.settings.tokens
@@ -215,7 +215,3 @@ class Session:
                 event.record(self.engine.stream)
         marks[-1].synchronize()
         return float(np.median(events.elapsed(self.model.xp, marks))) * 1e3
-
-
-def _call_us(call: Callable[[], Any]) -> float:
-    return host_times(call, warmup=10, runs=100).median_us

@@ -48,7 +48,6 @@ def joined(runs: list[Timeline]) -> Timeline:
         first.names,
         first.source,
         float(np.median([run.step_us for run in runs])),
-        float(np.median([run.timer_us for run in runs])),
     )
 
 
@@ -188,7 +187,7 @@ def step_equation(timeline: Timeline, tokens: int, unprofiled_us: float, host_us
 
     ``kernels_us - overlap_us + gaps_us`` is the step as it was recorded, and
     ``recording_us`` is how much longer that is for being recorded, measured apart:
-    with CUPTI by events around the same steps. Events see no gaps, for a gated step
+    by the clock of the unprofiled steps. Events see no gaps, for a gated step
     has none: then the gaps are the difference, and there is no residual.
     """
     parts = timeline.parts(tokens)
@@ -200,9 +199,7 @@ def step_equation(timeline: Timeline, tokens: int, unprofiled_us: float, host_us
     if timeline.source == "events":
         row |= {"gaps_us": unprofiled_us - kernels, "recording_us": None, "residual_percent": None}
     else:
-        recording = len(timeline.names) * timeline.timer_us
-        if timeline.source == "cupti":
-            recording = timeline.step_us - unprofiled_us
+        recording = timeline.step_us - unprofiled_us
         residual = 100 * (alone + gaps - recording - unprofiled_us) / unprofiled_us
         row |= {"gaps_us": gaps, "recording_us": recording, "residual_percent": residual}
     return row | {"unprofiled_us": unprofiled_us, "host_us": host_us}

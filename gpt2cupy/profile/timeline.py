@@ -20,10 +20,8 @@ class Timeline:
     names : list of str
     source : {"perf_counter", "events", "cupti"}
     step_us : float
-        Median time of a step while it was measured so: with CUPTI between events, otherwise
-        by the wall clock.
-    timer_us : float
-        What timing one op costs outside its begin and end.
+        Median time of a step while it was measured so, by the clock of the unprofiled steps;
+        where ops are timed by events, by the wall clock.
     """
 
     start: np.ndarray
@@ -32,7 +30,6 @@ class Timeline:
     names: list[str]
     source: str
     step_us: float
-    timer_us: float = 0.0
 
     @property
     def busy(self) -> np.ndarray:
