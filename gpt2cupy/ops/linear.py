@@ -44,8 +44,9 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
-GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
-NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
+_AHEAD = ", ahead: ELEM[A,D]?, ahead_bytes: int64"
+GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV + _AHEAD, overlaps=True)
+NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV + _AHEAD, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 _NORM_SKINNY = _NORM_GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 SKINNY_ADD = _entries("norm_skinny.cu", "skinny_add", _SKINNY, overlaps=True)
@@ -70,12 +71,13 @@ def gemv(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
+    ahead: Array | None = None,
 ) -> Array:
     """:func:`linear` for one row on the GPU, with the backend named.
 
     Parameters
     ----------
-    x, weight, bias, activation, residual, out
+    x, weight, bias, activation, residual, out, ahead
         As in :func:`linear`; x is [1, K].
     backend : {"ours", "cublas"}
         Our kernel with the epilogue inside, or cuBLAS and the epilogue as a
@@ -97,11 +99,16 @@ def gemv(
         return out
     args = (x, weight, bias, residual, out, code)
     if (fused := _fused(1, weight, backend)) is not None:
-        _launch(GEMV_ADD[wide], fused, weight, args)
+        _launch(GEMV_ADD[wide], fused, weight, (*args, ahead, _whole_pieces(ahead)))
     else:
         grid = (-(-len(weight) // 4),)
         launch(GEMV_SCALAR[wide], grid, (4 * _WARP,), args, elem=weight.dtype)
     return out
+
+
+def _whole_pieces(ahead: Array | None) -> int:
+    """Bytes of what can be brought to L2, 16 at a time."""
+    return 0 if ahead is None else ahead.nbytes // 16 * 16
 
 
 def _fused(rows: int, weight: Array, backend: str) -> tuple[int, int] | None:
@@ -139,6 +146,7 @@ def norm_linear(
     out: Array | None = None,
     h: Array | None = None,
     backend: str = "ours",
+    ahead: Array | None = None,
 ) -> Array:
     """``linear(layer_norm(x), weight, bias)``; one kernel for 1 to 16 rows on the GPU.
 
@@ -162,6 +170,9 @@ def norm_linear(
     backend : {"ours", "cublas"}
         As in :func:`linear`; cuBLAS takes a norm of its own before it.
 
+    ahead : array [A, D], optional
+        As in :func:`linear`.
+
     Returns
     -------
     array [N, M]
@@ -179,11 +190,16 @@ def norm_linear(
     fused = _fused(len(x), weight, backend)
     if fused is None or weight.shape[1] > _LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
-        return linear(h, weight, bias, activation=activation, out=out, backend=backend)
+        return linear(
+            h, weight, bias, activation=activation, out=out, backend=backend, ahead=ahead
+        )
     if out is None:
         out = device_empty((len(x), len(weight)), weight.dtype)
+    args: tuple[Any, ...] = (x, norm_weight, norm_bias, weight, bias, out, eps)
+    args += (ACTIVATION_CODES[activation],)
+    if len(x) == 1:
+        args += ahead, _whole_pieces(ahead)
     kernels = NORM_GEMV if len(x) == 1 else NORM_SKINNY
-    args = (x, norm_weight, norm_bias, weight, bias, out, eps, ACTIVATION_CODES[activation])
     _launch(kernels[out.dtype == np.float32], fused, weight, args)
     return out
 
@@ -197,6 +213,7 @@ def linear(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
+    ahead: Array | None = None,
 ) -> Array:
     """``activation(x @ weight.T + bias) + residual``.
 
@@ -214,6 +231,9 @@ def linear(
         Of x's dtype, or float32.
     backend : {"ours", "cublas"}
         Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
+    ahead : array [A, D], optional
+        Weights, of x's dtype, that the next product will read: our product of one row
+        asks for them to be brought to the GPU's L2 cache meanwhile. It changes no result.
 
     Returns
     -------
@@ -230,8 +250,9 @@ def linear(
         return reference.linear(x, weight, bias, activation=activation, residual=residual, out=out)
     if len(x) == 1:
         return gemv(
-            x, weight, bias, activation=activation, residual=residual, out=out, backend=backend
-        )
+            x, weight, bias, activation=activation, residual=residual, out=out, backend=backend,
+            ahead=ahead,
+        )  # fmt: skip
     if out is None:
         out = _output(x, weight, residual)
     if (fused := _fused(len(x), weight, backend)) is not None:
