@@ -6,16 +6,18 @@
 //           out [B, C]. All ELEM. K and V at position p are written here, from qkv.
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
-// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them.
-//           A key is read by a group of LANES lanes, VEC elements each; the groups stride over the
-//           keys, every one with its own online softmax (running maximum, sum and weighted
-//           values), and are merged once at the end: within each warp by shuffles, across warps
-//           and across the blocks of the cluster through shared memory. The first AHEAD turns of
-//           keys and values are loaded before the kernel waits for its predecessor.
+// Work      one block per (head, row), or a cluster of blocks that deal the keys out among them. A
+//           key is read by a group of LANES lanes, VEC elements each; the groups stride over the
+//           keys, every one with its own online softmax (running maximum, sum and weighted values),
+//           and are merged once at the end: within each warp by shuffles, across warps and across
+//           the blocks of the cluster through shared memory. AHEAD turns of keys and values are
+//           always under way, the first of them before the kernel waits for its predecessor.
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
 //
-// Entries   attention_decode        one block per head: many rows, or a chip without clusters
+// Entries   attention_decode        one block per head: enough rows, or a chip without clusters
 //           attention_decode_2, _4, _8   as many blocks per head: few rows, to fill the chip
+//           attention_decode_rows   one smaller block per head: so many rows that blocks wait for
+//                                   room; six of them fit a multiprocessor at HS = 64
 //
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
 #include "common.cuh"
@@ -24,9 +26,18 @@
 #define HS 64
 #endif
 
-constexpr int WARPS = 8;  // also in gpt2cupy/ops/attention.py
-constexpr int SPLIT = 8;  // blocks of the largest cluster; likewise
+constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/attention.py
+constexpr int FEWEST_WARPS = 4;  // of attention_decode_rows; likewise
+constexpr int SPLIT = 8;         // blocks of the largest cluster; likewise
+
+// Turns of loads under way: in a cluster, in a block that has all keys (where bfloat16 would spill
+// registers), and among so many blocks that more of them count for more than more loads of each.
 constexpr int AHEAD = 4;
+template <typename T>
+constexpr int AHEAD_ALONE = AHEAD;
+template <>
+constexpr int AHEAD_ALONE<__half> = HS <= 64 ? 8 : AHEAD;
+constexpr int AHEAD_ROWS = 2;
 
 __device__ constexpr int widest_divisor(int size, int widest) {
   while (size % widest) widest /= 2;
@@ -122,6 +133,7 @@ __device__ inline void store_packed(elem_t* to, int lane, const Vec<elem_t, VEC>
   }
 }
 
+template <int WARPS, bool CLUSTERED, int AHEAD>
 __device__ inline void attend(const elem_t* qkv,
                               elem_t* k,
                               elem_t* v,
@@ -131,12 +143,12 @@ __device__ inline void attend(const elem_t* qkv,
                               float scale,
                               int NH,
                               int T) {
-  int blocks = cluster_size(), block = cluster_rank();
+  int blocks = CLUSTERED ? cluster_size() : 1, block = CLUSTERED ? cluster_rank() : 0;
   int head = blockIdx.x / blocks, row = blockIdx.y;
   int warp = threadIdx.x / WARP;
   int group = threadIdx.x % WARP / LANES, lane = threadIdx.x % LANES;
 
-  cluster_arrive();  // this block has begun: others may write to its shared memory
+  if constexpr (CLUSTERED) cluster_begin();  // others may write to this block's shared memory
   release_dependents();
   int slot = slots[row], position = positions[row];
   bool idle = slot < 0 || position < 0 || position >= T;
@@ -208,20 +220,20 @@ __device__ inline void attend(const elem_t* qkv,
         own.values[c][i] = own.values[c][i] * old + weight * to_float(pair.value[c].value[i]);
   };
 
-  // The bounds are the same for all lanes of a warp: the shuffles need every one.
-  int warp_key = own_key - group;
+  // The bounds are the same for all lanes of a warp: the shuffles need every one. AHEAD turns stay
+  // under way all the time; a load at its turn would be waited for in full.
+  for (int first = own_key - group; first <= position; first += AHEAD * stride)
 #pragma unroll
-  for (int turn = 0; turn < AHEAD; turn++)
-    if (warp_key + turn * stride <= position) take(own_key + turn * stride, ahead[turn]);
-  for (int first = warp_key + AHEAD * stride; first <= position; first += stride) {
-    int t = first + group;
-    Pair pair = {};
-    if (t < position) {
-      load_packed(k + (size_t)t * HS, lane, pair.key);
-      load_packed(v + (size_t)t * HS, lane, pair.value);
+    for (int turn = 0; turn < AHEAD; turn++) {
+      int t = first + group + turn * stride;
+      if (t - group > position) break;
+      take(t, ahead[turn]);
+      t += AHEAD * stride;
+      if (t < position) {
+        load_packed(k + (size_t)t * HS, lane, ahead[turn].key);
+        load_packed(v + (size_t)t * HS, lane, ahead[turn].value);
+      }
     }
-    take(t, pair);
-  }
   __syncwarp();
 
   // Merge the groups of the warp.
@@ -241,9 +253,8 @@ __device__ inline void attend(const elem_t* qkv,
       }
   }
 
-  // Merge the warps, and hand the result to the first block of the cluster.
+  // Merge the warps, and hand the result to the first block of the cluster if there is one.
   __shared__ float tops[WARPS], sums[WARPS], values[WARPS][HS];
-  __shared__ float block_tops[SPLIT], block_sums[SPLIT], block_values[SPLIT][HS];
   if (group == 0) {
     if (lane == 0) {
       tops[warp] = own.top;
@@ -258,35 +269,38 @@ __device__ inline void attend(const elem_t* qkv,
       }
   }
   __syncthreads();
-  cluster_wait();
-  if (threadIdx.x < HS) {
-    float value;
+  float value = 0.0f;
+  if (threadIdx.x < HS)
     combine<WARPS>(tops, sums, &values[0][threadIdx.x], WARPS, own.top, own.sum, value);
-    cluster_shared(block_values, 0)[block][threadIdx.x] = value;
-    if (threadIdx.x == 0) {
-      cluster_shared(block_tops, 0)[block] = own.top;
-      cluster_shared(block_sums, 0)[block] = own.sum;
+  if constexpr (CLUSTERED) {
+    __shared__ float block_tops[SPLIT], block_sums[SPLIT], block_values[SPLIT][HS];
+    cluster_wait();
+    if (threadIdx.x < HS) {
+      cluster_shared(block_values, 0)[block][threadIdx.x] = value;
+      if (threadIdx.x == 0) {
+        cluster_shared(block_tops, 0)[block] = own.top;
+        cluster_shared(block_sums, 0)[block] = own.sum;
+      }
     }
+    cluster_arrive();
+    if (block > 0) return;
+    cluster_wait();
+    if (threadIdx.x < HS)
+      combine<SPLIT>(block_tops, block_sums, &block_values[0][threadIdx.x], blocks, own.top,
+                     own.sum, value);
   }
-  cluster_arrive();
-  if (block > 0) return;
-  cluster_wait();
-  if (threadIdx.x < HS) {
-    float value;
-    combine<SPLIT>(block_tops, block_sums, &block_values[0][threadIdx.x], blocks, own.top, own.sum,
-                   value);
-    out[threadIdx.x] = from_float<elem_t>(idle ? 0.0f : value / own.sum);
-  }
+  if (threadIdx.x < HS) out[threadIdx.x] = from_float<elem_t>(idle ? 0.0f : value / own.sum);
 }
 
-#define ATTENTION_ENTRY(name, cluster)                                                      \
-  extern "C" __global__ void cluster __launch_bounds__(WARPS* WARP)                         \
+#define ATTENTION_ENTRY(name, cluster, clustered, ahead, warps, resident)                   \
+  extern "C" __global__ void cluster __launch_bounds__(warps* WARP, resident)               \
       name(const elem_t* qkv, elem_t* k, elem_t* v, const int* slots, const int* positions, \
            elem_t* out, float scale, int NH, int T) {                                       \
-    attend(qkv, k, v, slots, positions, out, scale, NH, T);                                 \
+    attend<warps, clustered, ahead>(qkv, k, v, slots, positions, out, scale, NH, T);        \
   }
 
-ATTENTION_ENTRY(attention_decode, )
-ATTENTION_ENTRY(attention_decode_2, CLUSTER(2))
-ATTENTION_ENTRY(attention_decode_4, CLUSTER(4))
-ATTENTION_ENTRY(attention_decode_8, CLUSTER(SPLIT))
+ATTENTION_ENTRY(attention_decode, , false, AHEAD_ALONE<elem_t>, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode_2, CLUSTER(2), true, AHEAD, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode_4, CLUSTER(4), true, AHEAD, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode_8, CLUSTER(SPLIT), true, AHEAD, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode_rows, , false, AHEAD_ROWS, FEWEST_WARPS, HS <= 64 ? 6 : 4)

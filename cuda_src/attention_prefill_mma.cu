@@ -6,10 +6,12 @@
 // Dtypes    ELEM is half or bfloat16; scores, sums and output are kept in float
 // Bytes     N 4C sizeof ELEM at the least; each query tile reads the keys before it again, from L2
 // FLOPs     4 HS per query, head and visible key
-// Work      one block per (tile of BR queries, head, sequence), 16 queries a warp. Tiles of BC keys
-//           and values pass through two buffers in shared memory, one filled while the other is
-//           worked on. Scores come out of mma in the layout in which the next mma takes its left
-//           operand, so the weights of the softmax never leave the registers.
+// Work      one block per (head, tile of BR queries, sequence). The tiles of BC keys are dealt out
+//           to GROUPS groups of WARPS warps, 16 queries a warp, and merged at the end: the last
+//           queries see the most keys, and what a prompt takes is their chain of tiles. Each group
+//           has two buffers in shared memory, one filled while the other is worked on. Scores come
+//           out of mma in the layout in which the next mma takes its left operand, so the weights
+//           of the softmax never leave the registers.
 // Source    Dao, "FlashAttention-2", 2023
 //
 // Needs sm_80 (mma.m16n8k16, cp.async) and a head size that is a multiple of 16.
@@ -21,38 +23,64 @@
 
 #if __CUDA_ARCH__ >= 800 && HS % 16 == 0
 
-constexpr int WARPS = 4;                // of a block; also in gpt2cupy/ops/attention.py
+// The constants up to the tile's size are also in gpt2cupy/ops/attention.py.
+constexpr int GROUPS = 2;
+constexpr int WARPS = 4;                // of a group
 constexpr int BR = WARPS * 16;          // queries of a block
 constexpr int BC = HS <= 64 ? 64 : 32;  // keys of a tile
 constexpr int STRIDE = HS + 8;          // of a row in shared memory: 16 bytes keep banks apart
 constexpr int VEC = 8;
+constexpr int THREADS = WARPS * WARP;  // of a group
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Tile {
   elem_t key[BC][STRIDE], value[BC][STRIDE];
 };
 
+// What a group hands over: for each of its threads two maxima, two sums and its share of the
+// weighted values.
+constexpr int HANDED = 4 + HS / 2;
+static_assert(HANDED * THREADS * sizeof(float) <= 2 * sizeof(Tile), "it reuses the group's tiles");
+
+// A barrier of one group.
+__device__ inline void group_sync(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+}
+
+// 2^x; results below the smallest normal number are zero, which a softmax does not feel.
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The factor that brings sums from their own maximum to a common one; 0 where there are none.
+__device__ inline float rescale(float top, float common) {
+  return top == MINUS_INFINITY ? 0.0f : power_of_two(top - common);
+}
+
 // Start fetching keys and values t0 .. t0 + BC - 1; those past the end repeat the last.
 __device__ inline void fetch(Tile& tile,
-                             const elem_t* qkv,
+                             const elem_t* fresh,
                              const elem_t* k,
                              const elem_t* v,
                              int t0,
                              int keys,
                              int past,
-                             int head,
-                             size_t C) {
-  for (int i = threadIdx.x; i < BC * (HS / VEC); i += WARPS * WARP) {
+                             int C,
+                             int thread) {
+#pragma unroll 2  // with more the registers do not last
+  for (int i = thread; i < BC * (HS / VEC); i += THREADS) {
     int r = i / (HS / VEC), c = i % (HS / VEC) * VEC, t = min(t0 + r, keys - 1);
     // New tokens are read from qkv: the block that writes them to the cache may not have run yet.
-    const elem_t* fresh = qkv + (size_t)(t - past) * 3 * C + head * HS + c;
-    copy_async(&tile.key[r][c], t < past ? k + (size_t)t * HS + c : fresh + C);
-    copy_async(&tile.value[r][c], t < past ? v + (size_t)t * HS + c : fresh + 2 * C);
+    const elem_t* key = t < past ? k + (t * HS + c) : fresh + ((t - past) * 3 * C + c);
+    copy_async(&tile.key[r][c], key);
+    copy_async(&tile.value[r][c], t < past ? v + (t * HS + c) : key + C);
   }
   copy_commit();
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS* WARP)
+extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
     attention_prefill_mma(const elem_t* qkv,
                           elem_t* k,
                           elem_t* v,
@@ -63,66 +91,63 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
                           float scale,
                           int NH,
                           int T) {
-  __shared__ __align__(16) Tile tiles[2];
+  extern __shared__ __align__(16) unsigned char memory[];
   release_dependents();
   wait_for_inputs();
-  int head = blockIdx.y, sequence = blockIdx.z;
+  int head = blockIdx.x, sequence = blockIdx.z;
   int start = starts[sequence], count = starts[sequence + 1] - start;
-  // Later tiles have more keys: start them first.
-  int first = (gridDim.x - 1 - blockIdx.x) * BR;
+  // Later tiles have more keys: start them first, of all heads.
+  int first = (gridDim.y - 1 - blockIdx.y) * BR;
   if (first >= count) return;
   int rows = min(BR, count - first), past = past_tokens[sequence];
-  size_t C = (size_t)NH * HS;
-  qkv += start * 3 * C;
-  out += start * C + head * HS;
+  int C = NH * HS;
+  qkv += (size_t)start * 3 * C + head * HS;
   size_t cache = ((size_t)slots[sequence] * NH + head) * T * HS;
   k += cache;
   v += cache;
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
+  int lane = thread % WARP, warp = thread / WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
+  Tile* tiles = reinterpret_cast<Tile*>(memory) + group * 2;
 
   int keys = past + first + rows;  // one past the last key that any query of the tile sees
-  fetch(tiles[0], qkv, k, v, 0, keys, past, head, C);
-
-  for (int i = threadIdx.x; i < rows * (HS / VEC); i += WARPS * WARP) {
-    int r = i / (HS / VEC), c = i % (HS / VEC) * VEC, t = past + first + r;
-    const elem_t* token = qkv + (size_t)(first + r) * 3 * C + head * HS + c;
-    using Packed = Vec<elem_t, VEC>;
-    if (t < T) {
-      *reinterpret_cast<Packed*>(k + (size_t)t * HS + c) =
-          *reinterpret_cast<const Packed*>(token + C);
-      *reinterpret_cast<Packed*>(v + (size_t)t * HS + c) =
-          *reinterpret_cast<const Packed*>(token + 2 * C);
-    }
-  }
+  int t0 = group * BC;
+  if (t0 < keys) fetch(tiles[0], qkv + C, k, v, t0, keys, past, C, thread);
 
   // This lane's two queries: rows `across` and `across + 8` of the warp's sixteen.
   unsigned query[HS / 16][4];
-  int last[2];  // the last key that each of them sees
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int r = min(warp * 16 + across + half * 8, rows - 1);
-    last[half] = past + first + r;
-    const unsigned* row =
-        reinterpret_cast<const unsigned*>(qkv + (size_t)(first + r) * 3 * C + head * HS);
+    const unsigned* row = reinterpret_cast<const unsigned*>(qkv + (first + r) * 3 * C);
 #pragma unroll
     for (int c = 0; c < HS / 16; c++) {
       query[c][half] = row[c * 8 + along];
       query[c][half + 2] = row[c * 8 + 4 + along];
     }
   }
+  int seen = past + first + warp * 16;  // the last key that the warp's first query sees
+
+  for (int i = threadIdx.x; i < rows * (HS / VEC); i += GROUPS * THREADS) {
+    int r = i / (HS / VEC), c = i % (HS / VEC) * VEC, t = past + first + r;
+    const elem_t* token = qkv + (first + r) * 3 * C + c;
+    using Packed = Vec<elem_t, VEC>;
+    if (t < T) {
+      *reinterpret_cast<Packed*>(k + t * HS + c) = *reinterpret_cast<const Packed*>(token + C);
+      *reinterpret_cast<Packed*>(v + t * HS + c) = *reinterpret_cast<const Packed*>(token + 2 * C);
+    }
+  }
 
   float output[HS / 8][4] = {}, top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};
   float factor = scale * LOG2_E;  // exp(x) = 2^(x log2 e)
-  for (int t0 = 0, turn = 0; t0 < keys; t0 += BC, turn ^= 1) {
-    if (t0 + BC < keys) {
-      fetch(tiles[turn ^ 1], qkv, k, v, t0 + BC, keys, past, head, C);
-      copy_wait<1>();
-    } else {
-      copy_wait<0>();
-    }
-    __syncthreads();
-    Tile& tile = tiles[turn];
+  for (int turn = 0; t0 < keys; t0 += GROUPS * BC, turn ^= 1) {
+    copy_wait<0>();
+    // After it this tile is there for all, and nobody reads the other any more.
+    group_sync(group);
+    int next = t0 + GROUPS * BC;
+    if (next < keys) fetch(tiles[turn ^ 1], qkv + C, k, v, next, keys, past, C, thread);
+    if (t0 > seen + 15) continue;  // no query of this warp sees a key of the tile
+    Tile& own = tiles[turn];
 
     float scores[BC / 8][4] = {};
 #pragma unroll
@@ -130,26 +155,35 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
 #pragma unroll
       for (int j = 0; j < BC / 16; j++) {
         unsigned b[4];
-        load_matrices(b, &tile.key[j * 16 + lane / 16 * 8 + lane % 8][c * 16 + lane / 8 % 2 * 8]);
+        load_matrices(b, &own.key[j * 16 + lane / 16 * 8 + lane % 8][c * 16 + lane / 8 % 2 * 8]);
         mma<elem_t>(scores[j * 2], query[c], b[0], b[1]);
         mma<elem_t>(scores[j * 2 + 1], query[c], b[2], b[3]);
       }
 
 #pragma unroll
+    for (int j = 0; j < BC / 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) scores[j][i] *= factor;
+    if (t0 + BC - 1 > seen) {
+#pragma unroll
+      for (int j = 0; j < BC / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (t0 + j * 8 + along * 2 + i % 2 > seen + across + i / 2 * 8)
+            scores[j][i] = MINUS_INFINITY;
+    }
+#pragma unroll
     for (int half = 0; half < 2; half++) {
       float tile_top = top[half];
 #pragma unroll
       for (int j = 0; j < BC / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float& score = scores[j][half * 2 + i];
-          score = t0 + j * 8 + along * 2 + i > last[half] ? MINUS_INFINITY : score * factor;
-          tile_top = fmaxf(tile_top, score);
-        }
-      // Four lanes share a row. Every query sees key 0, so the maximum is a number.
+        tile_top = fmaxf(tile_top, fmaxf(scores[j][half * 2], scores[j][half * 2 + 1]));
+      // Four lanes share a row.
       tile_top = fmaxf(tile_top, __shfl_xor_sync(FULL_MASK, tile_top, 1));
       tile_top = fmaxf(tile_top, __shfl_xor_sync(FULL_MASK, tile_top, 2));
-      float old = exp2f(top[half] - tile_top);
+      // A query may see none of its group's keys so far: its maximum is then minus infinity.
+      float common = tile_top == MINUS_INFINITY ? 0.0f : tile_top;
+      float old = rescale(top[half], common);
       top[half] = tile_top;
       sum[half] *= old;
 #pragma unroll
@@ -162,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           float& score = scores[j][half * 2 + i];
-          score = exp2f(score - tile_top);
+          score = power_of_two(score - common);
           sum[half] += score;
         }
     }
@@ -176,12 +210,43 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
 #pragma unroll
       for (int d = 0; d < HS / 16; d++) {
         unsigned b[4];
-        load_matrices_transposed(b, &tile.value[j * 16 + lane % 16][d * 16 + lane / 16 * 8]);
+        load_matrices_transposed(b, &own.value[j * 16 + lane % 16][d * 16 + lane / 16 * 8]);
         mma<elem_t>(output[d * 2], weights, b[0], b[1]);
         mma<elem_t>(output[d * 2 + 1], weights, b[2], b[3]);
       }
     }
+  }
+
+  if (keys > BC) {  // else the first group has seen all
+    float (*handed)[THREADS] =
+        reinterpret_cast<float (*)[THREADS]>(reinterpret_cast<Tile*>(memory) + 2 * max(group, 1));
+    group_sync(group);  // its tiles are read no more
+    if (group > 0) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        handed[half][thread] = top[half];
+        handed[half + 2][thread] = sum[half];
+      }
+#pragma unroll
+      for (int d = 0; d < HS / 8; d++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) handed[4 + d * 4 + i][thread] = output[d][i];
+    }
     __syncthreads();
+    if (group > 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float other = handed[half][thread], common = fmaxf(top[half], other);
+      float factors[2] = {rescale(top[half], common), rescale(other, common)};
+      sum[half] = sum[half] * factors[0] + handed[half + 2][thread] * factors[1];
+#pragma unroll
+      for (int d = 0; d < HS / 8; d++)
+#pragma unroll
+        for (int i = half * 2; i < half * 2 + 2; i++)
+          output[d][i] = output[d][i] * factors[0] + handed[4 + d * 4 + i][thread] * factors[1];
+    }
+  } else if (group > 0) {
+    return;
   }
 
 #pragma unroll
@@ -190,7 +255,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
     sum[half] += __shfl_xor_sync(FULL_MASK, sum[half], 2);
     int r = warp * 16 + across + half * 8;
     if (r >= rows) continue;
-    unsigned* row = reinterpret_cast<unsigned*>(out + (size_t)(first + r) * C);
+    // Not kept through the loop, which needs every register.
+    size_t token = starts[blockIdx.z] + first + r;
+    unsigned* row = reinterpret_cast<unsigned*>(out + token * C + blockIdx.x * HS);
 #pragma unroll
     for (int d = 0; d < HS / 8; d++)
       row[d * 4 + along] =

@@ -199,6 +199,14 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
+// The first half of a barrier for a block that has written nothing yet and only says that it runs.
+// cluster_arrive() would first wait until all that the thread wrote is seen by the whole GPU.
+__device__ inline void cluster_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
 // The same shared variable in block `rank` of the cluster.
 template <typename T>
 __device__ inline T* cluster_shared(T* own, int rank) {

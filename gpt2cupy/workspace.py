@@ -75,10 +75,13 @@ class PackedPrompts:
     def __init__(self, rows: int, sequences: int, xp: Any = np) -> None:
         sizes = [rows, rows, sequences + 1, sequences, sequences]
         # One block, so that one copy to the device fills all of them.
-        self._block = xp.zeros(sum(sizes), np.int32)
-        ends = np.cumsum(sizes)
+        self._host = np.zeros(sum(sizes), np.int32)
+        self._block: Any = self._host if xp is np else xp.asarray(self._host)
+        ends = np.cumsum(sizes).tolist()
+        places = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self._parts = [self._host[place] for place in places]
         self.ids, self.positions, self.starts, self.slots, self.past = (
-            self._block[end - size : end] for end, size in zip(ends, sizes, strict=True)
+            self._block[place] for place in places
         )
 
     @property
@@ -100,29 +103,28 @@ class PackedPrompts:
         InputError
             If a slot has no room for them.
         """
-        counts = np.array([len(t) for t in tokens], np.int32)
-        past = cache.lengths[list(slots)]
-        if max(counts + past) > cache.capacity:
+        counts = [len(t) for t in tokens]
+        past = [int(cache.lengths[slot]) for slot in slots]
+        longest = max(n + p for n, p in zip(counts, past, strict=True))
+        if longest > cache.capacity:
             raise InputError(
-                f"{max(counts + past)} tokens do not fit a cache slot of {cache.capacity}",
+                f"{longest} tokens do not fit a cache slot of {cache.capacity}",
                 where="prefill",
                 remedy="Shorten the prompt or use a larger cache.",
             )
-        block = np.zeros(len(self._block), np.int32)
-        ids, positions, starts, rows, before = np.split(
-            block, np.cumsum([self.rows, self.rows, len(self.starts), len(self.slots)])
-        )
-        total, sequences = int(counts.sum()), len(tokens)
-        ids[:total] = np.concatenate(tokens)
-        positions[:total] = np.concatenate(
-            [np.arange(p, p + n) for p, n in zip(past, counts, strict=True)]
-        )
-        starts[1 : sequences + 1] = np.cumsum(counts)
-        starts[sequences + 1 :] = total
-        rows[:sequences], before[:sequences] = slots, past
-        if isinstance(self._block, np.ndarray):
-            self._block[...] = block
-        else:
-            self._block.set(block)
-        cache.lengths[list(slots)] += counts
-        return starts
+        self._host[...] = 0
+        ids, positions, starts, rows, before = self._parts
+        end = 0
+        for index, (new, slot, first) in enumerate(zip(tokens, slots, past, strict=True)):
+            start, end = end, end + len(new)
+            ids[start:end] = new
+            positions[start:end] = np.arange(first, first + len(new))
+            starts[index + 1] = end
+            rows[index], before[index] = slot, first
+            cache.lengths[slot] += len(new)
+        starts[len(counts) + 1 :] = end
+        if self._block is not self._host:
+            # Pageable memory is read before the copy returns: it can be filled again at once.
+            host = self._host
+            self._block.data.copy_from_host_async(host.ctypes.data, host.nbytes)
+        return starts.copy()

@@ -37,7 +37,9 @@ def launched(monkeypatch):
     """The launches that got past the checks: (grid, block, values)."""
     calls = []
     monkeypatch.setattr(launch, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "_function", lambda *key: lambda *call: calls.append(call))
+    monkeypatch.setattr(
+        launch, "_function", lambda *key: lambda *call, shared_mem: calls.append(call)
+    )
     return calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import attention, device, reference
 
+linear = sys.modules["gpt2cupy.ops.linear"]  # in the package the name is the function's
 SEEDS = range(5)
-AWKWARD = [1, 19, 99, 128, 768, 989, 1600]
+AWKWARD = [1, 19, 99, 128, 768, 989, 1028, 1600, 2052]
 
 
 def host(array):
@@ -67,7 +69,7 @@ def test_layer_norm(xp, dtype, channels, outlier):
     check(*together(found), dtype, "layer_norm")
 
 
-@pytest.mark.parametrize("channels", [19, 768])
+@pytest.mark.parametrize("channels", [19, 768, 1600, 2052])
 def test_add_layer_norm_updates_the_residual(xp, dtype, channels):
     rng = np.random.default_rng(0)
     x, r = draw(rng, (3, channels), dtype), draw(rng, (3, channels), np.float32)
@@ -133,7 +135,36 @@ def test_asking_for_weights_ahead_changes_no_bit(xp, dtype, rows, shape):
     np.testing.assert_array_equal(host(ahead), before)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [17, 63, 64, 65, 128])
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize(("m", "k"), [(1, 8), (67, 200), (130, 1000), (768, 3072)])
+@pytest.mark.parametrize("wide_out", [False, True])
+def test_a_product_of_tens_of_rows_by_clusters(dtype, rows, split, m, k, wide_out, monkeypatch):
+    import cupy
+
+    if dtype == np.float32 or not device.has_clusters():
+        pytest.skip("the library's product is taken")
+    monkeypatch.setattr(linear, "_MOST_ROWS", 128)
+    monkeypatch.setattr(linear, "_rows_split", lambda *sizes: split)
+    out = np.dtype(np.float32) if wide_out else dtype
+    found = []
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        x, w = draw(rng, (rows, k), dtype), draw(rng, (m, k), dtype, k**-0.5)
+        bias, residual = draw(rng, m, out), draw(rng, (rows, m), out)
+        exact = reference.linear(*wide(x, w, bias), activation="gelu_tanh", residual=residual)
+        target, twice = cupy.full((rows, m), np.nan, out), cupy.array(residual)
+        args = on(cupy, x, w, bias)
+        ops.linear(*args, activation="gelu_tanh", residual=twice, out=target)
+        ops.linear(*args, activation="gelu_tanh", residual=twice, out=twice)
+        np.testing.assert_array_equal(host(target), host(twice))
+        baseline = reference.linear(x, w, bias, activation="gelu_tanh", residual=residual)
+        found.append((host(target), baseline.astype(dtype), exact))
+    check(*together(found), dtype, f"linear_rows {split}")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
 @pytest.mark.parametrize(
     ("m", "k"), [(1, 8), (19, 99), (2304, 768), (99, 1600), (50304, 256), (7, 2048), (8, 2056)]
 )
@@ -242,6 +273,16 @@ def test_attention_decode_by_fewer_blocks(dtype, split, position, monkeypatch):
     attention_decode_case(cupy, dtype, 64, position)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("position", [0, 15, 16, 63, 64, 300])
+def test_attention_decode_of_many_rows(dtype, head_size, position, monkeypatch):
+    import cupy
+
+    monkeypatch.setattr(attention, "_MANY_PER_SM", 0)
+    attention_decode_case(cupy, dtype, head_size, position)
+
+
 def attention_decode_case(xp, dtype, head_size, position):
     found = []
     for seed in SEEDS:
@@ -275,7 +316,7 @@ def test_attention_decode_leaves_idle_and_full_rows_alone(xp, dtype):
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("lengths", [(1,), (5, 70), (64, 33, 1), (200,)])
-@pytest.mark.parametrize("past", [0, 37])
+@pytest.mark.parametrize("past", [0, 37, 300])
 def test_attention_prefill(xp, dtype, head_size, lengths, past):
     found = []
     for seed in SEEDS:
@@ -290,7 +331,7 @@ def prefill_case(xp, rng, dtype, head_size, lengths, past):
     qkv = draw(rng, (total, 3 * heads * head_size), dtype)
     slots = np.arange(len(lengths), dtype=np.int32)[::-1].copy()
     before = {int(slot): past for slot in slots}
-    k, v = cache_pair(rng, dtype, len(lengths), heads, 240, head_size, before)
+    k, v = cache_pair(rng, dtype, len(lengths), heads, 520, head_size, before)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     rows = (starts, slots, np.full(len(lengths), past, np.int32))
     rest = (max(lengths), head_size**-0.5)

@@ -12,7 +12,9 @@ from .launch import Kernel, device_empty, is_device_array, launch
 
 Array = Any
 
-_DECODE_WARPS = 8  # WARPS in attention_decode.cu
+_DECODE_WARPS, _ROWS_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
+_MANY_PER_SM = 2  # blocks of a multiprocessor; where there would be more, they are smaller
+_MMA_QUERIES, _MMA_GROUPS, _MMA_THREADS = 64, 2, 256  # BR, GROUPS, threads in ..._mma.cu
 _PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
 
 _PREFILL = (
@@ -38,11 +40,20 @@ ATTENTION_DECODE = {
         (8, "attention_decode_8"),
     )
 }
+ATTENTION_DECODE_ROWS = Kernel(
+    "attention_decode.cu", "attention_decode_rows", _DECODE, overlaps=True
+)
 
 
 def _query_tile(head_size: int) -> int:
     """Queries of a block; BR in attention_prefill.cu."""
     return 64 if head_size <= 64 else 32
+
+
+def _mma_shared(head_size: int) -> int:
+    """Bytes of shared memory of attention_prefill_mma.cu: two tiles for each group of warps."""
+    keys = 64 if head_size <= 64 else 32  # BC there
+    return _MMA_GROUPS * 2 * 2 * keys * (head_size + 8) * 2
 
 
 def attention_prefill(
@@ -91,13 +102,15 @@ def attention_prefill(
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
-    if qkv.dtype != np.float32 and head_size % 16 == 0 and has_mma():
-        kernel, queries, threads = ATTENTION_PREFILL_MMA, 64, 128  # BR and 32 WARPS there
-    else:
-        kernel, queries, threads = ATTENTION_PREFILL, _query_tile(head_size), _PREFILL_THREADS
-    grid = (-(-longest // queries), heads, len(slots))
     args = (qkv, k, v, starts, slots, past, out, scale)
-    launch(kernel, grid, (threads,), args, elem=qkv.dtype, head_size=head_size)
+    sizes = {"elem": qkv.dtype, "head_size": head_size}
+    if qkv.dtype != np.float32 and head_size % 16 == 0 and has_mma():
+        grid = (heads, -(-longest // _MMA_QUERIES), len(slots))
+        shared = _mma_shared(head_size)
+        launch(ATTENTION_PREFILL_MMA, grid, (_MMA_THREADS,), args, shared=shared, **sizes)
+    else:
+        grid = (-(-longest // _query_tile(head_size)), heads, len(slots))
+        launch(ATTENTION_PREFILL, grid, (_PREFILL_THREADS,), args, **sizes)
     return out
 
 
@@ -142,10 +155,14 @@ def attention_decode(
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
     split = _split(heads * len(qkv))
+    if qkv.dtype != np.float32 and heads * len(qkv) > _MANY_PER_SM * sm_count():
+        split, warps, kernel = 1, _ROWS_WARPS, ATTENTION_DECODE_ROWS
+    else:
+        warps, kernel = _DECODE_WARPS, ATTENTION_DECODE[split]
     launch(
-        ATTENTION_DECODE[split],
+        kernel,
         (heads * split, len(qkv)),
-        (32 * _DECODE_WARPS,),
+        (32 * warps,),
         (qkv, k, v, slots, positions, out, scale),
         elem=qkv.dtype,
         head_size=head_size,

@@ -34,7 +34,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "norm.cu": ("ELEM",),
     "linear.cu": ("ELEM",),
     "norm_gemv.cu": ("ELEM", "K"),
-    "norm_skinny.cu": ("ELEM", "K"),
+    "skinny.cu": ("ELEM", "K"),
+    "linear_rows.cu": ("ELEM",),
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
@@ -43,7 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 }
 
 # Tensor cores multiply halves.
-HALF_ONLY = ("norm_skinny.cu", "attention_prefill_mma.cu")
+HALF_ONLY = ("skinny.cu", "linear_rows.cu", "attention_prefill_mma.cu")
 
 _compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)

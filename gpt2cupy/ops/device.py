@@ -106,6 +106,19 @@ def _sm_count(device: int) -> int:
     return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
 
 
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may have on the current device, if it asks for them."""
+    return _shared_limit(current_device())
+
+
+@functools.cache
+def _shared_limit(device: int) -> int:
+    import cupy
+
+    attributes = cupy.cuda.Device(device).attributes
+    return attributes["MaxSharedMemoryPerBlockOptin"]
+
+
 def has_clusters() -> bool:
     """Whether the current device runs thread block clusters (sm_90 and newer)."""
     return int(device_arch(current_device())[3:]) >= 90

@@ -27,11 +27,13 @@ from .device import device_arch as device_arch
 from .device import has_clusters as has_clusters
 from .device import has_mma as has_mma
 from .device import memory_error as memory_error
+from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
 from .tape import Launch, submit
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
+PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
 
 
 class Parameter(NamedTuple):
@@ -140,8 +142,12 @@ def _function(
     elem: np.dtype | None,
     head_size: int | None,
     inner: int | None,
+    shared: int,
 ) -> Any:
-    return kernel.function(elem, head_size, inner)
+    function = kernel.function(elem, head_size, inner)
+    if shared > PLAIN_SHARED:
+        function.max_dynamic_shared_size_bytes = shared_limit() - function.shared_size_bytes
+    return function
 
 
 def launch(
@@ -153,6 +159,7 @@ def launch(
     elem: np.dtype | None = None,
     head_size: int | None = None,
     inner: int | None = None,
+    shared: int = 0,
 ) -> None:
     """Check ``args`` against the kernel's signature and launch it on the current stream.
 
@@ -171,6 +178,8 @@ def launch(
         What HS stands for.
     inner : int, optional
         What K stands for, where the source has it as a macro.
+    shared : int
+        Bytes of dynamic shared memory of a block; at most ``shared_limit()``.
 
     Raises
     ------
@@ -205,8 +214,8 @@ def launch(
         if not array._c_contiguous or misaligned or data.device_id != device:
             _refuse(kernel, parameter, array, elem, bound)
         values.append(array)
-    function = _function(device, kernel, elem, head_size, inner)
-    submit(Launch(function, grid, block, tuple(values), kernel.overlaps))
+    function = _function(device, kernel, elem, head_size, inner, shared)
+    submit(Launch(function, grid, block, tuple(values), kernel.overlaps, shared))
 
 
 def _granule(array: Any) -> int:

@@ -1,7 +1,7 @@
 """Products with a weight matrix, and what is fused with them.
 
-One row goes to norm_gemv.cu, 2 to 16 rows to norm_skinny.cu, more to cuBLASLt; what those cannot
-take goes to the kernels of linear.cu and to cuBLAS.
+One row goes to norm_gemv.cu, 2 to 16 rows to skinny.cu, up to 64 to linear_rows.cu, more to
+cuBLASLt; what those cannot take goes to the kernels of linear.cu and to cuBLAS.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import blas, reference
-from .device import has_mma, sm_count
+from .device import has_clusters, has_mma, sm_count
 from .launch import Kernel, device_empty, is_device_array, launch
 from .norm import layer_norm
 
@@ -23,7 +23,9 @@ BACKENDS = ("ours", "cublas")
 _WARP = 32
 _THREADS = 256
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
-_SKINNY_ROWS = 16  # most rows of norm_skinny.cu; ROWS there
+_SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
+_MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
+_TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 _LONGEST_NORM = 2048  # longest row that the kernels normalise
 _LONGEST = 8192  # longest row that fits their registers
 
@@ -48,9 +50,15 @@ _AHEAD = ", ahead: ELEM[A,D]?, ahead_bytes: int64"
 GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV + _AHEAD, overlaps=True)
 NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV + _AHEAD, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
-_NORM_SKINNY = _NORM_GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
-SKINNY_ADD = _entries("norm_skinny.cu", "skinny_add", _SKINNY, overlaps=True)
-NORM_SKINNY = _entries("norm_skinny.cu", "norm_skinny", _NORM_SKINNY, overlaps=True)
+SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
+# By the number of blocks that share a tile, and whether the output is float32.
+LINEAR_ROWS = {
+    (blocks, wide): kernel
+    for blocks in (1, 2, 4, 8)
+    for wide, kernel in _entries(
+        "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K", overlaps=True
+    ).items()
+}
 # The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
 GEMV = _entries("linear.cu", "gemv", _GEMV + ", K")
 GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV + ", K")
@@ -123,7 +131,7 @@ def _fused(rows: int, weight: Array, backend: str) -> tuple[int, int] | None:
     if rows == 1:
         return (2 if k > _LONGEST_NORM else 8), 4  # GROUPS * ROWS and WARPS in norm_gemv.cu
     if rows <= _SKINNY_ROWS and weight.dtype != np.float32 and has_mma():
-        return 8, (8 if k > _LONGEST_NORM else 4)  # TILE and WARPS in norm_skinny.cu
+        return 8, 8  # TILE and WARPS in skinny.cu
     return None
 
 
@@ -132,6 +140,31 @@ def _launch(kernel: Kernel, fused: tuple[int, int], weight: Array, args: tuple[A
     m, k = weight.shape
     blocks = min(-(-m // outputs), sm_count() * _BLOCKS_PER_SM)
     launch(kernel, (blocks,), (warps * _WARP,), args, elem=weight.dtype, inner=k)
+
+
+def _takes_rows(rows: int, weight: Array, backend: str) -> bool:
+    """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
+    fits = weight.dtype != np.float32 and weight.shape[1] % 8 == 0
+    few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
+    return backend == "ours" and few and fits and has_clusters()
+
+
+def _rows_split(rows: int, outputs: int, chunks: int) -> int:
+    """Blocks for each tile: the shortest way through K without more blocks than run at once."""
+    tiles = -(-rows // _TILE) * -(-outputs // _TILE)
+    usable = [s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= 2 * sm_count()]
+    return min(usable, key=lambda split: -(-chunks // split))
+
+
+def _linear_rows(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
+    rows, (m, k) = len(x), weight.shape
+    chunks = -(-k // _CHUNK)
+    split = _rows_split(rows, m, chunks)
+    stages = min(_STAGES, -(-chunks // split))
+    shared = stages * 2 * _TILE * _CHUNK * 2 + _TILE * (_TILE + 4) * 4
+    grid = (-(-m // _TILE) * split, -(-rows // _TILE))
+    kernel = LINEAR_ROWS[split, out.dtype == np.float32]
+    launch(kernel, grid, (_THREADS,), args, elem=weight.dtype, shared=shared)
 
 
 def norm_linear(
@@ -187,20 +220,15 @@ def norm_linear(
         return reference.norm_linear(
             x, norm_weight, norm_bias, eps, weight, bias, activation=activation, out=out, h=h
         )
-    fused = _fused(len(x), weight, backend)
+    fused = _fused(1, weight, backend) if len(x) == 1 else None
     if fused is None or weight.shape[1] > _LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
-        return linear(
-            h, weight, bias, activation=activation, out=out, backend=backend, ahead=ahead
-        )
+        return linear(h, weight, bias, activation=activation, out=out, backend=backend, ahead=ahead)
     if out is None:
         out = device_empty((len(x), len(weight)), weight.dtype)
-    args: tuple[Any, ...] = (x, norm_weight, norm_bias, weight, bias, out, eps)
-    args += (ACTIVATION_CODES[activation],)
-    if len(x) == 1:
-        args += ahead, _whole_pieces(ahead)
-    kernels = NORM_GEMV if len(x) == 1 else NORM_SKINNY
-    _launch(kernels[out.dtype == np.float32], fused, weight, args)
+    code = ACTIVATION_CODES[activation]
+    args = (x, norm_weight, norm_bias, weight, bias, out, eps, code, ahead, _whole_pieces(ahead))
+    _launch(NORM_GEMV[out.dtype == np.float32], fused, weight, args)
     return out
 
 
@@ -258,6 +286,9 @@ def linear(
     if (fused := _fused(len(x), weight, backend)) is not None:
         args = (x, weight, bias, residual, out, ACTIVATION_CODES[activation])
         _launch(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
+        return out
+    if _takes_rows(len(x), weight, backend):
+        _linear_rows(x, weight, out, (x, weight, bias, residual, out, ACTIVATION_CODES[activation]))
         return out
     in_place = residual is not None and residual.data.ptr == out.data.ptr
     if in_place and activation is None and _alike(residual, out):

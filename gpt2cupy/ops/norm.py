@@ -19,6 +19,7 @@ ADD_LAYER_NORM = Kernel(
     "add_layer_norm",
     "x: ELEM[N,C], residual: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], "
     "eps: float, N, C",
+    overlaps=True,
 )
 
 

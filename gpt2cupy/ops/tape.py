@@ -24,6 +24,8 @@ class Launch:
     overlaps : bool
         Whether the kernel waits for its predecessor by itself, so that it may
         start before that one ends (``wait_for_inputs`` in common.cuh).
+    shared : int
+        Bytes of dynamic shared memory of a block.
     """
 
     def __init__(
@@ -33,15 +35,17 @@ class Launch:
         block: tuple[int, ...],
         values: tuple[Any, ...],
         overlaps: bool = False,
+        shared: int = 0,
     ) -> None:
         self.function = function
         self.grid = grid
         self.block = block
         self.values = values
         self.overlaps = overlaps
+        self.shared = shared
 
     def __call__(self) -> None:
-        self.function(self.grid, self.block, self.values)
+        self.function(self.grid, self.block, self.values, shared_mem=self.shared)
 
     def overlapped(self) -> None:
         """Launch it so that it may start while its predecessor still runs.
@@ -54,6 +58,7 @@ class Launch:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*self.grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = (*self.block, 1, 1)[:3]
+        config.sharedMemBytes = self.shared
         config.hStream = cupy.cuda.get_current_stream().ptr
         attribute = driver.CUlaunchAttribute()
         serialization = (
