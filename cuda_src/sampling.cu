@@ -319,7 +319,7 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
   __shared__ Finding findings[PARTS * WARPS];
   int blocks = cluster_size(), block = cluster_rank();
   int line = blockIdx.x / blocks, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  cluster_arrive();  // this block has begun: others may write to its shared memory
+  cluster_begin();  // others may write to this block's shared memory
   int row = rows[line];
   RowParams p = params[row];
   int position = positions[row] + 1;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from error_rule import DTYPES, check
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import attention, device, reference
+from gpt2cupy.ops import attention, device, product, reference
 
-linear = sys.modules["gpt2cupy.ops.linear"]  # in the package the name is the function's
 SEEDS = range(5)
 AWKWARD = [1, 19, 99, 128, 768, 989, 1028, 1600, 2052]
 
@@ -145,8 +143,8 @@ def test_a_product_of_tens_of_rows_by_clusters(dtype, rows, split, m, k, wide_ou
 
     if dtype == np.float32 or not device.has_clusters():
         pytest.skip("the library's product is taken")
-    monkeypatch.setattr(linear, "_MOST_ROWS", 128)
-    monkeypatch.setattr(linear, "_rows_split", lambda *sizes: split)
+    monkeypatch.setattr(product, "_MOST_ROWS", 128)
+    monkeypatch.setattr(product, "_rows_split", lambda *sizes: split)
     out = np.dtype(np.float32) if wide_out else dtype
     found = []
     for seed in SEEDS:
@@ -391,8 +389,8 @@ def test_the_ladders_agree_with_their_last_step(dtype_name):
 
     from gpt2cupy.ops.attention import ATTENTION_NAIVE
     from gpt2cupy.ops.launch import launch
-    from gpt2cupy.ops.linear import GEMV, GEMV_NAIVE, GEMV_SCALAR
     from gpt2cupy.ops.norm import LAYER_NORM_NAIVE
+    from gpt2cupy.ops.product import GEMV, GEMV_NAIVE, GEMV_SCALAR
 
     dtype = DTYPES[dtype_name]
     rng = np.random.default_rng(0)

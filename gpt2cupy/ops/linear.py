@@ -11,63 +11,27 @@ from typing import Any
 import numpy as np
 
 from . import blas, reference
-from .device import has_clusters, has_mma, sm_count
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import device_empty, is_device_array, launch
 from .norm import layer_norm
+from .product import (
+    BIAS_ACT,
+    GEMV_ADD,
+    GEMV_SCALAR,
+    LONGEST_NORM,
+    NORM_GEMV,
+    SKINNY_ADD,
+    THREADS,
+    fused_block,
+    launch_fused,
+    launch_rows,
+    takes_rows,
+    whole_pieces,
+)
 
 Array = Any
 
 ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
 BACKENDS = ("ours", "cublas")
-
-_WARP = 32
-_THREADS = 256
-_BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
-_SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
-_MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
-_TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
-_LONGEST_NORM = 2048  # longest row that the kernels normalise
-_LONGEST = 8192  # longest row that fits their registers
-
-
-def _entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
-    """The entry whose output is ELEM, and the one whose output is float32."""
-    return {
-        False: Kernel(source, name, signature.replace("OUT", "ELEM"), **options),
-        True: Kernel(source, f"{name}_f32", signature.replace("OUT", "float32"), **options),
-    }
-
-
-_GEMV = (
-    "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
-    "activation: int, M"
-)
-_NORM_GEMV = (
-    "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
-    "out: OUT[1,M], eps: float, activation: int, M"
-)
-_AHEAD = ", ahead: ELEM[A,D]?, ahead_bytes: int64"
-GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV + _AHEAD, overlaps=True)
-NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV + _AHEAD, overlaps=True)
-_SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
-SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
-# By the number of blocks that share a tile, and whether the output is float32.
-LINEAR_ROWS = {
-    (blocks, wide): kernel
-    for blocks in (1, 2, 4, 8)
-    for wide, kernel in _entries(
-        "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K", overlaps=True
-    ).items()
-}
-# The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
-GEMV = _entries("linear.cu", "gemv", _GEMV + ", K")
-GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV + ", K")
-GEMV_NAIVE = _entries("linear.cu", "gemv_naive", _GEMV + ", K")
-BIAS_ACT = _entries(
-    "linear.cu",
-    "bias_act",
-    "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M], activation: int, N, M",
-)
 
 
 def gemv(
@@ -106,65 +70,12 @@ def gemv(
             bias_act(product, bias, activation, residual=residual, out=out)
         return out
     args = (x, weight, bias, residual, out, code)
-    if (fused := _fused(1, weight, backend)) is not None:
-        _launch(GEMV_ADD[wide], fused, weight, (*args, ahead, _whole_pieces(ahead)))
+    if (fused := fused_block(1, weight, backend)) is not None:
+        launch_fused(GEMV_ADD[wide], fused, weight, (*args, ahead, whole_pieces(ahead)))
     else:
         grid = (-(-len(weight) // 4),)
-        launch(GEMV_SCALAR[wide], grid, (4 * _WARP,), args, elem=weight.dtype)
+        launch(GEMV_SCALAR[wide], grid, (4 * 32,), args, elem=weight.dtype)
     return out
-
-
-def _whole_pieces(ahead: Array | None) -> int:
-    """Bytes of what can be brought to L2, 16 at a time."""
-    return 0 if ahead is None else ahead.nbytes // 16 * 16
-
-
-def _fused(rows: int, weight: Array, backend: str) -> tuple[int, int] | None:
-    """(outputs, warps) of a block of the kernel that fuses what is around a product of few rows.
-
-    None where there is no such kernel: many rows, rows that cannot be read 16 bytes at a
-    time, float32 in a batch, or a chip without the tensor core instruction.
-    """
-    k = weight.shape[1]
-    if backend != "ours" or k * weight.dtype.itemsize % 16 or k > _LONGEST:
-        return None
-    if rows == 1:
-        return (2 if k > _LONGEST_NORM else 8), 4  # GROUPS * ROWS and WARPS in norm_gemv.cu
-    if rows <= _SKINNY_ROWS and weight.dtype != np.float32 and has_mma():
-        return 8, 8  # TILE and WARPS in skinny.cu
-    return None
-
-
-def _launch(kernel: Kernel, fused: tuple[int, int], weight: Array, args: tuple[Any, ...]) -> None:
-    outputs, warps = fused
-    m, k = weight.shape
-    blocks = min(-(-m // outputs), sm_count() * _BLOCKS_PER_SM)
-    launch(kernel, (blocks,), (warps * _WARP,), args, elem=weight.dtype, inner=k)
-
-
-def _takes_rows(rows: int, weight: Array, backend: str) -> bool:
-    """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
-    fits = weight.dtype != np.float32 and weight.shape[1] % 8 == 0
-    few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
-    return backend == "ours" and few and fits and has_clusters()
-
-
-def _rows_split(rows: int, outputs: int, chunks: int) -> int:
-    """Blocks for each tile: the shortest way through K without more blocks than run at once."""
-    tiles = -(-rows // _TILE) * -(-outputs // _TILE)
-    usable = [s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= 2 * sm_count()]
-    return min(usable, key=lambda split: -(-chunks // split))
-
-
-def _linear_rows(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
-    rows, (m, k) = len(x), weight.shape
-    chunks = -(-k // _CHUNK)
-    split = _rows_split(rows, m, chunks)
-    stages = min(_STAGES, -(-chunks // split))
-    shared = stages * 2 * _TILE * _CHUNK * 2 + _TILE * (_TILE + 4) * 4
-    grid = (-(-m // _TILE) * split, -(-rows // _TILE))
-    kernel = LINEAR_ROWS[split, out.dtype == np.float32]
-    launch(kernel, grid, (_THREADS,), args, elem=weight.dtype, shared=shared)
 
 
 def norm_linear(
@@ -220,15 +131,15 @@ def norm_linear(
         return reference.norm_linear(
             x, norm_weight, norm_bias, eps, weight, bias, activation=activation, out=out, h=h
         )
-    fused = _fused(1, weight, backend) if len(x) == 1 else None
-    if fused is None or weight.shape[1] > _LONGEST_NORM:
+    fused = fused_block(1, weight, backend) if len(x) == 1 else None
+    if fused is None or weight.shape[1] > LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
         return linear(h, weight, bias, activation=activation, out=out, backend=backend, ahead=ahead)
     if out is None:
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
-    args = (x, norm_weight, norm_bias, weight, bias, out, eps, code, ahead, _whole_pieces(ahead))
-    _launch(NORM_GEMV[out.dtype == np.float32], fused, weight, args)
+    args = (x, norm_weight, norm_bias, weight, bias, out, eps, code, ahead, whole_pieces(ahead))
+    launch_fused(NORM_GEMV[out.dtype == np.float32], fused, weight, args)
     return out
 
 
@@ -260,8 +171,8 @@ def linear(
     backend : {"ours", "cublas"}
         Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
     ahead : array [A, D], optional
-        Weights, of x's dtype, that the next product will read: our product of one row
-        asks for them to be brought to the GPU's L2 cache meanwhile. It changes no result.
+        Weights, of x's dtype, that the next product will read: our product of 1 to 16
+        rows asks for them to be brought to the GPU's L2 cache meanwhile. It changes no result.
 
     Returns
     -------
@@ -281,14 +192,15 @@ def linear(
             x, weight, bias, activation=activation, residual=residual, out=out, backend=backend,
             ahead=ahead,
         )  # fmt: skip
+    code = ACTIVATION_CODES[activation]
     if out is None:
         out = _output(x, weight, residual)
-    if (fused := _fused(len(x), weight, backend)) is not None:
-        args = (x, weight, bias, residual, out, ACTIVATION_CODES[activation])
-        _launch(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
+    if (fused := fused_block(len(x), weight, backend)) is not None:
+        args = (x, weight, bias, residual, out, code, ahead, whole_pieces(ahead))
+        launch_fused(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
         return out
-    if _takes_rows(len(x), weight, backend):
-        _linear_rows(x, weight, out, (x, weight, bias, residual, out, ACTIVATION_CODES[activation]))
+    if takes_rows(len(x), weight, backend):
+        launch_rows(x, weight, out, (x, weight, bias, residual, out, code))
         return out
     in_place = residual is not None and residual.data.ptr == out.data.ptr
     if in_place and activation is None and _alike(residual, out):
@@ -332,9 +244,9 @@ def bias_act(
         return reference.bias_act(x, bias, activation, residual=residual, out=out)
     if out is None:
         out = device_empty(x.shape, x.dtype)
-    blocks = min(-(-x.size // _THREADS), 4096)
+    blocks = min(-(-x.size // THREADS), 4096)
     args = (x, bias, residual, out, ACTIVATION_CODES[activation])
-    launch(BIAS_ACT[x.dtype == np.float32], (blocks,), (_THREADS,), args, elem=x.dtype)
+    launch(BIAS_ACT[x.dtype == np.float32], (blocks,), (THREADS,), args, elem=x.dtype)
     return out
 
 
