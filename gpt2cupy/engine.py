@@ -107,6 +107,7 @@ class Engine:
         self.model = model
         self.decoder = decoder(model, decode or model.decode_path)
         self._free = threading.Lock()  # until a run has ended
+        self.active: dict[int, _Sequence] = {}
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
         if model.xp is np:
@@ -166,7 +167,7 @@ class Engine:
 
     def _run(self, requests: Iterable[Request]) -> Iterator[Token]:
         waiting = deque(requests)
-        self.active: dict[int, _Sequence] = {}
+        self.active = {}
         # NumPy runs a step when it is queued: a token must be out before the next step.
         at_once = self.model.xp is np
         try:
@@ -187,6 +188,14 @@ class Engine:
                 if at_once:
                     with self._on_device():
                         self._step()
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # It may have come between a step and its count, and the next run reads by the count.
+            with self._on_device():
+                steps = self.state.steps
+                self.row_steps[:] = steps if self.model.xp is np else steps.get()
+            raise
         finally:
             with self._on_device():
                 for row in list(self.active):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -34,8 +35,12 @@ class HeldModel:
         self.gpu: int | None = None if model.xp is np else model.weights.wte.device.id
         self._name = name
         self._model: GPT2 | None = model
-        self._engine: Engine | None = None
+        # One for single requests, which need not pay for idle rows, and one for many.
+        self._engines: dict[bool, Engine] = {}
+        self._engine: Engine | None = None  # the one used last
         self._running: Any = None  # the engine's generator while a call reads it
+        # Held while the generator runs: a thread that closes must not meet it there.
+        self._stepping = threading.RLock()
         self._turns = Turns(name)
 
     @property
@@ -72,24 +77,27 @@ class HeldModel:
                 while (token := self._next()) is not None:
                     yield token
                     self._turns.carry()
-                    self.check_open()
-                self.check_open()
             except GeneratorExit:
                 raise
             except BaseException:
                 # A step that ended half-way leaves the engine in disorder.
-                self._forget_engine()
+                self._forget_engines()
                 raise
             finally:
-                self._running.close()
+                with self._stepping:
+                    self._running.close()
                 self._running = None
                 if self.closed:
+                    self._forget_engines()  # close() may have come while one was made
                     self._free_pools()
 
     def _next(self) -> Token | None:
         # Entered for each token: between two of a stream, device and GPU are the caller's.
-        with self._on_gpu():
-            return next(self._running, None)
+        with self._on_gpu(), self._stepping:
+            self.check_open()
+            token = next(self._running, None)
+        self.check_open()
+        return token
 
     def drop(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""
@@ -99,27 +107,40 @@ class HeldModel:
     def close(self) -> None:
         """Free everything; what is running ends with ClosedError at its next token."""
         self._model = None
-        self._forget_engine()
-        running = self._running
-        if running is not None:
-            # ValueError: another thread is executing it, and notices after its step.
-            with contextlib.suppress(ValueError):
-                running.close()
+        self._turns.end()
+        self._forget_engines()
+        # Where another thread is executing a step, it notices afterwards.
+        if self._stepping.acquire(blocking=False):
+            try:
+                if (running := self._running) is not None:
+                    with contextlib.suppress(ValueError):  # a signal's handler, in mid-step
+                        running.close()
+            finally:
+                self._stepping.release()
         self._free_pools()
 
     def _engine_for(self, slots: int) -> Engine:
-        """The engine, made anew when more slots are asked for than it has."""
-        if self._engine is None or self._engine.slots < slots:
-            self._forget_engine()
-            self._engine = Engine(self.model, slots)
-        return self._engine
+        """The engine for one or for many, made anew when more slots are asked for than it has."""
+        many = slots > 1
+        engine = self._engines.get(many)
+        if engine is None or engine.slots < slots:
+            engine = self._engine = None  # freed before the new one takes memory
+            self._forget(many)
+            engine = self._engines[many] = Engine(self.model, slots)
+        self._engine = engine
+        return engine
 
-    def _forget_engine(self) -> None:
-        engine, self._engine = self._engine, None
+    def _forget(self, many: bool) -> None:
+        engine = self._engines.pop(many, None)
         if engine is not None and self.gpu is not None:
             # A queued step may still write to its memory; a GPU that failed cannot be waited for.
             with contextlib.suppress(Exception):
                 engine.stream.synchronize()
+
+    def _forget_engines(self) -> None:
+        self._engine = None
+        for many in (False, True):
+            self._forget(many)
 
     def _free_pools(self) -> None:
         """Give back what CuPy keeps for later allocations."""

@@ -23,31 +23,43 @@ class Turns:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._lock = threading.Lock()
-        self._holder = 0
+        self._changed = threading.Condition()
+        self._taken = self._over = False
+        # Not its number, which the next thread may get when this one has ended.
+        self._holder: threading.Thread | None = None
 
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
-        """Wait for the turn and hold it.
+        """Wait for the turn and hold it; after :meth:`end` nobody waits.
 
         Raises
         ------
         BusyError
             If the calling thread holds it already.
         """
-        if self._holder == threading.get_ident():
-            raise BusyError(
-                "a stream of this model is still open in this thread",
-                where=self._name,
-                remedy="Finish it or call its close() first, or load the model once more.",
-            )
-        with self._lock:
+        with self._changed:
+            if self._holder is threading.current_thread() and not self._over:
+                raise BusyError(
+                    "a stream of this model is still open in this thread",
+                    where=self._name,
+                    remedy="Finish it or call its close() first, or load the model once more.",
+                )
+            self._changed.wait_for(lambda: self._over or not self._taken)
+            self._taken = True
             self.carry()
-            try:
-                yield
-            finally:
-                self._holder = 0
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken, self._holder = False, None
+                self._changed.notify()
 
     def carry(self) -> None:
         """Note that the turn is now this thread's: a stream may be read by several in turn."""
-        self._holder = threading.get_ident()
+        self._holder = threading.current_thread()
+
+    def end(self) -> None:
+        """Let everyone through: what was shared is gone, and each caller finds that out."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()

@@ -14,6 +14,7 @@ from builders import TINY
 
 import gpt2cupy
 from gpt2cupy import GPT2
+from gpt2cupy.engine import Engine
 from gpt2cupy.errors import BusyError, ClosedError, Gpt2CupyError, InputError
 from gpt2cupy.weights import Weights
 
@@ -115,6 +116,22 @@ def test_a_stream_may_be_read_by_several_threads_in_turn(lm):
     texts += [piece.text for piece in stream]
     assert "".join(texts) == expected.text
     assert lm.generate("ROMEO:", max_new_tokens=6) == expected
+
+
+def test_a_stream_outlives_the_thread_that_began_it(lm):
+    """Another thread waits for it, also one that was given the number of the one that ended."""
+    expected = lm.generate("ROMEO:", max_new_tokens=6).tokens
+    stream = lm.stream("ROMEO:", max_new_tokens=6)
+    first = Caller(lambda: next(stream).token).finished()
+    tokens, number = [first.result], first.ident
+    del first
+    waiting = [Caller(lambda: lm.generate("ROMEO:", max_new_tokens=6).tokens) for _ in range(3)]
+    if number not in [caller.ident for caller in waiting]:
+        pytest.skip("no thread got that number")
+    waiting[-1].join(0.3)
+    assert all(caller.is_alive() for caller in waiting)
+    assert tokens + [piece.token for piece in stream] == expected
+    assert [caller.finished().result for caller in waiting] == [expected] * 3
 
 
 def test_a_stream_left_early_frees_the_model(lm):
@@ -234,6 +251,95 @@ def test_closing_ends_a_call_of_another_thread(lm):
     closed.set()
     assert isinstance(caller.finished().error, ClosedError)
     assert len(steps) == 1, "it went on"
+
+
+def test_closing_ends_those_who_wait(lm):
+    """Though the stream that they wait for is never finished."""
+    stream = lm.stream("ROMEO:", max_new_tokens=6)
+    next(stream)
+    calls = [lambda: lm.generate("KING"), lambda: lm.score("To be"), lambda: lm([[1]])]
+    callers = [Caller(call) for call in calls * 2]
+    callers[-1].join(0.3)
+    assert all(caller.is_alive() for caller in callers)
+    lm.close()
+    assert all(isinstance(caller.finished().error, ClosedError) for caller in callers)
+    for call in calls:
+        with pytest.raises(ClosedError, match="closed"):
+            call()
+    with pytest.raises(ClosedError, match="closed"):
+        next(stream)
+
+
+def test_a_stream_closed_in_a_step_gives_no_token_more(lm):
+    stream = lm.stream("ROMEO:", max_new_tokens=50)
+    next(stream)
+    decoder = lm._held._engine.decoder
+    step = decoder.step
+
+    def closed_meanwhile(state):
+        step(state)
+        Caller(lm.close).finished()
+
+    decoder.step = closed_meanwhile
+    with pytest.raises(ClosedError, match="closed"):
+        next(stream)
+    assert lm._held._running is None
+
+
+def test_reading_while_another_thread_closes(lm):
+    """A generator that one thread is ending cannot be resumed by another: Python's own error."""
+    stream = lm.stream("ROMEO:", max_new_tokens=50)
+    next(stream)
+    ending, read = threading.Event(), threading.Event()
+
+    def slow(running):
+        try:
+            yield from running
+        finally:
+            ending.set()
+            read.wait(0.3)
+
+    lm._held._running = slow(lm._held._running)
+    next(stream)
+    closer = Caller(lm.close)
+    assert ending.wait(WAIT)
+    with pytest.raises(ClosedError, match="closed"):
+        next(stream)
+    read.set()
+    assert closer.finished().error is None
+
+
+def test_an_engine_made_while_the_model_closes_is_freed(lm, monkeypatch):
+    made = []
+
+    class Late(Engine):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+            Caller(lm.close).finished()
+
+    monkeypatch.setattr("gpt2cupy.held.Engine", Late)
+    stream = lm.stream("ROMEO:", max_new_tokens=6)
+    with pytest.raises(ClosedError, match="closed"):
+        next(stream)
+    del stream
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
+
+
+def test_one_sequence_does_not_pay_for_rows_of_many(lm):
+    lm.generate("ROMEO:", max_new_tokens=2)
+    single = lm._held._engine
+    assert single.slots == 1
+    lm.generate(["ROMEO:", "KING"], max_new_tokens=2)
+    assert lm._held._engine.slots == 2
+    lm.generate(["ROMEO:"] * 5, max_new_tokens=2)
+    many = lm._held._engine
+    assert many.slots == 5
+    next(lm.stream("ROMEO:"))
+    assert lm._held._engine is single
+    lm.generate(["ROMEO:"] * 3, max_new_tokens=2)
+    assert lm._held._engine is many
 
 
 @pytest.mark.gpu

@@ -105,6 +105,37 @@ def test_an_engine_runs_one_set_of_requests_at_a_time(model):
     assert text(engine, 0) == expected, "a run that is left is over"
 
 
+class Interrupted(BaseException):
+    """As Ctrl-C would be."""
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_cut_off_in_a_step_leaves_the_engine_in_order(model, before):
+    engine = Engine(model)
+    expected = text(engine, 0)
+    step = engine.decoder.step
+
+    def cut_off(state):
+        engine.decoder.step = step
+        if not before:
+            step(state)
+        raise Interrupted
+
+    for _ in range(3):
+        engine.decoder.step = cut_off
+        with pytest.raises(Interrupted):
+            text(engine, 1)
+        assert text(engine, 0) == expected
+
+
+def test_dropping_what_does_not_run_is_nothing(model):
+    engine = Engine(model)
+    engine.drop(0)
+    expected = text(engine, 0)
+    engine.drop(0)
+    assert text(engine, 0) == expected
+
+
 # -- the turns of ops/blas.py, on streams that only pretend --------------------------------------
 
 
