@@ -71,8 +71,9 @@ class LanguageModel:
     def close(self) -> None:
         """Free the weights and the cache; the object cannot be used afterwards.
 
-        A stream that is open, or a call under way in another thread, ends with
-        :class:`gpt2cupy.errors.ClosedError`.
+        A stream that is open, a generation under way in another thread, and calls
+        that wait for their turn end with :class:`gpt2cupy.errors.ClosedError`; a
+        score or a forward pass under way is finished first.
         """
         self._held.close()
 
