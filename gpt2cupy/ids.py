@@ -51,10 +51,16 @@ def check_tokens(ids: Any, config: GPT2Config) -> np.ndarray:
 
 
 def _as_array(ids: Any) -> np.ndarray:
-    if hasattr(ids, "get"):
+    if hasattr(ids, "get") and hasattr(ids, "dtype"):
         ids = ids.get()
     try:
         return np.asarray(ids)
+    except TypeError as error:  # as of a torch tensor on a GPU
+        raise InputError(
+            f"token ids cannot be a {type(ids).__name__}: {error}",
+            where="ids",
+            remedy="Pass lists of integers, or a NumPy or CuPy array.",
+        ) from error
     except ValueError as error:
         raise InputError(
             "token ids must be rows of one length",

@@ -82,6 +82,7 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path):
         ("validate", "shakespeare", "--model", "gpt2"),
         ("compile", "--arch", "../../x"),
         ("compile", "--arch", "sm_12345"),
+        ("compile", "--arch", "sm_70"),
         ("generate", "a", "--file", "README.md"),
         ("generate", "a", "--logprobs", "3"),
         ("tokenize", "a", "b"),

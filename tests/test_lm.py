@@ -286,9 +286,30 @@ def test_stream_refuses_before_its_first_piece(lm):
 def test_calling_checks_its_ids(lm):
     assert lm([[1, 2, 3]]).shape == (1, 3, lm.config.vocab_size)
     assert lm([[1, 2, 3]]).dtype == np.float32
-    for wrong in ([[2048]], [[-1]], [[0.5]], [[]], [[1] * 513], [[1, 2], [3]], None, "a"):
-        with pytest.raises(InputError):
-            lm(wrong)
+    wrong_ids = ([[2048]], [[-1]], [[0.5]], [[]], [[1] * 513], [[1, 2], [3]], None, "a", {1: 2})
+    for wrong in wrong_ids:
+        for call in (lm, lm.hidden_states):
+            with pytest.raises(InputError):
+                call(wrong)
+
+
+def test_ids_of_an_array_that_is_not_of_the_host(lm):
+    class Tensor:
+        def __array__(self, *args, **kwargs):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    with pytest.raises(InputError, match="cannot be a Tensor: can't convert"):
+        lm(Tensor())
+
+
+def test_hidden_states_of_every_layer(lm):
+    states = lm.hidden_states([[1, 2, 3], [4, 5, 6]])
+    layers, channels = lm.config.n_layer, lm.config.n_embd
+    assert (states.shape, states.dtype) == ((layers + 1, 2, 3, channels), np.float32)
+    weights = lm.model.weights
+    np.testing.assert_array_equal(states[0, 1], weights.wte[[4, 5, 6]] + weights.wpe[:3])
+    logits = states[-1] @ weights.lm_head[: lm.config.vocab_size].T
+    np.testing.assert_allclose(logits, lm([[1, 2, 3], [4, 5, 6]]), rtol=0, atol=1e-4)
 
 
 def test_a_stream_left_early_frees_the_model(fresh):
