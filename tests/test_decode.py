@@ -15,7 +15,7 @@ from gpt2cupy.ops import blas
 from gpt2cupy.ops.tape import recorded, submit
 from gpt2cupy.workspace import Workspace
 
-DEVICE = SimpleNamespace(zeros=np.zeros)  # stands for CuPy
+DEVICE = SimpleNamespace(zeros=np.zeros, asarray=np.asarray)  # stands for CuPy
 
 
 class Spelled(EagerDecoder):
