@@ -79,8 +79,8 @@ SWITCHES = {
         lambda engine: patch.object(graph, "has_clusters", lambda: False),
     ),
     "fused-norm": Switch(
-        "norm inside the product of few rows; off: a kernel of its own",
-        lambda device, dtype, batch: len(backends(dtype, batch, device)) > 1,
+        "norm inside the product of one row; off: a kernel of its own",
+        lambda device, dtype, batch: batch == 1 and len(backends(dtype, batch, device)) > 1,
         lambda engine: patch.object(ops, "norm_linear", _norm_then_linear),
     ),
     "gemv": Switch(

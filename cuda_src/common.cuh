@@ -112,18 +112,6 @@ __device__ inline void wait_for_inputs() {
 #endif
 }
 
-// Ask for this block's share of what a later kernel of the step will read to be brought to L2: the
-// memory then works through the chain of short kernels, and none of them waits for its first bytes.
-// It takes no register, and nothing stands in line behind it on the way to the multiprocessor.
-__device__ inline void prefetch_share(const void* source, long long bytes) {
-#if __CUDA_ARCH__ >= 900
-  long long share = (bytes / gridDim.x + 16) / 16 * 16, first = share * blockIdx.x;
-  if (threadIdx.x == 0 && first < bytes)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const char*)source + first),
-                 "r"((unsigned)min(share, bytes - first)));
-#endif
-}
-
 // ---------------------------------------------------------------------------------------------
 // asynchronous copies of 16 bytes to shared memory (sm_80 and newer; older chips copy at once)
 

@@ -12,8 +12,7 @@
 //           normalises it: every warp by itself, which costs less than one barrier. A warp has ROWS
 //           outputs in hand and moves on by the whole grid. The first rows of weights are loaded
 //           before the kernel waits for its predecessor, so they travel while that one still runs.
-//           A long K is split over SPLIT warps, whose sums meet in shared memory. `ahead` are
-//           weights that a later kernel of the step reads: their way to L2 begins here.
+//           A long K is split over SPLIT warps, whose sums meet in shared memory.
 // Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
 //
 // It is the last rung of the ladder in linear.cu.
@@ -108,9 +107,7 @@ __device__ inline void product(const in_t* x,
                                out_t* y,
                                float eps,
                                int activation,
-                               int M,
-                               const elem_t* ahead,
-                               long long ahead_bytes) {
+                               int M) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int group = warp / SPLIT, part = warp % SPLIT;
   int k0 = part * CHUNKS * SPAN + lane * VEC;
@@ -123,7 +120,6 @@ __device__ inline void product(const in_t* x,
   release_dependents();
   Vec<elem_t, VEC> rows[ROWS][CHUNKS];
   load_rows(weight, first, k0, M, rows);
-  prefetch_share(ahead, ahead_bytes);
   float own_bias = addend(bias, first + lane, writer && first + lane < M);
   Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
   if constexpr (NORM && NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
@@ -186,21 +182,20 @@ __device__ inline void product(const in_t* x,
   }
 }
 
-#define NORM_GEMV_ENTRY(name, out_t)                                                            \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                     \
-      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                  \
-           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M, \
-           const elem_t* ahead, long long ahead_bytes) {                                        \
-    product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,       \
-                  activation, M, ahead, ahead_bytes);                                           \
+#define NORM_GEMV_ENTRY(name, out_t)                                                              \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
+           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
+    product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,         \
+                  activation, M);                                                                 \
   }
 
 #define GEMV_ADD_ENTRY(name, out_t)                                                              \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
-           out_t* y, int activation, int M, const elem_t* ahead, long long ahead_bytes) {        \
+           out_t* y, int activation, int M) {                                                    \
     product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y, \
-                   0.0f, activation, M, ahead, ahead_bytes);                                     \
+                   0.0f, activation, M);                                                         \
   }
 
 GEMV_ADD_ENTRY(gemv_add, elem_t)

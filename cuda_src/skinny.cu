@@ -12,8 +12,7 @@
 //           one row, and gives them to two mma in the order in which they lie: which inputs a
 //           fragment calls k = 0 .. 15 does not matter as long as both operands agree. So neither
 //           operand passes through shared memory. Weights are loaded before the kernel waits for
-//           its predecessor. The sums of the warps meet in shared memory. `ahead` are weights that
-//           a later kernel of the step reads: their way to L2 begins here.
+//           its predecessor. The sums of the warps meet in shared memory.
 //
 // The norm before a product is a kernel of its own here: inside, every block has to take it of all
 // rows, which is longer than a node of the graph.
@@ -64,9 +63,7 @@ __device__ inline void product(const elem_t* x,
                                out_t* y,
                                int activation,
                                int N,
-                               int M,
-                               const elem_t* ahead,
-                               long long ahead_bytes) {
+                               int M) {
   __shared__ float sums[2][WARPS][ROWS][TILE];
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int along = lane % 4, across = lane / 4;  // place along K, row of an operand
@@ -76,7 +73,6 @@ __device__ inline void product(const elem_t* x,
   release_dependents();
   Packed w[CHUNKS];
   load_weights(weight, min(tile * TILE + across, M - 1), k0, w);
-  prefetch_share(ahead, ahead_bytes);
   int first = tile * TILE + threadIdx.x % TILE;
   float own_bias = addend(bias, first, first < M);
   wait_for_inputs();
@@ -125,11 +121,11 @@ __device__ inline void product(const elem_t* x,
   }
 }
 
-#define SKINNY_ENTRY(name, out_t)                                                                \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
-           out_t* y, int activation, int N, int M, const elem_t* ahead, long long ahead_bytes) { \
-    product(x, weight, bias, residual, y, activation, N, M, ahead, ahead_bytes);                 \
+#define SKINNY_ENTRY(name, out_t)                                                           \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                 \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
+           out_t* y, int activation, int N, int M) {                                        \
+    product(x, weight, bias, residual, y, activation, N, M);                                \
   }
 
 SKINNY_ENTRY(skinny_add, elem_t)

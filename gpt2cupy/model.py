@@ -55,7 +55,6 @@ class GPT2:
             {name: getattr(weights, name)[layer] for name in stacked}
             for layer in range(config.n_layer)
         ]
-        self.ahead = _weights_ahead(self.layers, weights.lm_head)
 
     @classmethod
     def from_pretrained(
@@ -113,25 +112,22 @@ class GPT2:
         """
         eps, backend = self.config.layer_norm_epsilon, self.gemv
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
-        for index, (w, ahead) in enumerate(zip(self.layers, self.ahead, strict=True)):
+        for index, w in enumerate(self.layers):
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
             ops.norm_linear(
                 *norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend,
-                ahead=ahead["qkv_w"],
             )  # fmt: skip
             attend(index, work.qkv, work.attended)
             ops.linear(
                 work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend,
-                ahead=ahead["proj_w"],
             )  # fmt: skip
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
             ops.norm_linear(
                 *norm, w["fc_w"], w["fc_b"], activation=self.config.activation, h=work.h,
-                out=work.inner, backend=backend, ahead=ahead["fc_w"],
+                out=work.inner, backend=backend,
             )  # fmt: skip
             ops.linear(
                 work.inner, w["out_w"], w["out_b"], residual=x, out=x, backend=backend,
-                ahead=ahead["out_w"],
             )  # fmt: skip
         return x
 
@@ -263,19 +259,6 @@ class GPT2:
         flat = x.reshape(-1, channels)
         self.logits(flat, self.new_workspace(len(flat)), out)
         return out.reshape(batch, length, -1)[:, :, : self.config.vocab_size]
-
-
-_PRODUCTS = ("qkv_w", "proj_w", "fc_w", "out_w")
-_DISTANCE = 1  # products between asking for a matrix and reading it
-_AHEAD_BYTES = 16 << 20  # at most of one matrix: it must still be in L2 when it is read
-
-
-def _weights_ahead(layers: Sequence[dict[str, Array]], lm_head: Array) -> list[dict[str, Array]]:
-    """By layer and product, the weights to bring to L2 meanwhile: those of a product to come."""
-    order = [layer[name] for layer in layers for name in _PRODUCTS] + [lm_head]
-    asked = [w[: max(1, _AHEAD_BYTES // w[:1].nbytes)] for w in order[_DISTANCE:]]
-    rest = iter([*asked, *[None] * _DISTANCE])
-    return [{name: next(rest) for name in _PRODUCTS} for _ in layers]
 
 
 _UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")

@@ -300,14 +300,3 @@ def test_preparing_a_decoder_advances_nothing(xp):
         engine.decoder.prepare(engine.state)
     assert host(engine.state.steps).tolist() == [0]
     assert host(engine.state.positions).tolist() == [0]
-
-
-def test_every_product_asks_for_the_weights_of_the_next():
-    model = GPT2.random(TINY, 0, device="cpu")
-    order = [w[name] for w in model.layers for name in ("qkv_w", "proj_w", "fc_w", "out_w")]
-    order.append(model.weights.lm_head)
-    asked = [a[name] for a in model.ahead for name in ("qkv_w", "proj_w", "fc_w", "out_w")]
-    assert len(asked) == 8
-    for wanted, found in zip(order[1:], asked, strict=True):
-        assert found.ctypes.data == wanted.ctypes.data
-        assert found.shape == wanted.shape  # small enough to be asked for whole

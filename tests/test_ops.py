@@ -108,31 +108,6 @@ def test_linear(xp, dtype, rows, m, k, backend, activation, with_residual):
     check(*together(found), dtype, f"linear {backend}")
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (3, 5), (99, 24), (4096, 768)])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_asking_for_weights_ahead_changes_no_bit(xp, dtype, rows, shape):
-    rng = np.random.default_rng(0)
-    x, w, bias = (
-        draw(rng, (rows, 768), np.float32),
-        draw(rng, (99, 768), dtype),
-        draw(rng, 99, dtype),
-    )
-    norm = draw(rng, 768, dtype), draw(rng, 768, dtype)
-    h = x.astype(dtype)
-    ahead = xp.asarray(draw(rng, shape, dtype))
-    before = host(ahead).copy()
-    fused = on(xp, x, *norm)
-    for asked in (ahead, ahead[:1]):
-        plain = ops.linear(*on(xp, h, w, bias))
-        np.testing.assert_array_equal(
-            host(ops.linear(*on(xp, h, w, bias), ahead=asked)), host(plain)
-        )
-        plain = ops.norm_linear(*fused, 1e-5, *on(xp, w, bias))
-        with_ahead = ops.norm_linear(*fused, 1e-5, *on(xp, w, bias), ahead=asked)
-        np.testing.assert_array_equal(host(with_ahead), host(plain))
-    np.testing.assert_array_equal(host(ahead), before)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [17, 63, 64, 65, 128])
 @pytest.mark.parametrize("split", [1, 2, 4, 8])

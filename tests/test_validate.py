@@ -158,7 +158,8 @@ def test_a_model_with_other_values_than_the_checkpoint_fails(xp, name):
     array = getattr(changed, name)
     array[(0,) * (array.ndim - 1) + (3,)] += 1.0
     model = model_on(xp, TINY, changed)
-    ids = random_ids(model, 1, 8)
+    # Enough logits that the largest error of neither side is a matter of luck.
+    ids = random_ids(model, 2, 40)
     assert failures(validate(model, ids, weights=weights))
     assert not failures(validate(model, ids))  # read back from the model itself
 

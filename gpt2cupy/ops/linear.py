@@ -25,7 +25,6 @@ from .product import (
     launch_fused,
     launch_rows,
     takes_rows,
-    whole_pieces,
 )
 
 Array = Any
@@ -43,13 +42,12 @@ def gemv(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
-    ahead: Array | None = None,
 ) -> Array:
     """:func:`linear` for one row on the GPU, with the backend named.
 
     Parameters
     ----------
-    x, weight, bias, activation, residual, out, ahead
+    x, weight, bias, activation, residual, out
         As in :func:`linear`; x is [1, K].
     backend : {"ours", "cublas"}
         Our kernel with the epilogue inside, or cuBLAS and the epilogue as a
@@ -71,7 +69,7 @@ def gemv(
         return out
     args = (x, weight, bias, residual, out, code)
     if (fused := fused_block(1, weight, backend)) is not None:
-        launch_fused(GEMV_ADD[wide], fused, weight, (*args, ahead, whole_pieces(ahead)))
+        launch_fused(GEMV_ADD[wide], fused, weight, args)
     else:
         grid = (-(-len(weight) // 4),)
         launch(GEMV_SCALAR[wide], grid, (4 * 32,), args, elem=weight.dtype)
@@ -90,7 +88,6 @@ def norm_linear(
     out: Array | None = None,
     h: Array | None = None,
     backend: str = "ours",
-    ahead: Array | None = None,
 ) -> Array:
     """``linear(layer_norm(x), weight, bias)``; one kernel for 1 to 16 rows on the GPU.
 
@@ -114,8 +111,6 @@ def norm_linear(
     backend : {"ours", "cublas"}
         As in :func:`linear`; cuBLAS takes a norm of its own before it.
 
-    ahead : array [A, D], optional
-        As in :func:`linear`.
 
     Returns
     -------
@@ -134,11 +129,11 @@ def norm_linear(
     fused = fused_block(1, weight, backend) if len(x) == 1 else None
     if fused is None or weight.shape[1] > LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
-        return linear(h, weight, bias, activation=activation, out=out, backend=backend, ahead=ahead)
+        return linear(h, weight, bias, activation=activation, out=out, backend=backend)
     if out is None:
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
-    args = (x, norm_weight, norm_bias, weight, bias, out, eps, code, ahead, whole_pieces(ahead))
+    args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
     launch_fused(NORM_GEMV[out.dtype == np.float32], fused, weight, args)
     return out
 
@@ -152,7 +147,6 @@ def linear(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
-    ahead: Array | None = None,
 ) -> Array:
     """``activation(x @ weight.T + bias) + residual``.
 
@@ -170,9 +164,6 @@ def linear(
         Of x's dtype, or float32.
     backend : {"ours", "cublas"}
         Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
-    ahead : array [A, D], optional
-        Weights, of x's dtype, that the next product will read: our product of 1 to 16
-        rows asks for them to be brought to the GPU's L2 cache meanwhile. It changes no result.
 
     Returns
     -------
@@ -190,13 +181,12 @@ def linear(
     if len(x) == 1:
         return gemv(
             x, weight, bias, activation=activation, residual=residual, out=out, backend=backend,
-            ahead=ahead,
         )  # fmt: skip
     code = ACTIVATION_CODES[activation]
     if out is None:
         out = _output(x, weight, residual)
     if (fused := fused_block(len(x), weight, backend)) is not None:
-        args = (x, weight, bias, residual, out, code, ahead, whole_pieces(ahead))
+        args = (x, weight, bias, residual, out, code)
         launch_fused(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
         return out
     if takes_rows(len(x), weight, backend):

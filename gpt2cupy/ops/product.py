@@ -37,11 +37,10 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
-_AHEAD = ", ahead: ELEM[A,D]?, ahead_bytes: int64"
-GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV + _AHEAD, overlaps=True)
-NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV + _AHEAD, overlaps=True)
+GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
+NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
-SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY + _AHEAD, overlaps=True)
+SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
@@ -59,11 +58,6 @@ BIAS_ACT = _entries(
     "bias_act",
     "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M], activation: int, N, M",
 )
-
-
-def whole_pieces(ahead: Array | None) -> int:
-    """Bytes of what can be brought to L2, 16 at a time."""
-    return 0 if ahead is None else ahead.nbytes // 16 * 16
 
 
 def fused_block(rows: int, weight: Array, backend: str) -> tuple[int, int] | None:

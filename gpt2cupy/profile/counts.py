@@ -66,7 +66,6 @@ def linear(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
-    ahead: Array | None = None,
 ) -> Cost:
     """The product, 2 N M K; the epilogue is not counted, except for its bytes."""
     n, k = x.shape
@@ -88,7 +87,6 @@ def norm_linear(
     out: Array | None = None,
     h: Array | None = None,
     backend: str = "ours",
-    ahead: Array | None = None,
 ) -> Cost:
     """The norm once and the product, with nothing written between them."""
     n, m = len(x), len(weight)
