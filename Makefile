@@ -23,7 +23,7 @@ LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-
 # One environment, filled by one pip at a time.
 .NOTPARALLEL:
 .PHONY: help demo test test-lowest compile-all parity fuzz gpu-test bench lint format docs
-.PHONY: records release-check clean
+.PHONY: records release-check clean sanitize
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -88,6 +88,14 @@ fuzz: $(VENV)/fuzz ## Fuzz loaders and tokenizer with atheris, for a minute or F
 
 gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gpu-tests.json
 	$(BIN)/python tools/gpu_test.py
+
+# Cases that meet every kernel in use: under the sanitizer each takes seconds.
+SANITIZED = float16 and (norm_linear or tens_of_rows or attention_decode or attention_prefill) \
+  and (768 or 64) or plain_kernel or test_embedding
+sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck and racecheck over the kernels
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
+	    tests/test_ops.py tests/test_sampling_ops.py -k "$(SANITIZED)" || exit 1; done
 
 bench: $(VENV)/test ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
 	$(BIN)/python bench/decode.py

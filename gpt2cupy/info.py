@@ -91,7 +91,7 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "device", f"{device['kind']}, {device['name']}, {device['arch']}, {size}"
         yield "driver", f"CUDA {device['cuda_driver']}, runtime {device['cuda_runtime']}"
         yield "nvrtc", device["nvrtc"]
-        yield "1 to 16 rows by", f"{facts['gemv']} (forced by --gemv)"
+        yield "few rows by", f"{facts['gemv']} (forced by --gemv)"
     yield "decode path", f"{facts['decode']} (forced by --decode)"
     yield "kernel cache", facts["kernel_cache"]
     model = facts["model"]

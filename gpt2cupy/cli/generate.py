@@ -37,7 +37,8 @@ def generate(
     revision: options.Revision = None,
     tokenizer: options.Tokenizer = None,
     gemv: Annotated[
-        Gemv | None, typer.Option(help="Who multiplies 1 to 16 rows on the GPU.")
+        Gemv | None,
+        typer.Option(help="Who multiplies few rows (up to 64, with clusters) on the GPU."),
     ] = None,
     decode: Annotated[str, typer.Option(help="How a step is run: auto, eager or graph.")] = "auto",
     max_new_tokens: Annotated[
