@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from gpt2cupy.ops import compiler, device, launch
@@ -32,19 +33,8 @@ def pretend(name: str) -> None:
     device.device_arch = launch.device_arch = lambda index: name
     device._sm_count = lambda index: chip.sms
     device._shared_limit = lambda index: chip.shared
-    compiler.compile_source = _to_ptx
-
-
-def _to_ptx(source: str, options: list[str]) -> bytes:
-    """What compiler.compile_source does, to PTX."""
-    binding = compiler.nvrtc()
-    texts = dict(compiler.source_closure(source))
-    code = texts.pop(source)
-    headers = tuple(text.encode() for text in texts.values())
-    program = binding.createProgram(code, source, headers, tuple(name.encode() for name in texts))
-    options = [option.replace("-arch=sm_", "-arch=compute_") for option in options]
-    try:
-        binding.compileProgram(program, (*options, *compiler._cuda_includes()))
-        return binding.getPTX(program)
-    finally:
-        binding.destroyProgram(program)
+    real, binding = compiler.compile_source, compiler.nvrtc()
+    compiler.nvrtc = lambda: SimpleNamespace(**vars(binding) | {"getCUBIN": binding.getPTX})
+    compiler.compile_source = lambda source, options: real(
+        source, [option.replace("-arch=sm_", "-arch=compute_") for option in options]
+    )

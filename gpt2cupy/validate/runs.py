@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..ops import reference
 from ..ops.device import device_errors
 from ..sampling import SamplingParams
 from ..weights import Weights
-from ..workspace import Workspace
+from ..workspace import PackedPrompts
 
 Array = Any
 
@@ -81,32 +81,15 @@ def full(model: GPT2, ids: np.ndarray) -> np.ndarray:
 
 def layers(model: GPT2, ids: np.ndarray) -> list[np.ndarray]:
     """Residual stream [B, T, C] after the embedding and after each layer: L + 1 arrays."""
-    tapped = _Tapped(model.config, model.weights, gemv=model.gemv)
-    tapped.states = []
+    batch, length = ids.shape
     with on_device(model):
-        tapped.hidden(ids)
-    return [state.reshape(*ids.shape, -1) for state in tapped.states]
-
-
-class _Tapped(GPT2):
-    """Keeps the residual stream as each layer finds it, and as the last leaves it."""
-
-    states: list[np.ndarray]
-
-    def forward(
-        self,
-        ids: Array,
-        positions: Array,
-        attend: Callable[[int, Array, Array], None],
-        work: Workspace,
-    ) -> Array:
-        def tapped(layer: int, qkv: Array, out: Array) -> None:
-            self.states.append(host(work.x).copy())
-            attend(layer, qkv, out)
-
-        x = super().forward(ids, positions, tapped, work)
-        self.states.append(host(x).copy())
-        return x
+        cache, work = model.new_cache(batch, length), model.new_workspace(batch * length)
+        packed = PackedPrompts(work.rows, batch, model.xp)
+        packed.fill(list(ids), range(batch), cache)
+        states = model.xp.empty((model.config.n_layer + 1, *work.x.shape), work.x.dtype)
+        # Not GPT2.hidden_states: its last is after the final norm.
+        states[-1] = model.run_packed(packed, length, cache, work, states)
+        return list(host(states).reshape(-1, batch, length, model.config.n_embd))
 
 
 def start(model: GPT2, ids: np.ndarray, prefilled: int, *, graphs: bool = False) -> DecodeState:
