@@ -20,7 +20,7 @@
 //                                   room; six of them fit a multiprocessor at HS = 64
 //
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
-#include "common.cuh"
+#include "softmax.cuh"
 
 #ifndef HS
 #define HS 64
@@ -55,81 +55,78 @@ constexpr int LANES = lanes_for(HS / VEC);              // lanes that share one 
 constexpr int CHUNKS = (HS / VEC + LANES - 1) / LANES;  // vectors of a key per lane
 constexpr int GROUPS = WARP / LANES;                    // keys a warp has in hand
 
-// A softmax in progress: weights exp(score - top) summed in `sum`, values weighted alike.
-struct Partial {
-  float top, sum, values[CHUNKS][VEC];
-};
+using Piece = Packed<elem_t, VEC>;
 
-// The factor that brings a partial from its own maximum to a common one; 0 for an empty partial.
-__device__ inline float rescale(float top, float common) {
-  return top == MINUS_INFINITY ? 0.0f : expf(top - common);
-}
-
-__device__ inline void load_head(const elem_t* source, int lane, float (&values)[CHUNKS][VEC]) {
-#pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    int chunk = lane + c * LANES;
-    if (chunk * VEC < HS) {
-      load_floats(source + chunk * VEC, values[c]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < VEC; i++) values[c][i] = 0.0f;
-    }
-  }
-}
-
-__device__ inline void store_head(elem_t* target, int lane, const float (&values)[CHUNKS][VEC]) {
-#pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    int chunk = lane + c * LANES;
-    if (chunk * VEC < HS) store_floats(target + chunk * VEC, values[c]);
-  }
-}
-
-// Merge partials of one channel: their maxima, sums and weighted values (HS apart).
-template <int MOST>
-__device__ inline void combine(const float* tops,
-                               const float* sums,
-                               const float* values,
-                               int count,
-                               float& top,
-                               float& sum,
-                               float& value) {
-  top = MINUS_INFINITY;
-  sum = value = 0.0f;
-#pragma unroll
-  for (int i = 0; i < MOST; i++)
-    if (i < count) top = fmaxf(top, tops[i]);
-#pragma unroll
-  for (int i = 0; i < MOST; i++)
-    if (i < count) {
-      float factor = rescale(tops[i], top);
-      sum += sums[i] * factor;
-      value += values[i * HS] * factor;
-    }
-}
-
-// Keys and values of one turn, as they lie in memory.
-struct Pair {
-  Vec<elem_t, VEC> key[CHUNKS], value[CHUNKS];
-};
-
-__device__ inline void load_packed(const elem_t* source, int lane, Vec<elem_t, VEC> (&to)[CHUNKS]) {
+// Lane `lane`'s pieces of a key, a value or a query.
+__device__ inline void load_head(const elem_t* source, int lane, Piece (&to)[CHUNKS]) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     int chunk = lane + c * LANES;
     if (chunk * VEC < HS)
-      to[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(source + chunk * VEC);
+      to[c] = *reinterpret_cast<const Piece*>(source + chunk * VEC);
     else
       to[c] = {};
   }
 }
 
-__device__ inline void store_packed(elem_t* to, int lane, const Vec<elem_t, VEC> (&from)[CHUNKS]) {
+__device__ inline void store_head(elem_t* to, int lane, const Piece (&from)[CHUNKS]) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     int chunk = lane + c * LANES;
-    if (chunk * VEC < HS) *reinterpret_cast<Vec<elem_t, VEC>*>(to + chunk * VEC) = from[c];
+    if (chunk * VEC < HS) *reinterpret_cast<Piece*>(to + chunk * VEC) = from[c];
+  }
+}
+
+// The lane's part of a score.
+__device__ inline float dot(const float (&query)[CHUNKS][VEC], const Piece (&key)[CHUNKS]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) sum = fmaf(query[c][i], key[c][i], sum);
+  return sum;
+}
+
+// A softmax in progress: weights 2^(score - top) summed in `sum`, values weighted alike.
+struct Partial {
+  float top = MINUS_INFINITY, sum = 0.0f, values[CHUNKS][VEC] = {};
+
+  __device__ void take(float weight, const Piece (&value)[CHUNKS]) {
+    sum += weight;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+      for (int i = 0; i < VEC; i++) values[c][i] = fmaf(weight, value[c][i], values[c][i]);
+  }
+
+  __device__ void raise(float new_top) {
+    float factor = rescale(top, new_top);
+    top = new_top;
+    sum *= factor;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+      for (int i = 0; i < VEC; i++) values[c][i] *= factor;
+  }
+};
+
+// Merge partials of one channel: their maxima, sums and weighted values (HS apart).
+template <int COUNT>
+__device__ inline void combine(const float (&tops)[COUNT],
+                               const float (&sums)[COUNT],
+                               const float (&values)[COUNT],
+                               float& top,
+                               float& sum,
+                               float& value) {
+  top = tops[0];
+#pragma unroll
+  for (int i = 1; i < COUNT; i++) top = fmaxf(top, tops[i]);
+  sum = value = 0.0f;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    float factor = rescale(tops[i], top);
+    sum = fmaf(sums[i], factor, sum);
+    value = fmaf(values[i], factor, value);
   }
 }
 
@@ -144,152 +141,184 @@ __device__ inline void attend(const elem_t* qkv,
                               int NH,
                               int T) {
   int blocks = CLUSTERED ? cluster_size() : 1, block = CLUSTERED ? cluster_rank() : 0;
-  int head = blockIdx.x / blocks, row = blockIdx.y;
+  int head = CLUSTERED ? cluster_index() : blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP;
   int group = threadIdx.x % WARP / LANES, lane = threadIdx.x % LANES;
+  // What the blocks of a cluster tell the first.
+  __shared__ float block_tops[SPLIT], block_sums[SPLIT], block_values[SPLIT][HS];
 
-  if constexpr (CLUSTERED) cluster_begin();  // others may write to this block's shared memory
   release_dependents();
   int slot = slots[row], position = positions[row];
+  if constexpr (CLUSTERED) {
+    if (block == 0 && threadIdx.x < HS) {
+      for (int b = 0; b < SPLIT; b++) block_values[b][threadIdx.x] = __uint_as_float(PENDING);
+      if (threadIdx.x < SPLIT)
+        block_tops[threadIdx.x] = block_sums[threadIdx.x] = __uint_as_float(PENDING);
+    }
+    cluster_arrive();
+  }
   bool idle = slot < 0 || position < 0 || position >= T;
-  if (idle) position = -1;
+  if (idle) position = 0;
   size_t C = (size_t)NH * HS;
   out += row * C + head * HS;
   qkv += row * 3 * C + head * HS;
   k += ((size_t)max(slot, 0) * NH + head) * T * HS;
   v += ((size_t)max(slot, 0) * NH + head) * T * HS;
 
-  // A turn of the cluster takes `stride` keys; this group's are own, own + stride, ...
+  // A block works alone as long as the loads it has under way hold all past keys: what blocks have
+  // to tell each other takes longer than what they would save.
+  if constexpr (CLUSTERED) {
+    blocks = min(blocks, max(position - 1, 0) / (AHEAD * WARPS * GROUPS) + 1);
+    if (block >= blocks) return;
+  }
+
+  // A turn of the blocks takes `stride` keys; this group's are own_key, own_key + stride, ...
   int stride = blocks * WARPS * GROUPS;
   int own_key = (block * WARPS + warp) * GROUPS + group;
-  Pair ahead[AHEAD];
+  Piece keys[AHEAD][CHUNKS], values[AHEAD][CHUNKS];
 #pragma unroll
   for (int turn = 0; turn < AHEAD; turn++) {
     int t = own_key + turn * stride;
     if (t < position) {
-      load_packed(k + (size_t)t * HS, lane, ahead[turn].key);
-      load_packed(v + (size_t)t * HS, lane, ahead[turn].value);
+      load_head(k + (size_t)t * HS, lane, keys[turn]);
+      load_head(v + (size_t)t * HS, lane, values[turn]);
     }
   }
   wait_for_inputs();
 
+  Piece packed_query[CHUNKS], new_key[CHUNKS], new_value[CHUNKS];
+  load_head(qkv, lane, packed_query);
+  load_head(qkv + C, lane, new_key);
+  load_head(qkv + 2 * C, lane, new_value);
   float query[CHUNKS][VEC];
-  load_head(qkv, lane, query);
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-    for (int i = 0; i < VEC; i++) query[c][i] *= scale;
+    for (int i = 0; i < VEC; i++) query[c][i] = packed_query[c][i] * (scale * LOG2_E);
 
+  // The newest pair is taken by one group, which also puts it into the cache.
   Partial own;
-  own.top = MINUS_INFINITY;
-  own.sum = 0.0f;
-#pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-    for (int i = 0; i < VEC; i++) own.values[c][i] = 0.0f;
-
-  // Every group fetches the newest pair beside the query, though one only will take it: a load
-  // started later would be waited for.
-  Pair newest;
-  load_packed(qkv + C, lane, newest.key);
-  load_packed(qkv + 2 * C, lane, newest.value);
-
-  auto take = [&](int t, Pair& pair) {
-    if (t == position) {
-      pair = newest;
-      store_packed(k + (size_t)t * HS, lane, pair.key);
-      store_packed(v + (size_t)t * HS, lane, pair.value);
+  bool takes_newest = block == 0 && warp == 0 && group == 0;
+  float newest = warp_sum<LANES>(dot(query, new_key));
+  if (takes_newest) {
+    own.top = newest;
+    own.take(1.0f, new_value);
+    if (!idle) {
+      store_head(k + (size_t)position * HS, lane, new_key);
+      store_head(v + (size_t)position * HS, lane, new_value);
     }
-    float score = 0.0f;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-      for (int i = 0; i < VEC; i++)
-        score = fmaf(query[c][i], to_float(pair.key[c].value[i]), score);
-    // Every lane of the warp takes part; a group past the end drops what it got.
-    score = warp_sum<LANES>(score);
-    if (t > position) return;
-    float top = fmaxf(own.top, score);
-    float old = rescale(own.top, top), weight = expf(score - top);
-    own.top = top;
-    own.sum = own.sum * old + weight;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-      for (int i = 0; i < VEC; i++)
-        own.values[c][i] = own.values[c][i] * old + weight * to_float(pair.value[c].value[i]);
-  };
-
+  }
   // The bounds are the same for all lanes of a warp: the shuffles need every one. AHEAD turns stay
   // under way all the time; a load at its turn would be waited for in full.
-  for (int first = own_key - group; first <= position; first += AHEAD * stride)
+  for (int first = own_key - group; first < position; first += AHEAD * stride) {
+    int next = first + group + AHEAD * stride;
+    float scores[AHEAD];
 #pragma unroll
     for (int turn = 0; turn < AHEAD; turn++) {
-      int t = first + group + turn * stride;
-      if (t - group > position) break;
-      take(t, ahead[turn]);
-      t += AHEAD * stride;
-      if (t < position) {
-        load_packed(k + (size_t)t * HS, lane, ahead[turn].key);
-        load_packed(v + (size_t)t * HS, lane, ahead[turn].value);
-      }
+      scores[turn] = dot(query, keys[turn]);
+      if (next + turn * stride < position)
+        load_head(k + (size_t)(next + turn * stride) * HS, lane, keys[turn]);
     }
+    warp_sums<LANES>(scores);
+    float top = own.top;
+#pragma unroll
+    for (int turn = 0; turn < AHEAD; turn++) {
+      if (first + group + turn * stride >= position) scores[turn] = MINUS_INFINITY;
+      top = fmaxf(top, scores[turn]);
+    }
+    own.raise(top);
+#pragma unroll
+    for (int turn = 0; turn < AHEAD; turn++) {
+      if (first + group + turn * stride < position)
+        own.take(power_of_two(scores[turn] - top), values[turn]);
+      if (next + turn * stride < position)
+        load_head(v + (size_t)(next + turn * stride) * HS, lane, values[turn]);
+    }
+  }
   __syncwarp();
 
-  // Merge the groups of the warp.
+  // Merge the groups of the warp: brought to one maximum, they are added.
+  float top = own.top;
+#pragma unroll
+  for (int offset = LANES; offset < WARP; offset *= 2)
+    top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, offset));
+  own.raise(top);
 #pragma unroll
   for (int offset = LANES; offset < WARP; offset *= 2) {
-    float top = fmaxf(own.top, __shfl_xor_sync(FULL_MASK, own.top, offset));
-    float factor = rescale(own.top, top);
-    own.top = top;
-    own.sum *= factor;
     own.sum += __shfl_xor_sync(FULL_MASK, own.sum, offset);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        own.values[c][i] *= factor;
+      for (int i = 0; i < VEC; i++)
         own.values[c][i] += __shfl_xor_sync(FULL_MASK, own.values[c][i], offset);
-      }
   }
 
-  // Merge the warps, and hand the result to the first block of the cluster if there is one.
-  __shared__ float tops[WARPS], sums[WARPS], values[WARPS][HS];
+  // Merge the warps.
+  __shared__ float warp_tops[WARPS], warp_sums_[WARPS], warp_values[WARPS][HS];
   if (group == 0) {
     if (lane == 0) {
-      tops[warp] = own.top;
-      sums[warp] = own.sum;
+      warp_tops[warp] = own.top;
+      warp_sums_[warp] = own.sum;
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
       for (int i = 0; i < VEC; i++) {
         int channel = (lane + c * LANES) * VEC + i;
-        if (channel < HS) values[warp][channel] = own.values[c][i];
+        if (channel < HS) warp_values[warp][channel] = own.values[c][i];
       }
   }
   __syncthreads();
-  float value = 0.0f;
-  if (threadIdx.x < HS)
-    combine<WARPS>(tops, sums, &values[0][threadIdx.x], WARPS, own.top, own.sum, value);
-  if constexpr (CLUSTERED) {
-    __shared__ float block_tops[SPLIT], block_sums[SPLIT], block_values[SPLIT][HS];
-    cluster_wait();
-    if (threadIdx.x < HS) {
-      cluster_shared(block_values, 0)[block][threadIdx.x] = value;
-      if (threadIdx.x == 0) {
-        cluster_shared(block_tops, 0)[block] = own.top;
-        cluster_shared(block_sums, 0)[block] = own.sum;
-      }
+  int channel = threadIdx.x;
+  if (channel >= HS) return;
+  float sum, value;
+  {
+    float tops[WARPS], sums[WARPS], channels[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      tops[w] = warp_tops[w];
+      sums[w] = warp_sums_[w];
+      channels[w] = warp_values[w][channel];
     }
-    cluster_arrive();
-    if (block > 0) return;
-    cluster_wait();
-    if (threadIdx.x < HS)
-      combine<SPLIT>(block_tops, block_sums, &block_values[0][threadIdx.x], blocks, own.top,
-                     own.sum, value);
+    combine(tops, sums, channels, top, sum, value);
   }
-  if (threadIdx.x < HS) out[threadIdx.x] = from_float<elem_t>(idle ? 0.0f : value / own.sum);
+
+  // Merge the blocks of the cluster in the first.
+  if constexpr (CLUSTERED)
+    if (blocks > 1) {
+      cluster_wait();
+      if (block > 0) {
+        hand_over(&cluster_shared(block_values, 0)[block][channel], value);
+        if (channel == 0) {
+          hand_over(&cluster_shared(block_tops, 0)[block], top);
+          hand_over(&cluster_shared(block_sums, 0)[block], sum);
+        }
+        return;
+      }
+      float tops[SPLIT], sums[SPLIT], channels[SPLIT];
+      bool waiting;
+      do {
+        waiting = false;
+#pragma unroll
+        for (int b = 1; b < SPLIT; b++) {
+          tops[b] = look_for(&block_tops[b]);
+          sums[b] = look_for(&block_sums[b]);
+          channels[b] = look_for(&block_values[b][channel]);
+          waiting |= b < blocks && (pending(tops[b]) || pending(sums[b]) || pending(channels[b]));
+        }
+      } while (waiting);
+      tops[0] = top;
+      sums[0] = sum;
+      channels[0] = value;
+#pragma unroll
+      for (int b = 1; b < SPLIT; b++)
+        if (b >= blocks) {
+          tops[b] = MINUS_INFINITY;
+          sums[b] = channels[b] = 0.0f;
+        }
+      combine(tops, sums, channels, top, sum, value);
+    }
+  out[channel] = from_float<elem_t>(idle ? 0.0f : __fdividef(value, sum));
 }
 
 #define ATTENTION_ENTRY(name, cluster, clustered, ahead, warps, resident)                   \

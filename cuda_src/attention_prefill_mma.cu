@@ -16,6 +16,7 @@
 //
 // Needs sm_80 (mma.m16n8k16, cp.async) and a head size that is a multiple of 16.
 #include "mma.cuh"
+#include "softmax.cuh"
 
 #ifndef HS
 #define HS 64
@@ -31,7 +32,6 @@ constexpr int BC = HS <= 64 ? 64 : 32;  // keys of a tile
 constexpr int STRIDE = HS + 8;          // of a row in shared memory: 16 bytes keep banks apart
 constexpr int VEC = 8;
 constexpr int THREADS = WARPS * WARP;  // of a group
-constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Tile {
   elem_t key[BC][STRIDE], value[BC][STRIDE];
@@ -45,18 +45,6 @@ static_assert(HANDED * THREADS * sizeof(float) <= 2 * sizeof(Tile), "it reuses t
 // A barrier of one group.
 __device__ inline void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
-}
-
-// 2^x; results below the smallest normal number are zero, which a softmax does not feel.
-__device__ inline float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The factor that brings sums from their own maximum to a common one; 0 where there are none.
-__device__ inline float rescale(float top, float common) {
-  return top == MINUS_INFINITY ? 0.0f : power_of_two(top - common);
 }
 
 // Start fetching keys and values t0 .. t0 + BC - 1; those past the end repeat the last.

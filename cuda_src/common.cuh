@@ -47,9 +47,34 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 // vectors: N consecutive elements moved by one load or store, or by several of 16 bytes: launch()
 // promises no more than that alignment, and newer chips have accesses of 32 bytes
 
+template <int BYTES>
+struct Word {
+  using type = unsigned;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T value[N];
+};
+
+// The same as the words that hold them, for values that are chosen or copied before they are used:
+// given elements, the compiler takes the words apart for that.
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
+  static constexpr int WORD = sizeof(T) * N < 4 ? sizeof(T) * N : 4;
+  static constexpr int PER_WORD = WORD / sizeof(T);
+  typename Word<WORD>::type words[sizeof(T) * N / WORD];
+
+  __device__ float operator[](int i) const {
+    unsigned word = words[i / PER_WORD];
+    if constexpr (sizeof(T) == 4) return __uint_as_float(word);
+    unsigned short bits = i % PER_WORD ? word >> 16 : word;
+    return to_float(*reinterpret_cast<T*>(&bits));
+  }
 };
 
 // Elements in the widest access the hardware has.
@@ -81,6 +106,15 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Several sums at once: their shuffles are under way together.
+template <int WIDTH = WARP, int N>
+__device__ inline void warp_sums(float (&x)[N]) {
+#pragma unroll
+  for (int offset = WIDTH / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] += __shfl_xor_sync(FULL_MASK, x[i], offset);
+}
+
 template <int WIDTH = WARP>
 __device__ inline float warp_max(float x) {
 #pragma unroll
@@ -103,6 +137,14 @@ __device__ inline void release_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+// 0, but not before `bits` are known. An offset of it makes a load follow a computation, which the
+// compiler would otherwise put behind the load's arrival. `positive` is anything that is.
+__device__ inline unsigned zero_after(unsigned bits, int positive) {
+  unsigned zero;
+  asm volatile("shr.u32 %0, %1, %2;" : "=r"(zero) : "r"(bits), "r"(positive + 32));
+  return zero;
 }
 
 // Returns when the kernel before is complete and what it wrote can be read.
@@ -194,6 +236,45 @@ __device__ inline void cluster_begin() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
+
+// Which cluster of its row of the grid this block belongs to.
+__device__ inline int cluster_index() {
+#if __CUDA_ARCH__ >= 900
+  int index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+#else
+  return blockIdx.x;
+#endif
+}
+
+// A value handed to another block of the cluster. The reader asks until it finds something else
+// than PENDING, with which it filled the place before: so nothing has to wait for other memory, as
+// a barrier would. No result is PENDING: arithmetic gives another NaN.
+constexpr unsigned PENDING = 0xffffffffu;
+
+__device__ inline void hand_over(float* place, float value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.relaxed.cluster.f32 [%0], %1;" ::"l"(place), "f"(value) : "memory");
+#else
+  *place = value;
+#endif
+}
+
+__device__ inline float look_for(const float* own) {
+#if __CUDA_ARCH__ >= 900
+  float value;
+  asm volatile("ld.relaxed.cluster.shared::cta.f32 %0, [%1];"
+               : "=f"(value)
+               : "r"((unsigned)__cvta_generic_to_shared(own))
+               : "memory");
+  return value;
+#else
+  return *own;
+#endif
+}
+
+__device__ inline bool pending(float value) { return __float_as_uint(value) == PENDING; }
 
 // The same shared variable in block `rank` of the cluster.
 template <typename T>

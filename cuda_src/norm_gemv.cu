@@ -1,7 +1,8 @@
 // The products of the decode step at one row: with the layer norm before, or the residual after.
 //
-//   norm_gemv    y = activation(W layer_norm(x) + bias)
-//   gemv_add     y = activation(W x + bias) + residual
+//   norm_gemv        y = activation(W layer_norm(x) + bias)
+//   norm_gemv_once   the same, where the grid is large enough for every warp to take one turn
+//   gemv_add         y = activation(W x + bias) + residual
 //
 // Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, residual and y [M]
 // Dtypes    W and the norm are ELEM; x is float before a norm (the residual stream), else ELEM;
@@ -13,6 +14,9 @@
 //           outputs in hand and moves on by the whole grid. The first rows of weights are loaded
 //           before the kernel waits for its predecessor, so they travel while that one still runs.
 //           A long K is split over SPLIT warps, whose sums meet in shared memory.
+//           Every instruction between the wait and the store is on the step's critical path, and
+//           fetching it counts as much as running it: norm_gemv_once does before the wait all that
+//           does not need x.
 // Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
 //
 // It is the last rung of the ladder in linear.cu.
@@ -22,8 +26,9 @@
 #define K 768
 #endif
 
-constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/linear.py, like the next two
+constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/product.py, like the next three
 constexpr int ROWS = 2;
+constexpr int ROWS_ONCE = 3;  // of norm_gemv_once
 constexpr int SPLIT = K > 2048 ? 4 : 1;
 constexpr int GROUPS = WARPS / SPLIT;  // groups of warps that share outputs
 
@@ -46,10 +51,11 @@ __device__ inline void load_inputs(const T* source, int k0, float (&values)[CHUN
   }
 }
 
+template <int COUNT>
 __device__ inline void load_rows(
-    const elem_t* weight, int first, int k0, int M, Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS]) {
+    const elem_t* weight, int first, int k0, int M, Vec<elem_t, VEC> (&rows)[COUNT][CHUNKS]) {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
+  for (int r = 0; r < COUNT; r++) {
     const elem_t* row = weight + (size_t)min(first + r, M - 1) * K;  // the last may repeat a row
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
@@ -74,23 +80,34 @@ __device__ inline void load_norm(const elem_t* weight,
     }
 }
 
-// x = (x - mean) / sqrt(var + eps), over the registers of one warp.
-__device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
-  float sum = 0.0f;
+// x = x - mean, over the registers of one warp. VEC sums side by side: one after the other, each
+// addition would wait for the one before.
+__device__ inline void centre(float (&x)[CHUNKS][VEC], int k0) {
+  float sums[VEC] = {};
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-    for (int i = 0; i < VEC; i++) sum += x[c][i];
-  float mean = warp_sum(sum) / K;
+    for (int i = 0; i < VEC; i++) sums[i] += x[c][i];
+#pragma unroll
+  for (int half = VEC / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+  float mean = warp_sum(sums[0]) * (1.0f / K);
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int i = 0; i < VEC; i++) x[c][i] = inside(k0, c) ? x[c][i] - mean : 0.0f;
+}
+
+// x = (x - mean) / sqrt(var + eps), likewise.
+__device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
+  centre(x, k0);
   float squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-    for (int i = 0; i < VEC; i++) {
-      x[c][i] = inside(k0, c) ? x[c][i] - mean : 0.0f;
-      squares = fmaf(x[c][i], x[c][i], squares);
-    }
-  float scale = rsqrtf(warp_sum(squares) / K + eps);
+    for (int i = 0; i < VEC; i++) squares = fmaf(x[c][i], x[c][i], squares);
+  float scale = rsqrtf(warp_sum(squares) * (1.0f / K) + eps);
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
@@ -182,12 +199,87 @@ __device__ inline void product(const in_t* x,
   }
 }
 
+// The product after a norm where every warp has its ROWS_ONCE outputs and no more. What does not
+// need x is done before there is one: with d = x - mean,
+//
+//   W layer_norm(x) + bias = (W g) d / sqrt(var + eps) + (W b + bias)      g, b of the norm
+//
+// so that after the wait only the mean stands before the product, and the squares of d are summed
+// beside it.
+template <typename out_t>
+__device__ inline void norm_product(const float* x,
+                                    const elem_t* norm_weight,
+                                    const elem_t* norm_bias,
+                                    const elem_t* weight,
+                                    const out_t* bias,
+                                    out_t* y,
+                                    float eps,
+                                    int activation,
+                                    int M) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int k0 = lane * VEC;
+  int first = (blockIdx.x * WARPS + warp) * ROWS_ONCE;
+  bool writer = lane < ROWS_ONCE && first + lane < M;
+
+  release_dependents();
+  Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS], shift[CHUNKS];
+  load_rows(weight, first, k0, M, rows);
+  load_norm(norm_weight, norm_bias, k0, scale, shift);
+  float own_bias = addend(bias, first + lane, writer);
+  float scaled[ROWS_ONCE][CHUNKS][VEC], shifts[ROWS_ONCE] = {};
+  unsigned known = 0;
+#pragma unroll
+  for (int r = 0; r < ROWS_ONCE; r++)
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      if (inside(k0, c))
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+          float w = to_float(rows[r][c].value[i]);
+          scaled[r][c][i] = w * to_float(scale[c].value[i]);
+          shifts[r] = fmaf(w, to_float(shift[c].value[i]), shifts[r]);
+          known |= __float_as_uint(scaled[r][c][i]);
+        }
+  warp_sums(shifts);
+#pragma unroll
+  for (int r = 0; r < ROWS_ONCE; r++) known |= __float_as_uint(shifts[r]);
+  wait_for_inputs();
+
+  float d[CHUNKS][VEC];
+  load_inputs(x + zero_after(known, M), k0, d);
+  centre(d, k0);
+  float sums[ROWS_ONCE + 1] = {};  // the products, and the squares
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+    if (inside(k0, c))
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+#pragma unroll
+        for (int r = 0; r < ROWS_ONCE; r++) sums[r] = fmaf(scaled[r][c][i], d[c][i], sums[r]);
+        sums[ROWS_ONCE] = fmaf(d[c][i], d[c][i], sums[ROWS_ONCE]);
+      }
+  warp_sums(sums);
+  float own = 0.0f, own_shift = 0.0f;
+#pragma unroll
+  for (int r = 0; r < ROWS_ONCE; r++)
+    if (lane == r) own = sums[r], own_shift = shifts[r];
+  float result = fmaf(own, rsqrtf(sums[ROWS_ONCE] * (1.0f / K) + eps), own_shift + own_bias);
+  if (writer) y[first + lane] = from_float<out_t>(activate(result, activation));
+}
+
 #define NORM_GEMV_ENTRY(name, out_t)                                                              \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
       name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
            const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
     product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,         \
                   activation, M);                                                                 \
+  }
+
+#define NORM_GEMV_ONCE_ENTRY(name, out_t)                                                         \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
+           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
+    norm_product(x, norm_weight, norm_bias, weight, bias, y, eps, activation, M);                 \
   }
 
 #define GEMV_ADD_ENTRY(name, out_t)                                                              \
@@ -203,4 +295,8 @@ GEMV_ADD_ENTRY(gemv_add_f32, float)
 #if K <= 2048  // a norm needs the whole row in one warp
 NORM_GEMV_ENTRY(norm_gemv, elem_t)
 NORM_GEMV_ENTRY(norm_gemv_f32, float)
+#endif
+#if K <= 1024  // the weights lie in registers as floats
+NORM_GEMV_ONCE_ENTRY(norm_gemv_once, elem_t)
+NORM_GEMV_ONCE_ENTRY(norm_gemv_once_f32, float)
 #endif

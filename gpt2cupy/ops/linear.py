@@ -18,11 +18,11 @@ from .product import (
     GEMV_ADD,
     GEMV_SCALAR,
     LONGEST_NORM,
-    NORM_GEMV,
     SKINNY_ADD,
     THREADS,
     fused_block,
     launch_fused,
+    launch_norm_gemv,
     launch_rows,
     takes_rows,
 )
@@ -134,7 +134,7 @@ def norm_linear(
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    launch_fused(NORM_GEMV[out.dtype == np.float32], fused, weight, args)
+    launch_norm_gemv(fused, weight, args, wide=out.dtype == np.float32)
     return out
 
 

@@ -18,6 +18,7 @@ _SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
 _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 LONGEST_NORM = 2048  # longest row that the kernels normalise
+_LONGEST_ONCE, _ONCE_OUTPUTS = 1024, 12  # of norm_gemv_once: longest row, WARPS * ROWS_ONCE there
 _LONGEST = 8192  # longest row that fits their registers
 
 
@@ -39,6 +40,7 @@ _NORM_GEMV = (
 )
 GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
+NORM_GEMV_ONCE = _entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
@@ -83,6 +85,18 @@ def launch_fused(
     m, k = weight.shape
     blocks = min(-(-m // outputs), sm_count() * _BLOCKS_PER_SM)
     launch(kernel, (blocks,), (warps * _WARP,), args, elem=weight.dtype, inner=k)
+
+
+def launch_norm_gemv(
+    fused: tuple[int, int], weight: Array, args: tuple[Any, ...], *, wide: bool
+) -> None:
+    """A norm and the product of its one row; ``wide`` says that the output is float32."""
+    once = _ONCE_OUTPUTS, fused[1]
+    most = sm_count() * _BLOCKS_PER_SM * _ONCE_OUTPUTS
+    if weight.shape[1] <= _LONGEST_ONCE and len(weight) <= most:
+        launch_fused(NORM_GEMV_ONCE[wide], once, weight, args)
+    else:
+        launch_fused(NORM_GEMV[wide], fused, weight, args)
 
 
 def takes_rows(rows: int, weight: Array, backend: str) -> bool:
