@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import batch_tables
 import profile_tables
 import validate_tables
 from layout import Record, device, left_out, number, rate, source_line, spread, table
@@ -234,6 +235,8 @@ def peers(entry: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
     "decode-sizes": ("decode-sizes", decode_sizes),
+    "batches": ("batches", batch_tables.batches),
+    "contexts": ("batches", batch_tables.contexts),
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
     "gpu-tests": ("gpu-tests", gpu_tests),
