@@ -86,6 +86,29 @@ def startup(entry: Record) -> str:
     return table(header, rows) + source_line(entry, note)
 
 
+def soak(entry: Record) -> str:
+    results = entry["results"]
+    first, last = results["rows"][0], results["rows"][-1]
+    names = {
+        "host_bytes": "memory of the process, kB", "objects": "Python objects",
+        "threads": "threads", "files": "open files",
+        "pool_used_bytes": "arrays on the GPU, kB", "pool_total_bytes": "CuPy's pool, kB",
+        "device_bytes": "memory in use on the GPU, kB",
+    }  # fmt: skip
+    lines = []
+    for name, by in results["growth"].items():
+        scale = 1024 if name.endswith("bytes") else 1
+        figures = first[name], last[name], by, results["allowed"][name]
+        lines.append([names[name], *(number(figure / scale) for figure in figures)])
+    header = ["what", f"after {first['requests']:,}", f"after {last['requests']:,}"]
+    ways = ", ".join(f"{count:,} {way}" for way, count in results["counts"].items())
+    note = (
+        f"{last['requests']:,} requests of mixed lengths and settings in one process in "
+        f"{results['seconds']:.0f} s ({ways}); model {results['model']}, {results['dtype']}"
+    )
+    return table([*header, "growth", "allowed"], lines) + source_line(entry, note)
+
+
 def gpu_tests(entry: Record) -> str:
     results = entry["results"]
     counts = [results["passed"], len(results["failed"]), len(results["skipped"])]
@@ -239,6 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "contexts": ("batches", batch_tables.contexts),
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
+    "soak": ("soak", soak),
     "gpu-tests": ("gpu-tests", gpu_tests),
     "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_tests),
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_tests),

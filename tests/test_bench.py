@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2cupy import GPT2Config, ops
+from gpt2cupy import GPT2Config, load, ops
 from gpt2cupy.cache import KVCache
 from gpt2cupy.decode import graph
 from gpt2cupy.record import ROOT
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import ablation
 import naive
 import shared
+import soak
 import tables
 import validate_tables
 import validation
@@ -109,7 +110,8 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["decode", "batches", "prefill", "ablation", "peers", "naive", "gemv", "profiling"]
+    "script",
+    ["decode", "batches", "prefill", "ablation", "peers", "naive", "gemv", "profiling", "soak"],
 )
 def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -326,3 +328,40 @@ def test_no_engine_script_is_unused():
         text = Path(ROOT / "bench" / f"{script}.py").read_text()
         used |= {name for name in found if f'"{name}"' in text}
     assert found <= used
+
+
+def test_a_soak_becomes_a_record(tmp_path):
+    out = tmp_path / "record.json"
+    options = ["--device", "cpu", "--requests", "400", "--warmup", "200", "--out", str(out)]
+    done = bench("soak", *options)
+    assert done.returncode == 0 and "nothing grew" in done.stdout, done.stdout + done.stderr
+    entry = json.loads(out.read_text())
+    results = entry["results"]
+    assert results["failed"] == [] and len(results["rows"]) >= 2
+    assert set(results["counts"]) == set(soak.Load.WAYS), "every way was taken"
+    assert sum(results["counts"].values()) == results["rows"][-1]["requests"] >= 400
+    assert widths(tables.soak(entry)) == {6}
+
+
+@pytest.mark.parametrize("name", soak.ALLOWED)
+def test_what_grows_by_more_than_is_allowed_is_named(name):
+    within = dict(soak.ALLOWED)
+    assert soak.too_much(within) == []
+    (said,) = soak.too_much(within | {name: soak.ALLOWED[name] + 1})
+    assert said.startswith(f"{name} grew by ")
+
+
+def test_a_leak_is_found(tmp_path, monkeypatch):
+    """A few objects that each request leaves behind."""
+    shared.write_checkpoint(tmp_path, shared.TINY, "float32")
+    kept, score = [], soak.Load.score
+
+    def leaking(self):
+        kept.extend([[] for _ in range(2000)])
+        return score(self)
+
+    monkeypatch.setattr(soak.Load, "score", leaking)
+    with load(str(tmp_path), device="cpu") as lm:
+        found = soak.soak(lm, 300, 100, gpu=False)
+    assert found["growth"]["objects"] >= 2000
+    assert "objects grew by" in " ".join(found["failed"])
