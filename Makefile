@@ -111,6 +111,7 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/gemv.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
+	$(BIN)/python bench/soak.py
 	$(BIN)/python bench/report.py --draw
 
 lint: $(VENV)/lint ## Check with ruff, mypy and clang-format

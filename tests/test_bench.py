@@ -109,10 +109,10 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["decode", "batches", "prefill", "ablation", "peers", "naive", "gemv", "profiling", "soak"],
-)
+ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak"
+
+
+@pytest.mark.parametrize("script", ON_A_GPU.split())
 def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, ROOT / "bench" / f"{script}.py", "--out", tmp_path / "record.json"]
