@@ -84,8 +84,11 @@ class Load:
         self.context, self.vocab = lm.config.n_positions, lm.config.vocab_size
         self.engine = Engine(lm.model, SLOTS // 2)
 
-    def meet_every_bucket(self) -> None:
-        """Run prompts of each length that has a graph of its own: later it would be growth."""
+    def meet_every_length(self) -> None:
+        """Run each length that has a graph, or products remembered, of its own.
+
+        Later it would be growth, though one that ends.
+        """
         once = SamplingParams(max_new_tokens=1)
         self.lm.generate([[0]] * SLOTS, once, max_batch=SLOTS)  # the largest engine there will be
         for rows in BUCKETS:
@@ -98,6 +101,8 @@ class Load:
             if parts <= self.engine.slots:
                 ids = (np.array(prompt, np.int32) for prompt in prompts)
                 list(self.engine.run([Request(key, each, once) for key, each in enumerate(ids)]))
+        for length in range(1, self.context + 1):
+            self.lm.score([0] * length)
 
     def send(self, requests: int) -> None:
         """Send at least that many."""
@@ -225,7 +230,7 @@ def too_much(growth: dict[str, int]) -> list[str]:
 def soak(lm: LanguageModel, requests: int, every: int, gpu: bool) -> dict[str, Any]:
     """Send requests, counting what is held after each ``every`` of them."""
     work, rows = Load(lm), []
-    work.meet_every_bucket()
+    work.meet_every_length()
     start = time.perf_counter()
     while not rows or rows[-1]["requests"] < requests:
         work.send(min(every, requests - (rows[-1]["requests"] if rows else 0)))
