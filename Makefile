@@ -48,6 +48,10 @@ $(VENV)/fuzz: $(VENV)/base
 	-$(PIP) --only-binary :all: 'atheris>=3'
 	@touch $@
 
+$(VENV)/bench: $(VENV)/test
+	$(PIP) -e '.[bench]'
+	@touch $@
+
 $(VENV)/docs: $(VENV)/base
 	$(PIP) -e '.[docs]'
 	@touch $@
@@ -97,8 +101,9 @@ sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
 	    tests/test_ops.py tests/test_sampling_ops.py -k "$(SANITIZED)" || exit 1; done
 
-bench: $(VENV)/test ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
+bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/batches.py
 	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1 \
 	  --gemv ours --out bench/results/decode-sizes.json
 	$(BIN)/python bench/prefill.py
@@ -106,7 +111,8 @@ bench: $(VENV)/test ## On a GPU: run the benchmarks of ours and rewrite the docu
 	$(BIN)/python bench/gemv.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/report.py --draw
 
 lint: $(VENV)/lint ## Check with ruff, mypy and clang-format
 	$(BIN)/ruff check .

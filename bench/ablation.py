@@ -35,8 +35,9 @@ from shared import (
 
 from gpt2cupy import GPT2, SamplingParams, decode, ops
 from gpt2cupy.decode import graph
-from gpt2cupy.engine import Engine, Request
+from gpt2cupy.engine import Engine
 from gpt2cupy.loading import resolve_device
+from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing
 
 PROMPT = 32

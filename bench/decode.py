@@ -37,7 +37,8 @@ from shared import (
 )
 
 from gpt2cupy import GPT2, SamplingParams
-from gpt2cupy.engine import Engine, Request
+from gpt2cupy.engine import Engine
+from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing, times
 
 IN_A_ROW = 8  # steps between two events: the GPU then waits for Python only if it must

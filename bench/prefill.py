@@ -29,7 +29,8 @@ from shared import (
 
 from gpt2cupy import GPT2, SamplingParams
 from gpt2cupy.decode.eager import choose
-from gpt2cupy.engine import Engine, Request
+from gpt2cupy.engine import Engine
+from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing, times
 
 

@@ -1,7 +1,8 @@
-"""Tables of the documents, made from the records in bench/results.
+"""Tables and pictures of the documents, made from the records in bench/results.
 
     python bench/report.py               rewrite the tables of README.md and docs/*.md
-    python bench/report.py --check       exit 1 if a document differs from its records
+    python bench/report.py --draw        and draw the pictures anew (extra bench: matplotlib)
+    python bench/report.py --check       exit 1 if a document or a picture differs from its records
     python bench/report.py --records     one line per record: current, stale, cut off or missing
     python bench/report.py --records --strict    and exit 1 unless all are current
     python bench/report.py --compare A.json B.json    what changed beyond the noise
@@ -16,18 +17,27 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from batch_tables import goals
 from compare import compared
 from layout import Record, device
+from pictures import PICTURES
 from tables import TABLES
 
 from gpt2cupy import record
+from gpt2cupy.errors import Gpt2CupyError
 
 ROOT = record.ROOT
+# Name of a table of several records -> (the one it cannot do without, how).
+JOINED: dict[str, tuple[str, Callable[[dict[str, Record]], str]]] = {
+    name: (each.needs, each.block) for name, each in PICTURES.items()
+} | {"goals": ("batches", goals)}
+SOURCES = {name: source for name, (source, _) in (TABLES | JOINED).items()}
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,13 +55,14 @@ def updated(text: str, found: dict[str, Record], where: str) -> tuple[str, list[
 
     def fill(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        if name not in TABLES:
-            sys.exit(f"{where}: there is no table {name!r}; tables: {', '.join(TABLES)}")
-        source, make = TABLES[name]
-        if source not in found:
+        if name not in SOURCES:
+            sys.exit(f"{where}: there is no table {name!r}; tables: {', '.join(SOURCES)}")
+        if (source := SOURCES[name]) not in found:
             missing.append(f"{where}: table {name} is left as it is, no {source}.json")
             return match[0]
-        return f"{begin}{make(found[source])}{end}"
+        if name in JOINED:
+            return f"{begin}{JOINED[name][1](found)}{end}"
+        return f"{begin}{TABLES[name][1](found[source])}{end}"
 
     return _MARKED.sub(fill, text), missing
 
@@ -73,13 +84,34 @@ def update(root: Path, results: Path, *, check: bool) -> int:
     return differing
 
 
+def marked(root: Path) -> list[tuple[str, str]]:
+    """The tables and pictures of the documents, each with the document it stands in."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in documents(root)}
+    return [(name, where) for where, text in texts.items() for _, name, _ in _MARKED.findall(text)]
+
+
+def update_pictures(root: Path, results: Path, *, draw: bool) -> int:
+    """Draw the pictures, or only say which are not those of their records; returns how many."""
+    found, differing = records(results), 0
+    for picture in (PICTURES[name] for name, _ in marked(root) if name in PICTURES):
+        where = f"docs/{picture.file}"
+        if picture.needs not in found:
+            print(f"{where}: not drawn, no {picture.needs}.json", file=sys.stderr)
+        elif draw:
+            picture.save(root / "docs", found)
+            print(f"{where}: drawn")
+        elif not picture.is_current(root / "docs", found):
+            differing += 1
+            print(f"{where}: differs from its records, draw it by --draw")
+    return differing
+
+
 def promised(root: Path) -> dict[str, list[str]]:
     """The records that the documents' tables are made from, each with its tables."""
     found: dict[str, list[str]] = {}
-    for path in documents(root):
-        for _, name, _ in _MARKED.findall(path.read_text(encoding="utf-8")):
-            if name in TABLES:
-                found.setdefault(TABLES[name][0], []).append(f"{path.name}: {name}")
+    for name, where in marked(root):
+        if name in SOURCES:
+            found.setdefault(SOURCES[name], []).append(f"{where}: {name}")
     return found
 
 
@@ -105,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--strict", action="store_true", help="with --records: fail unless all are current"
     )
+    parser.add_argument("--draw", action="store_true", help="draw the pictures too")
     parser.add_argument("--check", action="store_true", help="compare, change nothing")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two records")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the documents")
@@ -125,7 +158,13 @@ def main() -> None:
     if args.records:
         failed = list_records(args.root, args.results) and args.strict
     else:
-        failed = update(args.root, args.results, check=args.check) and args.check
+        differing = update(args.root, args.results, check=args.check)
+        try:
+            draw = args.draw and not args.check
+            differing += update_pictures(args.root, args.results, draw=draw)
+        except Gpt2CupyError as error:
+            sys.exit(f"report.py: {error}")
+        failed = differing and args.check
     sys.exit(1 if failed else 0)
 
 

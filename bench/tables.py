@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import batch_tables
 import profile_tables
 import validate_tables
 from layout import Record, device, left_out, number, rate, source_line, spread, table
@@ -83,6 +84,29 @@ def startup(entry: Record) -> str:
     header = ["model", "device", "first run, s", "warm, s (p10 to p90)"]
     note = f"From starting a process to its first token; warm is the median of {warm['runs']}"
     return table(header, rows) + source_line(entry, note)
+
+
+def soak(entry: Record) -> str:
+    results = entry["results"]
+    first, last = results["rows"][0], results["rows"][-1]
+    names = {
+        "host_bytes": "memory of the process, kB", "objects": "Python objects",
+        "threads": "threads", "files": "open files",
+        "pool_used_bytes": "arrays on the GPU, kB", "pool_total_bytes": "CuPy's pool, kB",
+        "device_bytes": "memory in use on the GPU, kB",
+    }  # fmt: skip
+    lines = []
+    for name, by in results["growth"].items():
+        scale = 1024 if name.endswith("bytes") else 1
+        figures = first[name], last[name], by, results["allowed"][name]
+        lines.append([names[name], *(number(figure / scale) for figure in figures)])
+    header = ["what", f"after {first['requests']:,}", f"after {last['requests']:,}"]
+    ways = ", ".join(f"{count:,} {way}" for way, count in results["counts"].items())
+    note = (
+        f"{last['requests']:,} requests of mixed lengths and settings in one process in "
+        f"{results['seconds']:.0f} s ({ways}); model {results['model']}, {results['dtype']}"
+    )
+    return table([*header, "growth", "allowed"], lines) + source_line(entry, note)
 
 
 def gpu_tests(entry: Record) -> str:
@@ -234,8 +258,11 @@ def peers(entry: Record) -> str:
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
     "decode-sizes": ("decode-sizes", decode_sizes),
+    "batches": ("batches", batch_tables.batches),
+    "contexts": ("batches", batch_tables.contexts),
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
+    "soak": ("soak", soak),
     "gpu-tests": ("gpu-tests", gpu_tests),
     "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_tests),
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_tests),

@@ -3,7 +3,7 @@
 // Compile-time macros, set by gpt2cupy/ops/compiler.py:
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
-//   K      inner size of the product (norm_gemv and norm_skinny)
+//   K      inner size of the product (norm_gemv and skinny)
 //
 // Letters: B rows, T tokens, C channels, NH heads, HS head size, V vocabulary, L layers.
 #pragma once

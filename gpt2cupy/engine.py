@@ -11,7 +11,6 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,57 +21,10 @@ from .decode.eager import choose
 from .errors import BusyError
 from .model import GPT2
 from .ops.device import memory_error
+from .request import Request, Token
 from .sampling import SamplingParams
 
 PREFILL_ROWS = 1024  # prompt tokens run at once; longer prompts come in pieces
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to continue.
-
-    Attributes
-    ----------
-    key : hashable
-        Whatever the caller recognises it by.
-    prompt : numpy.ndarray of int32 [T]
-        At least one token.
-    params : SamplingParams
-    index : int
-        Which of ``params.n`` continuations.
-    eos : int
-        Token that ends it, or -1.
-    """
-
-    key: Any
-    prompt: np.ndarray
-    params: SamplingParams
-    index: int = 0
-    eos: int = -1
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a request as it leaves the engine.
-
-    Attributes
-    ----------
-    key : hashable
-        The request's.
-    id : int
-    logprob : float
-        Under the raw logits.
-    finish_reason : str or None
-        "eos" (``id`` is the end token), "length", or None while it goes on.
-    top : list of (int, float)
-        The most probable tokens, where ``logprobs`` asks for them.
-    """
-
-    key: Any
-    id: int
-    logprob: float
-    finish_reason: str | None
-    top: list[tuple[int, float]]
 
 
 class _Sequence:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Engine, Request, Token
+from .engine import Engine
 from .errors import ClosedError
 from .model import GPT2
 from .ops.device import device_errors
+from .request import Request, Token
 from .turns import Turns
 
 

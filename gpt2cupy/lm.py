@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from . import loading, prompts, scoring
-from .engine import Request
 from .errors import InputError
 from .held import HeldModel
 from .ids import check_tokens
 from .model import GPT2
+from .request import Request
 from .sampling import SamplingParams
 from .text import Collected, Completion, GrowingText, Piece, Score
 from .tokenizer import Tokenizer

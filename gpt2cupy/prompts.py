@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from .config import GPT2Config
-from .engine import Request
 from .errors import InputError
 from .ids import check_tokens
+from .request import Request
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 

@@ -93,8 +93,10 @@ class SamplingParams:
         self._require(limit is None or _is_int(limit, 0), "max_new_tokens", "0 or more, or None")
         self._require(_is_int(self.min_new_tokens, 0), "min_new_tokens", "an integer, 0 or more")
         if limit is not None and self.min_new_tokens > limit:
+            default = ", its default" if limit == SamplingParams.max_new_tokens else ""
             raise InputError(
-                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={limit}",
+                f"min_new_tokens={self.min_new_tokens} is more than "
+                f"max_new_tokens={limit}{default}",
                 where="SamplingParams",
                 remedy="Raise max_new_tokens or lower min_new_tokens.",
             )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .engine import Request, Token
 from .errors import TokenizerError
+from .request import Request, Token
 from .tokenizer import Tokenizer
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("ops.blas", "ops"),
     ("workspace", "sampling", "model"),
     ("checkpoint", "decode"),
-    ("loading", "engine", "record"),
+    ("loading", "request", "engine", "record"),
     ("text", "prompts", "scoring", "held", "lm"),
     ("occupancy", "info", "kernel_report", "profile", "validate", "cli", "__main__"),
 )

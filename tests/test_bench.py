@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2cupy import GPT2Config, ops
+from gpt2cupy import GPT2Config, load, ops
 from gpt2cupy.cache import KVCache
 from gpt2cupy.decode import graph
 from gpt2cupy.record import ROOT
@@ -24,12 +24,14 @@ sys.path.insert(0, str(ROOT / "bench"))
 import ablation
 import naive
 import shared
+import soak
 import tables
 import validate_tables
 import validation
 
 RUNS = {
     "decode": "--dtype float32 --batch 1,2 --context 16,100 --runs 2 --tokens 6",
+    "batches": "--dtype float32 --batch 1,2 --at 60 --large 3x90 --context 1,100 --runs 2",
     "prefill": "--dtype float32 --tokens 8,64 --runs 2",
     "ablation": "--dtype float32 --batch 1,2 --tokens 6 --runs 2",
     "startup": "--dtype float32 --runs 1",
@@ -62,11 +64,11 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
         row["model"] = "124M"  # what the tables of the documents show
     sources = {script, "decode-sizes"} if script == "decode" else {script}
     made = [make(entry) for source, make in tables.TABLES.values() if source in sources]
-    assert len(made) == len(sources) and all(len(widths(text)) == 1 for text in made)
+    assert len(made) >= len(sources) and all(len(widths(text)) == 1 for text in made)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("script", ["decode", "prefill", "ablation", "gemv"])
+@pytest.mark.parametrize("script", ["decode", "batches", "prefill", "ablation", "gemv"])
 def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
     out = tmp_path / "record.json"
     options = RUNS.get(script, "--runs 2").replace("--dtype float32", "").split()
@@ -88,6 +90,7 @@ def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
             "unknown switch 'warp-drive'. There are:",
         ),
         ("decode", ["--decode", "eager,telepathy"], "unknown decode path 'telepathy'"),
+        ("batches", ["--decode", "telepathy"], "unknown decode path 'telepathy'"),
         ("decode", ["--dtype", "int3"], "unknown dtype 'int3'. There are: float16, bfloat16"),
         ("prefill", ["--model", "7B"], "7B"),
         ("gemv", [], "Run it on a GPU"),
@@ -106,9 +109,10 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "script", ["decode", "prefill", "ablation", "peers", "naive", "gemv", "profiling"]
-)
+ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak"
+
+
+@pytest.mark.parametrize("script", ON_A_GPU.split())
 def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, ROOT / "bench" / f"{script}.py", "--out", tmp_path / "record.json"]
@@ -324,3 +328,40 @@ def test_no_engine_script_is_unused():
         text = Path(ROOT / "bench" / f"{script}.py").read_text()
         used |= {name for name in found if f'"{name}"' in text}
     assert found <= used
+
+
+def test_a_soak_becomes_a_record(tmp_path):
+    out = tmp_path / "record.json"
+    options = ["--device", "cpu", "--requests", "400", "--warmup", "200", "--out", str(out)]
+    done = bench("soak", *options)
+    assert done.returncode == 0 and "nothing grew" in done.stdout, done.stdout + done.stderr
+    entry = json.loads(out.read_text())
+    results = entry["results"]
+    assert results["failed"] == [] and len(results["rows"]) >= 2
+    assert set(results["counts"]) == set(soak.Load.WAYS), "every way was taken"
+    assert sum(results["counts"].values()) == results["rows"][-1]["requests"] >= 400
+    assert widths(tables.soak(entry)) == {6}
+
+
+@pytest.mark.parametrize("name", soak.ALLOWED)
+def test_what_grows_by_more_than_is_allowed_is_named(name):
+    within = dict(soak.ALLOWED)
+    assert soak.too_much(within) == []
+    (said,) = soak.too_much(within | {name: soak.ALLOWED[name] + 1})
+    assert said.startswith(f"{name} grew by ")
+
+
+def test_a_leak_is_found(tmp_path, monkeypatch):
+    """A few objects that each request leaves behind."""
+    shared.write_checkpoint(tmp_path, shared.TINY, "float32")
+    kept, score = [], soak.Load.score
+
+    def leaking(self):
+        kept.extend([[] for _ in range(2000)])
+        return score(self)
+
+    monkeypatch.setattr(soak.Load, "score", leaking)
+    with load(str(tmp_path), device="cpu") as lm:
+        found = soak.soak(lm, 300, 100, gpu=False)
+    assert found["growth"]["objects"] >= 2000
+    assert "objects grew by" in " ".join(found["failed"])

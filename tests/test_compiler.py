@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -285,10 +286,34 @@ def test_a_source_that_does_not_compile_says_where_and_leaves_nothing(cache, sou
 
 
 def test_an_unknown_architecture_names_the_remedy(cache):
-    with pytest.raises(CompileError, match=r"NVRTC \d+\.\d+") as caught:
+    version = ".".join(map(str, compiler.nvrtc_version()))
+    with pytest.raises(CompileError, match=f"NVRTC {version} cannot") as caught:
         compiler.cubin("embedding.cu", HALF, "sm_12345")
-    assert "sm_12345" in caught.value.what and "NVRTC 12.8" in caught.value.remedy
+    assert "sm_12345" in caught.value.what and "If sm_12345 is a newer chip" in caught.value.remedy
+    assert "gpt2cupy[cuda13]" in caught.value.remedy and " sm_90," in caught.value.remedy
     assert isinstance(caught.value, DeviceError)
+
+
+@pytest.mark.parametrize(
+    "arch, says",
+    [
+        ("sm_120", "sm_120 needs NVRTC 12.8 or newer: install gpt2cupy[cuda13], or gpt2cupy[cuda1"),
+        ("sm_121", "sm_121 needs NVRTC 12.9 or newer"),
+        ("sm_110", "sm_110 needs NVRTC 13.0 or newer: install gpt2cupy[cuda13], with"),
+        ("sm_90", "another option is wrong"),
+        ("compute_75", "another option is wrong"),
+    ],
+)
+def test_an_nvrtc_older_than_the_chip_names_the_version_that_knows_it(arch, says):
+    older = SimpleNamespace(getSupportedArchs=lambda: (75, 80, 86, 89, 90))
+    assert says in compiler._newer_nvrtc(older, [f"-arch={arch}", "-std=c++17"])
+
+
+def test_the_chips_that_need_a_newer_nvrtc_are_those_of_this_one_and_its_version():
+    known = {f"sm_{number}" for number in compiler.nvrtc().getSupportedArchs()}
+    version = ".".join(map(str, compiler.nvrtc_version()))
+    needed = {arch for arch, since in compiler.NEWER_CHIPS.items() if version >= since}
+    assert needed <= known and known.isdisjoint(compiler.NEWER_CHIPS.keys() - needed)
 
 
 def test_a_missing_nvrtc_names_the_wheel(cache, monkeypatch):

@@ -7,12 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from builders import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gpt2cupy import decode
+from gpt2cupy import GPT2, SamplingParams, decode
 from gpt2cupy.cache import KVCache
-from gpt2cupy.decode import EagerDecoder, GraphDecoder, PromptRunner, graph, prompt
-from gpt2cupy.ops import blas
+from gpt2cupy.decode import DecodeState, EagerDecoder, GraphDecoder, PromptRunner, graph, prompt
+from gpt2cupy.engine import Engine
+from gpt2cupy.ops import blas, reference
 from gpt2cupy.ops.tape import recorded, submit
+from gpt2cupy.request import Request
 from gpt2cupy.workspace import Workspace
 
 DEVICE = SimpleNamespace(zeros=np.zeros, asarray=np.asarray)  # stands for CuPy
@@ -58,6 +62,75 @@ def test_a_step_looks_up_what_to_run_once():
     decoder.step(state, 5)
     decoder.step(state)
     assert decoder.kinds == 2 and len(decoder.ran) == 6
+
+
+def random_requests(rng, count, capacity):
+    """Mixed lengths, so that rows become idle and are given away again at other times."""
+    for key in range(count):
+        prompt = rng.integers(0, TINY.vocab_size, rng.integers(1, capacity))
+        params = SamplingParams(
+            max_new_tokens=int(rng.integers(1, 12)),
+            temperature=float(rng.choice([0.0, 0.9])),
+            repetition_penalty=float(rng.choice([1.0, 1.3])),
+            seed=key,
+            eos_token_id=-1,
+        )
+        yield Request(key, prompt.astype(np.int32), params)
+
+
+def each_row_alone(x, weight):
+    return np.stack([weight @ row for row in x])
+
+
+def rows_of_steps(patch):
+    """A list to which each step of a model adds how many rows it computes."""
+    rows, decode_rows = [], GPT2.decode
+
+    def counted(self, ids, *rest):
+        rows.append(len(ids))
+        return decode_rows(self, ids, *rest)
+
+    patch.setattr(GPT2, "decode", counted)
+    return rows
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.integers(2, 5))
+def test_leaving_idle_rows_out_changes_no_bit_of_the_others(seed, slots):
+    """Where the product of a row does not depend on how many there are, as BLAS's may."""
+    model, found = GPT2.random(TINY, 1, device="cpu"), []
+    step_used_rows = EagerDecoder._step_used_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_product", each_row_alone)
+        rows = rows_of_steps(patch)
+        for way in (EagerDecoder._step, step_used_rows):
+            patch.setattr(EagerDecoder, "_step_used_rows", way)
+            rows.clear()
+            # A capacity below n_positions: idle rows that were left running stay in the table.
+            engine = Engine(model, slots, 24)
+            requests = list(random_requests(np.random.default_rng(seed), 2 * slots, 24))
+            found.append([(t.key, t.id, t.logprob) for t in engine.run(requests)])
+            if way is step_used_rows:
+                assert 2 <= min(rows) <= max(rows) <= slots
+    assert found[0] == found[1]
+
+
+def test_a_row_idle_for_longer_than_the_context_stops_nothing(monkeypatch):
+    rows = rows_of_steps(monkeypatch)
+    engine = Engine(GPT2.random(TINY, 0, device="cpu"), 3)
+    length = TINY.n_positions
+    prompts = np.arange(length - 2, dtype=np.int32), np.arange(2, dtype=np.int32)
+    params = SamplingParams(max_new_tokens=None, eos_token_id=-1)
+    tokens = list(engine.run(Request(i, prompt, params) for i, prompt in enumerate(prompts)))
+    assert [sum(t.key == i for t in tokens) for i in range(2)] == [3, length - 1]
+    assert set(rows) == {2}, "neither the third row nor, later, the first"
+
+
+def test_a_step_of_idle_rows_alone_is_counted_and_nothing_else():
+    state = DecodeState(model := GPT2.random(TINY, 0, device="cpu"), model.new_cache(2), 2)
+    decode.decoder(model).step(state, 3)
+    assert state.steps.tolist() == [3, 3] and state.positions.tolist() == [0, 0]
+    assert not state.logits.any()
 
 
 def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):

@@ -9,8 +9,9 @@ import pytest
 from builders import TINY, write_checkpoint
 
 from gpt2cupy import GPT2, SamplingParams
-from gpt2cupy.engine import Engine, Request
+from gpt2cupy.engine import Engine
 from gpt2cupy.ops.reference_sampling import token_logprobs
+from gpt2cupy.request import Request
 from gpt2cupy.weights import Weights
 
 PROMPT = np.array([5, 9, 5, 30], np.int32)

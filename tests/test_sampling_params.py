@@ -77,8 +77,14 @@ def test_more_tokens_at_least_than_at_most_names_both(least, most):
         SamplingParams(min_new_tokens=least, max_new_tokens=most)
     for name, value in (("min_new_tokens", least), ("max_new_tokens", most)):
         assert f"{name}={value}" in caught.value.what and name in caught.value.remedy
+    assert ("its default" in caught.value.what) == (most == 64)
     SamplingParams(min_new_tokens=most, max_new_tokens=most)
     SamplingParams(min_new_tokens=least, max_new_tokens=None)
+
+
+def test_a_limit_that_was_not_given_is_called_the_default():
+    with pytest.raises(InputError, match=r"=100 is more than max_new_tokens=64, its default "):
+        SamplingParams(min_new_tokens=100)
 
 
 @pytest.mark.parametrize("given, kept", [("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])

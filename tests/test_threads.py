@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from builders import TINY, model_on
 
 from gpt2cupy import SamplingParams
-from gpt2cupy.engine import Engine, Request
+from gpt2cupy.engine import Engine
 from gpt2cupy.errors import BusyError
 from gpt2cupy.ops import blas
+from gpt2cupy.request import Request
 from gpt2cupy.weights import Weights
 
 THREADS = 4
@@ -160,7 +163,7 @@ def current(machine, monkeypatch):
 
 
 def test_another_stream_waits_for_the_one_before(current):
-    streams = one, other = Stream(1), Stream(2)
+    streams = one, other = Stream(1), Stream(3)
     for turn, waits in ((one, [0, 0]), (one, [0, 0]), (other, [1, 0]), (one, [1, 1])):
         current.stream = turn
         with blas.workspace():
@@ -169,6 +172,53 @@ def test_another_stream_waits_for_the_one_before(current):
     current.stream = Stream(1)
     with blas.workspace():
         assert one.waits == 1
+
+
+class Event:
+    """Notes who waited for it, and after which stream's work it comes."""
+
+    made: ClassVar[list[Event]] = []
+
+    def __init__(self, **options):
+        self.stream, self.waits = None, 0
+        self.made.append(self)
+
+    def record(self, stream):
+        self.stream = stream
+
+    def synchronize(self):
+        self.waits += 1
+
+
+def test_threads_with_a_default_stream_each_wait_for_each_other(current, monkeypatch):
+    """CuPy's per-thread default streams have one number, which names the caller's own."""
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "Event", Event, raising=False)
+    monkeypatch.setattr(Event, "made", [])
+    mine = current.stream = Stream(2)
+
+    def turn(depth=1):
+        with contextlib.ExitStack() as stack:
+            for _ in range(depth):
+                stack.enter_context(blas.workspace())
+
+    turn(), turn()
+    assert [event.waits for event in Event.made] == [0, 0], "of one thread they run in order"
+    theirs = current.stream = Stream(2)
+    for waits in (
+        [0, 1, 0],
+        [0, 1, 1, 0],
+    ):  # the second thread may get the number of the first, which has ended
+        thread = threading.Thread(target=turn, args=(2,))
+        thread.start()
+        thread.join(WAIT)
+        assert [event.waits for event in Event.made] == waits
+    current.stream = Stream(5)
+    turn()
+    assert [event.waits for event in Event.made] == [0, 1, 1, 1]
+    assert [event.stream for event in Event.made] == [mine, mine, theirs, theirs]
+    assert mine.waits == theirs.waits == 0, "the number would have named the waiting thread's own"
+    turn()
+    assert len(Event.made) == 4, "other streams need no event"
 
 
 def test_gpus_do_not_wait_for_each_other(current):

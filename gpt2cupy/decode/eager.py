@@ -38,7 +38,7 @@ class EagerDecoder:
         """Queue ``n`` steps: feed every row its token and choose the next."""
         if state.xp is np:
             for _ in range(n):
-                self._step(state)
+                self._step_used_rows(state)
             return
         run = self._run_of(state)
         for _ in range(n):
@@ -74,6 +74,29 @@ class EagerDecoder:
             state.ids, state.positions, state.slots, state.cache, state.work, state.logits
         )
         choose(state, state.logits, state.rows)
+
+    def _step_used_rows(self, state: DecodeState) -> None:
+        """The step on NumPy, where idle rows cost as much as others and can be left out."""
+        used = np.flatnonzero(state.slots >= 0).astype(np.int32)
+        if len(used) == state.batch:
+            self._step(state)
+            return
+        state.steps[state.slots < 0] += 1  # as on the GPU, where each row makes every step
+        if not len(used):
+            return
+        # BLAS sums a product of one row in another order than one of several: a single row is
+        # run twice, so that its bits do not depend on whether it has neighbours.
+        rows = np.resize(used, max(len(used), 2))
+        logits = self.model.decode(
+            state.ids[rows],
+            state.positions[rows],
+            state.slots[rows],
+            state.cache,
+            state.work.first(len(rows)),
+            state.scratch[: len(rows)],
+        )
+        state.logits[rows] = logits
+        choose(state, logits[: len(used)], used)
 
 
 def choose(state: DecodeState, logits: Any, rows: Any) -> None:

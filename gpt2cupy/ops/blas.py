@@ -58,6 +58,10 @@ def _device(device: int) -> _Device:
     return _Device()
 
 
+# cudaStreamPerThread: one number, and for each thread a stream of its own.
+_PER_THREAD = 2
+
+
 class _Turns:
     """Who may queue work on one GPU that uses the workspace, and the stream it was queued on last.
 
@@ -67,7 +71,8 @@ class _Turns:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._depth = 0
-        self._stream: Any = None
+        self._stream: Any = None  # the last one as (number, its thread if it is a thread's own)
+        self._queued: Any = None  # what waits for the work queued on it
 
     def __enter__(self) -> None:
         import cupy
@@ -75,19 +80,31 @@ class _Turns:
         self._lock.acquire()
         try:
             if self._depth == 0:
-                stream = cupy.cuda.get_current_stream()
-                before, self._stream = self._stream, stream
+                current = cupy.cuda.get_current_stream()
+                thread = threading.current_thread() if current.ptr == _PER_THREAD else None
+                stream = current.ptr, thread
+                queued, before = self._queued, self._stream
+                self._queued, self._stream = current, stream
                 # What is queued on one stream runs in order anyway.
-                if before is not None and before.ptr != stream.ptr:
-                    before.synchronize()
+                if queued is not None and before != stream:
+                    queued.synchronize()
         except BaseException:
             self._lock.release()
             raise
         self._depth += 1
 
     def __exit__(self, *exception: object) -> None:
-        self._depth -= 1
-        self._lock.release()
+        try:
+            if self._depth == 1 and self._stream[1]:
+                # Another thread would wait for its own stream by that number, not for this one.
+                import cupy
+
+                done = cupy.cuda.Event(disable_timing=True)
+                done.record(self._queued)
+                self._queued = done
+        finally:
+            self._depth -= 1
+            self._lock.release()
 
 
 _turns: dict[int, _Turns] = {}

@@ -43,6 +43,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "layout.cu": ("ELEM",),
 }
 
+# The first NVRTC to know them, for chips newer than the oldest NVRTC that CuPy loads.
+NEWER_CHIPS = {
+    "sm_100": "12.8", "sm_120": "12.8", "sm_103": "12.9", "sm_121": "12.9", "sm_88": "13.0",
+    "sm_110": "13.0",
+}  # fmt: skip
+
 # Tensor cores multiply halves.
 HALF_ONLY = ("skinny.cu", "linear_rows.cu", "attention_prefill_mma.cu")
 
@@ -219,8 +225,7 @@ def compile_source(source: str, options: list[str]) -> bytes:
             raise CompileError(
                 f"NVRTC {version} cannot compile with {' '.join(options)}",
                 where=source,
-                remedy="It is probably too old for this GPU: sm_100 and sm_120 need NVRTC 12.8. "
-                "Install a newer NVRTC wheel (extra cuda12 or cuda13).",
+                remedy=_newer_nvrtc(binding, options),
             ) from error
         raise CompileError(
             f"NVRTC refused the source:\n{log}",
@@ -230,6 +235,22 @@ def compile_source(source: str, options: list[str]) -> bytes:
         ) from error
     finally:
         binding.destroyProgram(program)
+
+
+def _newer_nvrtc(binding: Any, options: list[str]) -> str:
+    """What to do about an NVRTC that refuses the options."""
+    known = [f"sm_{number}" for number in binding.getSupportedArchs()]
+    arch = next((o.removeprefix("-arch=") for o in options if o.startswith("-arch=")), "")
+    # Code for a chip of which only the PTX is kept is asked for by another name.
+    if arch.replace("compute_", "sm_") in known:
+        return "It knows this chip, so another option is wrong: report this with the message."
+    extras = "gpt2cupy[cuda13], or gpt2cupy[cuda12] where the driver is of CUDA 12"
+    if since := NEWER_CHIPS.get(arch):
+        wheel = "gpt2cupy[cuda13]" if since >= "13" else extras
+        need = f"{arch} needs NVRTC {since} or newer: install {wheel}, with pip's --upgrade."
+    else:
+        need = f"If {arch} is a newer chip, install {extras}, with pip's --upgrade."
+    return f"{need} The one that was found knows {', '.join(known)}."
 
 
 def _encoded(texts: Iterable[str]) -> tuple[bytes, ...]:
