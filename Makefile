@@ -104,6 +104,7 @@ bench: $(VENV)/test ## On a GPU: run the benchmarks of ours and rewrite the docu
 	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/gemv.py
+	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/report.py

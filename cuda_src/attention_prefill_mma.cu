@@ -246,8 +246,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
       for (int d = 0; d < HS / 8; d++)
 #pragma unroll
         for (int i = half * 2; i < half * 2 + 2; i++)
-          output[d][i] =
-              fmaf(output[d][i], factors[0], handed[4 + d * 4 + i][thread] * factors[1]);
+          output[d][i] = fmaf(output[d][i], factors[0], handed[4 + d * 4 + i][thread] * factors[1]);
     }
   } else if (group > 0) {
     return;

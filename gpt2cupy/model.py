@@ -144,9 +144,7 @@ class GPT2:
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            ops.norm_linear(
-                *norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend
-            )
+            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend)
             attend(index, work.qkv, work.attended)
             ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)

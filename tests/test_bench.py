@@ -33,6 +33,7 @@ RUNS = {
     "prefill": "--dtype float32 --tokens 8,64 --runs 2",
     "ablation": "--dtype float32 --batch 1,2 --tokens 6 --runs 2",
     "startup": "--dtype float32 --runs 1",
+    "invariance": "--dtype float32 --batch 1,2 --context 16 --tokens 8,64 --runs 2",
 }
 
 
@@ -66,7 +67,7 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("script", ["decode", "prefill", "ablation", "gemv"])
+@pytest.mark.parametrize("script", ["decode", "prefill", "ablation", "gemv", "invariance"])
 def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
     out = tmp_path / "record.json"
     options = RUNS.get(script, "--runs 2").replace("--dtype float32", "").split()
@@ -107,7 +108,8 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["decode", "prefill", "ablation", "peers", "naive", "gemv", "profiling"]
+    "script",
+    ["decode", "prefill", "ablation", "peers", "naive", "gemv", "profiling", "invariance"],
 )
 def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

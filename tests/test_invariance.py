@@ -162,7 +162,19 @@ def test_a_forward_pass_gives_each_row_the_same_bits(xp, dtype):
 # -- each op -------------------------------------------------------------------------------------
 
 ROWS = 130
-PARTS = [(0, 1), (1, 2), (0, 2), (5, 8), (2, 9), (0, 9), (3, 19), (0, 17), (9, 73), (1, 66), (0, 64)]
+PARTS = [
+    (0, 1),
+    (1, 2),
+    (0, 2),
+    (5, 8),
+    (2, 9),
+    (0, 9),
+    (3, 19),
+    (0, 17),
+    (9, 73),
+    (1, 66),
+    (0, 64),
+]
 
 
 def parts():
@@ -247,9 +259,7 @@ def test_prompt_attention_sums_each_token_alike(xp, dtype, heads, head_size):
             starts, past = np.array([0, before, len(packed)]), np.array([0, begin])
             rows = [xp.asarray(a.astype(np.int32)) for a in (starts, np.array([1, 0]), past)]
             longest = max(before, end - begin)
-            out = ops.attention_prefill(
-                packed, k, v, *rows, longest, 0.125, batch_invariant=True
-            )
+            out = ops.attention_prefill(packed, k, v, *rows, longest, 0.125, batch_invariant=True)
             found.append(host(out)[before:])
         return np.concatenate(found)
 

@@ -103,8 +103,8 @@ def generate(
         n=n,
         logprobs=logprobs,
     )
-    if batch_invariant and gemv is Gemv.cublas:
-        raise typer.BadParameter("--batch-invariant does without --gemv cublas")
+    if batch_invariant and gemv is not None:
+        raise typer.BadParameter("give --gemv or --batch-invariant, not both")
     text = shell.read_text(prompt, file)
 
     from ..decode import decoder

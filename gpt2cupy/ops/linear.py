@@ -191,8 +191,8 @@ def linear(
         launch_invariant(x, weight, out, (x, weight, bias, residual, out, code))
         return out
     if len(x) == 1:
-        options = {"activation": activation, "residual": residual, "backend": backend}
-        return gemv(x, weight, bias, out=out, **options)
+        epilogue: Any = {"activation": activation, "residual": residual}
+        return gemv(x, weight, bias, out=out, backend=backend, **epilogue)
     if (fused := fused_block(len(x), weight, backend)) is not None:
         args = (x, weight, bias, residual, out, code)
         launch_fused(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
