@@ -91,7 +91,7 @@ gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gp
 
 # Cases that meet every kernel in use: under the sanitizer each takes seconds.
 SANITIZED = float16 and (norm_linear or tens_of_rows or attention_decode or attention_prefill) \
-  and (768 or 64) or plain_kernel or test_embedding
+  and (768 or 64) or plain_kernel or test_embedding or float16 and gelu and invariant and 19-99
 sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck and racecheck over the kernels
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from builders import TINY, model_on
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2cupy import GPT2, GPT2Config, SamplingParams, engine, ops
-from gpt2cupy.decode import PromptRunner
+from gpt2cupy.decode import PromptRunner, paths
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.errors import InputError
+from gpt2cupy.ops import attention, product
 from gpt2cupy.weights import Weights
 
 MODELS = {
@@ -63,9 +66,9 @@ def requests(draw, key):
     return Request(key, np.array(ids, np.int32), params)
 
 
-def said(model, slots, wanted, key):
+def said(model, slots, wanted, key, path="auto"):
     """What the engine hands out for one of the requests."""
-    found = [token for token in Engine(model, slots).run(wanted) if token.key == key]
+    found = [t for t in Engine(model, slots, decode=path).run(wanted) if t.key == key]
     return [(t.id, t.logprob, t.finish_reason, t.top) for t in found]
 
 
@@ -73,11 +76,12 @@ def check_neighbours(model, data):
     watched = data.draw(requests("watched"))
     others = [data.draw(requests(i)) for i in range(data.draw(st.integers(0, 6)))]
     place, slots = data.draw(st.integers(0, len(others))), data.draw(st.integers(1, 6))
-    rows = data.draw(st.integers(1, 60))
+    rows, path = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([*paths(model.xp)]))
     alone = said(model, 1, [watched], "watched")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "PREFILL_ROWS", rows)
-        beside = said(model, slots, [*others[:place], watched, *others[place:]], "watched")
+        wanted = [*others[:place], watched, *others[place:]]
+        beside = said(model, slots, wanted, "watched", path)
     assert beside == alone
 
 
@@ -267,6 +271,74 @@ def test_prompt_attention_sums_each_token_alike(xp, dtype, heads, head_size):
     for cuts in ([1], [149], [63], [64], [65, 66], [16, 48, 100], list(range(1, 150, 9))):
         for before in (0, 1, 70):
             np.testing.assert_array_equal(attended(cuts, before), whole, f"{cuts} {before}")
+
+
+# -- which kernels: as launched on chips that are not here ----------------------------------------
+
+CHIPS = {"sm_75": (False, False), "sm_80": (True, False), "sm_90": (True, True)}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched for NumPy's arrays, taken for a GPU's: (entry, grid)."""
+    seen = []
+
+    def launch(kernel, grid, block, args, **options):
+        seen.append((kernel.entry, grid))
+
+    linear = importlib.import_module("gpt2cupy.ops.linear")  # the package has such a function
+    for module in (linear, attention):
+        monkeypatch.setattr(module, "is_device_array", lambda array: True)
+    for module in (product, attention):
+        monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(module, "sm_count", lambda: 132)
+    return seen
+
+
+def pretend(monkeypatch, chip):
+    for module in (product, attention):
+        for name, value in zip(("has_mma", "has_clusters"), CHIPS[chip], strict=True):
+            monkeypatch.setattr(module, name, lambda value=value: value)
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "m", "k", "entry", "blocks"),
+    [
+        ("sm_90", "float16", 2304, 768, "linear_rows_4", (144, 64)),
+        ("sm_90", "float16", 768, 3072, "linear_rows_8", (96, 64)),
+        ("sm_90", "float16", 50304, 768, "linear_rows_1", (786, 64)),
+        ("sm_90", "float16", 96, 99, "linear_fixed", (8, 12)),
+        ("sm_90", "float32", 768, 768, "linear_fixed_f32", (8, 96)),
+        ("sm_80", "float16", 768, 3072, "linear_rows_1", (12, 64)),
+        ("sm_75", "float16", 768, 3072, "linear_fixed", (8, 96)),
+    ],
+)
+def test_any_number_of_rows_has_one_product(
+    launches, monkeypatch, chip, dtype, m, k, entry, blocks
+):
+    pretend(monkeypatch, chip)
+    weight = np.empty((m, k), dtype)
+    for rows in (1, 2, 16, 17, 64, 65, 500):
+        out = np.empty((rows, m), dtype)
+        ops.linear(np.empty((rows, k), dtype), weight, out=out, backend="invariant")
+        if entry.startswith("linear_rows"):
+            grid = blocks[0], -(-rows // blocks[1])
+        else:
+            grid = -(-rows // blocks[0]), blocks[1]
+        assert launches.pop() == (entry, grid) and not launches
+
+
+@pytest.mark.parametrize(("chip", "split"), [("sm_75", 1), ("sm_80", 1), ("sm_90", 2)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_any_number_of_rows_has_one_attention(launches, monkeypatch, chip, split, dtype):
+    pretend(monkeypatch, chip)
+    cache = np.empty((1, 12, 8, 64), dtype)
+    entry = "attention_decode" + (f"_{split}" if split > 1 else "")
+    for rows in (1, 4, 30, 300):
+        at, qkv = np.zeros(rows, np.int32), np.empty((rows, 3 * 768), dtype)
+        out = np.empty((rows, 768), dtype)
+        ops.attention_decode(qkv, cache, cache, at, at, 1.0, out=out, batch_invariant=True)
+        assert launches.pop() == (entry, (12 * split, rows)) and not launches
 
 
 # -- the front door ------------------------------------------------------------------------------
