@@ -95,7 +95,7 @@ gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gp
 
 # Cases that meet every kernel in use: under the sanitizer each takes seconds.
 SANITIZED = float16 and (norm_linear or tens_of_rows or attention_decode or attention_prefill) \
-  and (768 or 64) or plain_kernel or test_embedding
+  and (768 or 64) or plain_kernel or test_embedding or float16 and gelu and invariant and 19-99
 sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck and racecheck over the kernels
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
@@ -109,6 +109,7 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/gemv.py
+	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/soak.py

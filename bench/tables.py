@@ -150,6 +150,24 @@ def prefill(entry: Record) -> str:
     return table(header, rows, 2) + source_line(entry, note)
 
 
+def invariance(entry: Record) -> str:
+    lines = []
+    for row in entry["results"]["rows"]:
+        if "tokens" in row:
+            what = f"prompt of {row['tokens']} tokens"
+        else:
+            what = f"step of {row['batch']} rows, context {row['context']}"
+        ratio = row["invariant"]["median_us"] / row["default"]["median_us"]
+        times = [spread(row[key]) for key in ("default", "invariant")]
+        lines.append([row["model"], row["dtype"], what, *times, number(ratio, 2)])
+    header = ["size", "dtype", "what", "default, µs", "batch-invariant, µs", "ratio"]
+    note = (
+        "Random weights, medians (p10 to p90) of times between events on the device, in captured "
+        "graphs; a prompt's with the choice of its first token" + left_out(entry["results"])
+    )
+    return table(header, lines, 3) + source_line(entry, note)
+
+
 def gemv(entry: Record) -> str:
     lines = []
     for row in entry["results"]["rows"]:
@@ -268,6 +286,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_tests),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),
+    "invariance": ("invariance", invariance),
     "naive": ("naive", naive),
     "ablation": ("ablation", ablation),
     "peers": ("peers", peers),

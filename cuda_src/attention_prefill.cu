@@ -15,6 +15,9 @@
 //           No T x T matrix exists: the softmax is online, as in attention_decode.cu.
 // Source    Dao et al., "FlashAttention", 2022; Milakov, Gimelshein, 2018
 //
+// The order of a query's sums depends on the absolute positions of the keys alone, as in
+// attention_prefill_mma.cu: not on the pieces of its prompt, nor on its place in the tile.
+//
 // The ladder
 //   attention_naive     one warp per query and head, keys one after another: the formula
 //   attention_prefill   tiles in shared memory
@@ -123,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
         tile_sum += weight;
         P[ty * RPT + i][tx + j * SIDE] = weight;
       }
-      sum[i] = sum[i] * old + half_warp_sum(tile_sum);
+      sum[i] = fmaf(sum[i], old, half_warp_sum(tile_sum));
 #pragma unroll
       for (int d = 0; d < DPT; d++) output[i][d] *= old;
     }

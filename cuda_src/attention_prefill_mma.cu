@@ -12,6 +12,9 @@
 //           has two buffers in shared memory, one filled while the other is worked on. Scores come
 //           out of mma in the layout in which the next mma takes its left operand, so the weights
 //           of the softmax never leave the registers.
+// Order     of a query's sums: along the absolute positions of the keys. Where its prompt was cut
+//           into pieces, and where it lies in its tile, does not matter: a tile of which it sees
+//           nothing changes no bit. What the compiler may fuse or not is spelled out for that.
 // Source    Dao, "FlashAttention-2", 2023
 //
 // Needs sm_80 (mma.m16n8k16, cp.async) and a head size that is a multiple of 16.
@@ -151,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 #pragma unroll
     for (int j = 0; j < BC / 8; j++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) scores[j][i] *= factor;
+      for (int i = 0; i < 4; i++) scores[j][i] = __fmul_rn(scores[j][i], factor);
     if (t0 + BC - 1 > seen) {
 #pragma unroll
       for (int j = 0; j < BC / 8; j++)
@@ -173,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
       float common = tile_top == MINUS_INFINITY ? 0.0f : tile_top;
       float old = rescale(top[half], common);
       top[half] = tile_top;
-      sum[half] *= old;
+      sum[half] = __fmul_rn(sum[half], old);
 #pragma unroll
       for (int d = 0; d < HS / 8; d++) {
         output[d][half * 2] *= old;
@@ -226,12 +229,12 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
     for (int half = 0; half < 2; half++) {
       float other = handed[half][thread], common = fmaxf(top[half], other);
       float factors[2] = {rescale(top[half], common), rescale(other, common)};
-      sum[half] = sum[half] * factors[0] + handed[half + 2][thread] * factors[1];
+      sum[half] = fmaf(sum[half], factors[0], handed[half + 2][thread] * factors[1]);
 #pragma unroll
       for (int d = 0; d < HS / 8; d++)
 #pragma unroll
         for (int i = half * 2; i < half * 2 + 2; i++)
-          output[d][i] = output[d][i] * factors[0] + handed[4 + d * 4 + i][thread] * factors[1];
+          output[d][i] = fmaf(output[d][i], factors[0], handed[4 + d * 4 + i][thread] * factors[1]);
     }
   } else if (group > 0) {
     return;

@@ -17,11 +17,15 @@
 // last byte. The library's kernels are as fast once they run, but begin when all before them is
 // over.
 //
-// Needs sm_90 (clusters); older chips take the library's product.
+// With batch_invariant=True it takes any number of rows, and a SPLIT that depends on M and K alone.
+// A row of x is a row of the fragments: a tensor core sums each by itself, in the order of K, and
+// what follows is the same for all rows. So the others, and its place among them, do not matter.
+//
+// Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile.
 #include "activation.cuh"
 #include "mma.cuh"
 
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 800
 
 // The constants up to the ring's are also in gpt2cupy/ops/linear.py.
 constexpr int ROWS = 64;
@@ -283,12 +287,14 @@ __device__ inline void product(const elem_t* x,
   }
 
 LINEAR_ROWS_ENTRY(linear_rows_1, , 1, elem_t)
+LINEAR_ROWS_ENTRY(linear_rows_1_f32, , 1, float)
+#if __CUDA_ARCH__ >= 900
 LINEAR_ROWS_ENTRY(linear_rows_2, CLUSTER(2), 2, elem_t)
 LINEAR_ROWS_ENTRY(linear_rows_4, CLUSTER(4), 4, elem_t)
 LINEAR_ROWS_ENTRY(linear_rows_8, CLUSTER(8), 8, elem_t)
-LINEAR_ROWS_ENTRY(linear_rows_1_f32, , 1, float)
 LINEAR_ROWS_ENTRY(linear_rows_2_f32, CLUSTER(2), 2, float)
 LINEAR_ROWS_ENTRY(linear_rows_4_f32, CLUSTER(4), 4, float)
 LINEAR_ROWS_ENTRY(linear_rows_8_f32, CLUSTER(8), 8, float)
+#endif
 
 #endif

@@ -248,6 +248,7 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     tokenizer: str | Tokenizer | None = None,
+    batch_invariant: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint as a :class:`LanguageModel`.
 
@@ -266,6 +267,9 @@ def load(
         Branch, tag or commit of a hub id.
     tokenizer : str or Tokenizer, optional
         Folder or llm.c tokenizer file; by default the checkpoint's own.
+    batch_invariant : bool
+        Make the bits of what comes out for a prompt the same whatever runs beside it and
+        in however many slots; see docs/batch-invariance.md for what it costs.
 
     Raises
     ------
@@ -278,7 +282,8 @@ def load(
             where="tokenizer",
             remedy="Pass a folder, a file or a Tokenizer.",
         )
-    model, source = loading.load_model(name_or_path, dtype=dtype, device=device, revision=revision)
+    options: Any = {"dtype": dtype, "device": device, "revision": revision}
+    model, source = loading.load_model(name_or_path, **options, batch_invariant=batch_invariant)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
     return LanguageModel(model, tokenizer, source.name)

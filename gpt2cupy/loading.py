@@ -89,7 +89,12 @@ def _dtype_name(dtype: str) -> str:
 
 
 def load_model(
-    name_or_path: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[GPT2, Any]:
     """The model and the checkpoint it came from."""
     # A wrong argument is found before anything is downloaded.
@@ -97,7 +102,8 @@ def load_model(
     _dtype_name(dtype)
     source = checkpoint.open(name_or_path, revision=revision)
     held = resolve_dtype(dtype, source.dtype, kind)
-    return place(source.config, source.tensors(finite=True), held, kind, index), source
+    tensors, options = source.tensors(finite=True), {"batch_invariant": batch_invariant}
+    return place(source.config, tensors, held, kind, index, **options), source
 
 
 def random_model(config: GPT2Config, seed: int, *, dtype: str, device: str) -> GPT2:
@@ -120,10 +126,19 @@ def weight_tensors(config: GPT2Config, weights: Weights) -> Iterator[tuple[str, 
             yield from ((name, layer, array[layer]) for layer in range(config.n_layer))
 
 
-def place(config: GPT2Config, tensors: Any, dtype: np.dtype, kind: str, index: int) -> GPT2:
+def place(
+    config: GPT2Config,
+    tensors: Any,
+    dtype: np.dtype,
+    kind: str,
+    index: int,
+    *,
+    batch_invariant: bool = False,
+) -> GPT2:
     """Weights on their device, converted on arrival, and the model over them."""
     if kind == "cpu":
-        return GPT2(config, Weights.from_tensors(config, tensors, dtype))
+        host = Weights.from_tensors(config, tensors, dtype)
+        return GPT2(config, host, batch_invariant=batch_invariant)
     cupy = cupy_module()
     with cupy.cuda.Device(index), device_errors("the weights"):
         weights = Weights.empty(config, dtype, cupy)
@@ -136,4 +151,4 @@ def place(config: GPT2Config, tensors: Any, dtype: np.dtype, kind: str, index: i
                 target = target[: config.vocab_size]
             uploader.place(array, target)
         cupy.cuda.get_current_stream().synchronize()
-        return GPT2(config, weights)
+        return GPT2(config, weights, batch_invariant=batch_invariant)

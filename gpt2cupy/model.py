@@ -26,7 +26,11 @@ class GPT2:
     config : GPT2Config
     weights : Weights
     gemv : {"ours", "cublas"}
-        Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
+        Who multiplies few rows (up to 64 on sm_90) on the GPU; more go to cuBLAS either way.
+    batch_invariant : bool
+        Whether the bits of a sequence must depend neither on those beside it, nor on the
+        pieces in which its prompt is run: one kernel and one order of sums for any
+        number of rows. Slower.
 
     Attributes
     ----------
@@ -34,14 +38,28 @@ class GPT2:
         How engines made later run a step of this model; "auto" is the fastest.
     """
 
-    def __init__(self, config: GPT2Config, weights: Weights, *, gemv: str = "ours") -> None:
+    def __init__(
+        self,
+        config: GPT2Config,
+        weights: Weights,
+        *,
+        gemv: str = "ours",
+        batch_invariant: bool = False,
+    ) -> None:
         if gemv not in ("ours", "cublas"):
             raise InputError(
                 f"unknown GEMV backend {gemv!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
             )
+        if batch_invariant and gemv == "cublas":
+            raise InputError(
+                "cuBLAS keeps no order of sums that is the same for any number of rows",
+                where="batch_invariant",
+                remedy="Use gemv='ours' with batch_invariant=True.",
+            )
         self.config = config
         self.weights = weights
         self.gemv = gemv
+        self._batch_invariant = batch_invariant
         self.decode_path = "auto"
         if isinstance(weights.wte, np.ndarray):
             self.xp: Any = np
@@ -64,6 +82,7 @@ class GPT2:
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
+        batch_invariant: bool = False,
     ) -> GPT2:
         """Load a checkpoint as a forward pass alone, without tokenizer and engine.
 
@@ -71,7 +90,8 @@ class GPT2:
         """
         from .loading import load_model
 
-        return load_model(name_or_path, dtype=dtype, device=device, revision=revision)[0]
+        options: Any = {"dtype": dtype, "device": device, "revision": revision}
+        return load_model(name_or_path, **options, batch_invariant=batch_invariant)[0]
 
     @classmethod
     def random(
@@ -85,6 +105,16 @@ class GPT2:
     @property
     def dtype(self) -> np.dtype:
         return self.weights.dtype
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Fixed for the life of a model: engines rely on it."""
+        return self._batch_invariant
+
+    @property
+    def backend(self) -> str:
+        """Who multiplies, as :func:`gpt2cupy.ops.linear` takes it."""
+        return "invariant" if self._batch_invariant else self.gemv
 
     def new_cache(self, slots: int = 1, capacity: int | None = None) -> KVCache:
         """A KV cache of this model's shape and dtype on its device."""
@@ -110,32 +140,31 @@ class GPT2:
         work : Workspace
             Of exactly N rows.
         """
-        eps, backend = self.config.layer_norm_epsilon, self.gemv
+        eps, backend = self.config.layer_norm_epsilon, self.backend
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            ops.norm_linear(
-                *norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend,
-            )  # fmt: skip
+            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend)
             attend(index, work.qkv, work.attended)
-            ops.linear(
-                work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend,
-            )  # fmt: skip
+            ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
             ops.norm_linear(
-                *norm, w["fc_w"], w["fc_b"], activation=self.config.activation, h=work.h,
-                out=work.inner, backend=backend,
-            )  # fmt: skip
-            ops.linear(
-                work.inner, w["out_w"], w["out_b"], residual=x, out=x, backend=backend,
-            )  # fmt: skip
+                *norm,
+                w["fc_w"],
+                w["fc_b"],
+                activation=self.config.activation,
+                h=work.h,
+                out=work.inner,
+                backend=backend,
+            )
+            ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, backend=backend)
         return x
 
     def logits(self, x: Array, work: Workspace, out: Array) -> Array:
         """Logits [N, Vp] (float32) of rows of the residual stream."""
         w = self.weights
         norm = (x, w.lnf_w, w.lnf_b, self.config.layer_norm_epsilon)
-        return ops.norm_linear(*norm, w.lm_head, h=work.h, out=out, backend=self.gemv)
+        return ops.norm_linear(*norm, w.lm_head, h=work.h, out=out, backend=self.backend)
 
     def prefill(
         self, tokens: Sequence[np.ndarray], slots: Sequence[int], cache: KVCache, work: Workspace
@@ -190,8 +219,9 @@ class GPT2:
                 states[layer] = work.x
             k, v = cache.layers[layer]
             scale = self.config.attention_scale(layer)
+            rows = packed.starts, packed.slots, packed.past, longest
             ops.attention_prefill(
-                qkv, k, v, packed.starts, packed.slots, packed.past, longest, scale, out=out
+                qkv, k, v, *rows, scale, out=out, batch_invariant=self._batch_invariant
             )
 
         return self.forward(packed.ids, packed.positions, attend, work)
@@ -210,7 +240,9 @@ class GPT2:
         def attend(layer: int, qkv: Array, out: Array) -> None:
             k, v = cache.layers[layer]
             scale = self.config.attention_scale(layer)
-            ops.attention_decode(qkv, k, v, slots, positions, scale, out=out)
+            ops.attention_decode(
+                qkv, k, v, slots, positions, scale, out=out, batch_invariant=self._batch_invariant
+            )
 
         x = self.forward(ids, positions, attend, work)
         return self.logits(x, work, logits)

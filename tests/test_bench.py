@@ -35,6 +35,7 @@ RUNS = {
     "prefill": "--dtype float32 --tokens 8,64 --runs 2",
     "ablation": "--dtype float32 --batch 1,2 --tokens 6 --runs 2",
     "startup": "--dtype float32 --runs 1",
+    "invariance": "--dtype float32 --batch 1,2 --context 16 --tokens 8,64 --runs 2",
 }
 
 
@@ -68,7 +69,7 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("script", ["decode", "batches", "prefill", "ablation", "gemv"])
+@pytest.mark.parametrize("script", ["decode", "batches", "prefill", "ablation", "gemv", "invariance"])
 def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
     out = tmp_path / "record.json"
     options = RUNS.get(script, "--runs 2").replace("--dtype float32", "").split()
@@ -109,7 +110,7 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
     assert not out.exists()
 
 
-ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak"
+ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak invariance"
 
 
 @pytest.mark.parametrize("script", ON_A_GPU.split())

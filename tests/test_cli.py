@@ -79,6 +79,7 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path):
         ("no-such-command",),
         ("generate", "a", "--top-k", "many"),
         ("generate", "a", "--gemv", "theirs"),
+        ("generate", "a", "--gemv", "ours", "--batch-invariant"),
         ("validate", "shakespeare", "--model", "gpt2"),
         ("compile", "--arch", "../../x"),
         ("compile", "--arch", "sm_12345"),

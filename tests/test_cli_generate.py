@@ -182,6 +182,15 @@ def test_a_decode_path_that_is_not_there_is_refused_before_anything_is_written(p
     assert code == 1 and out == "" and path in err
 
 
+def test_a_batch_invariant_continuation_is_what_it_is_alone():
+    arguments = ("generate", "ROMEO:", *CPU, "--json", "--max-new-tokens", "12", "--logprobs", "3")
+    drawn = (*arguments, "--batch-invariant", "--temperature", "1", "--seed", "5")
+    alone = json.loads(done(*drawn))
+    first, _, third = map(json.loads, done(*drawn, "--n", "3").splitlines())
+    for key in ("ids", "logprobs", "top_logprobs"):
+        assert first[key] == alone[key] != third[key]
+
+
 def test_gemv_means_nothing_on_the_cpu():
     code, out, err = call("generate", "x", *SHORT, "--gemv", "cublas")
     assert code == 1 and out == "" and "--gemv" in err

@@ -34,7 +34,7 @@ class Spelled(EagerDecoder):
         return super()._kind(state)
 
     def _step(self, state):
-        label = (state.plain, self.model.gemv)
+        label = (state.plain, self.model.backend)
         submit(lambda: self.ran.append(label))
 
 
@@ -43,9 +43,9 @@ def a_state():
 
 
 def test_the_launches_shown_are_those_of_the_step_asked_for():
-    decoder, state = Spelled(SimpleNamespace(gemv="ours")), a_state()
+    decoder, state = Spelled(SimpleNamespace(backend="ours")), a_state()
     for plain, gemv in [(True, "ours"), (False, "ours"), (True, "cublas"), (True, "ours")] * 2:
-        state.plain, decoder.model.gemv = plain, gemv
+        state.plain, decoder.model.backend = plain, gemv
         decoder.prepare(state)
         assert decoder.ran == []
         (call,) = decoder.calls
@@ -58,7 +58,7 @@ def test_the_launches_shown_are_those_of_the_step_asked_for():
 
 
 def test_a_step_looks_up_what_to_run_once():
-    decoder, state = Spelled(SimpleNamespace(gemv="ours")), a_state()
+    decoder, state = Spelled(SimpleNamespace(backend="ours")), a_state()
     decoder.step(state, 5)
     decoder.step(state)
     assert decoder.kinds == 2 and len(decoder.ran) == 6
@@ -137,11 +137,11 @@ def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):
     """A graph captured with one product must not run for a model that was given the other."""
 
     class Model:
-        xp, gemv = DEVICE, "ours"
+        xp, backend = DEVICE, "ours"
 
         def run_packed(self, packed, longest, cache, work):
-            gemv = self.gemv
-            submit(lambda: ran.append((packed.rows, gemv)))
+            backend = self.backend
+            submit(lambda: ran.append((packed.rows, backend)))
             return work.x
 
     ran, captures = [], []
@@ -154,7 +154,7 @@ def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):
     model, cache = Model(), KVCache(TINY, 1, 32, np.float32)
     runner = PromptRunner(model, cache, Workspace(TINY, 32, np.float32))
     for count, gemv in [(3, "ours"), (3, "cublas"), (8, "ours"), (9, "cublas"), (2, "cublas")]:
-        model.gemv = gemv
+        model.backend = gemv
         cache.reset(0)
         runner.run([np.zeros(count, np.int32)], [0])
     expected = [(8, "ours"), (8, "cublas"), (8, "ours"), (12, "cublas"), (8, "cublas")]
@@ -236,7 +236,7 @@ def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
             if self.broken:
                 raise ValueError("no such kernel")
 
-    decoder, state = Broken(SimpleNamespace(gemv="ours")), a_state()
+    decoder, state = Broken(SimpleNamespace(backend="ours")), a_state()
     for _ in range(2):
         with pytest.raises(ValueError, match="no such kernel"):
             decoder.step(state)

@@ -84,7 +84,7 @@ def test_add_layer_norm_updates_the_residual(xp, dtype, channels):
 @pytest.mark.parametrize(
     ("m", "k"), [(1, 8), (19, 99), (99, 768), (2304, 768), (768, 3072), (1600, 6400)]
 )
-@pytest.mark.parametrize("backend", ["ours", "cublas"])
+@pytest.mark.parametrize("backend", ["ours", "cublas", "invariant"])
 @pytest.mark.parametrize("activation", [None, "gelu_tanh"])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_linear(xp, dtype, rows, m, k, backend, activation, with_residual):

@@ -220,6 +220,15 @@ SYNTHETIC = {
             | {"read": timing(1.0), "ours": timing(2.0), "cublas": timing(4.0)}
         ]
     },
+    "invariance": {
+        "skipped": {},
+        "rows": [
+            {"model": "124M", "dtype": "float16", "batch": 4, "context": 256}
+            | {"default": timing(100.0), "invariant": timing(150.0)},
+            {"model": "124M", "dtype": "float16", "tokens": 512}
+            | {"default": timing(400.0), "invariant": timing(600.0)},
+        ],
+    },
     "ablation": {
         "model": "124M",
         "prompt": 32,
@@ -249,6 +258,11 @@ SAYS = {
     "gpu-tests-sm_75": ["| NVIDIA H200, as sm_75 with 40 SMs | 7 | 1 | 0 |"],
     "gemv": [
         "| 124M | float16 | qkv | 2304 x 768 | 2.00 | 4.00 | 1,769 | 885 | 3,539 | 50% | 25% |"
+    ],
+    "invariance": [
+        "| 124M | float16 | step of 4 rows, context 256 | 100 (100 to 100) | 150 (150 to 150) | "
+        "1.50 |",
+        "| 124M | float16 | prompt of 512 tokens | 400 (400 to 400) | 600 (600 to 600) | 1.50 |",
     ],
     "ablation": [
         "| float16 | nothing | 1 | 100 (100 to 100) | 10,000 | 100% |",

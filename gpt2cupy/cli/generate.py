@@ -41,6 +41,12 @@ def generate(
         typer.Option(help="Who multiplies few rows (up to 64, with clusters) on the GPU."),
     ] = None,
     decode: Annotated[str, typer.Option(help="How a step is run: auto, eager or graph.")] = "auto",
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant", help="The same bits whatever runs beside a text; slower."
+        ),
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -97,12 +103,21 @@ def generate(
         n=n,
         logprobs=logprobs,
     )
+    if batch_invariant and gemv is not None:
+        raise typer.BadParameter("give --gemv or --batch-invariant, not both")
     text = shell.read_text(prompt, file)
 
     from ..decode import decoder
     from ..lm import load
 
-    with load(model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer) as lm:
+    with load(
+        model,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        tokenizer=tokenizer,
+        batch_invariant=batch_invariant,
+    ) as lm:
         decoder(lm.model, decode)  # refuses a path that is not there, before anything is written
         if gemv is not None:
             if lm.model.xp is np:

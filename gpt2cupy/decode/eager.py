@@ -67,7 +67,7 @@ class EagerDecoder:
 
     def _kind(self, state: DecodeState) -> tuple[Any, ...]:
         # Counts and bias appear when the first request needs them.
-        return state, state.counts, state.bias, state.plain, self.model.gemv
+        return state, state.counts, state.bias, state.plain, self.model.backend
 
     def _step(self, state: DecodeState) -> None:
         self.model.decode(

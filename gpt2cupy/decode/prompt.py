@@ -50,7 +50,7 @@ class PromptRunner:
         rows = next((n for n in BUCKETS if n >= total), 0)
         if not self._graphs or not rows or rows > self.work.rows:
             return self.model.prefill(tokens, slots, self.cache, self.work)
-        key = rows, self.model.gemv
+        key = rows, self.model.backend
         if key not in self._buckets:
             self._buckets[key] = self._capture(rows)
         packed, _, launch, x = self._buckets[key]

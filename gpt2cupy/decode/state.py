@@ -10,7 +10,8 @@ from ..cache import KVCache
 from ..errors import DeviceError
 from ..model import GPT2
 from ..ops.reference_sampling import PROMPT_BIT
-from ..ops.sampling import RING_ENTRY, ROW_PARAMS
+from ..ops.sampling import RING_ENTRY
+from ..sampling import SamplingParams
 
 RING = 8  # tokens of a row that may wait to be read; a step is queued before the last is read
 
@@ -56,11 +57,13 @@ class DecodeState:
         self.slots = xp.asarray(np.full(batch, -1, np.int32))
         self.steps = xp.zeros(batch, np.uint32)
         self.rows = xp.asarray(np.arange(batch, dtype=np.int32))
-        self.params = xp.zeros((batch, ROW_PARAMS.itemsize), np.uint8)
+        idle = SamplingParams().row(0, 0, -1).view(np.uint8).reshape(1, -1)
+        self.params = xp.asarray(np.repeat(idle, batch, axis=0))
         wide = self.work.x.dtype
         self.logits = xp.zeros((batch, config.padded_vocab_size), wide)
         self.scratch = xp.zeros((batch, config.padded_vocab_size), wide)
         self.shaped: set[int] = set()  # rows whose choice needs more than a temperature
+        self._one_kernel = model.batch_invariant  # chooses, whatever the rows ask for
         self.counts: Any = None
         self.bias: Any = None
         shape = (batch, RING, RING_ENTRY.itemsize)
@@ -83,8 +86,8 @@ class DecodeState:
 
     @property
     def plain(self) -> bool:
-        """Whether no row's choice needs more than a temperature."""
-        return not self.shaped
+        """Whether the kernel for no more than a temperature may choose."""
+        return not (self.shaped or self._one_kernel)
 
     def assign(self, row: int, slot: int, params: np.ndarray, plain: bool = True) -> None:
         """Give a row to a sequence in ``slot`` (-1: to nobody), with its ``ROW_PARAMS``.

@@ -13,6 +13,7 @@ from .launch import Kernel, device_empty, is_device_array, launch
 Array = Any
 
 _DECODE_WARPS, _ROWS_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
+_INVARIANT_SPLIT = 2  # blocks of a head with batch_invariant: half-way between one row and many
 _MANY_PER_SM = 2  # blocks of a multiprocessor; where there would be more, they are smaller
 _MMA_QUERIES, _MMA_GROUPS, _MMA_THREADS = 64, 2, 256  # BR, GROUPS, threads in ..._mma.cu
 _PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
@@ -67,6 +68,7 @@ def attention_prefill(
     scale: float,
     *,
     out: Array | None = None,
+    batch_invariant: bool = False,
 ) -> Array:
     """Causal attention of packed new tokens over their own cache, which it extends.
 
@@ -87,6 +89,9 @@ def attention_prefill(
     scale : float
         Factor on the scores.
     out : array [N, C], optional
+    batch_invariant : bool
+        Whether the bits of a token must not depend on the tokens beside it. On the GPU
+        they never do: its sums go along the absolute positions of the keys.
 
     Returns
     -------
@@ -98,7 +103,9 @@ def attention_prefill(
     Dao et al., "FlashAttention", 2022.
     """
     if not is_device_array(qkv):
-        return reference.attention_prefill(qkv, k, v, starts, slots, past, longest, scale, out=out)
+        return reference.attention_prefill(
+            qkv, k, v, starts, slots, past, longest, scale, out=out, batch_invariant=batch_invariant
+        )
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
@@ -123,6 +130,7 @@ def attention_decode(
     scale: float,
     *,
     out: Array | None = None,
+    batch_invariant: bool = False,
 ) -> Array:
     """Attention of one new token per row over its cache, which it extends.
 
@@ -139,6 +147,9 @@ def attention_decode(
     scale : float
         Factor on the scores.
     out : array [B, C], optional
+    batch_invariant : bool
+        Share each head out among as many blocks whatever the number of rows: the bits
+        of a row then do not depend on it. On the CPU they never do.
 
     Returns
     -------
@@ -150,14 +161,17 @@ def attention_decode(
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
     if not is_device_array(qkv):
-        return reference.attention_decode(qkv, k, v, slots, positions, scale, out=out)
+        return reference.attention_decode(
+            qkv, k, v, slots, positions, scale, out=out, batch_invariant=batch_invariant
+        )
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
-    split = _split(heads * len(qkv))
-    if qkv.dtype != np.float32 and heads * len(qkv) > _MANY_PER_SM * sm_count():
+    many = qkv.dtype != np.float32 and heads * len(qkv) > _MANY_PER_SM * sm_count()
+    if many and not batch_invariant:
         split, warps, kernel = 1, _ROWS_WARPS, ATTENTION_DECODE_ROWS
     else:
+        split = _invariant_split() if batch_invariant else _split(heads * len(qkv))
         warps, kernel = _DECODE_WARPS, ATTENTION_DECODE[split]
     launch(
         kernel,
@@ -176,3 +190,7 @@ def _split(heads: int) -> int:
         return 1
     room = sm_count() * 8 // 5
     return max(split for split in ATTENTION_DECODE if split == 1 or heads * split <= room)
+
+
+def _invariant_split() -> int:
+    return _INVARIANT_SPLIT if has_clusters() else 1

@@ -36,6 +36,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "norm_gemv.cu": ("ELEM", "K"),
     "skinny.cu": ("ELEM", "K"),
     "linear_rows.cu": ("ELEM",),
+    "linear_fixed.cu": ("ELEM",),
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),

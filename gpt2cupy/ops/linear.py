@@ -1,7 +1,8 @@
 """Products with a weight matrix, and what is fused with them.
 
 One row goes to norm_gemv.cu, 2 to 16 rows to skinny.cu, up to 64 to linear_rows.cu, more to
-cuBLASLt; what those cannot take goes to the kernels of linear.cu and to cuBLAS.
+cuBLASLt; what those cannot take goes to the kernels of linear.cu and to cuBLAS. The backend
+"invariant" takes linear_rows.cu or linear_fixed.cu for any number.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from .product import (
     LONGEST_NORM,
     SKINNY_ADD,
     THREADS,
+    WARP,
     fused_block,
     launch_fused,
+    launch_invariant,
     launch_norm_gemv,
     launch_rows,
     takes_rows,
@@ -30,7 +33,7 @@ from .product import (
 Array = Any
 
 ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
-BACKENDS = ("ours", "cublas")
+_SCALAR_OUTPUTS = 4  # of a block of gemv_scalar, a warp each
 
 
 def gemv(
@@ -71,8 +74,8 @@ def gemv(
     if (fused := fused_block(1, weight, backend)) is not None:
         launch_fused(GEMV_ADD[wide], fused, weight, args)
     else:
-        grid = (-(-len(weight) // 4),)
-        launch(GEMV_SCALAR[wide], grid, (4 * 32,), args, elem=weight.dtype)
+        grid = (-(-len(weight) // _SCALAR_OUTPUTS),)
+        launch(GEMV_SCALAR[wide], grid, (_SCALAR_OUTPUTS * WARP,), args, elem=weight.dtype)
     return out
 
 
@@ -89,10 +92,9 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
 ) -> Array:
-    """``linear(layer_norm(x), weight, bias)``; one kernel for 1 to 16 rows on the GPU.
+    """``linear(layer_norm(x), weight, bias)``; one kernel for one row on the GPU.
 
-    Float32 has that kernel for one row only; K above 2048 and chips older than sm_80
-    (2 to 16 rows) take two.
+    More rows, K above 2048 and other backends than "ours" take a norm of its own.
 
     Parameters
     ----------
@@ -108,9 +110,8 @@ def norm_linear(
         Of weight's dtype, or float32.
     h : array [N, K], optional
         Where the normed rows go if they are written at all.
-    backend : {"ours", "cublas"}
-        As in :func:`linear`; cuBLAS takes a norm of its own before it.
-
+    backend : {"ours", "cublas", "invariant"}
+        As in :func:`linear`.
 
     Returns
     -------
@@ -123,8 +124,9 @@ def norm_linear(
         On the GPU, for a wrong dtype, shape or layout.
     """
     if not is_device_array(x):
+        norm = (x, norm_weight, norm_bias, eps)
         return reference.norm_linear(
-            x, norm_weight, norm_bias, eps, weight, bias, activation=activation, out=out, h=h
+            *norm, weight, bias, activation=activation, out=out, h=h, backend=backend
         )
     fused = fused_block(1, weight, backend) if len(x) == 1 else None
     if fused is None or weight.shape[1] > LONGEST_NORM:
@@ -162,8 +164,10 @@ def linear(
         Of out's dtype; may lie where ``out`` does, which is then updated in place.
     out : array [N, M], optional
         Of x's dtype, or float32.
-    backend : {"ours", "cublas"}
-        Who multiplies 1 to 16 rows on the GPU; more go to cuBLAS either way.
+    backend : {"ours", "cublas", "invariant"}
+        Who multiplies few rows (up to 64 on sm_90) on the GPU; more go to cuBLAS either
+        way. With "invariant", here and on the CPU, any number of rows has one kernel and
+        one order of sums: the bits of a row do not depend on the others.
 
     Returns
     -------
@@ -177,14 +181,18 @@ def linear(
         On the GPU, for a wrong dtype, shape or layout.
     """
     if not is_device_array(x):
-        return reference.linear(x, weight, bias, activation=activation, residual=residual, out=out)
-    if len(x) == 1:
-        return gemv(
-            x, weight, bias, activation=activation, residual=residual, out=out, backend=backend,
-        )  # fmt: skip
-    code = ACTIVATION_CODES[activation]
+        return reference.linear(
+            x, weight, bias, activation=activation, residual=residual, out=out, backend=backend
+        )
     if out is None:
         out = _output(x, weight, residual)
+    code = ACTIVATION_CODES[activation]
+    if backend == "invariant":
+        launch_invariant(x, weight, out, (x, weight, bias, residual, out, code))
+        return out
+    if len(x) == 1:
+        epilogue: Any = {"activation": activation, "residual": residual}
+        return gemv(x, weight, bias, out=out, backend=backend, **epilogue)
     if (fused := fused_block(len(x), weight, backend)) is not None:
         args = (x, weight, bias, residual, out, code)
         launch_fused(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)

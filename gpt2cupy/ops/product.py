@@ -12,11 +12,12 @@ from .launch import Kernel, launch
 Array = Any
 
 THREADS = 256  # of a block of bias_act and linear_rows.cu
-_WARP = 32
+WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
 _SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
 _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
+_FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
 LONGEST_NORM = 2048  # longest row that the kernels normalise
 _LONGEST_ONCE, _ONCE_OUTPUTS = 1024, 12  # of norm_gemv_once: longest row, WARPS * ROWS_ONCE there
 _LONGEST = 8192  # longest row that fits their registers
@@ -51,6 +52,7 @@ LINEAR_ROWS = {
         "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K", overlaps=True
     ).items()
 }
+LINEAR_FIXED = _entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)
 # The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
 GEMV = _entries("linear.cu", "gemv", _GEMV + ", K")
 GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV + ", K")
@@ -84,7 +86,7 @@ def launch_fused(
     outputs, warps = fused
     m, k = weight.shape
     blocks = min(-(-m // outputs), sm_count() * _BLOCKS_PER_SM)
-    launch(kernel, (blocks,), (warps * _WARP,), args, elem=weight.dtype, inner=k)
+    launch(kernel, (blocks,), (warps * WARP,), args, elem=weight.dtype, inner=k)
 
 
 def launch_norm_gemv(
@@ -101,24 +103,42 @@ def launch_norm_gemv(
 
 def takes_rows(rows: int, weight: Array, backend: str) -> bool:
     """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
-    fits = weight.dtype != np.float32 and weight.shape[1] % 8 == 0
     few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
-    return backend == "ours" and few and fits and has_clusters()
+    return backend == "ours" and few and _fits_rows(weight) and has_clusters()
+
+
+def _fits_rows(weight: Array) -> bool:
+    return weight.dtype != np.float32 and weight.shape[1] % 8 == 0
 
 
 def _rows_split(rows: int, outputs: int, chunks: int) -> int:
     """Blocks for each tile: the shortest way through K without more blocks than run at once."""
+    if not has_clusters():
+        return 1
     tiles = -(-rows // _TILE) * -(-outputs // _TILE)
     usable = [s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= 2 * sm_count()]
     return min(usable, key=lambda split: -(-chunks // split))
 
 
-def launch_rows(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
+def launch_rows(
+    x: Array, weight: Array, out: Array, args: tuple[Any, ...], *, invariant: bool = False
+) -> None:
+    """linear_rows.cu; ``invariant`` splits K as for one row, however many there are."""
     rows, (m, k) = len(x), weight.shape
     chunks = -(-k // _CHUNK)
-    split = _rows_split(rows, m, chunks)
+    split = _rows_split(1 if invariant else rows, m, chunks)
     stages = min(_STAGES, -(-chunks // split))
     shared = stages * 2 * _TILE * _CHUNK * 2 + _TILE * (_TILE + 4) * 4
     grid = (-(-m // _TILE) * split, -(-rows // _TILE))
     kernel = LINEAR_ROWS[split, out.dtype == np.float32]
     launch(kernel, grid, (THREADS,), args, elem=weight.dtype, shared=shared)
+
+
+def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
+    """One kernel and one order of every sum for any number of rows."""
+    if _fits_rows(weight) and has_mma():
+        launch_rows(x, weight, out, args, invariant=True)
+        return
+    grid = (-(-len(x) // _FIXED_TILE), -(-len(weight) // _FIXED_TILE))
+    kernel = LINEAR_FIXED[out.dtype == np.float32]
+    launch(kernel, grid, (_FIXED_WARPS * WARP,), args, elem=weight.dtype)

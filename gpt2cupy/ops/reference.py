@@ -130,11 +130,13 @@ def bias_act(
 PART: ContextVar[int] = ContextVar("PART", default=128)
 
 
-def _product(x: Array, weight: Array) -> Array:
+def _product(x: Array, weight: Array, backend: str) -> Array:
     """``x @ weight.T``, summed in parts of the inner size."""
     if len(x) == 1:
         # The matrix-vector product streams the rows as they lie, in many sums at once.
         return (weight @ x[0])[None]
+    if backend == "invariant":
+        return np.stack([weight @ row for row in x])
     part = PART.get()
     y = x[:, :part] @ weight[:, :part].T
     for start in range(part, x.shape[1], part):
@@ -153,7 +155,7 @@ def linear(
     backend: str = "ours",
 ) -> Array:
     wide, matrix = _wide(x), _wide(weight)
-    y = _product(wide, matrix)
+    y = _product(wide, matrix, backend)
     if bias is not None:
         y += bias
     y = activate(y, activation)
@@ -176,7 +178,7 @@ def norm_linear(
     backend: str = "ours",
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
-    return linear(h, weight, bias, activation=activation, out=out)
+    return linear(h, weight, bias, activation=activation, out=out, backend=backend)
 
 
 def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:
@@ -210,6 +212,7 @@ def attention_prefill(
     scale: float,
     *,
     out: Array | None = None,
+    batch_invariant: bool = False,
 ) -> Array:
     _, n_head, _, head_size = k.shape
     if out is None:
@@ -222,8 +225,14 @@ def attention_prefill(
         last = first + end - begin
         k[slot, :, first:last] = new_k
         v[slot, :, first:last] = new_v
-        context = _attend(q, _wide(k[slot, :, :last]), _wide(v[slot, :, :last]), scale, first)
-        out[begin:end] = context.transpose(1, 0, 2).reshape(end - begin, -1)
+        # The order of BLAS's sums depends on the sizes: a query by itself has always the same.
+        step = 1 if batch_invariant else end - begin
+        for at in range(begin, end, step):
+            seen = first + at - begin + step
+            keys, values = _wide(k[slot, :, :seen]), _wide(v[slot, :, :seen])
+            queries = q[:, at - begin : at - begin + step]
+            context = _attend(queries, keys, values, scale, seen - step)
+            out[at : at + step] = context.transpose(1, 0, 2).reshape(step, -1)
     return out
 
 
@@ -236,6 +245,7 @@ def attention_decode(
     scale: float,
     *,
     out: Array | None = None,
+    batch_invariant: bool = False,
 ) -> Array:
     _, n_head, capacity, head_size = k.shape
     if out is None:

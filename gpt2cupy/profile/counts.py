@@ -118,6 +118,7 @@ def attention_decode(
     scale: float,
     *,
     out: Array | None = None,
+    batch_invariant: bool = False,
     context: float,
 ) -> Cost:
     """Keys and values of ``context`` earlier tokens per row, and the new ones written.
