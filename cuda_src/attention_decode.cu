@@ -36,7 +36,7 @@ constexpr int AHEAD = 4;
 template <typename T>
 constexpr int AHEAD_ALONE = AHEAD;
 template <>
-constexpr int AHEAD_ALONE<__half> = HS <= 64 ? 8 : AHEAD;
+constexpr int AHEAD_ALONE<__half> = HS <= 64 ? 6 : AHEAD;
 constexpr int AHEAD_ROWS = 2;
 
 __device__ constexpr int widest_divisor(int size, int widest) {
@@ -87,11 +87,16 @@ __device__ inline float dot(const float (&query)[CHUNKS][VEC], const Piece (&key
   return sum;
 }
 
-// A softmax in progress: weights 2^(score - top) summed in `sum`, values weighted alike.
-struct Partial {
-  float top = MINUS_INFINITY, sum = 0.0f, values[CHUNKS][VEC] = {};
+// A softmax in progress: weights 2^(score - top) summed in `sum`, values weighted alike. An empty
+// one has the smallest number as its maximum and not minus infinity, whose difference to itself is
+// no number: so nothing has to be asked before a factor is taken.
+constexpr float LOWEST = -3.4028235e38f;
 
-  __device__ void take(float weight, const Piece (&value)[CHUNKS]) {
+struct Partial {
+  float top = LOWEST, sum = 0.0f, values[CHUNKS][VEC] = {};
+
+  __device__ void take(float score, const Piece (&value)[CHUNKS]) {
+    float weight = power_of_two(score - top);
     sum += weight;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
@@ -100,7 +105,7 @@ struct Partial {
   }
 
   __device__ void raise(float new_top) {
-    float factor = rescale(top, new_top);
+    float factor = power_of_two(top - new_top);
     top = new_top;
     sum *= factor;
 #pragma unroll
@@ -124,7 +129,7 @@ __device__ inline void combine(const float (&tops)[COUNT],
   sum = value = 0.0f;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
-    float factor = rescale(tops[i], top);
+    float factor = power_of_two(tops[i] - top);
     sum = fmaf(sums[i], factor, sum);
     value = fmaf(values[i], factor, value);
   }
@@ -175,7 +180,7 @@ __device__ inline void attend(const elem_t* qkv,
   // A turn of the blocks takes `stride` keys; this group's are own_key, own_key + stride, ...
   int stride = blocks * WARPS * GROUPS;
   int own_key = (block * WARPS + warp) * GROUPS + group;
-  Piece keys[AHEAD][CHUNKS], values[AHEAD][CHUNKS];
+  Piece keys[AHEAD][CHUNKS] = {}, values[AHEAD][CHUNKS] = {};
 #pragma unroll
   for (int turn = 0; turn < AHEAD; turn++) {
     int t = own_key + turn * stride;
@@ -197,43 +202,50 @@ __device__ inline void attend(const elem_t* qkv,
     for (int i = 0; i < VEC; i++) query[c][i] = packed_query[c][i] * (scale * LOG2_E);
 
   // The newest pair is taken by one group, which also puts it into the cache.
-  Partial own;
   bool takes_newest = block == 0 && warp == 0 && group == 0;
-  float newest = warp_sum<LANES>(dot(query, new_key));
-  if (takes_newest) {
-    own.top = newest;
-    own.take(1.0f, new_value);
-    if (!idle) {
-      store_head(k + (size_t)position * HS, lane, new_key);
-      store_head(v + (size_t)position * HS, lane, new_value);
-    }
+  if (takes_newest && !idle) {
+    store_head(k + (size_t)position * HS, lane, new_key);
+    store_head(v + (size_t)position * HS, lane, new_value);
   }
+  Partial own;
+  own.top = warp_sum<LANES>(dot(query, new_key));
+  if (!takes_newest) own.top = LOWEST;
+  bool empty = true;
   // The bounds are the same for all lanes of a warp: the shuffles need every one. AHEAD turns stay
   // under way all the time; a load at its turn would be waited for in full.
-  for (int first = own_key - group; first < position; first += AHEAD * stride) {
-    int next = first + group + AHEAD * stride;
+  for (int first = own_key - group;; first += AHEAD * stride) {
+    int own_first = first + group, next = own_first + AHEAD * stride;
+    bool more = first + AHEAD * stride < position;
     float scores[AHEAD];
 #pragma unroll
-    for (int turn = 0; turn < AHEAD; turn++) {
-      scores[turn] = dot(query, keys[turn]);
-      if (next + turn * stride < position)
-        load_head(k + (size_t)(next + turn * stride) * HS, lane, keys[turn]);
-    }
+    for (int turn = 0; turn < AHEAD; turn++) scores[turn] = dot(query, keys[turn]);
+    if (more)
+#pragma unroll
+      for (int turn = 0; turn < AHEAD; turn++)
+        if (next + turn * stride < position)
+          load_head(k + (size_t)(next + turn * stride) * HS, lane, keys[turn]);
     warp_sums<LANES>(scores);
     float top = own.top;
 #pragma unroll
     for (int turn = 0; turn < AHEAD; turn++) {
-      if (first + group + turn * stride >= position) scores[turn] = MINUS_INFINITY;
+      if (own_first + turn * stride >= position) scores[turn] = MINUS_INFINITY;
       top = fmaxf(top, scores[turn]);
     }
-    own.raise(top);
+    if (empty) {
+      float newest = own.top;
+      own.top = top;
+      if (takes_newest) own.take(newest, new_value);
+    } else {
+      own.raise(top);
+    }
+    empty = false;
 #pragma unroll
-    for (int turn = 0; turn < AHEAD; turn++) {
-      if (first + group + turn * stride < position)
-        own.take(power_of_two(scores[turn] - top), values[turn]);
+    for (int turn = 0; turn < AHEAD; turn++) own.take(scores[turn], values[turn]);
+    if (!more) break;
+#pragma unroll
+    for (int turn = 0; turn < AHEAD; turn++)
       if (next + turn * stride < position)
         load_head(v + (size_t)(next + turn * stride) * HS, lane, values[turn]);
-    }
   }
   __syncwarp();
 
@@ -313,7 +325,7 @@ __device__ inline void attend(const elem_t* qkv,
 #pragma unroll
       for (int b = 1; b < SPLIT; b++)
         if (b >= blocks) {
-          tops[b] = MINUS_INFINITY;
+          tops[b] = LOWEST;
           sums[b] = channels[b] = 0.0f;
         }
       combine(tops, sums, channels, top, sum, value);

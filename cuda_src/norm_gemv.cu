@@ -3,6 +3,7 @@
 //   norm_gemv        y = activation(W layer_norm(x) + bias)
 //   norm_gemv_once   the same, where the grid is large enough for every warp to take one turn
 //   gemv_add         y = activation(W x + bias) + residual
+//   gemv_add_once    the same, likewise
 //
 // Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, residual and y [M]
 // Dtypes    W and the norm are ELEM; x is float before a norm (the residual stream), else ELEM;
@@ -15,8 +16,8 @@
 //           before the kernel waits for its predecessor, so they travel while that one still runs.
 //           A long K is split over SPLIT warps, whose sums meet in shared memory.
 //           Every instruction between the wait and the store is on the step's critical path, and
-//           fetching it counts as much as running it: norm_gemv_once does before the wait all that
-//           does not need x.
+//           fetching it counts as much as running it: the entries ..._once do before the wait
+//           all that does not need x.
 // Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
 //
 // It is the last rung of the ladder in linear.cu.
@@ -114,7 +115,25 @@ __device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
     for (int i = 0; i < VEC; i++) x[c][i] *= scale;
 }
 
-template <bool NORM, typename in_t, typename out_t>
+// The weights as numbers, whose bits are put together in `known`.
+__device__ inline void convert(const Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS],
+                               int k0,
+                               float (&weights)[ROWS][CHUNKS][VEC],
+                               unsigned& known) {
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      if (inside(k0, c))
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+          weights[r][c][i] = to_float(rows[r][c].value[i]);
+          known |= __float_as_uint(weights[r][c][i]);
+        }
+}
+
+// ONCE says that every warp has one turn; then the weights are made numbers before there is an x.
+template <bool NORM, bool ONCE, typename in_t, typename out_t>
 __device__ inline void product(const in_t* x,
                                const elem_t* norm_weight,
                                const elem_t* norm_bias,
@@ -140,11 +159,14 @@ __device__ inline void product(const in_t* x,
   float own_bias = addend(bias, first + lane, writer && first + lane < M);
   Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
   if constexpr (NORM && NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
+  float weights[ROWS][CHUNKS][VEC];
+  unsigned known = 0;
+  if constexpr (ONCE) convert(rows, k0, weights, known);
   wait_for_inputs();
 
   float own_residual = addend(residual, first + lane, writer && first + lane < M);
   float xs[CHUNKS][VEC];
-  load_inputs(x, k0, xs);
+  load_inputs(ONCE ? x + zero_after(known, M) : x, k0, xs);
   if constexpr (NORM) {
     normalise(xs, k0, eps);
     if constexpr (!NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
@@ -167,18 +189,19 @@ __device__ inline void product(const in_t* x,
       for (int c = 0; c < CHUNKS; c++)
         if (inside(k0, c))
 #pragma unroll
-          for (int i = 0; i < VEC; i++)
-            sums[r] = fmaf(xs[c][i], to_float(rows[r][c].value[i]), sums[r]);
+          for (int i = 0; i < VEC; i++) {
+            float w = ONCE ? weights[r][c][i] : to_float(rows[r][c].value[i]);
+            sums[r] = fmaf(xs[c][i], w, sums[r]);
+          }
     }
-    bool last = block_first + stride >= M;
+    bool last = ONCE || block_first + stride >= M;
     if (!last) load_rows(weight, first + stride, k0, M, rows);
 
+    warp_sums(sums);
     float own = 0.0f;  // the writer's sum
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      sums[r] = warp_sum(sums[r]);
+    for (int r = 0; r < ROWS; r++)
       if (lane == r) own = sums[r];
-    }
     if constexpr (SPLIT > 1) {
       if (lane < ROWS) partial[turn][warp][lane] = own;
       __syncthreads();
@@ -267,36 +290,44 @@ __device__ inline void norm_product(const float* x,
   if (writer) y[first + lane] = from_float<out_t>(activate(result, activation));
 }
 
-#define NORM_GEMV_ENTRY(name, out_t)                                                              \
+#define NORM_GEMV_ENTRY(name, out_t, body)                                                        \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
       name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
            const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
-    product<true>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,         \
-                  activation, M);                                                                 \
+    body(x, norm_weight, norm_bias, weight, bias, y, eps, activation, M);                         \
   }
 
-#define NORM_GEMV_ONCE_ENTRY(name, out_t)                                                         \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
-      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
-           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
-    norm_product(x, norm_weight, norm_bias, weight, bias, y, eps, activation, M);                 \
+#define GEMV_ADD_ENTRY(name, out_t, once)                                                   \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                 \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
+           out_t* y, int activation, int M) {                                               \
+    product<false, once>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias,   \
+                         residual, y, 0.0f, activation, M);                                 \
   }
 
-#define GEMV_ADD_ENTRY(name, out_t)                                                              \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
-           out_t* y, int activation, int M) {                                                    \
-    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, residual, y, \
-                   0.0f, activation, M);                                                         \
-  }
+template <typename out_t>
+__device__ inline void norm_product_turns(const float* x,
+                                          const elem_t* norm_weight,
+                                          const elem_t* norm_bias,
+                                          const elem_t* weight,
+                                          const out_t* bias,
+                                          out_t* y,
+                                          float eps,
+                                          int activation,
+                                          int M) {
+  product<true, false>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,
+                       activation, M);
+}
 
-GEMV_ADD_ENTRY(gemv_add, elem_t)
-GEMV_ADD_ENTRY(gemv_add_f32, float)
+GEMV_ADD_ENTRY(gemv_add, elem_t, false)
+GEMV_ADD_ENTRY(gemv_add_f32, float, false)
+GEMV_ADD_ENTRY(gemv_add_once, elem_t, true)
+GEMV_ADD_ENTRY(gemv_add_once_f32, float, true)
 #if K <= 2048  // a norm needs the whole row in one warp
-NORM_GEMV_ENTRY(norm_gemv, elem_t)
-NORM_GEMV_ENTRY(norm_gemv_f32, float)
+NORM_GEMV_ENTRY(norm_gemv, elem_t, norm_product_turns)
+NORM_GEMV_ENTRY(norm_gemv_f32, float, norm_product_turns)
 #endif
 #if K <= 1024  // the weights lie in registers as floats
-NORM_GEMV_ONCE_ENTRY(norm_gemv_once, elem_t)
-NORM_GEMV_ONCE_ENTRY(norm_gemv_once_f32, float)
+NORM_GEMV_ENTRY(norm_gemv_once, elem_t, norm_product)
+NORM_GEMV_ENTRY(norm_gemv_once_f32, float, norm_product)
 #endif

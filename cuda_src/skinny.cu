@@ -35,9 +35,9 @@ constexpr int VEC = 8;    // inputs of a lane's load
 constexpr int SPAN = 32;  // inputs of a warp's load: 4 lanes along K, 8 along the rows
 constexpr int CHUNKS = (K + SPAN * WARPS - 1) / (SPAN * WARPS);
 
-using Packed = Vec<elem_t, VEC>;
+using Piece = Vec<elem_t, VEC>;
 
-__device__ inline unsigned word(const Packed& packed, int i) {
+__device__ inline unsigned word(const Piece& packed, int i) {
   return reinterpret_cast<const unsigned*>(&packed)[i];
 }
 
@@ -46,11 +46,11 @@ __device__ inline bool inside(int k0, int c) {
   return K % (SPAN * WARPS) == 0 || k0 + c * SPAN < K;
 }
 
-__device__ inline void load_weights(const elem_t* weight, int m, int k0, Packed (&w)[CHUNKS]) {
+__device__ inline void load_weights(const elem_t* weight, int m, int k0, Piece (&w)[CHUNKS]) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
     if (inside(k0, c))
-      w[c] = *reinterpret_cast<const Packed*>(weight + (size_t)m * K + k0 + c * SPAN);
+      w[c] = *reinterpret_cast<const Piece*>(weight + (size_t)m * K + k0 + c * SPAN);
     else
       w[c] = {};
 }
@@ -71,7 +71,7 @@ __device__ inline void product(const elem_t* x,
   int tile = blockIdx.x;
 
   release_dependents();
-  Packed w[CHUNKS];
+  Piece w[CHUNKS];
   load_weights(weight, min(tile * TILE + across, M - 1), k0, w);
   int first = tile * TILE + threadIdx.x % TILE;
   float own_bias = addend(bias, first, first < M);
@@ -87,12 +87,12 @@ __device__ inline void product(const elem_t* x,
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       // Rows `across` and `across + 8` of x, as the tensor cores take them.
-      Packed xs[2];
+      Piece xs[2];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         bool there = across + half * 8 < N && inside(k0, c);
         const elem_t* source = x + (size_t)(across + half * 8) * K + k0 + c * SPAN;
-        xs[half] = there ? *reinterpret_cast<const Packed*>(source) : Packed{};
+        xs[half] = there ? *reinterpret_cast<const Piece*>(source) : Piece{};
       }
 #pragma unroll
       for (int part = 0; part < 2; part++) {

@@ -68,8 +68,11 @@ def test_every_benchmark_runs_without_a_gpu(script, tmp_path):
     assert len(made) >= len(sources) and all(len(widths(text)) == 1 for text in made)
 
 
+ON_EVERY_GPU = ["decode", "batches", "prefill", "ablation", "gemv", "invariance"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("script", ["decode", "batches", "prefill", "ablation", "gemv", "invariance"])
+@pytest.mark.parametrize("script", ON_EVERY_GPU)
 def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
     out = tmp_path / "record.json"
     options = RUNS.get(script, "--runs 2").replace("--dtype float32", "").split()

@@ -16,7 +16,6 @@ from .launch import device_empty, is_device_array, launch
 from .norm import layer_norm
 from .product import (
     BIAS_ACT,
-    GEMV_ADD,
     GEMV_SCALAR,
     LONGEST_NORM,
     SKINNY_ADD,
@@ -24,6 +23,7 @@ from .product import (
     WARP,
     fused_block,
     launch_fused,
+    launch_gemv_add,
     launch_invariant,
     launch_norm_gemv,
     launch_rows,
@@ -72,7 +72,7 @@ def gemv(
         return out
     args = (x, weight, bias, residual, out, code)
     if (fused := fused_block(1, weight, backend)) is not None:
-        launch_fused(GEMV_ADD[wide], fused, weight, args)
+        launch_gemv_add(fused, weight, args, wide)
     else:
         grid = (-(-len(weight) // _SCALAR_OUTPUTS),)
         launch(GEMV_SCALAR[wide], grid, (_SCALAR_OUTPUTS * WARP,), args, elem=weight.dtype)
@@ -136,7 +136,7 @@ def norm_linear(
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    launch_norm_gemv(fused, weight, args, wide=out.dtype == np.float32)
+    launch_norm_gemv(fused, weight, args, out.dtype == np.float32)
     return out
 
 

@@ -19,7 +19,8 @@ _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
 LONGEST_NORM = 2048  # longest row that the kernels normalise
-_LONGEST_ONCE, _ONCE_OUTPUTS = 1024, 12  # of norm_gemv_once: longest row, WARPS * ROWS_ONCE there
+_LONGEST_ONCE = 1024  # longest row that norm_gemv_once takes
+_NORM_ONCE_OUTPUTS = 12  # of a block of it; WARPS * ROWS_ONCE there
 _LONGEST = 8192  # longest row that fits their registers
 
 
@@ -41,6 +42,7 @@ _NORM_GEMV = (
 )
 GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
+GEMV_ADD_ONCE = _entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
 NORM_GEMV_ONCE = _entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
@@ -89,16 +91,27 @@ def launch_fused(
     launch(kernel, (blocks,), (warps * WARP,), args, elem=weight.dtype, inner=k)
 
 
-def launch_norm_gemv(
-    fused: tuple[int, int], weight: Array, args: tuple[Any, ...], *, wide: bool
+def launch_gemv_add(
+    fused: tuple[int, int], weight: Array, args: tuple[Any, ...], wide: bool
 ) -> None:
-    """A norm and the product of its one row; ``wide`` says that the output is float32."""
-    once = _ONCE_OUTPUTS, fused[1]
-    most = sm_count() * _BLOCKS_PER_SM * _ONCE_OUTPUTS
-    if weight.shape[1] <= _LONGEST_ONCE and len(weight) <= most:
-        launch_fused(NORM_GEMV_ONCE[wide], once, weight, args)
+    """The product of one row; ``wide`` says that the output is float32."""
+    once = _one_turn(weight, fused[0])
+    launch_fused((GEMV_ADD_ONCE if once else GEMV_ADD)[wide], fused, weight, args)
+
+
+def launch_norm_gemv(
+    fused: tuple[int, int], weight: Array, args: tuple[Any, ...], wide: bool
+) -> None:
+    """A norm and the product of its one row."""
+    if weight.shape[1] <= _LONGEST_ONCE and _one_turn(weight, _NORM_ONCE_OUTPUTS):
+        launch_fused(NORM_GEMV_ONCE[wide], (_NORM_ONCE_OUTPUTS, fused[1]), weight, args)
     else:
         launch_fused(NORM_GEMV[wide], fused, weight, args)
+
+
+def _one_turn(weight: Array, outputs: int) -> bool:
+    """Whether the largest grid has a block for every ``outputs`` outputs."""
+    return len(weight) <= sm_count() * _BLOCKS_PER_SM * outputs
 
 
 def takes_rows(rows: int, weight: Array, backend: str) -> bool:
