@@ -20,15 +20,10 @@
 //                                   room; six of them fit a multiprocessor at HS = 64
 //
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
-#include "softmax.cuh"
-
-#ifndef HS
-#define HS 64
-#endif
+#include "attention_merge.cuh"
 
 constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/attention.py
 constexpr int FEWEST_WARPS = 4;  // of attention_decode_rows; likewise
-constexpr int SPLIT = 8;         // blocks of the largest cluster; likewise
 
 // Turns of loads under way: in a cluster, in a block that has all keys (where bfloat16 would spill
 // registers), and among so many blocks that more of them count for more than more loads of each.
@@ -87,11 +82,7 @@ __device__ inline float dot(const float (&query)[CHUNKS][VEC], const Piece (&key
   return sum;
 }
 
-// A softmax in progress: weights 2^(score - top) summed in `sum`, values weighted alike. An empty
-// one has the smallest number as its maximum and not minus infinity, whose difference to itself is
-// no number: so nothing has to be asked before a factor is taken.
-constexpr float LOWEST = -3.4028235e38f;
-
+// A softmax in progress: weights 2^(score - top) summed in `sum`, values weighted alike.
 struct Partial {
   float top = LOWEST, sum = 0.0f, values[CHUNKS][VEC] = {};
 
@@ -115,26 +106,6 @@ struct Partial {
   }
 };
 
-// Merge partials of one channel: their maxima, sums and weighted values (HS apart).
-template <int COUNT>
-__device__ inline void combine(const float (&tops)[COUNT],
-                               const float (&sums)[COUNT],
-                               const float (&values)[COUNT],
-                               float& top,
-                               float& sum,
-                               float& value) {
-  top = tops[0];
-#pragma unroll
-  for (int i = 1; i < COUNT; i++) top = fmaxf(top, tops[i]);
-  sum = value = 0.0f;
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    float factor = power_of_two(tops[i] - top);
-    sum = fmaf(sums[i], factor, sum);
-    value = fmaf(values[i], factor, value);
-  }
-}
-
 template <int WARPS, bool CLUSTERED, int AHEAD>
 __device__ inline void attend(const elem_t* qkv,
                               elem_t* k,
@@ -149,19 +120,12 @@ __device__ inline void attend(const elem_t* qkv,
   int head = CLUSTERED ? cluster_index() : blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP;
   int group = threadIdx.x % WARP / LANES, lane = threadIdx.x % LANES;
-  // What the blocks of a cluster tell the first.
-  __shared__ float block_tops[SPLIT], block_sums[SPLIT], block_values[SPLIT][HS];
+  __shared__ Findings<WARPS> of_warps;
+  __shared__ Findings<SPLIT> of_blocks;
 
   release_dependents();
   int slot = slots[row], position = positions[row];
-  if constexpr (CLUSTERED) {
-    if (block == 0 && threadIdx.x < HS) {
-      for (int b = 0; b < SPLIT; b++) block_values[b][threadIdx.x] = __uint_as_float(PENDING);
-      if (threadIdx.x < SPLIT)
-        block_tops[threadIdx.x] = block_sums[threadIdx.x] = __uint_as_float(PENDING);
-    }
-    cluster_arrive();
-  }
+  if constexpr (CLUSTERED) open_to_blocks(of_blocks, block);
   bool idle = slot < 0 || position < 0 || position >= T;
   if (idle) position = 0;
   size_t C = (size_t)NH * HS;
@@ -265,72 +229,21 @@ __device__ inline void attend(const elem_t* qkv,
         own.values[c][i] += __shfl_xor_sync(FULL_MASK, own.values[c][i], offset);
   }
 
-  // Merge the warps.
-  __shared__ float warp_tops[WARPS], warp_sums_[WARPS], warp_values[WARPS][HS];
   if (group == 0) {
     if (lane == 0) {
-      warp_tops[warp] = own.top;
-      warp_sums_[warp] = own.sum;
+      of_warps.tops[warp] = own.top;
+      of_warps.sums[warp] = own.sum;
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
       for (int i = 0; i < VEC; i++) {
         int channel = (lane + c * LANES) * VEC + i;
-        if (channel < HS) warp_values[warp][channel] = own.values[c][i];
+        if (channel < HS) of_warps.values[warp][channel] = own.values[c][i];
       }
   }
   __syncthreads();
-  int channel = threadIdx.x;
-  if (channel >= HS) return;
-  float sum, value;
-  {
-    float tops[WARPS], sums[WARPS], channels[WARPS];
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      tops[w] = warp_tops[w];
-      sums[w] = warp_sums_[w];
-      channels[w] = warp_values[w][channel];
-    }
-    combine(tops, sums, channels, top, sum, value);
-  }
-
-  // Merge the blocks of the cluster in the first.
-  if constexpr (CLUSTERED)
-    if (blocks > 1) {
-      cluster_wait();
-      if (block > 0) {
-        hand_over(&cluster_shared(block_values, 0)[block][channel], value);
-        if (channel == 0) {
-          hand_over(&cluster_shared(block_tops, 0)[block], top);
-          hand_over(&cluster_shared(block_sums, 0)[block], sum);
-        }
-        return;
-      }
-      float tops[SPLIT], sums[SPLIT], channels[SPLIT];
-      bool waiting;
-      do {
-        waiting = false;
-#pragma unroll
-        for (int b = 1; b < SPLIT; b++) {
-          tops[b] = look_for(&block_tops[b]);
-          sums[b] = look_for(&block_sums[b]);
-          channels[b] = look_for(&block_values[b][channel]);
-          waiting |= b < blocks && (pending(tops[b]) || pending(sums[b]) || pending(channels[b]));
-        }
-      } while (waiting);
-      tops[0] = top;
-      sums[0] = sum;
-      channels[0] = value;
-#pragma unroll
-      for (int b = 1; b < SPLIT; b++)
-        if (b >= blocks) {
-          tops[b] = LOWEST;
-          sums[b] = channels[b] = 0.0f;
-        }
-      combine(tops, sums, channels, top, sum, value);
-    }
-  out[channel] = from_float<elem_t>(idle ? 0.0f : __fdividef(value, sum));
+  finish<WARPS, CLUSTERED>(of_warps, of_blocks, block, blocks, idle, out);
 }
 
 #define ATTENTION_ENTRY(name, cluster, clustered, ahead, warps, resident)                   \

@@ -333,7 +333,8 @@ def test_any_number_of_rows_has_one_product(
 def test_any_number_of_rows_has_one_attention(launches, monkeypatch, chip, split, dtype):
     pretend(monkeypatch, chip)
     cache = np.empty((1, 12, 8, 64), dtype)
-    entry = "attention_decode" + (f"_{split}" if split > 1 else "")
+    mma = "_mma" if dtype == "float16" and chip != "sm_75" else ""
+    entry = f"attention_decode{mma}" + (f"_{split}" if split > 1 else "")
     for rows in (1, 4, 30, 300):
         at, qkv = np.zeros(rows, np.int32), np.empty((rows, 3 * 768), dtype)
         out = np.empty((rows, 768), dtype)

@@ -13,6 +13,7 @@ from .launch import Kernel, device_empty, is_device_array, launch
 Array = Any
 
 _DECODE_WARPS, _ROWS_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
+_MMA_ROWS_WARPS = 2  # FEWEST_WARPS in attention_decode_mma.cu
 _INVARIANT_SPLIT = 2  # blocks of a head with batch_invariant: half-way between one row and many
 _MANY_PER_SM = 2  # blocks of a multiprocessor; where there would be more, they are smaller
 _MMA_QUERIES, _MMA_GROUPS, _MMA_THREADS = 64, 2, 256  # BR, GROUPS, threads in ..._mma.cu
@@ -31,19 +32,17 @@ _DECODE = (
     "qkv: ELEM[B,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], slots: int32[B], "
     "positions: int32[B], out: ELEM[B,C], scale: float, NH, T"
 )
-# By the number of blocks that share a head.
-ATTENTION_DECODE = {
-    blocks: Kernel("attention_decode.cu", entry, _DECODE, overlaps=True)
-    for blocks, entry in (
-        (1, "attention_decode"),
-        (2, "attention_decode_2"),
-        (4, "attention_decode_4"),
-        (8, "attention_decode_8"),
-    )
-}
-ATTENTION_DECODE_ROWS = Kernel(
-    "attention_decode.cu", "attention_decode_rows", _DECODE, overlaps=True
-)
+
+
+def _decode_kernel(source: str, ending: str) -> Kernel:
+    entry = source.removesuffix(".cu") + ending
+    return Kernel(source, entry, _DECODE, overlaps=True)
+
+
+# By the number of blocks that share a head; 0: one smaller block for each of many.
+_BLOCKS = {1: "", 2: "_2", 4: "_4", 8: "_8", 0: "_rows"}
+ATTENTION_DECODE = {n: _decode_kernel("attention_decode.cu", e) for n, e in _BLOCKS.items()}
+ATTENTION_DECODE_MMA = {n: _decode_kernel("attention_decode_mma.cu", e) for n, e in _BLOCKS.items()}
 
 
 def _query_tile(head_size: int) -> int:
@@ -167,12 +166,15 @@ def attention_decode(
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
-    many = qkv.dtype != np.float32 and heads * len(qkv) > _MANY_PER_SM * sm_count()
-    if many and not batch_invariant:
-        split, warps, kernel = 1, _ROWS_WARPS, ATTENTION_DECODE_ROWS
+    halves = qkv.dtype != np.float32
+    kernels, rows_warps = ATTENTION_DECODE, _ROWS_WARPS
+    if halves and head_size % 16 == 0 and has_mma():
+        kernels, rows_warps = ATTENTION_DECODE_MMA, _MMA_ROWS_WARPS
+    if halves and heads * len(qkv) > _MANY_PER_SM * sm_count() and not batch_invariant:
+        split, warps, kernel = 1, rows_warps, kernels[0]
     else:
         split = _invariant_split() if batch_invariant else _split(heads * len(qkv))
-        warps, kernel = _DECODE_WARPS, ATTENTION_DECODE[split]
+        warps, kernel = _DECODE_WARPS, kernels[split]
     launch(
         kernel,
         (heads * split, len(qkv)),
@@ -189,7 +191,7 @@ def _split(heads: int) -> int:
     if not has_clusters():
         return 1
     room = sm_count() * 8 // 5
-    return max(split for split in ATTENTION_DECODE if split == 1 or heads * split <= room)
+    return max(split for split in (1, 2, 4, 8) if split == 1 or heads * split <= room)
 
 
 def _invariant_split() -> int:

@@ -40,6 +40,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
+    "attention_decode_mma.cu": ("ELEM", "HS"),
     "sampling.cu": (),
     "layout.cu": ("ELEM",),
 }
@@ -51,7 +52,12 @@ NEWER_CHIPS = {
 }  # fmt: skip
 
 # Tensor cores multiply halves.
-HALF_ONLY = ("skinny.cu", "linear_rows.cu", "attention_prefill_mma.cu")
+HALF_ONLY = (
+    "skinny.cu",
+    "linear_rows.cu",
+    "attention_prefill_mma.cu",
+    "attention_decode_mma.cu",
+)
 
 _compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)

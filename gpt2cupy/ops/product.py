@@ -18,7 +18,7 @@ _SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
 _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
-LONGEST_NORM = 2048  # longest row that the kernels normalise
+LONGEST_NORM, _LONG = 2048, 4096  # longest row that the kernels normalise, and the next step there
 _LONGEST_ONCE = 1024  # longest row that norm_gemv_once takes
 _NORM_ONCE_OUTPUTS = 12  # of a block of it; WARPS * ROWS_ONCE there
 _LONGEST = 8192  # longest row that fits their registers
@@ -76,7 +76,8 @@ def fused_block(rows: int, weight: Array, backend: str) -> tuple[int, int] | Non
     if backend != "ours" or k * weight.dtype.itemsize % 16 or k > _LONGEST:
         return None
     if rows == 1:
-        return (2 if k > LONGEST_NORM else 8), 4  # GROUPS * ROWS and WARPS in norm_gemv.cu
+        # GROUPS * ROWS and WARPS in norm_gemv.cu
+        return (8 if k <= LONGEST_NORM else 3 if k <= _LONG else 2), 4
     if rows <= _SKINNY_ROWS and weight.dtype != np.float32 and has_mma():
         return 8, 8  # TILE and WARPS in skinny.cu
     return None
