@@ -37,6 +37,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "skinny.cu": ("ELEM", "K"),
     "linear_rows.cu": ("ELEM",),
     "linear_fixed.cu": ("ELEM",),
+    "quantize.cu": ("ELEM",),
+    "gemv_int8.cu": ("ELEM", "K"),
+    "skinny_int8.cu": ("ELEM", "K"),
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
@@ -51,7 +54,7 @@ NEWER_CHIPS = {
 }  # fmt: skip
 
 # Tensor cores multiply halves.
-HALF_ONLY = ("skinny.cu", "linear_rows.cu", "attention_prefill_mma.cu")
+HALF_ONLY = ("skinny.cu", "skinny_int8.cu", "linear_rows.cu", "attention_prefill_mma.cu")
 
 _compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
