@@ -49,7 +49,7 @@ __device__ inline bool inside(int c) {
 
 struct Tile {
   Words weights[ROWS][CHUNKS];
-  Vec<scale_t, ROWS> scales[CHUNKS];
+  Packed<scale_t, ROWS> scales[CHUNKS];
 };
 
 // A thread past the end reads the last piece once more: its inputs are zero.
@@ -61,8 +61,8 @@ __device__ inline void load_tile(
     const signed char* first = values + (size_t)tile * ROWS * K + k;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) w.weights[r][c] = load_words(first + r * K);
-    w.scales[c] = *reinterpret_cast<const Vec<scale_t, ROWS>*>(scales + (size_t)(k / GROUP) * M +
-                                                               tile * ROWS);
+    w.scales[c] = *reinterpret_cast<const Packed<scale_t, ROWS>*>(scales + (size_t)(k / GROUP) * M +
+                                                                  tile * ROWS);
   }
 }
 
@@ -102,32 +102,32 @@ __device__ inline float piece_sum(const int (&digits)[DIGITS][4], const Words& w
   return low;
 }
 
-// By halves: one after the other, each addition would wait for the one before.
+// Four sums side by side: one after the other, each addition would wait for the one before.
 __device__ inline float sum_of(const float (&x)[PIECE]) {
-  float sums[PIECE / 2];
+  float sums[4] = {};
 #pragma unroll
-  for (int i = 0; i < PIECE / 2; i++) sums[i] = x[i] + x[i + PIECE / 2];
+  for (int i = 0; i < PIECE; i++) sums[i % 4] += x[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+__device__ inline float squares_of(const float (&x)[PIECE], float mean) {
+  float sums[4] = {};
 #pragma unroll
-  for (int half = PIECE / 4; half > 0; half /= 2)
-#pragma unroll
-    for (int i = 0; i < half; i++) sums[i] += sums[i + half];
-  return sums[0];
+  for (int i = 0; i < PIECE; i++) sums[i % 4] = fmaf(x[i] - mean, x[i] - mean, sums[i % 4]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // x = (x - mean) / sqrt(var + eps) weight + bias over the block.
 __device__ inline void normalise(float (&x)[CHUNKS][PIECE],
-                                 const Vec<elem_t, PIECE>& weight,
-                                 const Vec<elem_t, PIECE>& bias,
+                                 const Packed<elem_t, PIECE>& weight,
+                                 const Packed<elem_t, PIECE>& bias,
                                  float eps) {
   __shared__ float sums[WARPS], squares[WARPS];
   int warp = threadIdx.x / WARP;
   auto count = [](int w) { return (float)(min(WARP, PIECES - w * WARP) * PIECE); };
   float sum = warp_sum(sum_of(x[0]));
   float own_mean = __fdividef(sum, count(warp));
-  float apart[PIECE];
-#pragma unroll
-  for (int i = 0; i < PIECE; i++) apart[i] = (x[0][i] - own_mean) * (x[0][i] - own_mean);
-  float square = warp_sum(inside(0) ? sum_of(apart) : 0.0f);
+  float square = warp_sum(inside(0) ? squares_of(x[0], own_mean) : 0.0f);
   if (threadIdx.x % WARP == 0) {
     sums[warp] = sum;
     squares[warp] = square;
@@ -144,8 +144,7 @@ __device__ inline void normalise(float (&x)[CHUNKS][PIECE],
   }
   float scale = rsqrtf(variance * (1.0f / K) + eps);
 #pragma unroll
-  for (int i = 0; i < PIECE; i++)
-    x[0][i] = fmaf((x[0][i] - mean) * scale, to_float(weight.value[i]), to_float(bias.value[i]));
+  for (int i = 0; i < PIECE; i++) x[0][i] = fmaf((x[0][i] - mean) * scale, weight[i], bias[i]);
 }
 
 // Sums of ROWS = 8 values over the warp: lane i has that of value i / 4. Each exchange halves the
@@ -185,10 +184,10 @@ __device__ inline void product(const in_t* x,
   Tile w;
   load_tile(values, scales, tile, M, w);
   float own_bias = addend(bias, tile * ROWS + threadIdx.x, writer);
-  Vec<elem_t, PIECE> norm[2] = {};
+  Packed<elem_t, PIECE> norm[2] = {};
   if (NORM && inside(0)) {
-    norm[0] = *reinterpret_cast<const Vec<elem_t, PIECE>*>(norm_weight + piece_of(0) * PIECE);
-    norm[1] = *reinterpret_cast<const Vec<elem_t, PIECE>*>(norm_bias + piece_of(0) * PIECE);
+    norm[0] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_weight + piece_of(0) * PIECE);
+    norm[1] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_bias + piece_of(0) * PIECE);
   }
   wait_for_inputs();
 
@@ -211,8 +210,7 @@ __device__ inline void product(const in_t* x,
       sums[r] = 0.0f;
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
-        sums[r] = fmaf(piece_sum(digits[c], w.weights[r][c]),
-                       step[c] * to_float(w.scales[c].value[r]), sums[r]);
+        sums[r] = fmaf(piece_sum(digits[c], w.weights[r][c]), step[c] * w.scales[c][r], sums[r]);
     }
     int next = tile + gridDim.x;
     bool last = next * ROWS >= M;
