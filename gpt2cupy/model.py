@@ -12,8 +12,7 @@ from .cache import KVCache
 from .config import GPT2Config
 from .errors import InputError
 from .ids import check_ids
-from .ops.quantized import takes_rows
-from .quantize import QuantizedMatrix
+from .ops.quantized import scratch_size
 from .weights import Weights
 from .workspace import PackedPrompts, Workspace
 
@@ -93,9 +92,8 @@ class GPT2:
         """
         from .loading import load_model
 
-        options: Any = {"dtype": dtype, "device": device, "revision": revision}
-        options |= {"batch_invariant": batch_invariant, "quantize": quantize}
-        return load_model(name_or_path, **options)[0]
+        options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
+        return load_model(name_or_path, dtype=dtype, device=device, revision=revision, **options)[0]
 
     @classmethod
     def random(
@@ -131,16 +129,8 @@ class GPT2:
         return KVCache(self.config, slots, capacity, self.dtype, self.xp)
 
     def new_workspace(self, rows: int) -> Workspace:
-        return Workspace(self.config, rows, self.dtype, self.xp, scratch=self._scratch(rows))
-
-    def _scratch(self, rows: int) -> int:
-        """Elements of the largest matrix of a layer that is dequantised for so many rows."""
-        if self.xp is np:
-            return 0
-        matrices = [a for a in self.layers[0].values() if isinstance(a, QuantizedMatrix)]
-        how = self.dtype, self.backend
-        shapes = [a.shape for a in matrices if not takes_rows(rows, a.shape, *how)]
-        return max((m * k for m, k in shapes), default=0)
+        scratch = scratch_size(rows, self.layers[0].values(), self.dtype, self.backend)
+        return Workspace(self.config, rows, self.dtype, self.xp, scratch=scratch)
 
     def forward(
         self,
@@ -159,28 +149,18 @@ class GPT2:
         work : Workspace
             Of exactly N rows.
         """
-        eps, backend = self.config.layer_norm_epsilon, self.backend
+        eps = self.config.layer_norm_epsilon
+        how: Any = {"backend": self.backend, "scratch": work.scratch}
+        act: Any = how | {"activation": self.config.activation}
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            ops.norm_linear(
-                *norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend,
-                scratch=work.scratch,
-            )  # fmt: skip
+            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, **how)
             attend(index, work.qkv, work.attended)
-            ops.linear(
-                work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend,
-                scratch=work.scratch,
-            )  # fmt: skip
+            ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
-            ops.norm_linear(
-                *norm, w["fc_w"], w["fc_b"], activation=self.config.activation, h=work.h,
-                out=work.inner, backend=backend, scratch=work.scratch,
-            )  # fmt: skip
-            ops.linear(
-                work.inner, w["out_w"], w["out_b"], residual=x, out=x, backend=backend,
-                scratch=work.scratch,
-            )  # fmt: skip
+            ops.norm_linear(*norm, w["fc_w"], w["fc_b"], h=work.h, out=work.inner, **act)
+            ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, **how)
         return x
 
     def logits(self, x: Array, work: Workspace, out: Array) -> Array:

@@ -6,6 +6,7 @@ number. Else the matrix is dequantised (quantize.cu) and multiplied as any other
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,13 @@ def takes_norm(x: Array, weight: QuantizedMatrix, backend: str) -> bool:
     """Whether :func:`norm_product` is there for these."""
     one = len(x) == 1 and backend == "ours"
     return one and weight.shape[1] <= LONGEST_NORM and takes(x, weight, backend)
+
+
+def scratch_size(rows: int, weights: Iterable[Any], dtype: Any, backend: str) -> int:
+    """Elements of the largest of some matrices that has to be dequantised for so many rows."""
+    on_device = [w for w in weights if isinstance(w, QuantizedMatrix) and is_device_array(w.values)]
+    shapes = [w.shape for w in on_device if not takes_rows(rows, w.shape, dtype, backend)]
+    return max((m * k for m, k in shapes), default=0)
 
 
 def product(
