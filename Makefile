@@ -99,13 +99,15 @@ SANITIZED = float16 and (norm_linear or tens_of_rows or attention_decode or atte
 sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck and racecheck over the kernels
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
-	    tests/test_ops.py tests/test_sampling_ops.py -k "$(SANITIZED)" || exit 1; done
+	    tests/test_ops.py tests/test_quantized.py tests/test_sampling_ops.py -k "$(SANITIZED)" || exit 1; done
 
 bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/batches.py
 	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1 \
 	  --gemv ours --out bench/results/decode-sizes.json
+	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1,16 \
+	  --quantize int8 --out bench/results/decode-int8.json
 	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/gemv.py

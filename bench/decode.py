@@ -1,7 +1,8 @@
 """Time of a decode step: random weights of GPT-2's sizes, one token per row and step.
 
     python bench/decode.py [--model 124M,355M,774M,1558M] [--dtype float16,bfloat16,float32]
-                           [--batch 1,4,16] [--context 128,1000] [--decode eager] [--out FILE]
+                           [--batch 1,4,16] [--context 128,1000] [--decode eager]
+                           [--quantize int8] [--out FILE]
 
 A step is everything from feeding a token to the next one chosen: embedding, all
 layers, logits, sampling. "step" is the time between events around some steps in
@@ -110,7 +111,7 @@ def measure_row(model: GPT2, row: dict[str, Any], args: Any, reader: Reader | No
     row["steps"] = []
     for context in args.context:
         step = measure_step(model, path, batch, context, args.runs)
-        step["bytes"] = step_bytes(model.config, row["dtype"], batch, context)
+        step["bytes"] = step_bytes(model.config, row["dtype"], batch, context, args.quantize)
         if reader:
             step["read"] = reader.time(step["bytes"]).as_dict()
         row["steps"].append(step)
@@ -121,6 +122,7 @@ def measure_row(model: GPT2, row: dict[str, Any], args: Any, reader: Reader | No
         for s in row["steps"]
     )
     title = " ".join(str(row[key]) for key in ("model", "dtype", "batch", "decode", "gemv"))
+    title += f" {args.quantize}" if args.quantize else ""
     print(f"{title}: {line}; in a text {row['end_to_end']['us_per_step']:.0f} us", flush=True)
 
 
@@ -132,6 +134,7 @@ def run() -> None:
     options.add_argument("--context", type=numbers, default=[128, 1000])
     options.add_argument("--decode", type=names, help="decode paths; all by default")
     options.add_argument("--gemv", type=names, default=["ours", "cublas"])
+    options.add_argument("--quantize", choices=["int8"], help="hold the matrices in int8")
     options.add_argument("--prompt", type=int, default=32)
     options.add_argument("--tokens", type=int, default=200)
     options.add_argument("--runs", type=int, default=30)
@@ -143,16 +146,19 @@ def run() -> None:
 
     on_gpu = args.device != "cpu"
     reader = Reader() if on_gpu else None
-    with Kept(args.out, {"weights": "random"}, gpu=on_gpu) as kept:
+    settings = {"weights": "random", "quantize": args.quantize}
+    with Kept(args.out, settings, gpu=on_gpu) as kept:
         for size in args.model:
             config = config_of(size)
             for dtype in args.dtype:
                 if reason := too_large(config, dtype, max(args.batch), args.device):
                     kept.skip(f"{size} {dtype}", reason)
                     continue
-                model = random_model(config, dtype, args.device)
+                model = random_model(config, dtype, args.device, args.quantize)
                 for batch in args.batch:
-                    there = backends(dtype, batch, args.device)
+                    # With int8 the library has no product of its own.
+                    few = not args.quantize
+                    there = backends(dtype, batch, args.device) if few else ["ours"]
                     for gemv in [name for name in args.gemv if name in there]:
                         for path in args.decode:
                             model.gemv = gemv

@@ -19,6 +19,7 @@ from gpt2cupy import GPT2, GPT2Config, decode, record
 from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
 from gpt2cupy.errors import Gpt2CupyError, InputError
 from gpt2cupy.loading import resolve_device, resolve_dtype
+from gpt2cupy.quantize import LARGEST, MATRICES, SCALE_DTYPE, QuantizedMatrix, scale_shape
 from gpt2cupy.timing import Timing, device_times
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
 from gpt2cupy.weights import Weights, weight_shapes
@@ -63,11 +64,13 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in names(text)]
 
 
-def parser(doc: str | None, out: str) -> argparse.ArgumentParser:
+def parser(
+    doc: str | None, out: str, devices: tuple[str, ...] = ("cuda", "cpu")
+) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     made.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu is for trying the script"
+        "--device", default="cuda", choices=devices, help="cpu is for trying the script"
     )
     made.add_argument("--out", type=Path, default=record.RESULTS / out, help="the record")
     return made
@@ -126,18 +129,24 @@ def parameter_bytes(config: GPT2Config, dtype: str) -> int:
     return itemsize(dtype) * sum(math.prod(shape) for shape in weight_shapes(config).values())
 
 
-def step_bytes(config: GPT2Config, dtype: str, batch: int, context: int) -> int:
+def step_bytes(
+    config: GPT2Config, dtype: str, batch: int, context: int, quantize: str | None = None
+) -> int:
     """Bytes that a decode step must read: each weight once, and keys and values of the context.
 
     Of the embeddings only the rows of the tokens are read; a tied token embedding
-    is read whole, for the logits.
+    is read whole, for the logits. Matrices in int8 take a byte per weight and two per
+    scale.
     """
-    shapes = weight_shapes(config)
     tables = ["wpe"] if config.tie_word_embeddings else ["wpe", "wte"]
-    elements = sum(math.prod(shape) for name, shape in shapes.items() if name not in tables)
-    elements += len(tables) * batch * config.n_embd
-    elements += 2 * config.n_layer * batch * context * config.n_embd
-    return itemsize(dtype) * elements
+    size = 2 * config.n_layer * batch * context * config.n_embd * itemsize(dtype)
+    for name, shape in weight_shapes(config).items():
+        shape = (batch, config.n_embd) if name in tables else shape
+        if quantize and name in MATRICES:
+            size += math.prod(shape) + SCALE_DTYPE.itemsize * math.prod(scale_shape(shape))
+        else:
+            size += itemsize(dtype) * math.prod(shape)
+    return size
 
 
 def too_large(config: GPT2Config, dtype: str, batch: int, device: str, engines: int = 1) -> str:
@@ -159,20 +168,25 @@ def too_large(config: GPT2Config, dtype: str, batch: int, device: str, engines: 
     return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
-def random_model(config: GPT2Config, dtype: str, device: str) -> GPT2:
+def random_model(config: GPT2Config, dtype: str, device: str, quantize: str | None = None) -> GPT2:
     """A model whose weights repeat some random numbers: made in a second at every size."""
     kind, _ = resolve_device(device)
     if kind == "cpu":
-        return GPT2.random(config, 0, dtype=dtype, device="cpu")
+        return GPT2.random(config, 0, dtype=dtype, device="cpu", quantize=quantize)
     import cupy
 
-    weights = Weights.empty(config, resolve_dtype(dtype, np.dtype(np.float32), kind), cupy)
+    held = resolve_dtype(dtype, np.dtype(np.float32), kind)
+    weights = Weights.empty(config, held, cupy, quantize=quantize)
     for name, array in weights.items():
+        if isinstance(array, QuantizedMatrix):
+            fill(array.values, spread=40)
+            fill(array.scales, around=0.02 / 40, spread=0.002 / 40)
+            continue
         fill(array, 1.0 if name.startswith("ln") and name.endswith("_w") else 0.0)
     return GPT2(config, weights)
 
 
-def fill(array: Any, around: float = 0.0) -> None:
+def fill(array: Any, around: float = 0.0, spread: float = 0.02) -> None:
     """Fill an array on the GPU with a few million random numbers, again and again."""
     import cupy
 
@@ -180,7 +194,10 @@ def fill(array: Any, around: float = 0.0) -> None:
 
     uploader = Uploader()
     values = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32)
-    pool, flat = (values * 0.02 + around).astype(array.dtype), array.reshape(-1)
+    values = values * np.float32(spread) + np.float32(around)
+    if array.dtype == np.int8:
+        values = values.clip(-LARGEST, LARGEST)
+    pool, flat = values.astype(array.dtype), array.reshape(-1)
     for start in range(0, flat.size, pool.size):
         part = flat[start : start + pool.size]
         uploader.copy(pool[: part.size], part)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import batch_tables
 import profile_tables
+import quantization_tables
 import validate_tables
 from layout import Record, device, left_out, number, rate, source_line, spread, table
 
@@ -67,10 +68,11 @@ def decode_sizes(entry: Record) -> str:
         tokens = number(1e6 * row["batch"] / row["end_to_end"]["us_per_step"])
         names = [row[key] for key in ("model", "dtype", "batch", "decode")]
         lines.append([*names, *figures, tokens])
+    in_int8 = ", matrices in int8 and the rest in dtype" if results.get("quantize") else ""
     note = (
-        f"Random weights, medians. Plain read: a kernel that only reads as many bytes as the step "
-        f"must, each weight once and the keys and values of the context, in the same run. Tokens/s "
-        f"in a text, read by the host{left_out(results)}"
+        f"Random weights{in_int8}, medians. Plain read: a kernel that only reads as many bytes as "
+        f"the step must, each weight once and the keys and values of the context, in the same run. "
+        f"Tokens/s in a text, read by the host{left_out(results)}"
     )
     return table([*header, "tokens/s"], lines, 2) + source_line(entry, note)
 
@@ -278,6 +280,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode-sizes": ("decode-sizes", decode_sizes),
     "batches": ("batches", batch_tables.batches),
     "contexts": ("batches", batch_tables.contexts),
+    "decode-int8": ("decode-int8", decode_sizes),
+    "quantization": ("quantization", quantization_tables.accuracy),
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
     "soak": ("soak", soak),

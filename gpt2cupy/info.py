@@ -17,9 +17,18 @@ from .ops.device import cupy_module
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
 
 
-def report(name: str, dtype: str, device: str, *, revision: str | None = None) -> dict[str, Any]:
+def report(
+    name: str,
+    dtype: str,
+    device: str,
+    *,
+    revision: str | None = None,
+    quantize: str | None = None,
+) -> dict[str, Any]:
     """What would run for one model on one device, in JSON's types; sizes in bytes."""
-    model, source = load_model(name, dtype=dtype, device=device, revision=revision)
+    model, source = load_model(
+        name, dtype=dtype, device=device, revision=revision, quantize=quantize
+    )
     config = model.config
     engine = Engine(model)
     facts: dict[str, Any] = {"versions": record.versions(_PACKAGES)}
@@ -42,6 +51,7 @@ def report(name: str, dtype: str, device: str, *, revision: str | None = None) -
             "vocab_size": config.vocab_size,
             "dtype": model.dtype.name,
             "stored_dtype": source.dtype.name,
+            "quantize": quantize,
         },
         "memory": {
             "weights": model.weights.nbytes,
@@ -103,6 +113,10 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"vocabulary {model['vocab_size']}"
         ),
     )
-    yield "dtype", f"{model['dtype']} (stored as {model['stored_dtype']})"
+    held = f"{model['dtype']} (stored as {model['stored_dtype']})"
+    if model["quantize"]:
+        on_cpu = ", on the CPU dequantised" if device["kind"] == "cpu" else ""
+        held += f", matrices in {model['quantize']}{on_cpu}"
+    yield "dtype", held
     for label, size in facts["memory"].items():
         yield label, f"{size / 2**20:.1f} MiB"

@@ -26,6 +26,9 @@ THREADS = {
     "bias_act": 256,
     "transpose": 256,
     "convert": 256,
+    "quantize": 256,
+    "dequantize": 256,
+    "embedding_int8": 256,
 }
 _TYPE_SUFFIX = re.compile(r"_(f32|float32|float16|bfloat16)$")
 

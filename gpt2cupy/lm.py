@@ -249,6 +249,7 @@ def load(
     revision: str | None = None,
     tokenizer: str | Tokenizer | None = None,
     batch_invariant: bool = False,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a checkpoint as a :class:`LanguageModel`.
 
@@ -270,6 +271,10 @@ def load(
     batch_invariant : bool
         Make the bits of what comes out for a prompt the same whatever runs beside it and
         in however many slots; see docs/batch-invariance.md for what it costs.
+    quantize : {None, "int8"}
+        "int8" holds the matrices in a byte per weight; ``dtype`` is that of all else,
+        of activations and cache. The CPU computes with the same rounded weights in
+        float32.
 
     Raises
     ------
@@ -282,7 +287,7 @@ def load(
             where="tokenizer",
             remedy="Pass a folder, a file or a Tokenizer.",
         )
-    options: Any = {"dtype": dtype, "device": device, "revision": revision}
+    options: Any = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
     model, source = loading.load_model(name_or_path, **options, batch_invariant=batch_invariant)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)

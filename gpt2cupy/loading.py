@@ -14,11 +14,14 @@ from . import checkpoint
 from .config import GPT2Config
 from .errors import DeviceError, InputError, NoDeviceError
 from .model import GPT2
+from .ops import quantize as quantize_on_device
 from .ops.device import cupy_module, device_arch, device_errors
 from .ops.layout import Uploader
+from .quantize import QuantizedMatrix, check_kind, through_int8
 from .weights import Weights
 
 DTYPES = ("float32", "float16", "bfloat16")
+_QUANTIZED_ROWS = 8192  # of the vocabulary in float32 at a time
 _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -95,24 +98,30 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     batch_invariant: bool = False,
+    quantize: str | None = None,
 ) -> tuple[GPT2, Any]:
     """The model and the checkpoint it came from."""
     # A wrong argument is found before anything is downloaded.
+    check_kind(quantize)
     kind, index = resolve_device(device)
     _dtype_name(dtype)
     source = checkpoint.open(name_or_path, revision=revision)
     held = resolve_dtype(dtype, source.dtype, kind)
-    tensors, options = source.tensors(finite=True), {"batch_invariant": batch_invariant}
+    tensors = source.tensors(finite=True)
+    options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
     return place(source.config, tensors, held, kind, index, **options), source
 
 
-def random_model(config: GPT2Config, seed: int, *, dtype: str, device: str) -> GPT2:
+def random_model(
+    config: GPT2Config, seed: int, *, dtype: str, device: str, quantize: str | None = None
+) -> GPT2:
+    check_kind(quantize)
     kind, index = resolve_device(device)
     held = resolve_dtype(dtype, np.dtype(np.float32), kind)
     host = Weights.random(config, seed, held)
-    if kind == "cpu":
+    if kind == "cpu" and quantize is None:
         return GPT2(config, host)
-    return place(config, weight_tensors(config, host), held, kind, index)
+    return place(config, weight_tensors(config, host), held, kind, index, quantize=quantize)
 
 
 def weight_tensors(config: GPT2Config, weights: Weights) -> Iterator[tuple[str, int | None, Any]]:
@@ -134,21 +143,36 @@ def place(
     index: int,
     *,
     batch_invariant: bool = False,
+    quantize: str | None = None,
 ) -> GPT2:
     """Weights on their device, converted on arrival, and the model over them."""
     if kind == "cpu":
-        host = Weights.from_tensors(config, tensors, dtype)
+        given = through_int8(tensors) if quantize else tensors
+        host = Weights.from_tensors(config, given, dtype)
         return GPT2(config, host, batch_invariant=batch_invariant)
     cupy = cupy_module()
     with cupy.cuda.Device(index), device_errors("the weights"):
-        weights = Weights.empty(config, dtype, cupy)
+        weights = Weights.empty(config, dtype, cupy, quantize=quantize)
         uploader = Uploader()
         for name, layer, array in tensors:
             target = getattr(weights, name)
             if layer is not None:
                 target = target[layer]
+            if isinstance(target, QuantizedMatrix):
+                _place_quantized(uploader, array, target)
+                continue
             if name in ("wte", "lm_head"):
                 target = target[: config.vocab_size]
             uploader.place(array, target)
         cupy.cuda.get_current_stream().synchronize()
         return GPT2(config, weights, batch_invariant=batch_invariant)
+
+
+def _place_quantized(uploader: Uploader, array: np.ndarray, target: QuantizedMatrix) -> None:
+    """Quantise a matrix on the device, from the values as they are stored."""
+    rows = _QUANTIZED_ROWS if array.flags.c_contiguous else len(array)
+    stage = uploader.cupy.empty((min(rows, len(array)), array.shape[1]), np.float32)
+    for first in range(0, len(array), rows):
+        part = array[first : first + rows]
+        uploader.place(part, stage[: len(part)])
+        quantize_on_device(stage[: len(part)], out=target, first=first)

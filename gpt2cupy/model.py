@@ -12,6 +12,7 @@ from .cache import KVCache
 from .config import GPT2Config
 from .errors import InputError
 from .ids import check_ids
+from .ops.quantized import scratch_size
 from .weights import Weights
 from .workspace import PackedPrompts, Workspace
 
@@ -61,7 +62,7 @@ class GPT2:
         self.gemv = gemv
         self._batch_invariant = batch_invariant
         self.decode_path = "auto"
-        if isinstance(weights.wte, np.ndarray):
+        if isinstance(weights.wpe, np.ndarray):
             self.xp: Any = np
         else:
             import cupy
@@ -83,6 +84,7 @@ class GPT2:
         device: str = "auto",
         revision: str | None = None,
         batch_invariant: bool = False,
+        quantize: str | None = None,
     ) -> GPT2:
         """Load a checkpoint as a forward pass alone, without tokenizer and engine.
 
@@ -90,17 +92,23 @@ class GPT2:
         """
         from .loading import load_model
 
-        options: Any = {"dtype": dtype, "device": device, "revision": revision}
-        return load_model(name_or_path, **options, batch_invariant=batch_invariant)[0]
+        options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
+        return load_model(name_or_path, dtype=dtype, device=device, revision=revision, **options)[0]
 
     @classmethod
     def random(
-        cls, config: GPT2Config, seed: int = 0, *, dtype: str = "float32", device: str = "auto"
+        cls,
+        config: GPT2Config,
+        seed: int = 0,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        quantize: str | None = None,
     ) -> GPT2:
         """A model with random weights in GPT-2's initialisation; the same for every device."""
         from .loading import random_model
 
-        return random_model(config, seed, dtype=dtype, device=device)
+        return random_model(config, seed, dtype=dtype, device=device, quantize=quantize)
 
     @property
     def dtype(self) -> np.dtype:
@@ -121,7 +129,8 @@ class GPT2:
         return KVCache(self.config, slots, capacity, self.dtype, self.xp)
 
     def new_workspace(self, rows: int) -> Workspace:
-        return Workspace(self.config, rows, self.dtype, self.xp)
+        scratch = scratch_size(rows, self.layers[0].values(), self.dtype, self.backend)
+        return Workspace(self.config, rows, self.dtype, self.xp, scratch=scratch)
 
     def forward(
         self,
@@ -140,31 +149,27 @@ class GPT2:
         work : Workspace
             Of exactly N rows.
         """
-        eps, backend = self.config.layer_norm_epsilon, self.backend
+        eps = self.config.layer_norm_epsilon
+        how: Any = {"backend": self.backend, "scratch": work.scratch}
+        act: Any = how | {"activation": self.config.activation}
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, backend=backend)
+            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, **how)
             attend(index, work.qkv, work.attended)
-            ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, backend=backend)
+            ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
-            ops.norm_linear(
-                *norm,
-                w["fc_w"],
-                w["fc_b"],
-                activation=self.config.activation,
-                h=work.h,
-                out=work.inner,
-                backend=backend,
-            )
-            ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, backend=backend)
+            ops.norm_linear(*norm, w["fc_w"], w["fc_b"], h=work.h, out=work.inner, **act)
+            ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, **how)
         return x
 
     def logits(self, x: Array, work: Workspace, out: Array) -> Array:
         """Logits [N, Vp] (float32) of rows of the residual stream."""
         w = self.weights
         norm = (x, w.lnf_w, w.lnf_b, self.config.layer_norm_epsilon)
-        return ops.norm_linear(*norm, w.lm_head, h=work.h, out=out, backend=self.backend)
+        return ops.norm_linear(
+            *norm, w.lm_head, h=work.h, out=out, backend=self.backend, scratch=work.scratch
+        )
 
     def prefill(
         self, tokens: Sequence[np.ndarray], slots: Sequence[int], cache: KVCache, work: Workspace

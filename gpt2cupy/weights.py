@@ -22,6 +22,9 @@ out_w    [L, C, F]      MLP output product; out_b [L, C]
 lnf_w/b  [C]            last layer norm
 lm_head  [Vp, C]        logits product; the array ``wte`` itself when tied
 ======== ============== =================================================
+
+With int8 the matrices (wte, qkv_w, proj_w, fc_w, out_w, lm_head) are
+:class:`QuantizedMatrix`, on the GPU only: the CPU holds their dequantised values.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ import numpy as np
 
 from .config import GPT2Config
 from .errors import InputError
+from .quantize import MATRICES, SCALE_DTYPE, QuantizedMatrix, scale_shape
 
 ALIGNMENT = 256  # bytes; what cudaMalloc itself promises
 RESIDUAL_BIASES = ("proj_b", "out_b")
+_SCALES = ".scales"  # of a matrix in int8, behind its name
 
 
 def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -73,7 +78,8 @@ class Weights:
     Attributes
     ----------
     dtype : numpy.dtype
-        The chosen dtype: float32, float16 or bfloat16 (``ml_dtypes``).
+        The chosen dtype: float32, float16 or bfloat16 (``ml_dtypes``). With int8, that of
+        all else, and of activations and cache.
     nbytes : int
         Bytes of the one buffer that holds all arrays.
     """
@@ -99,18 +105,30 @@ class Weights:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.wte.dtype
+        return self.wpe.dtype
 
     @classmethod
-    def empty(cls, config: GPT2Config, dtype: Any, xp: Any = np) -> Weights:
-        """Allocate the layout, zeroed, with ``xp`` = ``numpy`` or ``cupy``."""
+    def empty(
+        cls, config: GPT2Config, dtype: Any, xp: Any = np, *, quantize: str | None = None
+    ) -> Weights:
+        """Allocate the layout, zeroed, with ``xp`` = ``numpy`` or ``cupy``.
+
+        ``quantize="int8"`` makes the matrices :class:`QuantizedMatrix`.
+        """
         dtype = np.dtype(dtype)
         residual = np.dtype(np.float64 if dtype == np.float64 else np.float32)
         places, end = {}, 0
         for name, shape in weight_shapes(config).items():
             own = residual if name in RESIDUAL_BIASES else dtype
-            places[name] = (end, shape, own)
-            end += -(-math.prod(shape) * own.itemsize // ALIGNMENT) * ALIGNMENT
+            parts = {name: (shape, own)}
+            if quantize and name in MATRICES:
+                parts = {
+                    name: (shape, np.dtype(np.int8)),
+                    name + _SCALES: (scale_shape(shape), SCALE_DTYPE),
+                }
+            for part, (dims, kind) in parts.items():
+                places[part] = (end, dims, kind)
+                end += -(-math.prod(dims) * kind.itemsize // ALIGNMENT) * ALIGNMENT
         # NumPy promises 16 bytes only: take one unit more and start at an aligned address.
         slack = ALIGNMENT if xp is np else 0
         buffer = xp.zeros(end + slack, dtype=np.uint8)
@@ -120,6 +138,8 @@ class Weights:
             first = start + offset
             size = math.prod(shape) * own.itemsize
             arrays[name] = buffer[first : first + size].view(own).reshape(shape)
+        for name in [name for name in arrays if name + _SCALES in arrays]:
+            arrays[name] = QuantizedMatrix(arrays[name], arrays.pop(name + _SCALES))
         arrays.setdefault("lm_head", arrays["wte"])
         return cls(**arrays, nbytes=end)
 

@@ -22,9 +22,23 @@ class Workspace:
     h, qkv, attended, inner : array
         Normed input [N, C], [q | k | v] [N, 3C], attention output [N, C] and MLP
         [N, F], of the weights' dtype.
+    scratch : array [n] or None
+        Where a matrix of a layer is dequantised; of that dtype too.
+
+    Parameters
+    ----------
+    config : GPT2Config
+    rows : int
+    dtype : dtype
+    xp : module
+        NumPy or CuPy.
+    scratch : int
+        Elements of ``scratch``.
     """
 
-    def __init__(self, config: GPT2Config, rows: int, dtype: Any, xp: Any = np) -> None:
+    def __init__(
+        self, config: GPT2Config, rows: int, dtype: Any, xp: Any = np, *, scratch: int = 0
+    ) -> None:
         c = config.n_embd
         wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
         self.x = xp.empty((rows, c), wide)
@@ -32,6 +46,7 @@ class Workspace:
         self.qkv = xp.empty((rows, 3 * c), dtype)
         self.attended = xp.empty((rows, c), dtype)
         self.inner = xp.empty((rows, config.inner_size), dtype)
+        self.scratch = xp.empty(scratch, dtype) if scratch else None
 
     @property
     def rows(self) -> int:
@@ -39,7 +54,7 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values())
+        return sum(array.nbytes for array in vars(self).values() if array is not None)
 
     def first(self, rows: int) -> Workspace:
         """The same memory, seen as the activations of fewer tokens."""
@@ -47,7 +62,7 @@ class Workspace:
             return self
         view = object.__new__(Workspace)
         for name, array in vars(self).items():
-            setattr(view, name, array[:rows])
+            setattr(view, name, array if name == "scratch" else array[:rows])
         return view
 
 

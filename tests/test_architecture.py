@@ -17,6 +17,7 @@ PACKAGE = ROOT / "gpt2cupy"
 LAYERS = (
     ("_version", "errors", "files", "turns"),
     ("config",),
+    ("quantize",),
     ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference"),
     ("ops.device", "ops.compiler", "ops.tape", "ops.launch"),

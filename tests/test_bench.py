@@ -18,7 +18,7 @@ from gpt2cupy import GPT2Config, load, ops
 from gpt2cupy.cache import KVCache
 from gpt2cupy.decode import graph
 from gpt2cupy.record import ROOT
-from gpt2cupy.weights import Weights
+from gpt2cupy.weights import RESIDUAL_BIASES, Weights
 
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
@@ -201,17 +201,52 @@ shapes = st.builds(
 
 
 @settings(max_examples=40)
-@given(shapes, st.sampled_from(["float16", "float32"]), st.integers(1, 3), st.integers(0, 4))
-def test_bytes_of_a_step_are_those_of_the_arrays(config, dtype, batch, context):
-    weights = Weights.empty(config, dtype)
+@given(
+    shapes,
+    st.sampled_from(["float16", "float32"]),
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.sampled_from([None, "int8"]),
+)
+def test_bytes_of_a_step_are_those_of_the_arrays(config, dtype, batch, context, quantize):
+    weights = Weights.empty(config, dtype, quantize=quantize)
     read = {name: array for name, array in weights.items() if name != "wpe"}
+    size = batch * weights.wpe[0].nbytes
     if not config.tie_word_embeddings:
-        del read["wte"]
-    size = sum(array.size for array in read.values()) * weights.dtype.itemsize
-    size += batch * weights.wpe[0].nbytes * (1 if config.tie_word_embeddings else 2)
+        # A row of it per token: in int8 each with its scales.
+        size += batch * read.pop("wte").nbytes // config.padded_vocab_size
+    for name, array in read.items():
+        one = weights.dtype.itemsize  # the float32 of two biases is not counted
+        size += array.size * one if name in RESIDUAL_BIASES else array.nbytes
     if context:
         size += KVCache(config, batch, context, weights.dtype).nbytes
-    assert shared.step_bytes(config, dtype, batch, context) == size
+    assert shared.step_bytes(config, dtype, batch, context, quantize) == size
+
+
+def test_the_cost_of_int8_becomes_a_record(tmp_path):
+    out, text = tmp_path / "record.json", tmp_path / "text.txt"
+    text.write_text("To be, or not to be: that is the question. " * 20)
+    options = ["--text", str(text), "--bytes", "300", "--random", "tiny", "--device", "cpu"]
+    done = bench("quantization", "--out", str(out), *options)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(out.read_text())
+    embedded, random = entry["results"]["models"]
+    assert embedded["text_bytes"] == 300 and "bits_per_byte" not in random["rows"][0]
+    stored, int8, most = embedded["rows"]
+    assert stored["logit_max_error"] == 0 < most["logit_rms_error"] < int8["logit_rms_error"]
+    assert int8["weight_bytes"] < 0.3 * stored["weight_bytes"] and most["weight_bytes"] is None
+    assert widths(tables.TABLES["quantization"][1](entry)) == {10}
+
+
+def test_steps_of_a_model_in_int8_are_timed_against_its_own_bytes(tmp_path):
+    out = tmp_path / "record.json"
+    options = ["--device", "cpu", "--out", str(out), *RUNS["decode"].split()]
+    done = bench("decode", "--model", "tiny", "--quantize", "int8", *options)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    step = results["rows"][0]["steps"][0]
+    assert step["bytes"] == shared.step_bytes(shared.TINY, "float32", 1, 16, "int8")
+    assert "matrices in int8" in tables.TABLES["decode-int8"][1](json.loads(out.read_text()))
 
 
 def test_a_size_that_does_not_fit_is_named(monkeypatch):

@@ -34,6 +34,7 @@ def generate(
     model: options.Model = "shakespeare",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     revision: options.Revision = None,
     tokenizer: options.Tokenizer = None,
     gemv: Annotated[
@@ -110,14 +111,11 @@ def generate(
     from ..decode import decoder
     from ..lm import load
 
-    with load(
-        model,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        tokenizer=tokenizer,
-        batch_invariant=batch_invariant,
-    ) as lm:
+    lm = load(
+        model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
+        batch_invariant=batch_invariant, quantize=options.name_of(quantize),
+    )  # fmt: skip
+    with lm:
         decoder(lm.model, decode)  # refuses a path that is not there, before anything is written
         if gemv is not None:
             if lm.model.xp is np:
@@ -128,7 +126,9 @@ def generate(
                 )
             lm.model.gemv = gemv.value
         lm.model.decode_path = decode
-        shell.say(shell.paint(f"{lm.name}, {lm.dtype} on {lm.device}", shell.DIM), quiet=quiet)
+        in_int8 = " with matrices in int8" if quantize else ""
+        about = f"{lm.name}, {lm.dtype}{in_int8} on {lm.device}"
+        shell.say(shell.paint(about, shell.DIM), quiet=quiet)
         if max_new_tokens is None:
             room = lm.config.n_positions + 1 - len(lm.encode(text))
             wanted = min(max(DEFAULT_NEW_TOKENS, min_new_tokens), room)

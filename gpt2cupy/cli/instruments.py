@@ -14,6 +14,7 @@ def profile(
     model: options.Model = "shakespeare",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     prompt: Annotated[str, typer.Option(help="Text fed before the measured tokens.")] = (
         "What is your name"
     ),
@@ -41,6 +42,7 @@ def profile(
         plot_path=plot,
         as_json=as_json,
         cupti=cupti,
+        quantize=options.name_of(quantize),
     )
 
 
@@ -55,6 +57,7 @@ def validate(
     seed: Annotated[int, typer.Option(help="Of random ids, or of the continuation.")] = 0,
     dtype: Annotated[str, typer.Option(help="One dtype; auto is all the device has.")] = "auto",
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     path: Annotated[
         list[str] | None,
         typer.Option(help="Decode path beside eager; several times for several. Default: all."),
@@ -71,7 +74,7 @@ def validate(
 
     settings = command.Settings(
         name or model or "shakespeare", steps, batch, prompt, seed, dtype, device,
-        tuple(path or ()), against, reference, revision,
+        tuple(path or ()), against, reference, revision, options.name_of(quantize),
     )  # fmt: skip
     if not command.run(settings, as_json=as_json):
         raise typer.Exit(1)

@@ -15,6 +15,7 @@ def info(
     model: options.Model = "shakespeare",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     revision: options.Revision = None,
     kernels: Annotated[
         bool,
@@ -41,7 +42,9 @@ def info(
         return
     from .. import info as about
 
-    facts = about.report(model, dtype, device, revision=revision)
+    facts = about.report(
+        model, dtype, device, revision=revision, quantize=options.name_of(quantize)
+    )
     if as_json:
         shell.write(json.dumps(facts) + "\n")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,11 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Quantization = enum.Enum("Quantization", {"int8": "int8"})
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option(help="Hold the matrices in int8; --dtype is that of the rest."),
+]
 Tokenizer = Annotated[
     str | None,
     typer.Option(help="Folder, tokenizer.json or llm.c file; by default the model's own."),
@@ -22,3 +28,8 @@ File = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON, one object per line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
+
+
+def name_of(choice: enum.Enum | None) -> str | None:
+    """The word that was chosen."""
+    return None if choice is None else str(choice.value)

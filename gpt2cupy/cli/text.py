@@ -21,6 +21,7 @@ def score(
     model: options.Model = "shakespeare",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     revision: options.Revision = None,
     tokenizer: options.Tokenizer = None,
     window: Annotated[
@@ -42,8 +43,14 @@ def score(
 
     from ..lm import load
 
-    with load(model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer) as lm:
-        shell.say(shell.paint(f"{lm.name}, {lm.dtype} on {lm.device}", shell.DIM), quiet=quiet)
+    lm = load(
+        model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
+        quantize=options.name_of(quantize),
+    )  # fmt: skip
+    with lm:
+        in_int8 = " with matrices in int8" if quantize else ""
+        about = f"{lm.name}, {lm.dtype}{in_int8} on {lm.device}"
+        shell.say(shell.paint(about, shell.DIM), quiet=quiet)
         if not given:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         found = lm.score(given, window=window, stride=stride)

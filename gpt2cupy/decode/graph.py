@@ -12,6 +12,13 @@ from ..ops.tape import Launch
 from .eager import EagerDecoder
 
 
+def _may_overlap(before: Any, call: Launch) -> bool:
+    """Whether a launch may start while the one before still runs; the first of a graph never."""
+    if before is None or not call.overlaps:
+        return False
+    return not (isinstance(before, Launch) and before.writes_weights)
+
+
 def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """A graph of recorded launches, as a function that launches it on the current stream.
 
@@ -25,8 +32,8 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     with blas.workspace(), stream:
         stream.begin_capture()
         try:
-            for index, call in enumerate(calls):
-                if overlap and index > 0 and isinstance(call, Launch) and call.overlaps:
+            for before, call in zip([None, *calls], calls, strict=False):
+                if overlap and isinstance(call, Launch) and _may_overlap(before, call):
                     call.overlapped()
                 else:
                     call()

@@ -4,6 +4,7 @@ from .attention import attention_decode, attention_prefill
 from .embedding import embedding
 from .linear import bias_act, gemv, linear, norm_linear
 from .norm import add_layer_norm, layer_norm
+from .quantized import dequantize, quantize
 from .sampling import sample, target_logprobs, top_logprobs
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "bias_act",
+    "dequantize",
     "embedding",
     "gemv",
     "layer_norm",
     "linear",
     "norm_linear",
+    "quantize",
     "sample",
     "target_logprobs",
     "top_logprobs",

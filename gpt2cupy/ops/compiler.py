@@ -37,6 +37,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "skinny.cu": ("ELEM", "K"),
     "linear_rows.cu": ("ELEM",),
     "linear_fixed.cu": ("ELEM",),
+    "quantize.cu": ("ELEM",),
+    "gemv_int8.cu": ("ELEM", "K"),
+    "skinny_int8.cu": ("ELEM", "K"),
     "attention_prefill.cu": ("ELEM", "HS"),
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
@@ -54,6 +57,7 @@ NEWER_CHIPS = {
 # Tensor cores multiply halves.
 HALF_ONLY = (
     "skinny.cu",
+    "skinny_int8.cu",
     "linear_rows.cu",
     "attention_prefill_mma.cu",
     "attention_decode_mma.cu",

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
+from ..quantize import QuantizedMatrix
+from . import quantized, reference
 from .launch import Kernel, device_empty, is_device_array, launch
 
 Array = Any
@@ -28,7 +29,7 @@ def embedding(
     ----------
     ids, positions : array of int32 [N]
         On the GPU a value outside its table gives a row of zeros.
-    wte : array [Vp, C]
+    wte : array or QuantizedMatrix [Vp, C]
     wpe : array [P, C]
     out : array of float32 [N, C], optional
 
@@ -37,6 +38,8 @@ def embedding(
     array of float32 [N, C]
         float64 where the tables are.
     """
+    if isinstance(wte, QuantizedMatrix):
+        return quantized.embedding(ids, positions, wte, wpe, out=out)
     if not is_device_array(wte):
         return reference.embedding(ids, positions, wte, wpe, out=out)
     if out is None:

@@ -73,12 +73,24 @@ class Kernel:
     overlaps : bool
         Whether it calls ``wait_for_inputs``: then it may start before its
         predecessor ends.
+    writes_weights : bool
+        Whether it writes what the next one may load before it waits: then that one
+        starts when this has ended.
     """
 
-    def __init__(self, source: str, entry: str, signature: str, *, overlaps: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        entry: str,
+        signature: str,
+        *,
+        overlaps: bool = False,
+        writes_weights: bool = False,
+    ) -> None:
         self.source = source
         self.entry = entry
         self.overlaps = overlaps
+        self.writes_weights = writes_weights
         self.parameters = tuple(_parse(part) for part in re.split(r",\s+", signature))
 
     def function(self, elem: np.dtype | None, head_size: int | None, inner: int | None) -> Any:
@@ -215,7 +227,9 @@ def launch(
             _refuse(kernel, parameter, array, elem, bound)
         values.append(array)
     function = _function(device, kernel, elem, head_size, inner, shared)
-    submit(Launch(function, grid, block, tuple(values), kernel.overlaps, shared))
+    call = Launch(function, grid, block, tuple(values), kernel.overlaps, shared)
+    call.writes_weights = kernel.writes_weights
+    submit(call)
 
 
 def _granule(array: Any) -> int:
@@ -223,9 +237,9 @@ def _granule(array: Any) -> int:
 
     A row of 59 halves takes 118 bytes, so only the first row of such an array
     can be aligned further; kernels then use narrower accesses. Integers are
-    read one by one.
+    read one by one, but for int8, which are weights.
     """
-    if array.dtype.kind in "iu":
+    if array.dtype.kind in "iu" and array.dtype != np.int8:
         return array.itemsize
     row = array.shape[-1] * array.itemsize
     return min(row & -row, ALIGNMENT)

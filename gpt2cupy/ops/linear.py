@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from . import blas, reference
+from ..quantize import QuantizedMatrix
+from . import blas, quantized, reference
 from .launch import device_empty, is_device_array, launch
 from .norm import layer_norm
 from .product import (
@@ -91,6 +92,7 @@ def norm_linear(
     out: Array | None = None,
     h: Array | None = None,
     backend: str = "ours",
+    scratch: Array | None = None,
 ) -> Array:
     """``linear(layer_norm(x), weight, bias)``; one kernel for one row on the GPU.
 
@@ -102,27 +104,39 @@ def norm_linear(
         The residual stream; float32 on the GPU.
     norm_weight, norm_bias : array [K]
     eps : float
-    weight : array [M, K]
+    weight : array or QuantizedMatrix [M, K]
     bias : array [M], optional
         Of out's dtype.
     activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
     out : array [N, M], optional
-        Of weight's dtype, or float32.
+        Of norm_weight's dtype, or float32.
     h : array [N, K], optional
         Where the normed rows go if they are written at all.
     backend : {"ours", "cublas", "invariant"}
+        As in :func:`linear`.
+    scratch : array [n], optional
         As in :func:`linear`.
 
     Returns
     -------
     array [N, M]
-        Of weight's dtype unless ``out`` says otherwise.
+        Of norm_weight's dtype unless ``out`` says otherwise.
 
     Raises
     ------
     InputError
         On the GPU, for a wrong dtype, shape or layout.
     """
+    if isinstance(weight, QuantizedMatrix):
+        if quantized.takes_norm(x, weight, backend):
+            if out is None:
+                out = device_empty((1, len(weight)), norm_weight.dtype)
+            norm = x, norm_weight, norm_bias, eps
+            return quantized.norm_product(*norm, weight, bias, ACTIVATION_CODES[activation], out)
+        h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
+        return linear(
+            h, weight, bias, activation=activation, out=out, backend=backend, scratch=scratch
+        )
     if not is_device_array(x):
         norm = (x, norm_weight, norm_bias, eps)
         return reference.norm_linear(
@@ -149,14 +163,15 @@ def linear(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
+    scratch: Array | None = None,
 ) -> Array:
     """``activation(x @ weight.T + bias) + residual``.
 
     Parameters
     ----------
     x : array [N, K]
-    weight : array [M, K]
-        Rows, of x's dtype.
+    weight : array or QuantizedMatrix [M, K]
+        Rows, of x's dtype or in int8.
     bias : array [M], optional
         Of out's dtype.
     activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
@@ -168,6 +183,9 @@ def linear(
         Who multiplies few rows (up to 64 on sm_90) on the GPU; more go to cuBLAS either
         way. With "invariant", here and on the CPU, any number of rows has one kernel and
         one order of sums: the bits of a row do not depend on the others.
+    scratch : array [n], optional
+        Of x's dtype: where a matrix in int8 is dequantised if it must be; without it, or
+        where it is too small, memory is allocated.
 
     Returns
     -------
@@ -180,6 +198,13 @@ def linear(
     InputError
         On the GPU, for a wrong dtype, shape or layout.
     """
+    if isinstance(weight, QuantizedMatrix):
+        if quantized.takes(x, weight, backend):
+            if out is None:
+                out = _output(x, weight, residual)
+            code = ACTIVATION_CODES[activation]
+            return quantized.product(x, weight, bias, code, residual, out, backend)
+        weight = quantized.dequantize(weight, x.dtype, scratch=scratch)
     if not is_device_array(x):
         return reference.linear(
             x, weight, bias, activation=activation, residual=residual, out=out, backend=backend

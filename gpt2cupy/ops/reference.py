@@ -153,6 +153,7 @@ def linear(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
+    scratch: Array | None = None,
 ) -> Array:
     wide, matrix = _wide(x), _wide(weight)
     y = _product(wide, matrix, backend)
@@ -176,6 +177,7 @@ def norm_linear(
     out: Array | None = None,
     h: Array | None = None,
     backend: str = "ours",
+    scratch: Array | None = None,
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
     return linear(h, weight, bias, activation=activation, out=out, backend=backend)

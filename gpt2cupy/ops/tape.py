@@ -26,6 +26,12 @@ class Launch:
         start before that one ends (``wait_for_inputs`` in common.cuh).
     shared : int
         Bytes of dynamic shared memory of a block.
+
+    Attributes
+    ----------
+    writes_weights : bool
+        Whether no kernel may start before it ends: it writes what others load before they
+        wait.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class Launch:
         self.values = values
         self.overlaps = overlaps
         self.shared = shared
+        self.writes_weights = False
 
     def __call__(self) -> None:
         self.function(self.grid, self.block, self.values, shared_mem=self.shared)

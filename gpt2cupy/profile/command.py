@@ -30,6 +30,7 @@ def run(
     plot_path: Path | None = None,
     as_json: bool = False,
     cupti: bool = True,
+    quantize: str | None = None,
 ) -> None:
     """Profile a model and print the tables; all that can be wrong is found before measuring.
 
@@ -44,8 +45,9 @@ def run(
             check_writable(path, flag)
     if plot_path is not None:
         plot.check_kind(plot_path)
-    with lm.load(model, dtype=dtype, device=device) as loaded:
+    with lm.load(model, dtype=dtype, device=device, quantize=quantize) as loaded:
         where = {"model": loaded.name, "device": loaded.device}
+        where |= {"quantize": quantize} if quantize else {}
         found = profile(
             loaded.model, loaded.encode(settings.prompt), settings, component=chosen, cupti=cupti
         )
@@ -84,8 +86,10 @@ def show(results: dict[str, Any]) -> None:
     """Print a profile for people."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     run = results["settings"]
+    in_int8 = " with matrices in int8" if results.get("quantize") else ""
     console.print(
-        f"{results['model']}, {results['dtype']} on {results['device']}, {results['decoder']} "
+        f"{results['model']}, {results['dtype']}{in_int8} on {results['device']}, "
+        f"{results['decoder']} "
         f"decoder\nprompt {run['prompt']!r} ({run['prompt_tokens']} tokens), batch {run['batch']}, "
         f"{run['warmup']} warm-up runs, {run['runs']} runs of {run['tokens']} tokens",
         markup=False,

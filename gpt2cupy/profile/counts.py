@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..quantize import QuantizedMatrix
+
 Array = Any
 
 
@@ -66,8 +68,12 @@ def linear(
     residual: Array | None = None,
     out: Array | None = None,
     backend: str = "ours",
+    scratch: Array | None = None,
 ) -> Cost:
-    """The product, 2 N M K; the epilogue is not counted, except for its bytes."""
+    """The product, 2 N M K; the epilogue is not counted, except for its bytes.
+
+    A matrix in int8 is read as it is: a byte per weight, and the scales.
+    """
     n, k = x.shape
     m = len(weight)
     itemsize = (x if residual is None else residual).dtype.itemsize
@@ -87,6 +93,7 @@ def norm_linear(
     out: Array | None = None,
     h: Array | None = None,
     backend: str = "ours",
+    scratch: Array | None = None,
 ) -> Cost:
     """The norm once and the product, with nothing written between them."""
     n, m = len(x), len(weight)
@@ -178,9 +185,11 @@ def of_parts(op: str, args: tuple, options: dict[str, Any], parts: int) -> list[
     """The cost of each of the launches that an op was made of.
 
     A product that the library ends without our epilogue is two launches; of any
-    other op with several, the whole cost stands at the first.
+    other op with several, and of a product with a matrix in int8, which may be dequantised
+    first, the whole cost stands at the first.
     """
-    if op == "linear" and parts == 2:
+    in_int8 = op == "linear" and isinstance(args[1], QuantizedMatrix)
+    if op == "linear" and parts == 2 and not in_int8:
         x, weight, bias = (*args, None)[:3]
         bias, out = options.get("bias", bias), options["out"]
         epilogue = {key: options.get(key) for key in ("activation", "residual")}

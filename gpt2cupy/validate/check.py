@@ -90,7 +90,8 @@ def validate(
         Decode paths beside eager; by default all that the device has.
     weights : Weights, optional
         The values the model should hold, in its dtype, on the host; by default
-        they are read back from it, and then an error of loading is not seen.
+        they are read back from it, and then an error of loading is not seen. Of a
+        model in int8, the dequantised values in float32.
 
     Returns
     -------
@@ -112,7 +113,8 @@ def validate(
     host = runs.host_weights(model) if weights is None else weights
     dtype = model.dtype.name
     exact = runs.exact(model.config, host, ids)[:, prefilled:]
-    limit = Limit.of(runs.baseline(model.config, host, ids)[:, prefilled:], exact, model.dtype)
+    rounded = runs.rounded(model.config, host, model.dtype)
+    limit = Limit.of(runs.baseline(model.config, rounded, ids)[:, prefilled:], exact, model.dtype)
     full = runs.full(model, ids)[:, prefilled:]
     found = [compare_logits(dtype, "full", "float64", full, exact, limit)]
     return found + with_decoders(decoders, ids, prefilled, {"float64": exact, "full": full}, limit)

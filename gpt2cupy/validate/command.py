@@ -14,9 +14,10 @@ from .. import checkpoint, loading
 from ..errors import Gpt2CupyError, InputError
 from ..ids import check_tokens
 from ..model import GPT2
+from ..quantize import MATRICES, through_int8
 from ..record import environment
 from ..tokenizer import Tokenizer
-from ..weights import Weights
+from ..weights import RESIDUAL_BIASES, Weights
 from . import table
 from .check import continued, random_ids, validate
 from .compare import Comparison
@@ -39,6 +40,7 @@ class Settings:
     against: str = "float64"
     reference: str | None = None
     revision: str | None = None
+    quantize: str | None = None
 
 
 def run(settings: Settings, *, as_json: bool = False) -> bool:
@@ -100,17 +102,26 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
             where="--reference",
             remedy="Add --against hf.",
         )
+    if settings.against == "hf" and settings.quantize:
+        raise InputError(
+            "transformers has no int8 weights like these to compare with",
+            where="--quantize",
+            remedy="Validate against float64, which has the dequantised values.",
+        )
     kind, index = loading.resolve_device(settings.device)
     dtypes = _dtypes(settings.dtype, kind)
     source = checkpoint.open(settings.model, revision=settings.revision)
     theirs = _load_theirs(settings, source) if settings.against == "hf" else None
     for dtype in dtypes:
         held = loading.resolve_dtype(dtype, source.dtype, kind)
-        weights = Weights.from_tensors(source.config, source.tensors(finite=True), held)
+        quantize = settings.quantize
+        weights = _host_weights(source, held, quantize)
         model = GPT2(source.config, weights)
         if kind != "cpu":
             # From the files again, so that an error of loading would be seen.
-            model = loading.place(source.config, source.tensors(), held, kind, index)
+            model = loading.place(
+                source.config, source.tensors(), held, kind, index, quantize=quantize
+            )
         ids, prefilled = _tokens(settings, source, model)
         paths = settings.path or None
         if theirs is None:
@@ -119,6 +130,18 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
             from . import huggingface
 
             yield huggingface.compare(model, theirs, ids, prefilled, paths=paths)
+
+
+def _host_weights(source: checkpoint.Checkpoint, held: np.dtype, quantize: str | None) -> Weights:
+    """What a model in that dtype should hold; the values of int8 are exact in float32."""
+    tensors = source.tensors(finite=True)
+    if quantize is None:
+        return Weights.from_tensors(source.config, tensors, held)
+    weights = Weights.from_tensors(source.config, through_int8(tensors), np.float32)
+    for name, array in weights.items():
+        if name not in (*MATRICES, *RESIDUAL_BIASES):
+            array[...] = array.astype(held)
+    return weights
 
 
 def _dtypes(name: str, kind: str) -> Sequence[str]:

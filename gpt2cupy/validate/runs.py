@@ -15,6 +15,7 @@ from ..decode.prompt import BUCKETS
 from ..model import GPT2
 from ..ops import reference
 from ..ops.device import device_errors
+from ..quantize import QuantizedMatrix, dequantize
 from ..sampling import SamplingParams
 from ..weights import Weights
 from ..workspace import PackedPrompts
@@ -40,21 +41,38 @@ def on_device(model: GPT2) -> Iterator[None]:
 
 
 def host_weights(model: GPT2) -> Weights:
-    """The values that the model holds, in its dtype, in host memory."""
+    """The values that the model holds, in its dtype, in host memory.
+
+    Those of matrices in int8 are exact in float32 only: with such, all are.
+    """
     if model.xp is np:
         return model.weights
-    copy = Weights.empty(model.config, model.dtype)
+    in_int8 = isinstance(model.weights.wte, QuantizedMatrix)
+    copy = Weights.empty(model.config, np.float32 if in_int8 else model.dtype)
     for name, array in model.weights.items():
-        getattr(copy, name)[...] = array.get()
+        if isinstance(array, QuantizedMatrix):
+            array = QuantizedMatrix(host(array.values), host(array.scales))
+            getattr(copy, name)[...] = dequantize(array)
+        else:
+            getattr(copy, name)[...] = host(array)
     return copy
+
+
+def rounded(config: GPT2Config, weights: Weights, dtype: np.dtype) -> Weights:
+    """The weights in ``dtype``: themselves where they have it."""
+    return weights if weights.dtype == dtype else _copied(config, weights, dtype)
 
 
 def widened(config: GPT2Config, weights: Weights) -> Weights:
     """The same values in float64: what the reference computes with."""
-    wide = Weights.empty(config, np.float64)
+    return _copied(config, weights, np.dtype(np.float64))
+
+
+def _copied(config: GPT2Config, weights: Weights, dtype: np.dtype) -> Weights:
+    copy = Weights.empty(config, dtype)
     for name, array in weights.items():
-        getattr(wide, name)[...] = array.astype(np.float64)
-    return wide
+        getattr(copy, name)[...] = array.astype(np.float64)
+    return copy
 
 
 def exact(config: GPT2Config, weights: Weights, ids: np.ndarray) -> np.ndarray:
