@@ -18,13 +18,14 @@ _SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
 _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
-LONGEST_NORM, _LONG = 2048, 4096  # longest row that the kernels normalise, and the next step there
+LONGEST_NORM = 2048  # longest row that the kernels normalise
+_LONGEST_BY_THREE = 4096  # longest row of which a warp has three outputs; ROWS in norm_gemv.cu
 _LONGEST_ONCE = 1024  # longest row that norm_gemv_once takes
 _NORM_ONCE_OUTPUTS = 12  # of a block of it; WARPS * ROWS_ONCE there
-_LONGEST = 8192  # longest row that fits their registers
+LONGEST = 8192  # longest row that fits their registers
 
 
-def _entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
+def entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
     """The entry whose output is ELEM, and the one whose output is float32."""
     return {
         False: Kernel(source, name, signature.replace("OUT", "ELEM"), **options),
@@ -40,26 +41,26 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
-GEMV_ADD = _entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
-NORM_GEMV = _entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
-GEMV_ADD_ONCE = _entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
-NORM_GEMV_ONCE = _entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV, overlaps=True)
+GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
+NORM_GEMV = entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
+GEMV_ADD_ONCE = entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
+NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
-SKINNY_ADD = _entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
+SKINNY_ADD = entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
     for blocks in (1, 2, 4, 8)
-    for wide, kernel in _entries(
+    for wide, kernel in entries(
         "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K", overlaps=True
     ).items()
 }
-LINEAR_FIXED = _entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)
+LINEAR_FIXED = entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)
 # The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
-GEMV = _entries("linear.cu", "gemv", _GEMV + ", K")
-GEMV_SCALAR = _entries("linear.cu", "gemv_scalar", _GEMV + ", K")
-GEMV_NAIVE = _entries("linear.cu", "gemv_naive", _GEMV + ", K")
-BIAS_ACT = _entries(
+GEMV = entries("linear.cu", "gemv", _GEMV + ", K")
+GEMV_SCALAR = entries("linear.cu", "gemv_scalar", _GEMV + ", K")
+GEMV_NAIVE = entries("linear.cu", "gemv_naive", _GEMV + ", K")
+BIAS_ACT = entries(
     "linear.cu",
     "bias_act",
     "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M], activation: int, N, M",
@@ -73,11 +74,11 @@ def fused_block(rows: int, weight: Array, backend: str) -> tuple[int, int] | Non
     time, float32 in a batch, or a chip without the tensor core instruction.
     """
     k = weight.shape[1]
-    if backend != "ours" or k * weight.dtype.itemsize % 16 or k > _LONGEST:
+    if backend != "ours" or k * weight.dtype.itemsize % 16 or k > LONGEST:
         return None
     if rows == 1:
         # GROUPS * ROWS and WARPS in norm_gemv.cu
-        return (8 if k <= LONGEST_NORM else 3 if k <= _LONG else 2), 4
+        return (8 if k <= LONGEST_NORM else 3 if k <= _LONGEST_BY_THREE else 2), 4
     if rows <= _SKINNY_ROWS and weight.dtype != np.float32 and has_mma():
         return 8, 8  # TILE and WARPS in skinny.cu
     return None

@@ -16,7 +16,7 @@ from ..quantize import SCALE_DTYPE, QuantizedMatrix
 from . import reference
 from .device import has_mma, sm_count
 from .launch import Kernel, device_empty, is_device_array, launch
-from .product import _LONGEST, LONGEST_NORM, WARP, _entries
+from .product import LONGEST, LONGEST_NORM, WARP, entries
 
 Array = Any
 
@@ -31,15 +31,15 @@ _SKINNY_BLOCKS_PER_SM = 4
 
 _MATRIX = "values: int8[M,K], scales: bfloat16[G,M]"
 _GEMV = f"x: ELEM[1,K], {_MATRIX}, bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
-GEMV_ADD = _entries("gemv_int8.cu", "gemv_add_int8", _GEMV + "activation: int, M", overlaps=True)
-NORM_GEMV = _entries(
+GEMV_ADD = entries("gemv_int8.cu", "gemv_add_int8", _GEMV + "activation: int, M", overlaps=True)
+NORM_GEMV = entries(
     "gemv_int8.cu",
     "norm_gemv_int8",
     f"x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], {_MATRIX}, bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M",
     overlaps=True,
 )
-SKINNY = _entries(
+SKINNY = entries(
     "skinny_int8.cu",
     "skinny_int8",
     _GEMV.replace("[1,", "[N,") + "activation: int, N, M",
@@ -69,7 +69,7 @@ def takes_rows(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> b
     instruction; and not for "cublas".
     """
     m, k = shape
-    if k % _PIECE or k > _LONGEST or m % _ROWS:
+    if k % _PIECE or k > LONGEST or m % _ROWS:
         return False
     halves = np.dtype(dtype) != np.float32 and has_mma()
     if backend == "invariant":
