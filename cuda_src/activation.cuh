@@ -3,7 +3,7 @@
 
 #include "common.cuh"
 
-// Codes as gpt2cupy/ops/activation.py passes them.
+// Codes as gpt2cupy/ops/linear.py passes them.
 enum Activation { IDENTITY = 0, GELU_TANH = 1, GELU_ERF = 2, RELU = 3, SILU = 4, TANH = 5 };
 
 // tanh of an intermediate whose result is rounded to ELEM. The hardware's approximation (relative

@@ -19,19 +19,16 @@
 //           attention_decode_rows   one smaller block per head: so many rows that blocks wait for
 //                                   room; six of them fit a multiprocessor at HS = 64
 //
+// Halves whose head size is a multiple of 16 have attention_decode_mma.cu from sm_80 on.
+//
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
 #include "attention_merge.cuh"
 
 constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/attention.py
 constexpr int FEWEST_WARPS = 4;  // of attention_decode_rows; likewise
 
-// Turns of loads under way: in a cluster, in a block that has all keys (where bfloat16 would spill
-// registers), and among so many blocks that more of them count for more than more loads of each.
+// Turns of loads under way; fewer among so many blocks that more of them count for more.
 constexpr int AHEAD = 4;
-template <typename T>
-constexpr int AHEAD_ALONE = AHEAD;
-template <>
-constexpr int AHEAD_ALONE<__half> = HS <= 64 ? 6 : AHEAD;
 constexpr int AHEAD_ROWS = 2;
 
 __device__ constexpr int widest_divisor(int size, int widest) {
@@ -189,7 +186,7 @@ __device__ inline void attend(const elem_t* qkv,
         if (next + turn * stride < position)
           load_head(k + (size_t)(next + turn * stride) * HS, lane, keys[turn]);
     warp_sums<LANES>(scores);
-    float top = own.top;
+    float top = fmaxf(own.top, LOWEST);  // the newest key's may be minus infinity
 #pragma unroll
     for (int turn = 0; turn < AHEAD; turn++) {
       if (own_first + turn * stride >= position) scores[turn] = MINUS_INFINITY;
@@ -253,7 +250,7 @@ __device__ inline void attend(const elem_t* qkv,
     attend<warps, clustered, ahead>(qkv, k, v, slots, positions, out, scale, NH, T);        \
   }
 
-ATTENTION_ENTRY(attention_decode, , false, AHEAD_ALONE<elem_t>, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode, , false, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_2, CLUSTER(2), true, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_4, CLUSTER(4), true, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_8, CLUSTER(SPLIT), true, AHEAD, MOST_WARPS, 2)

@@ -14,8 +14,9 @@ constexpr int SPLIT = 8;  // blocks of the largest cluster; also in gpt2cupy/ops
 constexpr float LOWEST = -3.4028235e38f;
 
 // Maximum, sum of weights and weighted values of each of COUNT partial softmaxes.
+// Values are stored 16 bytes at a time; COUNT is even.
 template <int COUNT>
-struct Findings {
+struct alignas(16) Findings {
   float tops[COUNT], sums[COUNT], values[COUNT][HS];
 };
 
@@ -58,10 +59,10 @@ __device__ inline bool meet_blocks(Findings<SPLIT>& blocks,
                                    float& value) {
   if (block > 0) {
     Findings<SPLIT>& there = *cluster_shared(&blocks, 0);
-    hand_over(&there.values[block][channel], value);
+    send_to_block(&there.values[block][channel], value);
     if (channel == 0) {
-      hand_over(&there.tops[block], top);
-      hand_over(&there.sums[block], sum);
+      send_to_block(&there.tops[block], top);
+      send_to_block(&there.sums[block], sum);
     }
     return false;
   }

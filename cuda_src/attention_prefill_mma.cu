@@ -50,6 +50,11 @@ __device__ inline void group_sync(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
 
+// The factor that brings sums from their own maximum to a common one; 0 where there are none.
+__device__ inline float rescale(float top, float common) {
+  return top == MINUS_INFINITY ? 0.0f : power_of_two(top - common);
+}
+
 // Start fetching keys and values t0 .. t0 + BC - 1; those past the end repeat the last.
 __device__ inline void fetch(Tile& tile,
                              const elem_t* fresh,

@@ -1,9 +1,10 @@
-// Shared pieces of every kernel: the element type, 16-byte vectors, reductions.
+// Shared pieces of every kernel: the element type, 16-byte vectors, reductions, overlap with the
+// kernel before, asynchronous copies, clusters.
 //
 // Compile-time macros, set by gpt2cupy/ops/compiler.py:
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
-//   K      inner size of the product (norm_gemv and skinny)
+//   K      inner size of the product (norm_gemv, skinny and their int8 counterparts)
 //
 // Letters: B rows, T tokens, C channels, NH heads, HS head size, V vocabulary, L layers.
 #pragma once
@@ -71,9 +72,12 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
 
   __device__ float operator[](int i) const {
     unsigned word = words[i / PER_WORD];
-    if constexpr (sizeof(T) == 4) return __uint_as_float(word);
-    unsigned short bits = i % PER_WORD ? word >> 16 : word;
-    return to_float(*reinterpret_cast<T*>(&bits));
+    if constexpr (sizeof(T) == 4)
+      return __uint_as_float(word);
+    else {
+      unsigned short bits = i % PER_WORD ? word >> 16 : word;
+      return to_float(*reinterpret_cast<T*>(&bits));
+    }
   }
 };
 
@@ -147,7 +151,9 @@ __device__ inline unsigned zero_after(unsigned bits, int positive) {
   return zero;
 }
 
-// Returns when the kernel before is complete and what it wrote can be read.
+// Returns when the kernel before is complete and what it wrote can be read. At least one block of
+// every grid that may overlap must call it: then a kernel that is complete means that all before it
+// are, on which whatever is loaded early rests.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -176,11 +182,11 @@ __device__ inline void copy_commit() {
 #endif
 }
 
-// Returns when all groups of this thread but the newest PENDING are there.
-template <int PENDING>
+// Returns when all groups of this thread but the newest LATEST are there.
+template <int LATEST>
 __device__ inline void copy_wait() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
 #endif
 }
 
@@ -253,7 +259,7 @@ __device__ inline int cluster_index() {
 // a barrier would. No result is PENDING: arithmetic gives another NaN.
 constexpr unsigned PENDING = 0xffffffffu;
 
-__device__ inline void hand_over(float* place, float value) {
+__device__ inline void send_to_block(float* place, float value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("st.relaxed.cluster.f32 [%0], %1;" ::"l"(place), "f"(value) : "memory");
 #else

@@ -18,7 +18,7 @@ extern "C" __global__ void embedding(const int* ids,
                                      int Vp,
                                      int P,
                                      int C) {
-  release_dependents();
+  release_dependents();  // it does not wait itself: it must be launched the plain way
   int row = blockIdx.x;
   int id = ids[row], position = positions[row];
   bool inside = id >= 0 && id < Vp && position >= 0 && position < P;

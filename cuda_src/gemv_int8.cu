@@ -16,10 +16,10 @@
 //
 // A byte of weight leaves no time for a conversion to float and a multiplication of its own. So the
 // 16 inputs of a piece are written as whole numbers: x = step (256 d1 + d0), digits of a byte
-// each, with 2^15 steps to the largest of them (2^23 and three digits where ELEM is float). That is
-// finer than half precision itself is at that input. Four weights then meet four digits in one
-// instruction (dp4a), whose sums are exact; only a piece's sum becomes float, where it meets its
-// step and scale.
+// each, with about 2^15 steps to the largest of them (2^23 and three digits where ELEM is float).
+// That is finer than half precision itself is at that input. Four weights then meet four digits in
+// one instruction (dp4a), whose sums are exact; only a piece's sum becomes float, where it meets
+// its step and scale.
 //
 // Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are put together
 //           as in Chan, Golub, LeVeque, 1979
@@ -31,7 +31,7 @@
 #endif
 
 constexpr int ROWS = 8;  // of a block; also in gpt2cupy/ops/quantized.py, like the next two
-constexpr int CHUNKS = K > 2048 ? (K + 8191) / 8192 * 2 : 1;
+constexpr int CHUNKS = K > 2048 ? 2 : 1;
 constexpr int WARPS = (K + PIECE * WARP * CHUNKS - 1) / (PIECE * WARP * CHUNKS);
 
 constexpr int THREADS = WARPS * WARP;
@@ -71,6 +71,7 @@ __device__ inline float to_digits(const float (&x)[PIECE], int (&digits)[DIGITS]
   unsigned most = 0;  // magnitudes are in the order of their bits, what is not a number above all
 #pragma unroll
   for (int i = 0; i < PIECE; i++) most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
+  most = max(most, __float_as_uint(1e-30f));  // smaller ones are nothing beside any output
   float inverse = __fdividef(LIMIT, __uint_as_float(most));
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -95,7 +96,7 @@ __device__ inline int dot(const int (&digits)[4], const Words& weights, int sum)
   return sum;
 }
 
-// The sum of digits times weights: of two digits it is below 2^27, a third would not fit an int.
+// The sum of digits times weights: of two digits it is below 2^26, a third would not fit an int.
 __device__ inline float piece_sum(const int (&digits)[DIGITS][4], const Words& weights) {
   float low = dot(digits[0], weights, dot(digits[1], weights, 0) * 256);
   if constexpr (DIGITS == 3) return fmaf(dot(digits[2], weights, 0), 65536.0f, low);

@@ -55,7 +55,7 @@ __device__ inline void product(const elem_t* x,
                                int N,
                                int M,
                                int K) {
-  int n0 = blockIdx.x * ROWS, m0 = blockIdx.y * OUTPUTS;
+  int n0 = blockIdx.y * ROWS, m0 = blockIdx.x * OUTPUTS;
   float w[OUTPUTS][VEC];
   auto load_weights = [&](int k) {
 #pragma unroll

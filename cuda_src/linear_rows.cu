@@ -27,7 +27,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-// The constants up to the ring's are also in gpt2cupy/ops/linear.py.
+// The constants up to the ring's are also in gpt2cupy/ops/product.py.
 constexpr int ROWS = 64;
 constexpr int OUTPUTS = 64;
 constexpr int CHUNK = 64;  // of K: a row of 128 bytes

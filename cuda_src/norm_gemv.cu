@@ -30,7 +30,7 @@
 constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/product.py, like the next three
 constexpr int SPLIT = K > 2048 ? 4 : 1;
 constexpr int ROWS = K > 2048 && K <= 4096 ? 3 : 2;
-constexpr int ROWS_ONCE = 3;  // of norm_gemv_once
+constexpr int ROWS_ONCE = 3;           // of norm_gemv_once
 constexpr int GROUPS = WARPS / SPLIT;  // groups of warps that share outputs
 
 constexpr int VEC = WIDEST<elem_t>;
@@ -132,7 +132,8 @@ __device__ inline void convert(const Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS],
         }
 }
 
-// ONCE says that every warp has one turn; then the weights are made numbers before there is an x.
+// ONCE, which is gemv_add_once, says that every warp has one turn; then the weights are made
+// numbers before there is an x. norm_gemv_once is norm_product below.
 template <bool NORM, bool ONCE, typename in_t, typename out_t>
 __device__ inline void product(const in_t* x,
                                const elem_t* norm_weight,

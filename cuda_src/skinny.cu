@@ -27,7 +27,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int WARPS = 8;  // of a block; also in gpt2cupy/ops/linear.py
+constexpr int WARPS = 8;  // of a block; also in gpt2cupy/ops/product.py
 constexpr int TILE = 8;   // outputs of a block in one turn; likewise
 constexpr int ROWS = 16;
 

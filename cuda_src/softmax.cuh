@@ -12,8 +12,3 @@ __device__ inline float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-
-// The factor that brings sums from their own maximum to a common one; 0 where there are none.
-__device__ inline float rescale(float top, float common) {
-  return top == MINUS_INFINITY ? 0.0f : power_of_two(top - common);
-}

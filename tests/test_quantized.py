@@ -286,12 +286,12 @@ def test_who_reads_int8_itself(monkeypatch, rows, shape, dtype, direct):
     monkeypatch.setattr(quantized, "has_mma", lambda: True)
     asked = rows, shape, np.dtype(dtype)
     fits = shape == (24, 80)
-    assert quantized.takes_rows(*asked, "ours") is direct
-    assert quantized.takes_rows(*asked, "invariant") is (fits and dtype == "float16")
-    assert not quantized.takes_rows(*asked, "cublas")
+    assert quantized.reads_int8(*asked, "ours") is direct
+    assert quantized.reads_int8(*asked, "invariant") is (fits and dtype == "float16")
+    assert not quantized.reads_int8(*asked, "cublas")
     monkeypatch.setattr(quantized, "has_mma", lambda: False)
-    assert quantized.takes_rows(*asked, "ours") is (direct and rows == 1)
-    assert not quantized.takes_rows(*asked, "invariant")
+    assert quantized.reads_int8(*asked, "ours") is (direct and rows == 1)
+    assert not quantized.reads_int8(*asked, "invariant")
 
 
 def test_no_kernel_of_a_graph_starts_before_a_matrix_is_dequantised():

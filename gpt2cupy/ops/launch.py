@@ -72,7 +72,7 @@ class Kernel:
         Parameters as the module's docstring shows them.
     overlaps : bool
         Whether it calls ``wait_for_inputs``: then it may start before its
-        predecessor ends.
+        predecessor ends. A kernel that does not must be launched the plain way.
     writes_weights : bool
         Whether it writes what the next one may load before it waits: then that one
         starts when this has ended.
@@ -227,9 +227,9 @@ def launch(
             _refuse(kernel, parameter, array, elem, bound)
         values.append(array)
     function = _function(device, kernel, elem, head_size, inner, shared)
-    call = Launch(function, grid, block, tuple(values), kernel.overlaps, shared)
-    call.writes_weights = kernel.writes_weights
-    submit(call)
+    submit(
+        Launch(function, grid, block, tuple(values), kernel.overlaps, shared, kernel.writes_weights)
+    )
 
 
 def _granule(array: Any) -> int:

@@ -28,7 +28,7 @@ from .product import (
     launch_invariant,
     launch_norm_gemv,
     launch_rows,
-    takes_rows,
+    takes_linear_rows,
 )
 
 Array = Any
@@ -222,7 +222,7 @@ def linear(
         args = (x, weight, bias, residual, out, code)
         launch_fused(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
         return out
-    if takes_rows(len(x), weight, backend):
+    if takes_linear_rows(len(x), weight, backend):
         launch_rows(x, weight, out, (x, weight, bias, residual, out, code))
         return out
     in_place = residual is not None and residual.data.ptr == out.data.ptr

@@ -116,7 +116,7 @@ def _one_turn(weight: Array, outputs: int) -> bool:
     return len(weight) <= sm_count() * _BLOCKS_PER_SM * outputs
 
 
-def takes_rows(rows: int, weight: Array, backend: str) -> bool:
+def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
     """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
     few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
     return backend == "ours" and few and _fits_rows(weight) and has_clusters()
@@ -154,6 +154,6 @@ def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...])
     if _fits_rows(weight) and has_mma():
         launch_rows(x, weight, out, args, invariant=True)
         return
-    grid = (-(-len(x) // _FIXED_TILE), -(-len(weight) // _FIXED_TILE))
+    grid = (-(-len(weight) // _FIXED_TILE), -(-len(x) // _FIXED_TILE))
     kernel = LINEAR_FIXED[out.dtype == np.float32]
     launch(kernel, grid, (_FIXED_WARPS * WARP,), args, elem=weight.dtype)

@@ -20,11 +20,11 @@ from .product import LONGEST, LONGEST_NORM, WARP, entries
 
 Array = Any
 
-_ROWS = 8  # outputs of a block of gemv_int8.cu; ROWS there
+_OUTPUTS = 8  # of a block of gemv_int8.cu; ROWS there
 _PIECE = 16  # weights of a load
 _SKINNY_ROWS = 16  # rows of skinny_int8.cu; ROWS there
 _MOST_ROWS = 64  # reading the weights four times is less than dequantising them
-_SKINNY_WARPS = 8
+_SKINNY_WARPS = 8  # of a block; WARPS there
 # Of gemv_int8.cu by its CHUNKS: as many as have registers at once. Blocks then take several turns.
 _THREADS_PER_SM = {1: 640, 2: 512}
 _SKINNY_BLOCKS_PER_SM = 4
@@ -61,7 +61,7 @@ EMBEDDING = Kernel(
 )
 
 
-def takes_rows(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> bool:
+def reads_int8(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> bool:
     """Whether kernels read an int8 matrix [M, K] itself for so many rows of ``dtype``.
 
     Not where float32 has more than one row, a half more than 64 (but for "invariant"),
@@ -69,7 +69,7 @@ def takes_rows(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> b
     instruction; and not for "cublas".
     """
     m, k = shape
-    if k % _PIECE or k > LONGEST or m % _ROWS:
+    if k % _PIECE or k > LONGEST or m % _OUTPUTS:
         return False
     halves = np.dtype(dtype) != np.float32 and has_mma()
     if backend == "invariant":
@@ -79,7 +79,7 @@ def takes_rows(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> b
 
 def takes(x: Array, weight: QuantizedMatrix, backend: str) -> bool:
     """Whether :func:`product` is there for these."""
-    return is_device_array(x) and takes_rows(len(x), weight.shape, x.dtype, backend)
+    return is_device_array(x) and reads_int8(len(x), weight.shape, x.dtype, backend)
 
 
 def takes_norm(x: Array, weight: QuantizedMatrix, backend: str) -> bool:
@@ -91,7 +91,7 @@ def takes_norm(x: Array, weight: QuantizedMatrix, backend: str) -> bool:
 def scratch_size(rows: int, weights: Iterable[Any], dtype: Any, backend: str) -> int:
     """Elements of the largest of some matrices that has to be dequantised for so many rows."""
     on_device = [w for w in weights if isinstance(w, QuantizedMatrix) and is_device_array(w.values)]
-    shapes = [w.shape for w in on_device if not takes_rows(rows, w.shape, dtype, backend)]
+    shapes = [w.shape for w in on_device if not reads_int8(rows, w.shape, dtype, backend)]
     return max((m * k for m, k in shapes), default=0)
 
 
@@ -122,7 +122,7 @@ def product(
     if len(x) == 1 and backend == "ours":
         _launch_gemv(GEMV_ADD[wide], m, k, args, x.dtype)
         return out
-    tile = 8 if k > 4096 else 16  # TILE in skinny_int8.cu, and its WARPS
+    tile = 8 if k > 4096 else 16  # TILE in skinny_int8.cu
     parts = -(-len(x) // _SKINNY_ROWS)
     most = max(1, sm_count() * _SKINNY_BLOCKS_PER_SM // parts)
     grid = (min(-(-m // tile), most), parts)
@@ -150,7 +150,7 @@ def norm_product(
 def _launch_gemv(kernel: Kernel, m: int, k: int, args: tuple[Any, ...], elem: np.dtype) -> None:
     chunks = 2 if k > LONGEST_NORM else 1  # CHUNKS in gemv_int8.cu, and its THREADS
     threads = WARP * -(-k // (_PIECE * WARP * chunks))
-    blocks = min(m // _ROWS, sm_count() * (_THREADS_PER_SM[chunks] // threads))
+    blocks = min(m // _OUTPUTS, sm_count() * (_THREADS_PER_SM[chunks] // threads))
     launch(kernel, (blocks,), (threads,), args, elem=elem, inner=k)
 
 
@@ -168,7 +168,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
     m, k = matrix.shape
     if not is_device_array(matrix.values):
         return host.dequantize(matrix, dtype)
-    if scratch is not None and scratch.size >= m * k:
+    if scratch is not None and scratch.dtype == dtype and scratch.size >= m * k:
         out = scratch[: m * k].reshape(m, k)
     else:
         out = device_empty((m, k), dtype)

@@ -26,9 +26,6 @@ class Launch:
         start before that one ends (``wait_for_inputs`` in common.cuh).
     shared : int
         Bytes of dynamic shared memory of a block.
-
-    Attributes
-    ----------
     writes_weights : bool
         Whether no kernel may start before it ends: it writes what others load before they
         wait.
@@ -42,6 +39,7 @@ class Launch:
         values: tuple[Any, ...],
         overlaps: bool = False,
         shared: int = 0,
+        writes_weights: bool = False,
     ) -> None:
         self.function = function
         self.grid = grid
@@ -49,7 +47,7 @@ class Launch:
         self.values = values
         self.overlaps = overlaps
         self.shared = shared
-        self.writes_weights = False
+        self.writes_weights = writes_weights
 
     def __call__(self) -> None:
         self.function(self.grid, self.block, self.values, shared_mem=self.shared)
