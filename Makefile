@@ -93,13 +93,11 @@ fuzz: $(VENV)/fuzz ## Fuzz loaders and tokenizer with atheris, for a minute or F
 gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gpu-tests.json
 	$(BIN)/python tools/gpu_test.py
 
-# Cases that meet every kernel in use: under the sanitizer each takes seconds.
-SANITIZED = float16 and (norm_linear or tens_of_rows or attention_decode or attention_prefill) \
-  and (768 or 64) or plain_kernel or test_embedding or float16 and gelu and invariant and 19-99
+# The tests that tests/sanitized.txt lists: under the sanitizer each takes seconds.
 sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck and racecheck over the kernels
-	for tool in memcheck racecheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu \
-	    tests/test_ops.py tests/test_quantized.py tests/test_sampling_ops.py -k "$(SANITIZED)" || exit 1; done
+	@$(BIN)/gpt2cupy info --device cuda
+	for tool in memcheck racecheck; do sed '/^#/d' tests/sanitized.txt | xargs compute-sanitizer \
+	  --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q || exit 1; done
 
 bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
 	$(BIN)/python bench/decode.py

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kernel_entries import kernel_entries
 
 from gpt2cupy import loading
 from gpt2cupy.record import ROOT
@@ -69,33 +70,6 @@ def test_the_readme_names_every_make_target():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert targets
     assert not [target for target in targets if f"`make {target}`" not in text]
-
-
-def kernel_entries() -> set[tuple[str, str]]:
-    """(file, entry) of every extern "C" kernel, with the macros that make entries expanded."""
-    found = set()
-    for path in (ROOT / "cuda_src").glob("*.cu"):
-        text = re.sub(r"\\\n", " ", path.read_text(encoding="utf-8"))
-        macros = {}
-        plain = []
-        for line in text.splitlines():
-            if define := re.match(r"#define (\w+)\(([^)]*)\)(.*)", line):
-                macros[define[1]] = ([p.strip() for p in define[2].split(",")], define[3])
-            else:
-                plain.append(line)
-        code = "\n".join(plain)
-        for name, (parameters, body) in macros.items():
-            for use in re.finditer(rf"^{name}\((.*)\)$", code, re.MULTILINE):
-                expanded = body
-                given = [argument.strip() for argument in use[1].split(",")]
-                for parameter, argument in zip(parameters, given, strict=True):
-                    expanded = re.sub(rf"(?:##)?\b{parameter}\b", argument, expanded)
-                code += "\n" + expanded
-        attributes = r"(?:(?:CLUSTER|__launch_bounds__)\([^)]*\)\s*)*"
-        pattern = r'extern "C" __global__ void\s+' + attributes + r"(\w+)\("
-        found |= {(path.name, entry) for entry in re.findall(pattern, code)}
-        assert code.count('extern "C"') == len(re.findall(pattern, code)), path.name
-    return found
 
 
 def test_the_table_of_kernels_is_complete():

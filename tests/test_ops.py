@@ -143,16 +143,28 @@ def test_a_product_of_tens_of_rows_by_clusters(dtype, rows, split, m, k, wide_ou
 )
 @pytest.mark.parametrize("outlier", [0.0, 3000.0])
 def test_norm_linear(xp, dtype, rows, m, k, outlier):
-    found = []
+    norm_linear_case(xp, dtype, rows, m, k, outlier)
+
+
+@pytest.mark.parametrize(("m", "k"), [(99, 768), (99, 1600)])
+def test_norm_linear_into_float32(xp, dtype, m, k):
+    """One row, as the logits are made."""
+    norm_linear_case(xp, dtype, 1, m, k, 0.0, into=np.dtype(np.float32))
+
+
+def norm_linear_case(xp, dtype, rows, m, k, outlier, into=None):
+    found, out = [], dtype if into is None else into
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
         x, w = draw(rng, (rows, k), np.float32), draw(rng, (m, k), dtype, k**-0.5)
         x[:, k // 2] += outlier
-        norm_w, norm_b, bias = (draw(rng, n, dtype) for n in (k, k, m))
+        norm_w, norm_b = draw(rng, k, dtype), draw(rng, k, dtype)
+        bias = draw(rng, m, dtype).astype(out)
         args = (x, norm_w, norm_b, 1e-5, w, bias)
         exact = reference.norm_linear(*wide(x, norm_w, norm_b), 1e-5, *wide(w, bias))
-        ours = ops.norm_linear(*on(xp, *args[:3]), 1e-5, *on(xp, w, bias))
-        assert ours.dtype == dtype
+        target = None if into is None else xp.empty((rows, m), into)
+        ours = ops.norm_linear(*on(xp, *args[:3]), 1e-5, *on(xp, w, bias), out=target)
+        assert ours.dtype == out
         found.append((host(ours), norm_linear_baseline(xp, *args), exact))
     check(*together(found), dtype, "norm_linear")
 

@@ -184,19 +184,30 @@ def test_linear(xp, dtype, rows, m, k, activation, with_residual):
 )
 @pytest.mark.parametrize("outlier", [0.0, 3000.0])
 def test_norm_linear(xp, dtype, rows, m, k, outlier):
-    found = []
+    norm_linear_case(xp, dtype, rows, m, k, outlier)
+
+
+def test_norm_linear_into_float32(xp, dtype):
+    """One row, as the logits are made."""
+    norm_linear_case(xp, dtype, 1, 40, 80, 0.0, into=np.dtype(np.float32))
+
+
+def norm_linear_case(xp, dtype, rows, m, k, outlier, into=None):
+    found, out = [], dtype if into is None else into
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
         x, w = draw(rng, (rows, k)), drawn_matrix(m, k, seed)
         x[:, k // 2] += outlier
-        norm_w, norm_b, bias = (draw(rng, n, dtype) for n in (k, k, m))
+        norm_w, norm_b = draw(rng, k, dtype), draw(rng, k, dtype)
+        bias = draw(rng, m, dtype).astype(out)
         wide = [a.astype(np.float64) for a in (x, norm_w, norm_b)]
         exact = reference.norm_linear(
             *wide, 1e-5, dequantize(w, np.float64), bias.astype(np.float64)
         )
         baseline = reference.norm_linear(x, norm_w, norm_b, 1e-5, dequantize(w, dtype), bias)
-        ours = ops.norm_linear(*on(xp, x, norm_w, norm_b), 1e-5, *on(xp, w, bias))
-        assert ours.dtype == dtype
+        target = None if into is None else xp.empty((rows, m), into)
+        ours = ops.norm_linear(*on(xp, x, norm_w, norm_b), 1e-5, *on(xp, w, bias), out=target)
+        assert ours.dtype == out
         found.append((host(ours), baseline, exact))
     check_together(found, dtype, "norm_linear int8")
 
