@@ -307,10 +307,10 @@ def pretend(monkeypatch, chip):
         ("sm_90", "float16", 2304, 768, "linear_rows_4", (144, 64)),
         ("sm_90", "float16", 768, 3072, "linear_rows_8", (96, 64)),
         ("sm_90", "float16", 50304, 768, "linear_rows_1", (786, 64)),
-        ("sm_90", "float16", 96, 99, "linear_fixed", (8, 12)),
-        ("sm_90", "float32", 768, 768, "linear_fixed_f32", (8, 96)),
+        ("sm_90", "float16", 96, 99, "linear_fixed", (12, 8)),
+        ("sm_90", "float32", 768, 768, "linear_fixed_f32", (96, 8)),
         ("sm_80", "float16", 768, 3072, "linear_rows_1", (12, 64)),
-        ("sm_75", "float16", 768, 3072, "linear_fixed", (8, 96)),
+        ("sm_75", "float16", 768, 3072, "linear_fixed", (96, 8)),
     ],
 )
 def test_any_number_of_rows_has_one_product(
@@ -321,11 +321,7 @@ def test_any_number_of_rows_has_one_product(
     for rows in (1, 2, 16, 17, 64, 65, 500):
         out = np.empty((rows, m), dtype)
         ops.linear(np.empty((rows, k), dtype), weight, out=out, backend="invariant")
-        if entry.startswith("linear_rows"):
-            grid = blocks[0], -(-rows // blocks[1])
-        else:
-            grid = -(-rows // blocks[0]), blocks[1]
-        assert launches.pop() == (entry, grid) and not launches
+        assert launches.pop() == (entry, (blocks[0], -(-rows // blocks[1]))) and not launches
 
 
 @pytest.mark.parametrize(("chip", "split"), [("sm_75", 1), ("sm_80", 1), ("sm_90", 2)])
