@@ -18,6 +18,8 @@ from .workspace import PackedPrompts, Workspace
 
 Array = Any
 
+_UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
+
 
 class GPT2:
     """The forward pass of a GPT-2 on the arrays of its weights (NumPy or CuPy).
@@ -47,20 +49,10 @@ class GPT2:
         gemv: str = "ours",
         batch_invariant: bool = False,
     ) -> None:
-        if gemv not in ("ours", "cublas"):
-            raise InputError(
-                f"unknown GEMV backend {gemv!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
-            )
-        if batch_invariant and gemv == "cublas":
-            raise InputError(
-                "cuBLAS keeps no order of sums that is the same for any number of rows",
-                where="batch_invariant",
-                remedy="Use gemv='ours' with batch_invariant=True.",
-            )
         self.config = config
         self.weights = weights
-        self.gemv = gemv
         self._batch_invariant = batch_invariant
+        self.gemv = gemv
         self.decode_path = "auto"
         if isinstance(weights.wpe, np.ndarray):
             self.xp: Any = np
@@ -118,6 +110,24 @@ class GPT2:
     def batch_invariant(self) -> bool:
         """Fixed for the life of a model: engines rely on it."""
         return self._batch_invariant
+
+    @property
+    def gemv(self) -> str:
+        return self._gemv
+
+    @gemv.setter
+    def gemv(self, name: str) -> None:
+        if name not in ("ours", "cublas"):
+            raise InputError(
+                f"unknown GEMV backend {name!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
+            )
+        if self._batch_invariant and name == "cublas":
+            raise InputError(
+                "cuBLAS keeps no order of sums that is the same for any number of rows",
+                where="batch_invariant",
+                remedy="Use gemv='ours' with batch_invariant=True.",
+            )
+        self._gemv = name
 
     @property
     def backend(self) -> str:
@@ -296,6 +306,3 @@ class GPT2:
         flat = x.reshape(-1, channels)
         self.logits(flat, self.new_workspace(len(flat)), out)
         return out.reshape(batch, length, -1)[:, :, : self.config.vocab_size]
-
-
-_UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")

@@ -346,6 +346,8 @@ def test_cublas_is_refused():
     with pytest.raises(InputError, match="cuBLAS") as caught:
         GPT2(TINY, weights, gemv="cublas", batch_invariant=True)
     assert caught.value.where == "batch_invariant"
+    with pytest.raises(InputError, match="cuBLAS"):
+        NUMPY_MODEL.gemv = "cublas"
     assert NUMPY_MODEL.backend == "invariant" and GPT2(TINY, weights).backend == "ours"
 
 
