@@ -11,8 +11,8 @@ a prompt of 32, read by the host as they would be shown.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -67,6 +67,15 @@ def _graphs(device: str, dtype: str, batch: int) -> bool:
     return "graph" in paths(device)
 
 
+@contextmanager
+def _cublas(engine: Engine) -> Iterator[None]:
+    before, engine.model.gemv = engine.model.gemv, "cublas"
+    try:
+        yield
+    finally:
+        engine.model.gemv = before
+
+
 # Only what can really be switched off; a new optimisation adds an entry.
 SWITCHES = {
     "graph": Switch(
@@ -88,7 +97,7 @@ SWITCHES = {
         "our product of few rows with norm, bias, activation and residual inside; off: cuBLAS "
         "and kernels for the rest",
         lambda device, dtype, batch: len(backends(dtype, batch, device)) > 1,
-        lambda engine: patch.object(engine.model, "gemv", "cublas"),
+        _cublas,
     ),
     "one-pass-sampling": Switch(
         "a choice that needs no more than a temperature in one pass over the logits; off: as "
