@@ -101,8 +101,8 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "device", f"{device['kind']}, {device['name']}, {device['arch']}, {size}"
         yield "driver", f"CUDA {device['cuda_driver']}, runtime {device['cuda_runtime']}"
         yield "nvrtc", device["nvrtc"]
-        yield "few rows by", f"{facts['gemv']} (forced by --gemv)"
-    yield "decode path", f"{facts['decode']} (forced by --decode)"
+        yield "few rows by", f"{facts['gemv']} (change with generate --gemv)"
+    yield "decode path", f"{facts['decode']} (change with generate --decode)"
     yield "kernel cache", facts["kernel_cache"]
     model = facts["model"]
     yield (

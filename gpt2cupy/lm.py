@@ -85,6 +85,8 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         state = "closed" if self._held.closed else f"{self.dtype} on {self.device}"
+        if not self._held.closed and self.model.backend == "invariant":
+            state += ", batch-invariant"
         return f"<LanguageModel {self.name}, {state}>"
 
     def __reduce__(self) -> Any:

@@ -103,6 +103,12 @@ def load_model(
     """The model and the checkpoint it came from."""
     # A wrong argument is found before anything is downloaded.
     check_kind(quantize)
+    if not isinstance(batch_invariant, bool):
+        raise InputError(
+            f"batch_invariant is {batch_invariant!r}",
+            where="batch_invariant",
+            remedy="Use True or False.",
+        )
     kind, index = resolve_device(device)
     _dtype_name(dtype)
     source = checkpoint.open(name_or_path, revision=revision)

@@ -25,7 +25,7 @@ LAYERS = (
     ("workspace", "sampling", "model"),
     ("checkpoint", "decode"),
     ("loading", "request", "engine", "record"),
-    ("text", "prompts", "scoring", "held", "lm"),
+    ("text", "prompts", "scoring", "held", "lm", "console"),
     ("occupancy", "info", "kernel_report", "profile", "validate", "cli", "__main__"),
 )
 _FLAT = [name for layer in LAYERS for name in layer]

@@ -123,6 +123,8 @@ def test_a_compilers_log_goes_to_a_file(monkeypatch, tmp_path):
         ("generate", "ROMEO:", *SHORT, "--quiet", "--json"),
         ("tokenize", "a"),
         ("info", *CPU),
+        ("profile", "--runs", "1", "--tokens", "2", "--warmup", "0", *CPU),
+        ("validate", "--steps", "2", "--dtype", "float32", *CPU),
         ("--version",),
     ],
 )

@@ -11,6 +11,7 @@ from error_rule import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams, engine, ops
 from gpt2cupy.decode import PromptRunner, paths
 from gpt2cupy.engine import Engine, Request
@@ -349,6 +350,13 @@ def test_cublas_is_refused():
     with pytest.raises(InputError, match="cuBLAS"):
         NUMPY_MODEL.gemv = "cublas"
     assert NUMPY_MODEL.backend == "invariant" and GPT2(TINY, weights).backend == "ours"
+
+
+def test_the_option_is_a_bool_and_is_shown():
+    with pytest.raises(InputError, match="batch_invariant is 'yes'"):
+        gpt2cupy.load(batch_invariant="yes", device="cpu")
+    with gpt2cupy.load(batch_invariant=True, device="cpu") as lm:
+        assert repr(lm) == "<LanguageModel shakespeare, float32 on cpu, batch-invariant>"
 
 
 def test_one_kernel_chooses_whatever_rows_ask_for():

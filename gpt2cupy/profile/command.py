@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from .. import lm
+from ..console import Console
 from ..errors import InputError
 from . import Settings, component, equation_text, plot, profile, trace
 
 _KERNEL_WIDTH = 44
-_WIDTH = 160  # where no terminal says its own
 
 
 def run(
@@ -84,7 +83,7 @@ def check_writable(path: Path, flag: str) -> None:
 
 def show(results: dict[str, Any]) -> None:
     """Print a profile for people."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = Console()
     run = results["settings"]
     in_int8 = " with matrices in int8" if results.get("quantize") else ""
     console.print(

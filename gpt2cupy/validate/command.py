@@ -81,11 +81,9 @@ def _show(
         }
         print(json.dumps(whole, indent=1, allow_nan=False), flush=True)
         return
-    from rich.console import Console
+    from ..console import Console
 
-    # A file or a pipe has no width of its own: nothing is cut off there.
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table.render(comparisons))
+    Console().print(table.render(comparisons))
 
 
 def compare(settings: Settings) -> Iterator[list[Comparison]]:
