@@ -96,7 +96,7 @@ gpu-test: $(VENV)/test ## On a GPU: run the GPU tests and write bench/results/gp
 # The tests that tests/sanitized.txt lists: under the sanitizer each takes seconds.
 sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck and racecheck over the kernels
 	@$(BIN)/gpt2cupy info --device cuda
-	for tool in memcheck racecheck; do sed '/^#/d' tests/sanitized.txt | xargs compute-sanitizer \
+	for tool in memcheck racecheck; do sed '/^#/d' tests/sanitized.txt | GPT2CUPY_TEST_TORCH=0 xargs compute-sanitizer \
 	  --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q || exit 1; done
 
 bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
