@@ -65,7 +65,7 @@ demo: $(VENV)/base ## Install and stream text from the embedded model
 
 test: $(VENV)/test ## Run every test that needs no GPU; compile the kernels for sm_75 and sm_90
 	$(BIN)/gpt2cupy compile --arch sm_75 --arch sm_90
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity -n auto --dist worksteal
 
 # Every "name>=version" of pyproject.toml as "name==version", but for the extra of the other CUDA.
 # Needs a Python that the oldest NumPy has wheels for: 3.10 to 3.12.
