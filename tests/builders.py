@@ -162,6 +162,11 @@ def copied(config: GPT2Config, weights: Weights) -> Weights:
     return copy
 
 
+def host(array: Any) -> np.ndarray:
+    """The values of an array of either kind."""
+    return array.get() if hasattr(array, "get") else array
+
+
 def model_on(xp: Any, config: GPT2Config, weights: Weights) -> GPT2:
     """The model on the CPU for NumPy, on the first GPU for CuPy."""
     tensors = weight_tensors(config, weights)

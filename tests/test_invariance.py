@@ -6,7 +6,7 @@ import importlib
 
 import numpy as np
 import pytest
-from builders import TINY, model_on
+from builders import TINY, host, model_on
 from error_rule import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,10 +28,6 @@ MODELS = {
     # Two layers of 124M: products shared out among blocks, several tiles of keys.
     "wide": GPT2Config(vocab_size=5000, n_positions=300, n_embd=768, n_layer=2, n_head=12),
 }
-
-
-def host(array):
-    return array.get() if hasattr(array, "get") else array
 
 
 def invariant(xp, config, dtype=np.float32):

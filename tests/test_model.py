@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from builders import TINY, model_on, widened, with_outliers, write_checkpoint
+from builders import TINY, host, model_on, widened, with_outliers, write_checkpoint
 from error_rule import DTYPES, check
 
 import gpt2cupy
@@ -16,10 +16,6 @@ from gpt2cupy.engine import Engine
 from gpt2cupy.errors import InputError
 from gpt2cupy.request import Request
 from gpt2cupy.weights import Weights
-
-
-def host(array):
-    return array.get() if hasattr(array, "get") else array
 
 
 def stepwise(model, ids, poison=True):

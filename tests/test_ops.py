@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from builders import host
 from error_rule import DTYPES, check
 
 from gpt2cupy import ops
@@ -15,10 +16,6 @@ from gpt2cupy.ops import attention, device, product, reference
 
 SEEDS = range(5)
 AWKWARD = [1, 19, 99, 128, 768, 989, 1028, 1600, 2052]
-
-
-def host(array):
-    return array.get() if hasattr(array, "get") else array
 
 
 def draw(rng, shape, dtype, scale=1.0):

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from builders import TINY, model_on
+from builders import TINY, host, model_on
 
 from gpt2cupy import SamplingParams
 from gpt2cupy.engine import Engine
@@ -22,10 +22,6 @@ from gpt2cupy.weights import Weights
 
 THREADS = 4
 WAIT = 60  # seconds after which a thread counts as stuck
-
-
-def host(array):
-    return array.get() if hasattr(array, "get") else array
 
 
 def at_once(work):

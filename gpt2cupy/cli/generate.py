@@ -126,9 +126,7 @@ def generate(
                 )
             lm.model.gemv = gemv.value
         lm.model.decode_path = decode
-        in_int8 = " with matrices in int8" if quantize else ""
-        about = f"{lm.name}, {lm.dtype}{in_int8} on {lm.device}"
-        shell.say(shell.paint(about, shell.DIM), quiet=quiet)
+        shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
         if max_new_tokens is None:
             room = lm.config.n_positions + 1 - len(lm.encode(text))
             wanted = min(max(DEFAULT_NEW_TOKENS, min_new_tokens), room)

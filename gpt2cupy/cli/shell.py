@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
 from ..errors import Gpt2CupyError, InputError
 from . import wording
+
+if TYPE_CHECKING:  # the command line starts without it
+    from ..lm import LanguageModel
 
 P = ParamSpec("P")
 
@@ -78,6 +81,12 @@ def say(text: str, *, quiet: bool = False) -> None:
     """A line for stderr."""
     if not quiet and sys.stderr is not None:
         print(text, file=sys.stderr, flush=True)
+
+
+def say_model(lm: LanguageModel, *, quantized: bool, quiet: bool) -> None:
+    """The line on stderr that names the model and what it runs on."""
+    in_int8 = " with matrices in int8" if quantized else ""
+    say(paint(f"{lm.name}, {lm.dtype}{in_int8} on {lm.device}", DIM), quiet=quiet)
 
 
 def paint(text: str, colour: str) -> str:

@@ -48,9 +48,7 @@ def score(
         quantize=options.name_of(quantize),
     )  # fmt: skip
     with lm:
-        in_int8 = " with matrices in int8" if quantize else ""
-        about = f"{lm.name}, {lm.dtype}{in_int8} on {lm.device}"
-        shell.say(shell.paint(about, shell.DIM), quiet=quiet)
+        shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
         if not given:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         found = lm.score(given, window=window, stride=stride)
