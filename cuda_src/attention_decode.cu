@@ -118,7 +118,7 @@ __device__ inline void attend(const elem_t* qkv,
   int warp = threadIdx.x / WARP;
   int group = threadIdx.x % WARP / LANES, lane = threadIdx.x % LANES;
   __shared__ Findings<WARPS> of_warps;
-  __shared__ Findings<SPLIT> of_blocks;
+  __shared__ FromBlocks of_blocks;
 
   release_dependents();
   int slot = slots[row], position = positions[row];

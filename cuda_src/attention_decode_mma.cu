@@ -53,7 +53,7 @@ __device__ inline void attend(const elem_t* qkv,
                               int NH,
                               int T) {
   __shared__ Findings<WARPS> of_warps;
-  __shared__ Findings<SPLIT> of_blocks;
+  __shared__ FromBlocks of_blocks;
   int blocks = CLUSTERED ? cluster_size() : 1, block = CLUSTERED ? cluster_rank() : 0;
   int head = CLUSTERED ? cluster_index() : blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;

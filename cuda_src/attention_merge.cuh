@@ -1,6 +1,7 @@
 // How the warps and blocks that share a query of decode attention bring their findings together.
 #pragma once
 
+#include "handover.cuh"
 #include "softmax.cuh"
 
 #ifndef HS
@@ -40,68 +41,62 @@ __device__ inline void combine(const float (&tops)[COUNT],
   }
 }
 
-// Prepare the first block of a cluster for the findings of the others, and tell them.
-__device__ inline void open_to_blocks(Findings<SPLIT>& blocks, int block) {
-  constexpr int SIZE = sizeof(blocks) / sizeof(float);
-  if (block == 0)
-    for (int i = threadIdx.x; i < SIZE; i += blockDim.x)
-      reinterpret_cast<float*>(&blocks)[i] = __uint_as_float(PENDING);
-  cluster_arrive();
+// What the other blocks of a cluster tell the first, and how much of it has come.
+struct FromBlocks {
+  Findings<SPLIT> findings;
+  Counter counter;
+};
+
+// Prepare for it; all threads of all blocks, before anything is sent.
+__device__ inline void open_to_blocks(FromBlocks& from, int block) {
+  if (block == 0 && threadIdx.x == 0) open_counter(&from.counter);
+  cluster_begin();
 }
 
-// Give the findings of the `count` blocks that share the query to the first, which returns true.
-__device__ inline bool meet_blocks(Findings<SPLIT>& blocks,
-                                   int block,
-                                   int count,
-                                   int channel,
-                                   float& top,
-                                   float& sum,
-                                   float& value) {
-  if (block > 0) {
-    Findings<SPLIT>& there = *cluster_shared(&blocks, 0);
-    send_to_block(&there.values[block][channel], value);
-    if (channel == 0) {
-      send_to_block(&there.tops[block], top);
-      send_to_block(&there.sums[block], sum);
-    }
-    return false;
+// Bytes that a block sends.
+constexpr unsigned SENT = (HS + 2) * sizeof(float);
+
+// Give the findings of this block to the first.
+__device__ inline void send_findings(
+    const FromBlocks& from, int block, int channel, float top, float sum, float value) {
+  const Findings<SPLIT>& place = from.findings;
+  send(&place.values[block][channel], &from.counter, 0, value);
+  if (channel == 0) {
+    send(&place.tops[block], &from.counter, 0, top);
+    send(&place.sums[block], &from.counter, 0, sum);
   }
+}
+
+// Merge the findings of `count` blocks with those of the first, which calls it.
+__device__ inline void merge_blocks(
+    FromBlocks& from, int count, int channel, float& top, float& sum, float& value) {
+  wait_for_bytes(&from.counter);
   float tops[SPLIT], sums[SPLIT], values[SPLIT];
-  bool waiting;
-  do {
-    waiting = false;
-#pragma unroll
-    for (int b = 1; b < SPLIT; b++) {
-      tops[b] = look_for(&blocks.tops[b]);
-      sums[b] = look_for(&blocks.sums[b]);
-      values[b] = look_for(&blocks.values[b][channel]);
-      waiting |= b < count && (pending(tops[b]) || pending(sums[b]) || pending(values[b]));
-    }
-  } while (waiting);
   tops[0] = top;
   sums[0] = sum;
   values[0] = value;
 #pragma unroll
-  for (int b = 1; b < SPLIT; b++)
-    if (b >= count) {
-      tops[b] = LOWEST;
-      sums[b] = values[b] = 0.0f;
-    }
+  for (int b = 1; b < SPLIT; b++) {
+    bool there = b < count;
+    tops[b] = there ? from.findings.tops[b] : LOWEST;
+    sums[b] = there ? from.findings.sums[b] : 0.0f;
+    values[b] = there ? from.findings.values[b][channel] : 0.0f;
+  }
   combine(tops, sums, values, top, sum, value);
-  return true;
 }
 
 // What the warps of the `count` blocks found becomes the output of the head: all threads come here,
 // after a barrier. `count` is 1 where blocks do not share a query.
 template <int WARPS, bool CLUSTERED>
-__device__ inline void finish(const Findings<WARPS>& warps,
-                              Findings<SPLIT>& blocks,
-                              int block,
-                              int count,
-                              bool idle,
-                              elem_t* out) {
+__device__ inline void finish(
+    const Findings<WARPS>& warps, FromBlocks& from, int block, int count, bool idle, elem_t* out) {
   if constexpr (CLUSTERED)
-    if (count > 1) cluster_wait();  // the first block is prepared
+    if (count > 1) {
+      if (block > 0)
+        cluster_wait();  // the first block is prepared
+      else if (threadIdx.x == 0)
+        expect_bytes(&from.counter, (count - 1) * SENT);
+    }
   for (int channel = threadIdx.x; channel < HS; channel += WARPS * WARP) {
     float tops[WARPS], sums[WARPS], values[WARPS], top, sum, value;
 #pragma unroll
@@ -111,9 +106,14 @@ __device__ inline void finish(const Findings<WARPS>& warps,
       values[w] = warps.values[w][channel];
     }
     combine(tops, sums, values, top, sum, value);
-    bool mine = true;
     if constexpr (CLUSTERED)
-      if (count > 1) mine = meet_blocks(blocks, block, count, channel, top, sum, value);
-    if (mine) out[channel] = from_float<elem_t>(idle ? 0.0f : __fdividef(value, sum));
+      if (count > 1) {
+        if (block > 0) {
+          send_findings(from, block, channel, top, sum, value);
+          continue;
+        }
+        merge_blocks(from, count, channel, top, sum, value);
+      }
+    out[channel] = from_float<elem_t>(idle ? 0.0f : __fdividef(value, sum));
   }
 }

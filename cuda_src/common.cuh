@@ -254,34 +254,6 @@ __device__ inline int cluster_index() {
 #endif
 }
 
-// A value handed to another block of the cluster. The reader asks until it finds something else
-// than PENDING, with which it filled the place before: so nothing has to wait for other memory, as
-// a barrier would. No result is PENDING: arithmetic gives another NaN.
-constexpr unsigned PENDING = 0xffffffffu;
-
-__device__ inline void send_to_block(float* place, float value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.relaxed.cluster.f32 [%0], %1;" ::"l"(place), "f"(value) : "memory");
-#else
-  *place = value;
-#endif
-}
-
-__device__ inline float look_for(const float* own) {
-#if __CUDA_ARCH__ >= 900
-  float value;
-  asm volatile("ld.relaxed.cluster.shared::cta.f32 %0, [%1];"
-               : "=f"(value)
-               : "r"((unsigned)__cvta_generic_to_shared(own))
-               : "memory");
-  return value;
-#else
-  return *own;
-#endif
-}
-
-__device__ inline bool pending(float value) { return __float_as_uint(value) == PENDING; }
-
 // The same shared variable in block `rank` of the cluster.
 template <typename T>
 __device__ inline T* cluster_shared(T* own, int rank) {

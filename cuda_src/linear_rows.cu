@@ -23,6 +23,7 @@
 //
 // Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile.
 #include "activation.cuh"
+#include "handover.cuh"
 #include "mma.cuh"
 
 #if __CUDA_ARCH__ >= 800
@@ -60,48 +61,6 @@ __device__ inline void copy_or_zero(unsigned to_shared, const elem_t* from, bool
                : "memory");
 }
 
-// ---------------------------------------------------------------------------------------------
-// partial sums on their way: stores to another block of the cluster that count themselves in
-// there. A barrier of the cluster would first wait until they are seen by the whole GPU.
-
-// Set up a counter that is complete after so many bytes. One thread, before cluster_begin().
-__device__ inline void expect_bytes(unsigned long long* counter, unsigned bytes) {
-  unsigned address = shared_address(counter);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
-               : "memory");
-}
-
-// Store two floats where block `rank` has `target`, and count them in its counter.
-__device__ inline void send(
-    const float* target, const unsigned long long* counter, int rank, float first, float second) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there, count;\n"
-      "mapa.shared::cluster.u32 there, %0, %2;\n"
-      "mapa.shared::cluster.u32 count, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, "
-      "[count];\n"
-      "}" ::"r"(shared_address(target)),
-      "r"(shared_address(counter)), "r"(rank), "f"(first), "f"(second)
-      : "memory");
-}
-
-__device__ inline void wait_for_bytes(unsigned long long* counter) {
-  unsigned done = 0;
-  while (!done)
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(shared_address(counter))
-        : "memory");
-}
-
 template <typename out_t>
 __device__ inline void load_row(const out_t* source, int count, bool aligned, float (&to)[4]) {
   if (aligned) {
@@ -135,9 +94,9 @@ __device__ inline void product(const elem_t* x,
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
 
-  __shared__ unsigned long long arrived;
+  __shared__ Counter arrived;
   if constexpr (SPLIT > 1) {
-    if (threadIdx.x == 0) expect_bytes(&arrived, ROWS * OUTPUTS * sizeof(float));
+    if (threadIdx.x == 0) open_counter(&arrived);
     cluster_begin();  // others may write to this block's memory
   }
   release_dependents();
@@ -232,7 +191,10 @@ __device__ inline void product(const elem_t* x,
         mma<elem_t>(sums[j], a[k], b[k][j / 2][j % 2 * 2], b[k][j / 2][j % 2 * 2 + 1]);
   }
 
-  if constexpr (SPLIT > 1) cluster_wait();  // the counters of all blocks are ready
+  if constexpr (SPLIT > 1) {
+    if (threadIdx.x == 0) expect_bytes(&arrived, ROWS * OUTPUTS * sizeof(float));
+    cluster_wait();  // the counters of all blocks are ready
+  }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int r = first_row + half * 8;  // eight rows have one owner
