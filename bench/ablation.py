@@ -57,9 +57,16 @@ class Switch:
 
 
 def _norm_then_linear(
-    x: Any, weight: Any, bias: Any, eps: float, *args: Any, h: Any = None, **options: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    *args: Any,
+    h: Any = None,
+    shift: Any = None,
+    **options: Any,
 ) -> Any:
-    """What ops.norm_linear computes, as two ops."""
+    """What ops.norm_linear computes, as two ops, which have no use for a shift."""
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *args, **options)
 
 

@@ -1,13 +1,14 @@
 // The products of the decode step at one row: with the layer norm before, or the residual after.
 //
 //   norm_gemv        y = activation(W layer_norm(x) + bias)
-//   norm_gemv_once   the same, where the grid is large enough for every warp to take one turn
+//   norm_gemv_once   the same, where the grid is large enough for every warp to take one turn;
+//                    given shift = W norm_bias + bias instead of the two
 //   gemv_add         y = activation(W x + bias) + residual
 //   gemv_add_once    the same, likewise
 //
-// Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, residual and y [M]
+// Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, shift, residual and y [M]
 // Dtypes    W and the norm are ELEM; x is float before a norm (the residual stream), else ELEM;
-//           bias, residual and y are ELEM or float (entries ..._f32)
+//           bias, residual and y are ELEM or float (entries ..._f32); shift is float
 // Bytes     M K sizeof ELEM; everything else is small and read from L2
 // FLOPs     2 M K
 // Work      K is a compile-time macro, so a warp holds its part of x in registers, where it also
@@ -68,17 +69,12 @@ __device__ inline void load_rows(
 // Whether the norm's parameters fit the registers beside the weights, before there is an x.
 constexpr bool NORM_EARLY = K * sizeof(elem_t) <= 5120;
 
-__device__ inline void load_norm(const elem_t* weight,
-                                 const elem_t* bias,
-                                 int k0,
-                                 Vec<elem_t, VEC> (&scale)[CHUNKS],
-                                 Vec<elem_t, VEC> (&shift)[CHUNKS]) {
+// Norm weight or norm bias.
+__device__ inline void load_norm(const elem_t* source, int k0, Vec<elem_t, VEC> (&values)[CHUNKS]) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
-    if (inside(k0, c)) {
-      scale[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(weight + k0 + c * SPAN);
-      shift[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(bias + k0 + c * SPAN);
-    }
+    if (inside(k0, c))
+      values[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(source + k0 + c * SPAN);
 }
 
 // x = x - mean, over the registers of one warp. VEC sums side by side: one after the other, each
@@ -159,7 +155,10 @@ __device__ inline void product(const in_t* x,
   load_rows(weight, first, k0, M, rows);
   float own_bias = addend(bias, first + lane, writer && first + lane < M);
   Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
-  if constexpr (NORM && NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
+  if constexpr (NORM && NORM_EARLY) {
+    load_norm(norm_weight, k0, scale);
+    load_norm(norm_bias, k0, shift);
+  }
   float weights[ROWS][CHUNKS][VEC];
   unsigned known = 0;
   if constexpr (ONCE) convert(rows, k0, weights, known);
@@ -170,7 +169,10 @@ __device__ inline void product(const in_t* x,
   load_inputs(ONCE ? x + zero_after(known, M) : x, k0, xs);
   if constexpr (NORM) {
     normalise(xs, k0, eps);
-    if constexpr (!NORM_EARLY) load_norm(norm_weight, norm_bias, k0, scale, shift);
+    if constexpr (!NORM_EARLY) {
+      load_norm(norm_weight, k0, scale);
+      load_norm(norm_bias, k0, shift);
+    }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
       if (inside(k0, c))
@@ -226,16 +228,15 @@ __device__ inline void product(const in_t* x,
 // The product after a norm where every warp has its ROWS_ONCE outputs and no more. What does not
 // need x is done before there is one: with d = x - mean,
 //
-//   W layer_norm(x) + bias = (W g) d / sqrt(var + eps) + (W b + bias)      g, b of the norm
+//   W layer_norm(x) + bias = (W g) d / sqrt(var + eps) + shift     shift = W b + bias; g, b: norm
 //
 // so that after the wait only the mean stands before the product, and the squares of d are summed
-// beside it.
+// beside it. The shift is the same in every step and was made when the first was.
 template <typename out_t>
 __device__ inline void norm_product(const float* x,
                                     const elem_t* norm_weight,
-                                    const elem_t* norm_bias,
                                     const elem_t* weight,
-                                    const out_t* bias,
+                                    const float* shift,
                                     out_t* y,
                                     float eps,
                                     int activation,
@@ -246,11 +247,11 @@ __device__ inline void norm_product(const float* x,
   bool writer = lane < ROWS_ONCE && first + lane < M;
 
   release_dependents();
-  Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS], shift[CHUNKS];
+  Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS];
   load_rows(weight, first, k0, M, rows);
-  load_norm(norm_weight, norm_bias, k0, scale, shift);
-  float own_bias = addend(bias, first + lane, writer);
-  float scaled[ROWS_ONCE][CHUNKS][VEC], shifts[ROWS_ONCE] = {};
+  load_norm(norm_weight, k0, scale);
+  float own_shift = addend(shift, first + lane, writer);
+  float scaled[ROWS_ONCE][CHUNKS][VEC];
   unsigned known = 0;
 #pragma unroll
   for (int r = 0; r < ROWS_ONCE; r++)
@@ -259,14 +260,9 @@ __device__ inline void norm_product(const float* x,
       if (inside(k0, c))
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-          float w = to_float(rows[r][c].value[i]);
-          scaled[r][c][i] = w * to_float(scale[c].value[i]);
-          shifts[r] = fmaf(w, to_float(shift[c].value[i]), shifts[r]);
+          scaled[r][c][i] = to_float(rows[r][c].value[i]) * to_float(scale[c].value[i]);
           known |= __float_as_uint(scaled[r][c][i]);
         }
-  warp_sums(shifts);
-#pragma unroll
-  for (int r = 0; r < ROWS_ONCE; r++) known |= __float_as_uint(shifts[r]);
   wait_for_inputs();
 
   float d[CHUNKS][VEC];
@@ -283,20 +279,13 @@ __device__ inline void norm_product(const float* x,
         sums[ROWS_ONCE] = fmaf(d[c][i], d[c][i], sums[ROWS_ONCE]);
       }
   warp_sums(sums);
-  float own = 0.0f, own_shift = 0.0f;
+  float own = 0.0f;
 #pragma unroll
   for (int r = 0; r < ROWS_ONCE; r++)
-    if (lane == r) own = sums[r], own_shift = shifts[r];
-  float result = fmaf(own, rsqrtf(sums[ROWS_ONCE] * (1.0f / K) + eps), own_shift + own_bias);
+    if (lane == r) own = sums[r];
+  float result = fmaf(own, rsqrtf(sums[ROWS_ONCE] * (1.0f / K) + eps), own_shift);
   if (writer) y[first + lane] = from_float<out_t>(activate(result, activation));
 }
-
-#define NORM_GEMV_ENTRY(name, out_t, body)                                                        \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
-      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
-           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
-    body(x, norm_weight, norm_bias, weight, bias, y, eps, activation, M);                         \
-  }
 
 #define GEMV_ADD_ENTRY(name, out_t, once)                                                   \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                 \
@@ -306,29 +295,30 @@ __device__ inline void norm_product(const float* x,
                          residual, y, 0.0f, activation, M);                                 \
   }
 
-template <typename out_t>
-__device__ inline void norm_product_turns(const float* x,
-                                          const elem_t* norm_weight,
-                                          const elem_t* norm_bias,
-                                          const elem_t* weight,
-                                          const out_t* bias,
-                                          out_t* y,
-                                          float eps,
-                                          int activation,
-                                          int M) {
-  product<true, false>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,
-                       activation, M);
-}
+#define NORM_GEMV_ENTRY(name, out_t)                                                              \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
+           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
+    product<true, false>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,  \
+                         activation, M);                                                          \
+  }
+
+#define NORM_GEMV_ONCE_ENTRY(name, out_t)                                                       \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                     \
+      name(const float* x, const elem_t* norm_weight, const elem_t* weight, const float* shift, \
+           out_t* y, float eps, int activation, int M) {                                        \
+    norm_product(x, norm_weight, weight, shift, y, eps, activation, M);                         \
+  }
 
 GEMV_ADD_ENTRY(gemv_add, elem_t, false)
 GEMV_ADD_ENTRY(gemv_add_f32, float, false)
 GEMV_ADD_ENTRY(gemv_add_once, elem_t, true)
 GEMV_ADD_ENTRY(gemv_add_once_f32, float, true)
 #if K <= 2048  // a norm needs the whole row in one warp
-NORM_GEMV_ENTRY(norm_gemv, elem_t, norm_product_turns)
-NORM_GEMV_ENTRY(norm_gemv_f32, float, norm_product_turns)
+NORM_GEMV_ENTRY(norm_gemv, elem_t)
+NORM_GEMV_ENTRY(norm_gemv_f32, float)
 #endif
 #if K <= 1024  // the weights lie in registers as floats
-NORM_GEMV_ENTRY(norm_gemv_once, elem_t, norm_product)
-NORM_GEMV_ENTRY(norm_gemv_once_f32, float, norm_product)
+NORM_GEMV_ONCE_ENTRY(norm_gemv_once, elem_t)
+NORM_GEMV_ONCE_ENTRY(norm_gemv_once_f32, float)
 #endif

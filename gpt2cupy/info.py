@@ -55,6 +55,7 @@ def report(
         },
         "memory": {
             "weights": model.weights.nbytes,
+            "norm shifts": model.shifts.nbytes,
             "cache": engine.cache.nbytes,
             "decode state": engine.state.nbytes,
             "prefill": engine.prefill_work.nbytes,

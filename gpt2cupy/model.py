@@ -13,6 +13,7 @@ from .config import GPT2Config
 from .errors import InputError
 from .ids import check_ids
 from .ops.quantized import scratch_size
+from .shifts import NormShifts, Pair
 from .weights import Weights
 from .workspace import PackedPrompts, Workspace
 
@@ -39,6 +40,8 @@ class GPT2:
     ----------
     decode_path : {"auto", "eager", "graph"}
         How engines made later run a step of this model; "auto" is the fastest.
+    shifts : NormShifts
+        What steps of one row have beside the weights.
     """
 
     def __init__(
@@ -52,7 +55,6 @@ class GPT2:
         self.config = config
         self.weights = weights
         self._batch_invariant = batch_invariant
-        self.gemv = gemv
         self.decode_path = "auto"
         if isinstance(weights.wpe, np.ndarray):
             self.xp: Any = np
@@ -66,6 +68,7 @@ class GPT2:
             {name: getattr(weights, name)[layer] for name in stacked}
             for layer in range(config.n_layer)
         ]
+        self.gemv = gemv
 
     @classmethod
     def from_pretrained(
@@ -128,6 +131,7 @@ class GPT2:
                 remedy="Use gemv='ours' with batch_invariant=True.",
             )
         self._gemv = name
+        self.shifts = NormShifts(self.layers, self.backend)
 
     @property
     def backend(self) -> str:
@@ -148,6 +152,7 @@ class GPT2:
         positions: Array,
         attend: Callable[[int, Array, Array], None],
         work: Workspace,
+        shifts: Sequence[Pair] | None = None,
     ) -> Array:
         """Run every layer over the rows of ``work``; returns the residual stream [N, C].
 
@@ -158,18 +163,23 @@ class GPT2:
             Attention of one layer over its cache.
         work : Workspace
             Of exactly N rows.
+        shifts : sequence of pairs of arrays, optional
+            :attr:`NormShifts.pairs`.
         """
         eps = self.config.layer_norm_epsilon
         how: Any = {"backend": self.backend, "scratch": work.scratch}
         act: Any = how | {"activation": self.config.activation}
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
+            qkv_shift, fc_shift = shifts[index] if shifts else (None, None)
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], h=work.h, out=work.qkv, **how)
+            qkv: Any = how | {"h": work.h, "out": work.qkv, "shift": qkv_shift}
+            ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], **qkv)
             attend(index, work.qkv, work.attended)
             ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
-            ops.norm_linear(*norm, w["fc_w"], w["fc_b"], h=work.h, out=work.inner, **act)
+            fc: Any = act | {"h": work.h, "out": work.inner, "shift": fc_shift}
+            ops.norm_linear(*norm, w["fc_w"], w["fc_b"], **fc)
             ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, **how)
         return x
 
@@ -259,8 +269,13 @@ class GPT2:
                 qkv, k, v, slots, positions, scale, out=out, batch_invariant=self._batch_invariant
             )
 
-        x = self.forward(ids, positions, attend, work)
+        x = self.forward(ids, positions, attend, work, self.shifts.pairs)
         return self.logits(x, work, logits)
+
+    def prepare_step(self, rows: int) -> None:
+        """Make what :meth:`decode` with so many rows is faster with, before it is recorded."""
+        if rows == 1:
+            self.shifts.make(self.xp)
 
     def hidden(self, ids: Array) -> Array:
         """Residual stream after the last layer, before the last norm: ids [B, T] -> [B, T, C]."""

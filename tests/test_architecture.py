@@ -22,7 +22,7 @@ LAYERS = (
     ("ops.reference_sampling", "ops.reference"),
     ("ops.device", "ops.compiler", "ops.tape", "ops.launch"),
     ("ops.blas", "ops"),
-    ("workspace", "sampling", "model"),
+    ("workspace", "sampling", "shifts", "model"),
     ("checkpoint", "decode"),
     ("loading", "request", "engine", "record"),
     ("text", "prompts", "scoring", "held", "lm", "console"),

@@ -22,7 +22,15 @@ def lm():
 
 def test_info_names_what_would_run():
     shown = done("info", *CPU)
-    for label in ("versions", "device", "kernel cache", "weights", "cache", "decode state"):
+    for label in (
+        "versions",
+        "device",
+        "kernel cache",
+        "weights",
+        "norm shifts",
+        "cache",
+        "decode state",
+    ):
         assert re.search(rf"^{label} ", shown, re.MULTILINE), label
 
 

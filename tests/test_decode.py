@@ -38,12 +38,16 @@ class Spelled(EagerDecoder):
         submit(lambda: self.ran.append(label))
 
 
+def a_model():
+    return SimpleNamespace(backend="ours", prepare_step=lambda rows: None)
+
+
 def a_state():
-    return SimpleNamespace(xp=DEVICE, counts=None, bias=None, plain=True)
+    return SimpleNamespace(xp=DEVICE, batch=1, counts=None, bias=None, plain=True)
 
 
 def test_the_launches_shown_are_those_of_the_step_asked_for():
-    decoder, state = Spelled(SimpleNamespace(backend="ours")), a_state()
+    decoder, state = Spelled(a_model()), a_state()
     for plain, gemv in [(True, "ours"), (False, "ours"), (True, "cublas"), (True, "ours")] * 2:
         state.plain, decoder.model.backend = plain, gemv
         decoder.prepare(state)
@@ -58,7 +62,7 @@ def test_the_launches_shown_are_those_of_the_step_asked_for():
 
 
 def test_a_step_looks_up_what_to_run_once():
-    decoder, state = Spelled(SimpleNamespace(backend="ours")), a_state()
+    decoder, state = Spelled(a_model()), a_state()
     decoder.step(state, 5)
     decoder.step(state)
     assert decoder.kinds == 2 and len(decoder.ran) == 6
@@ -232,7 +236,7 @@ def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
             if self.broken:
                 raise ValueError("no such kernel")
 
-    decoder, state = Broken(SimpleNamespace(backend="ours")), a_state()
+    decoder, state = Broken(a_model()), a_state()
     for _ in range(2):
         with pytest.raises(ValueError, match="no such kernel"):
             decoder.step(state)

@@ -50,6 +50,7 @@ class EagerDecoder:
         # Identities, which stay theirs because what was prepared keeps the objects.
         key = tuple(id(part) for part in kind)
         if key not in self._prepared:
+            self.model.prepare_step(state.batch)
             with recorded() as calls:
                 self._step(state)
             self._prepared[key] = kind, calls, self._ready(calls)

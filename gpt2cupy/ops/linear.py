@@ -19,6 +19,7 @@ from .product import (
     BIAS_ACT,
     GEMV_SCALAR,
     LONGEST_NORM,
+    NORM_GEMV,
     SKINNY_ADD,
     THREADS,
     WARP,
@@ -26,9 +27,10 @@ from .product import (
     launch_fused,
     launch_gemv_add,
     launch_invariant,
-    launch_norm_gemv,
+    launch_norm_once,
     launch_rows,
     takes_linear_rows,
+    takes_norm_once,
 )
 
 Array = Any
@@ -93,6 +95,7 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
+    shift: Array | None = None,
 ) -> Array:
     """``linear(layer_norm(x), weight, bias)``; one kernel for one row on the GPU.
 
@@ -116,6 +119,10 @@ def norm_linear(
         As in :func:`linear`.
     scratch : array [n], optional
         As in :func:`linear`.
+    shift : array of float32 [M], optional
+        ``shifted_bias(norm_bias, weight, bias)``, made before: with it one row has a kernel
+        that does less, where :func:`gpt2cupy.ops.shift.takes_shift` says so. Elsewhere it
+        changes nothing.
 
     Returns
     -------
@@ -149,8 +156,12 @@ def norm_linear(
     if out is None:
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
+    wide = out.dtype == np.float32
+    if shift is not None and takes_norm_once(weight, backend):
+        launch_norm_once(weight, (x, norm_weight, weight, shift, out, eps, code), wide)
+        return out
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    launch_norm_gemv(fused, weight, args, out.dtype == np.float32)
+    launch_fused(NORM_GEMV[wide], fused, weight, args)
     return out
 
 

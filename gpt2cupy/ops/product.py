@@ -21,7 +21,7 @@ _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed
 LONGEST_NORM = 2048  # longest row that the kernels normalise
 _LONGEST_BY_THREE = 4096  # longest row of which a warp has three outputs; ROWS in norm_gemv.cu
 _LONGEST_ONCE = 1024  # longest row that norm_gemv_once takes
-_NORM_ONCE_OUTPUTS = 12  # of a block of it; WARPS * ROWS_ONCE there
+_NORM_ONCE_OUTPUTS, _NORM_ONCE_WARPS = 12, 4  # of a block; WARPS * ROWS_ONCE and WARPS there
 LONGEST = 8192  # longest row that fits their registers
 
 
@@ -41,10 +41,14 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
+_NORM_GEMV_ONCE = (
+    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M], "
+    "eps: float, activation: int, M"
+)
 GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
 GEMV_ADD_ONCE = entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
-NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV, overlaps=True)
+NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV_ONCE, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 SKINNY_ADD = entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
@@ -101,14 +105,15 @@ def launch_gemv_add(
     launch_fused((GEMV_ADD_ONCE if once else GEMV_ADD)[wide], fused, weight, args)
 
 
-def launch_norm_gemv(
-    fused: tuple[int, int], weight: Array, args: tuple[Any, ...], wide: bool
-) -> None:
-    """A norm and the product of its one row."""
-    if weight.shape[1] <= _LONGEST_ONCE and _one_turn(weight, _NORM_ONCE_OUTPUTS):
-        launch_fused(NORM_GEMV_ONCE[wide], (_NORM_ONCE_OUTPUTS, fused[1]), weight, args)
-    else:
-        launch_fused(NORM_GEMV[wide], fused, weight, args)
+def takes_norm_once(weight: Array, backend: str) -> bool:
+    """Whether norm_gemv_once can make the product of one normed row."""
+    fits = fused_block(1, weight, backend) is not None and weight.shape[1] <= _LONGEST_ONCE
+    return fits and _one_turn(weight, _NORM_ONCE_OUTPUTS)
+
+
+def launch_norm_once(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """A norm and the product of its one row, given the product's shift."""
+    launch_fused(NORM_GEMV_ONCE[wide], (_NORM_ONCE_OUTPUTS, _NORM_ONCE_WARPS), weight, args)
 
 
 def _one_turn(weight: Array, outputs: int) -> bool:
