@@ -15,6 +15,8 @@
 //           normalises it: every warp by itself, which costs less than one barrier. A warp has ROWS
 //           outputs in hand and moves on by the whole grid. The first rows of weights are loaded
 //           before the kernel waits for its predecessor, so they travel while that one still runs.
+//           The sums over a warp are dealt out to its lanes, which takes fewer shuffles than
+//           bringing each to all of them.
 //           A long K is split over SPLIT warps, whose sums meet in shared memory.
 //           Every instruction between the wait and the store is on the step's critical path, and
 //           fetching it counts as much as running it: the entries ..._once do before the wait
@@ -111,6 +113,32 @@ __device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
     for (int i = 0; i < VEC; i++) x[c][i] *= scale;
 }
 
+// Lanes that share a sum when N of them are dealt out.
+template <int N>
+constexpr int SHARING = WARP / (N < 3 ? N : 4);
+
+// The sum over the warp of one of a few values: lane l gets that of value l / SHARING<N>. At every
+// step a lane keeps half of its values, so that three sums take six shuffles instead of fifteen.
+// Each is added up along the tree of warp_sum.
+template <int N, int OFFSET = WARP / 2>
+__device__ inline float dealt_sum(const float (&values)[N]) {
+  static_assert(N <= 4, "SHARING");
+  if constexpr (N == 1) {
+    return warp_sum<OFFSET * 2>(values[0]);
+  } else {
+    constexpr int HALF = (N + 1) / 2;
+    bool upper = threadIdx.x & OFFSET;
+    float kept[HALF];
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+      int other = i + HALF < N ? i + HALF : i;  // the last of an odd number has no other
+      float own = upper ? values[other] : values[i], sent = upper ? values[i] : values[other];
+      kept[i] = own + __shfl_xor_sync(FULL_MASK, sent, OFFSET);
+    }
+    return dealt_sum<HALF, OFFSET / 2>(kept);
+  }
+}
+
 // The weights as numbers, whose bits are put together in `known`.
 __device__ inline void convert(const Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS],
                                int k0,
@@ -147,13 +175,15 @@ __device__ inline void product(const in_t* x,
   int stride = gridDim.x * GROUPS * ROWS;
   int block_first = blockIdx.x * GROUPS * ROWS;
   int first = block_first + group * ROWS;
-  // Lane r of the group's first warp writes output first + r.
-  bool writer = part == 0 && lane < ROWS;
+  // The sums are dealt out to the lanes; the first of those that share one finishes its output.
+  int row = lane / SHARING<ROWS>;
+  bool holder = lane % SHARING<ROWS> == 0 && row < ROWS;
+  bool writer = part == 0 && holder;
 
   release_dependents();
   Vec<elem_t, VEC> rows[ROWS][CHUNKS];
   load_rows(weight, first, k0, M, rows);
-  float own_bias = addend(bias, first + lane, writer && first + lane < M);
+  float own_bias = addend(bias, first + row, writer && first + row < M);
   Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
   if constexpr (NORM && NORM_EARLY) {
     load_norm(norm_weight, k0, scale);
@@ -164,7 +194,7 @@ __device__ inline void product(const in_t* x,
   if constexpr (ONCE) convert(rows, k0, weights, known);
   wait_for_inputs();
 
-  float own_residual = addend(residual, first + lane, writer && first + lane < M);
+  float own_residual = addend(residual, first + row, writer && first + row < M);
   float xs[CHUNKS][VEC];
   load_inputs(ONCE ? x + zero_after(known, M) : x, k0, xs);
   if constexpr (NORM) {
@@ -200,28 +230,24 @@ __device__ inline void product(const in_t* x,
     bool last = ONCE || block_first + stride >= M;
     if (!last) load_rows(weight, first + stride, k0, M, rows);
 
-    warp_sums(sums);
-    float own = 0.0f;  // the writer's sum
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-      if (lane == r) own = sums[r];
+    float own = dealt_sum(sums);
     if constexpr (SPLIT > 1) {
-      if (lane < ROWS) partial[turn][warp][lane] = own;
+      if (holder) partial[turn][warp][row] = own;
       __syncthreads();
       if (writer) {
         own = 0.0f;
 #pragma unroll
-        for (int p = 0; p < SPLIT; p++) own += partial[turn][warp + p][lane];
+        for (int p = 0; p < SPLIT; p++) own += partial[turn][warp + p][row];
       }
     }
-    if (writer && first + lane < M)
-      y[first + lane] = from_float<out_t>(activate(own + own_bias, activation) + own_residual);
+    if (writer && first + row < M)
+      y[first + row] = from_float<out_t>(activate(own + own_bias, activation) + own_residual);
     if (last) break;
     block_first += stride;
     first += stride;
-    bool writes = writer && first + lane < M;
-    own_bias = addend(bias, first + lane, writes);
-    own_residual = addend(residual, first + lane, writes);
+    bool writes = writer && first + row < M;
+    own_bias = addend(bias, first + row, writes);
+    own_residual = addend(residual, first + row, writes);
   }
 }
 
@@ -244,13 +270,14 @@ __device__ inline void norm_product(const float* x,
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int k0 = lane * VEC;
   int first = (blockIdx.x * WARPS + warp) * ROWS_ONCE;
-  bool writer = lane < ROWS_ONCE && first + lane < M;
+  int row = lane / SHARING<ROWS_ONCE>;  // of the outputs, as the sums are dealt out
+  bool writer = lane % SHARING<ROWS_ONCE> == 0 && row < ROWS_ONCE && first + row < M;
 
   release_dependents();
   Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS];
   load_rows(weight, first, k0, M, rows);
   load_norm(norm_weight, k0, scale);
-  float own_shift = addend(shift, first + lane, writer);
+  float own_shift = addend(shift, first + row, writer);
   float scaled[ROWS_ONCE][CHUNKS][VEC];
   unsigned known = 0;
 #pragma unroll
@@ -268,7 +295,7 @@ __device__ inline void norm_product(const float* x,
   float d[CHUNKS][VEC];
   load_inputs(x + zero_after(known, M), k0, d);
   centre(d, k0);
-  float sums[ROWS_ONCE + 1] = {};  // the products, and the squares
+  float sums[ROWS_ONCE] = {}, squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
     if (inside(k0, c))
@@ -276,15 +303,11 @@ __device__ inline void norm_product(const float* x,
       for (int i = 0; i < VEC; i++) {
 #pragma unroll
         for (int r = 0; r < ROWS_ONCE; r++) sums[r] = fmaf(scaled[r][c][i], d[c][i], sums[r]);
-        sums[ROWS_ONCE] = fmaf(d[c][i], d[c][i], sums[ROWS_ONCE]);
+        squares = fmaf(d[c][i], d[c][i], squares);
       }
-  warp_sums(sums);
-  float own = 0.0f;
-#pragma unroll
-  for (int r = 0; r < ROWS_ONCE; r++)
-    if (lane == r) own = sums[r];
-  float result = fmaf(own, rsqrtf(sums[ROWS_ONCE] * (1.0f / K) + eps), own_shift);
-  if (writer) y[first + lane] = from_float<out_t>(activate(result, activation));
+  float own = dealt_sum(sums);
+  float result = fmaf(own, rsqrtf(warp_sum(squares) * (1.0f / K) + eps), own_shift);
+  if (writer) y[first + row] = from_float<out_t>(activate(result, activation));
 }
 
 #define GEMV_ADD_ENTRY(name, out_t, once)                                                   \
