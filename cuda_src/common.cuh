@@ -219,11 +219,13 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster in two halves: what a thread wrote before it arrived can
-// be read by those that waited. A thread that has returned counts as arrived.
-__device__ inline void cluster_arrive() {
+// A barrier of all threads of the cluster in two halves. The first is for a block that has written
+// nothing yet and only says that it runs: to publish anything it would have to wait until all that
+// a thread wrote is seen by the whole GPU. handover.cuh is there for that. A thread that has
+// returned counts as arrived.
+__device__ inline void cluster_begin() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 
@@ -235,14 +237,6 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-// The first half of a barrier for a block that has written nothing yet and only says that it runs.
-// cluster_arrive() would first wait until all that the thread wrote is seen by the whole GPU.
-__device__ inline void cluster_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
-}
-
 // Which cluster of its row of the grid this block belongs to.
 __device__ inline int cluster_index() {
 #if __CUDA_ARCH__ >= 900
@@ -251,17 +245,5 @@ __device__ inline int cluster_index() {
   return index;
 #else
   return blockIdx.x;
-#endif
-}
-
-// The same shared variable in block `rank` of the cluster.
-template <typename T>
-__device__ inline T* cluster_shared(T* own, int rank) {
-#if __CUDA_ARCH__ >= 900
-  T* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
-  return there;
-#else
-  return own;
 #endif
 }

@@ -1,5 +1,7 @@
 // Values on their way to another block of a cluster (sm_90 and newer): stores that count themselves
 // in there. A barrier of the cluster would first wait until they are seen by the whole GPU.
+// On an older chip every block is a cluster of its own: send_words() then stores, wait_for_bytes()
+// is a barrier of the block, and the rest does nothing.
 #pragma once
 
 #include "common.cuh"
@@ -60,6 +62,19 @@ __device__ inline void send(
 #endif
 }
 
+// Likewise a struct of words.
+template <typename T>
+__device__ inline void send_words(T* target, const Counter* counter, int rank, const T& value) {
+#if __CUDA_ARCH__ >= 900
+  const float* from = reinterpret_cast<const float*>(&value);
+  const float* to = reinterpret_cast<const float*>(target);
+#pragma unroll
+  for (int i = 0; i < (int)(sizeof(T) / sizeof(float)); i++) send(to + i, counter, rank, from[i]);
+#else
+  *target = value;
+#endif
+}
+
 // Returns when all bytes are there and can be read.
 __device__ inline void wait_for_bytes(Counter* counter) {
 #if __CUDA_ARCH__ >= 900
@@ -74,5 +89,7 @@ __device__ inline void wait_for_bytes(Counter* counter) {
         : "=r"(done)
         : "r"(shared_place(counter))
         : "memory");
+#else
+  __syncthreads();
 #endif
 }

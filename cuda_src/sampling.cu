@@ -22,7 +22,7 @@
 //                         blocks a row, whose findings meet in the shared memory of the first
 //
 // gpt2cupy/ops/reference_sampling.py is the specification.
-#include "common.cuh"
+#include "handover.cuh"
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
@@ -317,9 +317,11 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
                  int ring_size) {
   constexpr int WARPS = PLAIN_THREADS / WARP;
   __shared__ Finding findings[PARTS * WARPS];
+  __shared__ Counter arrived;
   int blocks = cluster_size(), block = cluster_rank();
   int line = blockIdx.x / blocks, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  cluster_begin();  // others may write to this block's shared memory
+  if (block == 0 && threadIdx.x == 0) open_counter(&arrived);
+  cluster_begin();
   int row = rows[line];
   RowParams p = params[row];
   int position = positions[row] + 1;
@@ -379,11 +381,11 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
   }
 
   own = warp_merged(own);
-  cluster_wait();
-  if (lane == 0) *cluster_shared(&findings[block * WARPS + warp], 0) = own;
-  cluster_arrive();
+  cluster_wait();  // the counter is open
+  if (block == 0 && threadIdx.x == 0) expect_bytes(&arrived, sizeof(findings));
+  if (lane == 0) send_words(&findings[block * WARPS + warp], &arrived, 0, own);
   if (block > 0) return;
-  cluster_wait();
+  wait_for_bytes(&arrived);
   if (warp > 0) return;
   // Each lane goes through some warps' findings in order, then the lanes merge.
   own = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, V}, 0.0f};
