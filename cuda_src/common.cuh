@@ -110,6 +110,20 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// The sum of a lane's own values: one after the other, each addition would wait for the one before.
+template <int FROM, int TO, int N>
+__device__ inline float sum_between(const float (&x)[N]) {
+  if constexpr (TO - FROM == 1)
+    return x[FROM];
+  else
+    return sum_between<FROM, (FROM + TO) / 2>(x) + sum_between<(FROM + TO) / 2, TO>(x);
+}
+
+template <int N>
+__device__ inline float sum_of(const float (&x)[N]) {
+  return sum_between<0, N>(x);
+}
+
 // Several sums at once: their shuffles are under way together.
 template <int WIDTH = WARP, int N>
 __device__ inline void warp_sums(float (&x)[N]) {
@@ -150,6 +164,15 @@ __device__ inline unsigned zero_after(unsigned bits, int positive) {
   asm volatile("shr.u32 %0, %1, %2;" : "=r"(zero) : "r"(bits), "r"(positive + 32));
   return zero;
 }
+
+// Loads before the wait are paced: a lane has only some under way, and each one more follows (by
+// zero_after) the arrival of one of those. All at once they would stand before what the kernels in
+// between load after their waits. Where nothing overlaps nothing stands in line.
+#if __CUDA_ARCH__ >= 900
+constexpr bool OVERLAPS = true;
+#else
+constexpr bool OVERLAPS = false;
+#endif
 
 // Returns when the kernel before is complete and what it wrote can be read. At least one block of
 // every grid that may overlap must call it: then a kernel that is complete means that all before it

@@ -39,6 +39,8 @@ constexpr int GROUPS = WARPS / SPLIT;  // groups of warps that share outputs
 constexpr int VEC = WIDEST<elem_t>;
 constexpr int SPAN = WARP * VEC;  // inputs that a warp takes in one access
 constexpr int CHUNKS = (K + SPAN * SPLIT - 1) / (SPAN * SPLIT);
+// Early loads of a lane that are under way at a time, see common.cuh: those of one output.
+constexpr int PACE = OVERLAPS ? CHUNKS : 1 << 20;
 
 // Inputs k0 + c SPAN + i of the lane. Past the end they count as zero.
 __device__ inline bool inside(int k0, int c) {
@@ -55,16 +57,25 @@ __device__ inline void load_inputs(const T* source, int k0, float (&values)[CHUN
   }
 }
 
-template <int COUNT>
+__device__ inline unsigned last_word(const Vec<elem_t, VEC>& packed) {
+  return reinterpret_cast<const unsigned*>(&packed)[3];
+}
+
+template <bool EARLY, int COUNT>
 __device__ inline void load_rows(
     const elem_t* weight, int first, int k0, int M, Vec<elem_t, VEC> (&rows)[COUNT][CHUNKS]) {
 #pragma unroll
   for (int r = 0; r < COUNT; r++) {
-    const elem_t* row = weight + (size_t)min(first + r, M - 1) * K;  // the last may repeat a row
+    const elem_t* row = weight + (size_t)min(first + r, M - 1) * K + k0;  // the last may repeat one
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-      if (inside(k0, c))
-        rows[r][c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(row + k0 + c * SPAN);
+    for (int c = 0; c < CHUNKS; c++) {
+      if (!inside(k0, c)) continue;
+      int before = r * CHUNKS + c - PACE;
+      unsigned turn = 0;
+      if (EARLY && before >= 0)
+        turn = zero_after(last_word(rows[before / CHUNKS][before % CHUNKS]), M);
+      rows[r][c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(row + c * SPAN + turn);
+    }
   }
 }
 
@@ -182,7 +193,7 @@ __device__ inline void product(const in_t* x,
 
   release_dependents();
   Vec<elem_t, VEC> rows[ROWS][CHUNKS];
-  load_rows(weight, first, k0, M, rows);
+  load_rows<true>(weight, first, k0, M, rows);
   float own_bias = addend(bias, first + row, writer && first + row < M);
   Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
   if constexpr (NORM && NORM_EARLY) {
@@ -228,7 +239,7 @@ __device__ inline void product(const in_t* x,
           }
     }
     bool last = ONCE || block_first + stride >= M;
-    if (!last) load_rows(weight, first + stride, k0, M, rows);
+    if (!last) load_rows<false>(weight, first + stride, k0, M, rows);
 
     float own = dealt_sum(sums);
     if constexpr (SPLIT > 1) {
@@ -275,7 +286,7 @@ __device__ inline void norm_product(const float* x,
 
   release_dependents();
   Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS];
-  load_rows(weight, first, k0, M, rows);
+  load_rows<true>(weight, first, k0, M, rows);
   load_norm(norm_weight, k0, scale);
   float own_shift = addend(shift, first + row, writer);
   float scaled[ROWS_ONCE][CHUNKS][VEC];
