@@ -1,23 +1,33 @@
-// The product of 2 to 16 rows with a matrix, on tensor cores, with its epilogue.
+// The product of 1 to 16 rows with a matrix, on tensor cores, with its epilogue.
 //
-//   y[n] = activation(W x[n] + bias) + residual[n]
+//   skinny_add_T    y[n] = activation(W x[n] + bias) + residual[n]
+//   skinny_one      the same for one row
+//   skinny_norm     y = activation(W layer_norm(x) + bias) for one row
 //
-// Shapes    x [N, K], N <= 16; W [M, K] rows; bias [M]; residual and y [N, M]
-// Dtypes    x and W are ELEM (half or bfloat16); bias, residual and y are ELEM or float (entries
-//           ..._f32)
+// Shapes    x [N, K], N <= 16; W [M, K] rows; bias, norm weight and norm bias [M] and [K];
+//           residual and y [N, M]
+// Dtypes    W, the norm and x are ELEM (half or bfloat16), x before a norm is float (the residual
+//           stream); bias, residual and y are ELEM or float (entries ..._f32)
 // Bytes     M K sizeof ELEM, read once for all rows of x; x is read from L2 by every block
 // FLOPs     2 N M K
-// Work      a block makes all N rows of TILE = 8 outputs; its warps share K. In mma.m16n8k16 the
-//           rows of x are the 16 and the rows of W the 8. A lane loads 16 bytes, eight inputs of
-//           one row, and gives them to two mma in the order in which they lie: which inputs a
-//           fragment calls k = 0 .. 15 does not matter as long as both operands agree. So neither
-//           operand passes through shared memory. Weights are loaded before the kernel waits for
-//           its predecessor. The sums of the warps meet in shared memory.
+// Work      a block makes all N rows of T (skinny_norm: 2) times 8 outputs; its warps share K.
+//           In mma.m16n8k16 the rows of x are the 16 and the rows of W the 8. A lane loads 16
+//           bytes, eight inputs of one row, and gives them to two mma in the order in which they
+//           lie: which inputs a fragment calls k = 0 .. 15 does not matter as long as both
+//           operands agree. So weights do not pass through shared memory. They are loaded before
+//           the kernel waits for its predecessor. The sums of the warps meet in shared memory.
 //
-// The norm before a product is a kernel of its own here: inside, every block has to take it of all
-// rows, which is longer than a node of the graph.
+// One row lies in shared memory, where each warp writes the part of K that it multiplies, normed if
+// need be. With more rows the norm is a kernel of its own: here, every block would have to take it
+// of all rows, which is longer than a node of the graph.
+//
+// Both for one row are for large models: with K at most 1024 norm_gemv.cu has less to do behind its
+// wait.
 //
 // Needs sm_80 (mma.m16n8k16); older chips take the library's product.
+//
+// Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are put together
+//           as in Chan, Golub, LeVeque, 1979
 #include "activation.cuh"
 #include "mma.cuh"
 
@@ -27,108 +37,262 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int WARPS = 8;  // of a block; also in gpt2cupy/ops/product.py
-constexpr int TILE = 8;   // outputs of a block in one turn; likewise
+constexpr int TILE = 8;  // also in gpt2cupy/ops/product.py, like the warps
 constexpr int ROWS = 16;
 
 constexpr int VEC = 8;    // inputs of a lane's load
 constexpr int SPAN = 32;  // inputs of a warp's load: 4 lanes along K, 8 along the rows
-constexpr int CHUNKS = (K + SPAN * WARPS - 1) / (SPAN * WARPS);
+
+// Of a block with so many tiles: its warps, the loads of each along K, the inputs of each.
+template <int TILES>
+constexpr int WARPS = K <= 1024       ? 4
+                      : K <= 1280     ? 6 - TILES
+                      : K % 1600 == 0 ? 10
+                                      : 8;
+template <int TILES>
+constexpr int CHUNKS = (K + SPAN * WARPS<TILES> - 1) / (SPAN * WARPS<TILES>);
+template <int TILES>
+constexpr int PART = CHUNKS<TILES> * SPAN;
+
+// Early loads of a lane that are under way at a time, see common.cuh; all of them in large models,
+// where the memory is what a step waits for.
+constexpr int PACE = OVERLAPS && (K <= 1024 || (K > 2048 && K <= 4096)) ? 3 : 1 << 20;
 
 using Piece = Vec<elem_t, VEC>;
+
+template <int TILES>
+using Weights = Piece[TILES][CHUNKS<TILES>];
 
 __device__ inline unsigned word(const Piece& packed, int i) {
   return reinterpret_cast<const unsigned*>(&packed)[i];
 }
 
 // Whether chunk c of the lane lies inside the row.
+template <int TILES>
 __device__ inline bool inside(int k0, int c) {
-  return K % (SPAN * WARPS) == 0 || k0 + c * SPAN < K;
+  return K % (SPAN * WARPS<TILES>) == 0 || k0 + c * SPAN < K;
 }
 
-__device__ inline void load_weights(const elem_t* weight, int m, int k0, Piece (&w)[CHUNKS]) {
+template <bool EARLY, int TILES>
+__device__ inline void load_weights(
+    const elem_t* weight, int first, int k0, int M, Weights<TILES>& w) {
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
-    if (inside(k0, c))
-      w[c] = *reinterpret_cast<const Piece*>(weight + (size_t)m * K + k0 + c * SPAN);
-    else
-      w[c] = {};
+  for (int t = 0; t < TILES; t++) {
+    const elem_t* row = weight + (size_t)min(first + t * TILE, M - 1) * K + k0;
+#pragma unroll
+    for (int c = 0; c < CHUNKS<TILES>; c++) {
+      w[t][c] = {};
+      if (!inside<TILES>(k0, c)) continue;
+      int before = t * CHUNKS<TILES> + c - PACE;
+      unsigned turn = 0;
+      if (EARLY && before >= 0)
+        turn = zero_after(word(w[before / CHUNKS<TILES>][before % CHUNKS<TILES>], 3), M);
+      w[t][c] = *reinterpret_cast<const Piece*>(row + c * SPAN + turn);
+    }
+  }
 }
 
-template <typename out_t>
-__device__ inline void product(const elem_t* x,
+// How a warp moves its part of a single row: eight inputs a lane, and so many turns.
+template <int TILES>
+struct RowPart {
+  static constexpr int TURNS = (PART<TILES> / VEC + WARP - 1) / WARP;
+  Piece pieces[TURNS];
+
+  __device__ static int place(int turn) { return (turn * WARP + threadIdx.x % WARP) * VEC; }
+  __device__ static int first() { return threadIdx.x / WARP * PART<TILES>; }
+  __device__ static bool there(int turn) {
+    bool inside = PART<TILES> % (WARP * VEC) == 0 || place(turn) < PART<TILES>;
+    return inside && (K == PART<TILES> * WARPS<TILES> || first() + place(turn) < K);
+  }
+
+  // Past the end it is zero.
+  __device__ void load(const elem_t* row) {
+#pragma unroll
+    for (int i = 0; i < TURNS; i++)
+      pieces[i] = there(i) ? reinterpret_cast<const Piece&>(row[first() + place(i)]) : Piece{};
+  }
+
+  // To shared memory, for the lanes of the warp.
+  __device__ void store(elem_t* part) const {
+#pragma unroll
+    for (int i = 0; i < TURNS; i++)
+      if (place(i) < PART<TILES>) reinterpret_cast<Piece&>(part[place(i)]) = pieces[i];
+    __syncwarp();
+  }
+};
+
+// The warp's part of the normed row, rounded to ELEM as a norm by itself would be. The parts are of
+// one size.
+template <int TILES>
+__device__ inline RowPart<TILES> normalised(const float* x,
+                                            const RowPart<TILES>& norm_weight,
+                                            const RowPart<TILES>& norm_bias,
+                                            float eps) {
+  using Row = RowPart<TILES>;
+  static_assert(K == PART<TILES> * WARPS<TILES>, "K");
+  __shared__ float means[WARPS<TILES>], squares[WARPS<TILES>];
+  float values[Row::TURNS][VEC] = {}, sum = 0.0f, square = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Row::TURNS; i++)
+    if (Row::there(i)) load_floats(x + Row::first() + Row::place(i), values[i]);
+#pragma unroll
+  for (int i = 0; i < Row::TURNS; i++) sum += sum_of(values[i]);
+  float own_mean = warp_sum(sum) * (1.0f / PART<TILES>);
+#pragma unroll
+  for (int i = 0; i < Row::TURNS; i++) {
+    float d[VEC];
+#pragma unroll
+    for (int j = 0; j < VEC; j++) d[j] = (values[i][j] - own_mean) * (values[i][j] - own_mean);
+    square += Row::there(i) ? sum_of(d) : 0.0f;
+  }
+  square = warp_sum(square);
+  if (threadIdx.x % WARP == 0) {
+    means[threadIdx.x / WARP] = own_mean;
+    squares[threadIdx.x / WARP] = square;
+  }
+  __syncthreads();
+  float mean = sum_of(means) * (1.0f / WARPS<TILES>), variance = sum_of(squares);
+#pragma unroll
+  for (int w = 0; w < WARPS<TILES>; w++) {
+    float off = means[w] - mean;
+    variance = fmaf(off * off, PART<TILES>, variance);
+  }
+  float inverse = rsqrtf(variance * (1.0f / K) + eps);
+  Row normed;
+#pragma unroll
+  for (int i = 0; i < Row::TURNS; i++)
+#pragma unroll
+    for (int j = 0; j < VEC; j++)
+      normed.pieces[i].value[j] = from_float<elem_t>(fmaf((values[i][j] - mean) * inverse,
+                                                          to_float(norm_weight.pieces[i].value[j]),
+                                                          to_float(norm_bias.pieces[i].value[j])));
+  return normed;
+}
+
+template <bool NORM, int MOST, int TILES, typename in_t, typename out_t>
+__device__ inline void product(const in_t* x,
+                               const elem_t* norm_weight,
+                               const elem_t* norm_bias,
                                const elem_t* weight,
                                const out_t* bias,
                                const out_t* residual,
                                out_t* y,
+                               float eps,
                                int activation,
                                int N,
                                int M) {
-  __shared__ float sums[2][WARPS][ROWS][TILE];
+  constexpr int OUTPUTS = TILES * TILE;  // of a block in one turn
+  constexpr int STRIDE = WARPS<TILES> * WARP / OUTPUTS;
+  constexpr int EACH = (MOST + STRIDE - 1) / STRIDE;
+  constexpr bool ONE = MOST == 1;
+  __shared__ float sums[2][WARPS<TILES>][MOST][OUTPUTS];
+  alignas(16) __shared__ elem_t row_of_x[WARPS<TILES>][ONE ? PART<TILES> : 1];
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int along = lane % 4, across = lane / 4;  // place along K, row of an operand
-  int k0 = warp * CHUNKS * SPAN + along * VEC;
-  int tile = blockIdx.x;
+  int k0 = warp * PART<TILES> + along * VEC;
+  int first = blockIdx.x * OUTPUTS;
 
   release_dependents();
-  Piece w[CHUNKS];
-  load_weights(weight, min(tile * TILE + across, M - 1), k0, w);
-  int first = tile * TILE + threadIdx.x % TILE;
-  float own_bias = addend(bias, first, first < M);
+  Weights<TILES> w;
+  load_weights<true, TILES>(weight, first + across, k0, M, w);
+  // Thread i writes output i % OUTPUTS of row i / OUTPUTS, and of every STRIDE rows more.
+  int m = first + threadIdx.x % OUTPUTS, row = threadIdx.x / OUTPUTS;
+  auto writes = [&](int e) { return row + e * STRIDE < N && m < M; };
+  auto place = [&](int e) { return (row + e * STRIDE) * M + m; };  // of at most 16 rows
+  float own_bias = addend(bias, m, m < M), own_residual[EACH];
+  RowPart<TILES> x_part, scale, shift;
+  if constexpr (NORM) {
+    scale.load(norm_weight);
+    shift.load(norm_bias);
+  }
   wait_for_inputs();
-
-  // Thread i writes output i % TILE of row i / TILE: N TILE outputs, at most one each.
-  int n = threadIdx.x / TILE;
-  // With at most 16 rows an int holds the place.
-  float own_residual = addend(residual, n * M + first, n < N && first < M);
-
-  for (int turn = 0; tile * TILE < M; turn ^= 1) {
-    float d[2][4] = {};
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      // Rows `across` and `across + 8` of x, as the tensor cores take them.
-      Piece xs[2];
+  for (int e = 0; e < EACH; e++) own_residual[e] = addend(residual, place(e), writes(e));
+  if constexpr (NORM)
+    x_part = normalised(x, scale, shift, eps);
+  else if constexpr (ONE)
+    x_part.load(x);
+  if constexpr (ONE) x_part.store(row_of_x[warp]);
+
+  for (int turn = 0; first < M; turn ^= 1) {
+    float d[TILES][2][4] = {};
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        bool there = across + half * 8 < N && inside(k0, c);
-        const elem_t* source = x + (size_t)(across + half * 8) * K + k0 + c * SPAN;
-        xs[half] = there ? *reinterpret_cast<const Piece*>(source) : Piece{};
+    for (int c = 0; c < CHUNKS<TILES>; c++) {
+      // Rows `across` and `across + 8` of x, as the tensor cores take them; a single row counts
+      // as each of the first eight.
+      Piece xs[2] = {};
+      if constexpr (ONE) {
+        xs[0] = *reinterpret_cast<const Piece*>(&row_of_x[warp][c * SPAN + along * VEC]);
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          if (across + half * 8 < N && inside<TILES>(k0, c))
+            xs[half] = *reinterpret_cast<const Piece*>(x + (across + half * 8) * K + k0 + c * SPAN);
       }
 #pragma unroll
       for (int part = 0; part < 2; part++) {
         unsigned a[4] = {word(xs[0], part * 2), word(xs[1], part * 2), word(xs[0], part * 2 + 1),
                          word(xs[1], part * 2 + 1)};
-        mma<elem_t>(d[part], a, word(w[c], part * 2), word(w[c], part * 2 + 1));
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+          mma<elem_t>(d[t][part], a, word(w[t][c], part * 2), word(w[t][c], part * 2 + 1));
       }
     }
-    int m = tile * TILE + threadIdx.x % TILE;
-    tile += gridDim.x;
-    if (tile * TILE < M) load_weights(weight, min(tile * TILE + across, M - 1), k0, w);
+    first += gridDim.x * OUTPUTS;
+    if (!ONE && first < M) load_weights<false, TILES>(weight, first + across, k0, M, w);
 
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      sums[turn][warp][across + i / 2 * 8][along * 2 + i % 2] = d[0][i] + d[1][i];
-    __syncthreads();
-    if (n < N && m < M) {
-      float sum = own_bias;
+    for (int t = 0; t < TILES; t++)
 #pragma unroll
-      for (int part = 0; part < WARPS; part++) sum += sums[turn][part][n][threadIdx.x % TILE];
-      y[(size_t)n * M + m] = from_float<out_t>(activate(sum, activation) + own_residual);
-    }
-    m = tile * TILE + threadIdx.x % TILE;
+      for (int i = 0; i < (ONE ? 2 : 4); i++)
+        if (!ONE || across == 0)
+          sums[turn][warp][across + i / 2 * 8][t * TILE + along * 2 + i % 2] =
+              d[t][0][i] + d[t][1][i];
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+      if (writes(e)) {
+        float sum = own_bias;
+#pragma unroll
+        for (int p = 0; p < WARPS<TILES>; p++)
+          sum += sums[turn][p][row + e * STRIDE][threadIdx.x % OUTPUTS];
+        y[place(e)] = from_float<out_t>(activate(sum, activation) + own_residual[e]);
+      }
+    if (ONE) break;  // the grid has a block for all outputs
+    m = first + threadIdx.x % OUTPUTS;
     own_bias = addend(bias, m, m < M);
-    own_residual = addend(residual, n * M + m, n < N && m < M);
+#pragma unroll
+    for (int e = 0; e < EACH; e++) own_residual[e] = addend(residual, place(e), writes(e));
   }
 }
 
-#define SKINNY_ENTRY(name, out_t)                                                           \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                 \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
-           out_t* y, int activation, int N, int M) {                                        \
-    product(x, weight, bias, residual, y, activation, N, M);                                \
+#define SKINNY_ADD_ENTRY(name, most, tiles, out_t)                                               \
+  extern "C" __global__ void __launch_bounds__(WARPS<tiles>* WARP)                               \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
+           out_t* y, int activation, int N, int M) {                                             \
+    product<false, most, tiles>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, \
+                                residual, y, 0.0f, activation, N, M);                            \
   }
 
-SKINNY_ENTRY(skinny_add, elem_t)
-SKINNY_ENTRY(skinny_add_f32, float)
+#define SKINNY_NORM_ENTRY(name, out_t)                                                            \
+  extern "C" __global__ void __launch_bounds__(WARPS<2>* WARP)                                    \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
+           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
+    product<true, 1, 2>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,   \
+                        activation, 1, M);                                                        \
+  }
+
+SKINNY_ADD_ENTRY(skinny_add_1, ROWS, 1, elem_t)
+SKINNY_ADD_ENTRY(skinny_add_1_f32, ROWS, 1, float)
+#if K <= 2048  // what the registers hold
+SKINNY_ADD_ENTRY(skinny_add_2, ROWS, 2, elem_t)
+SKINNY_ADD_ENTRY(skinny_add_2_f32, ROWS, 2, float)
+#endif
+SKINNY_ADD_ENTRY(skinny_one, 1, 1, elem_t)
+SKINNY_ADD_ENTRY(skinny_one_f32, 1, 1, float)
+#if K <= 2048 && K % (K <= 1280 ? 128 : K % 1600 ? 256 : 320) == 0  // parts of one size
+SKINNY_NORM_ENTRY(skinny_norm, elem_t)
+SKINNY_NORM_ENTRY(skinny_norm_f32, float)
+#endif
 
 #endif

@@ -1,8 +1,8 @@
 """Products with a weight matrix, and what is fused with them.
 
-One row goes to norm_gemv.cu, 2 to 16 rows to skinny.cu, up to 64 to linear_rows.cu, more to
-cuBLASLt; what those cannot take goes to the kernels of linear.cu and to cuBLAS. The backend
-"invariant" takes linear_rows.cu or linear_fixed.cu for any number.
+One row goes to norm_gemv.cu, of large models in halves and with 2 to 16 rows to skinny.cu, up to
+64 to linear_rows.cu, more to cuBLASLt; what those cannot take goes to the kernels of linear.cu and
+to cuBLAS. The backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .product import (
     GEMV_SCALAR,
     LONGEST_NORM,
     NORM_GEMV,
-    SKINNY_ADD,
     THREADS,
     WARP,
     fused_block,
@@ -29,8 +28,12 @@ from .product import (
     launch_invariant,
     launch_norm_once,
     launch_rows,
+    launch_skinny,
+    launch_skinny_norm,
     takes_linear_rows,
     takes_norm_once,
+    takes_skinny,
+    takes_skinny_norm,
 )
 
 Array = Any
@@ -74,7 +77,9 @@ def gemv(
             bias_act(product, bias, activation, residual=residual, out=out)
         return out
     args = (x, weight, bias, residual, out, code)
-    if (fused := fused_block(1, weight, backend)) is not None:
+    if takes_skinny(1, weight, backend):
+        launch_skinny(1, weight, args, wide)
+    elif (fused := fused_block(weight, backend)) is not None:
         launch_gemv_add(fused, weight, args, wide)
     else:
         grid = (-(-len(weight) // _SCALAR_OUTPUTS),)
@@ -149,7 +154,7 @@ def norm_linear(
         return reference.norm_linear(
             *norm, weight, bias, activation=activation, out=out, h=h, backend=backend
         )
-    fused = fused_block(1, weight, backend) if len(x) == 1 else None
+    fused = fused_block(weight, backend) if len(x) == 1 else None
     if fused is None or weight.shape[1] > LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
         return linear(h, weight, bias, activation=activation, out=out, backend=backend)
@@ -161,7 +166,10 @@ def norm_linear(
         launch_norm_once(weight, (x, norm_weight, weight, shift, out, eps, code), wide)
         return out
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    launch_fused(NORM_GEMV[wide], fused, weight, args)
+    if takes_skinny_norm(weight, backend):
+        launch_skinny_norm(weight, args, wide)
+    else:
+        launch_fused(NORM_GEMV[wide], fused, weight, args)
     return out
 
 
@@ -229,9 +237,9 @@ def linear(
     if len(x) == 1:
         epilogue: Any = {"activation": activation, "residual": residual}
         return gemv(x, weight, bias, out=out, backend=backend, **epilogue)
-    if (fused := fused_block(len(x), weight, backend)) is not None:
+    if takes_skinny(len(x), weight, backend):
         args = (x, weight, bias, residual, out, code)
-        launch_fused(SKINNY_ADD[out.dtype == np.float32], fused, weight, args)
+        launch_skinny(len(x), weight, args, out.dtype == np.float32)
         return out
     if takes_linear_rows(len(x), weight, backend):
         launch_rows(x, weight, out, (x, weight, bias, residual, out, code))

@@ -14,7 +14,8 @@ Array = Any
 THREADS = 256  # of a block of bias_act and linear_rows.cu
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
-_SKINNY_ROWS = 16  # most rows of skinny.cu; ROWS there
+_SKINNY_ROWS, _SKINNY_TILE, _SPAN = 16, 8, 32  # most rows of skinny.cu and ROWS there; TILE; SPAN
+_SKINNY_LONG = 4096  # longer rows of W go to skinny.cu even where x is one row
 _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
@@ -50,7 +51,14 @@ NORM_GEMV = entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
 GEMV_ADD_ONCE = entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
 NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV_ONCE, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
-SKINNY_ADD = entries("skinny.cu", "skinny_add", _SKINNY, overlaps=True)
+# By the number of tiles of a block, and whether the output is float32.
+SKINNY_ADD = {
+    (tiles, wide): kernel
+    for tiles in (1, 2)
+    for wide, kernel in entries("skinny.cu", f"skinny_add_{tiles}", _SKINNY, overlaps=True).items()
+}
+SKINNY_ONE = entries("skinny.cu", "skinny_one", _SKINNY, overlaps=True)
+SKINNY_NORM = entries("skinny.cu", "skinny_norm", _NORM_GEMV, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
@@ -71,21 +79,20 @@ BIAS_ACT = entries(
 )
 
 
-def fused_block(rows: int, weight: Array, backend: str) -> tuple[int, int] | None:
-    """(outputs, warps) of a block of the kernel that fuses what is around a product of few rows.
+def fused_block(weight: Array, backend: str) -> tuple[int, int] | None:
+    """(outputs, warps) of a block of norm_gemv.cu, which fuses what is around a product of one row.
 
-    None where there is no such kernel: many rows, rows that cannot be read 16 bytes at a
-    time, float32 in a batch, or a chip without the tensor core instruction.
+    None for other backends, and for rows that cannot be read 16 bytes at a time.
     """
-    k = weight.shape[1]
-    if backend != "ours" or k * weight.dtype.itemsize % 16 or k > LONGEST:
+    if backend != "ours" or not _fits_vectors(weight):
         return None
-    if rows == 1:
-        # GROUPS * ROWS and WARPS in norm_gemv.cu
-        return (8 if k <= LONGEST_NORM else 3 if k <= _LONGEST_BY_THREE else 2), 4
-    if rows <= _SKINNY_ROWS and weight.dtype != np.float32 and has_mma():
-        return 8, 8  # TILE and WARPS in skinny.cu
-    return None
+    k = weight.shape[1]
+    # GROUPS * ROWS and WARPS in norm_gemv.cu
+    return (8 if k <= LONGEST_NORM else 3 if k <= _LONGEST_BY_THREE else 2), 4
+
+
+def _fits_vectors(weight: Array) -> bool:
+    return weight.shape[1] * weight.dtype.itemsize % 16 == 0 and weight.shape[1] <= LONGEST
 
 
 def launch_fused(
@@ -95,6 +102,56 @@ def launch_fused(
     m, k = weight.shape
     blocks = min(-(-m // outputs), sm_count() * _BLOCKS_PER_SM)
     launch(kernel, (blocks,), (warps * WARP,), args, elem=weight.dtype, inner=k)
+
+
+def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
+    """Whether skinny.cu is there for a product of so many rows, and the fastest.
+
+    Not where K of one row is that of a small model: norm_gemv.cu has less to do behind its wait.
+    """
+    if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
+        return False
+    k = weight.shape[1]
+    large = _LONGEST_ONCE < k <= LONGEST_NORM or k > _SKINNY_LONG
+    return (large if rows == 1 else rows <= _SKINNY_ROWS) and has_mma()
+
+
+def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """The product of up to 16 rows; ``wide`` says that the output is float32."""
+    m, k = weight.shape
+    if rows == 1:
+        _launch_tiles(SKINNY_ONE[wide], 1, weight, args)
+        return
+    # Two tiles share what is loaded of x; with fewer blocks than multiprocessors one is faster.
+    two = k <= LONGEST_NORM and m >= 2 * _SKINNY_TILE * sm_count()
+    most = sm_count() * _BLOCKS_PER_SM
+    _launch_tiles(SKINNY_ADD[1 + two, wide], 1 + two, weight, args, most)
+
+
+def takes_skinny_norm(weight: Array, backend: str) -> bool:
+    """Whether skinny.cu is there for a norm and the product of its one row."""
+    k = weight.shape[1]
+    fits = k <= LONGEST_NORM and k % (_SPAN * _skinny_warps(2, k)) == 0
+    return fits and _one_turn(weight, 2 * _SKINNY_TILE) and takes_skinny(1, weight, backend)
+
+
+def launch_skinny_norm(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """A norm and the product of its one row."""
+    _launch_tiles(SKINNY_NORM[wide], 2, weight, args)
+
+
+def _skinny_warps(tiles: int, k: int) -> int:
+    """WARPS in skinny.cu."""
+    return 4 if k <= 1024 else 6 - tiles if k <= 1280 else 8 if k % 1600 else 10
+
+
+def _launch_tiles(
+    kernel: Kernel, tiles: int, weight: Array, args: tuple[Any, ...], most: int | None = None
+) -> None:
+    m, k = weight.shape
+    blocks = -(-m // (tiles * _SKINNY_TILE))
+    threads = _skinny_warps(tiles, k) * WARP
+    launch(kernel, (min(blocks, most or blocks),), (threads,), args, elem=weight.dtype, inner=k)
 
 
 def launch_gemv_add(
@@ -107,7 +164,7 @@ def launch_gemv_add(
 
 def takes_norm_once(weight: Array, backend: str) -> bool:
     """Whether norm_gemv_once can make the product of one normed row."""
-    fits = fused_block(1, weight, backend) is not None and weight.shape[1] <= _LONGEST_ONCE
+    fits = fused_block(weight, backend) is not None and weight.shape[1] <= _LONGEST_ONCE
     return fits and _one_turn(weight, _NORM_ONCE_OUTPUTS)
 
 
