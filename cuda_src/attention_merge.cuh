@@ -92,10 +92,8 @@ __device__ inline void finish(
     const Findings<WARPS>& warps, FromBlocks& from, int block, int count, bool idle, elem_t* out) {
   if constexpr (CLUSTERED)
     if (count > 1) {
-      if (block > 0)
-        cluster_wait();  // the first block is prepared
-      else if (threadIdx.x == 0)
-        expect_bytes(&from.counter, (count - 1) * SENT);
+      cluster_wait();  // the first block is prepared
+      if (block == 0 && threadIdx.x == 0) expect_bytes(&from.counter, (count - 1) * SENT);
     }
   for (int channel = threadIdx.x; channel < HS; channel += WARPS * WARP) {
     float tops[WARPS], sums[WARPS], values[WARPS], top, sum, value;

@@ -165,14 +165,22 @@ __device__ inline unsigned zero_after(unsigned bits, int positive) {
   return zero;
 }
 
-// Loads before the wait are paced: a lane has only some under way, and each one more follows (by
-// zero_after) the arrival of one of those. All at once they would stand before what the kernels in
-// between load after their waits. Where nothing overlaps nothing stands in line.
+// Loads before the wait are paced: a lane has only some under way, and each one more follows the
+// arrival of one of those. All at once they would stand before what the kernels in between load
+// after their waits. Where nothing overlaps nothing stands in line, and they go UNPACED.
+constexpr int UNPACED = 1 << 20;
 #if __CUDA_ARCH__ >= 900
 constexpr bool OVERLAPS = true;
 #else
 constexpr bool OVERLAPS = false;
 #endif
+
+// 0, but not before these 16 bytes have come.
+template <typename P>
+__device__ inline unsigned zero_after_load(const P& piece, int positive) {
+  static_assert(sizeof(P) == 16, "a load");
+  return zero_after(reinterpret_cast<const unsigned*>(&piece)[3], positive);
+}
 
 // Returns when the kernel before is complete and what it wrote can be read. At least one block of
 // every grid that may overlap must call it: then a kernel that is complete means that all before it
@@ -186,11 +194,14 @@ __device__ inline void wait_for_inputs() {
 // ---------------------------------------------------------------------------------------------
 // asynchronous copies of 16 bytes to shared memory (sm_80 and newer; older chips copy at once)
 
+__device__ inline unsigned shared_address(const void* pointer) {
+  return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
 template <typename T>
 __device__ inline void copy_async(T* to_shared, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   (unsigned)__cvta_generic_to_shared(to_shared)),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)),
                "l"(from)
                : "memory");
 #else
@@ -242,10 +253,9 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster in two halves. The first is for a block that has written
-// nothing yet and only says that it runs: to publish anything it would have to wait until all that
-// a thread wrote is seen by the whole GPU. handover.cuh is there for that. A thread that has
-// returned counts as arrived.
+// A barrier of all threads of the cluster in two halves. The first publishes nothing, but for a
+// counter opened before (handover.cuh): for that it would have to wait until all that a thread
+// wrote is seen by the whole GPU. A thread that has returned counts as arrived.
 __device__ inline void cluster_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");

@@ -8,24 +8,20 @@
 
 using Counter = unsigned long long;  // in shared memory, of the block that receives
 
-__device__ inline unsigned shared_place(const void* pointer) {
-  return (unsigned)__cvta_generic_to_shared(pointer);
-}
-
 // Set up a counter. One thread, before cluster_begin(): who has waited for the cluster may send.
 __device__ inline void open_counter(Counter* counter) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_place(counter)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(counter)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 
-// Say after how many bytes the counter is complete; the same thread, after a barrier of the block.
-// Some of them may have come already.
+// Say after how many bytes the counter is complete; the thread that opened it. Some of them may
+// have come already. Other threads wait for them behind a barrier, of the block or the cluster.
 __device__ inline void expect_bytes(Counter* counter, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_place(counter)),
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(counter)),
       "r"(bytes)
       : "memory");
 #endif
@@ -40,8 +36,8 @@ __device__ inline void send(const float* target, const Counter* counter, int ran
       "mapa.shared::cluster.u32 there, %0, %2;\n"
       "mapa.shared::cluster.u32 count, %1, %2;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [count];\n"
-      "}" ::"r"(shared_place(target)),
-      "r"(shared_place(counter)), "r"(rank), "f"(value)
+      "}" ::"r"(shared_address(target)),
+      "r"(shared_address(counter)), "r"(rank), "f"(value)
       : "memory");
 #endif
 }
@@ -56,8 +52,8 @@ __device__ inline void send(
       "mapa.shared::cluster.u32 count, %1, %2;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, "
       "[count];\n"
-      "}" ::"r"(shared_place(target)),
-      "r"(shared_place(counter)), "r"(rank), "f"(first), "f"(second)
+      "}" ::"r"(shared_address(target)),
+      "r"(shared_address(counter)), "r"(rank), "f"(first), "f"(second)
       : "memory");
 #endif
 }
@@ -87,7 +83,7 @@ __device__ inline void wait_for_bytes(Counter* counter) {
         "selp.u32 %0, 1, 0, p;\n"
         "}"
         : "=r"(done)
-        : "r"(shared_place(counter))
+        : "r"(shared_address(counter))
         : "memory");
 #else
   __syncthreads();

@@ -38,10 +38,6 @@ __device__ inline unsigned packed(float low, float high) {
   return *reinterpret_cast<unsigned*>(&pair);
 }
 
-__device__ inline unsigned shared_address(const void* pointer) {
-  return (unsigned)__cvta_generic_to_shared(pointer);
-}
-
 // Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ inline void load_matrices(unsigned (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

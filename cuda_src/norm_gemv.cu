@@ -40,7 +40,7 @@ constexpr int VEC = WIDEST<elem_t>;
 constexpr int SPAN = WARP * VEC;  // inputs that a warp takes in one access
 constexpr int CHUNKS = (K + SPAN * SPLIT - 1) / (SPAN * SPLIT);
 // Early loads of a lane that are under way at a time, see common.cuh: those of one output.
-constexpr int PACE = OVERLAPS ? CHUNKS : 1 << 20;
+constexpr int PACE = OVERLAPS ? CHUNKS : UNPACED;
 
 // Inputs k0 + c SPAN + i of the lane. Past the end they count as zero.
 __device__ inline bool inside(int k0, int c) {
@@ -57,10 +57,6 @@ __device__ inline void load_inputs(const T* source, int k0, float (&values)[CHUN
   }
 }
 
-__device__ inline unsigned last_word(const Vec<elem_t, VEC>& packed) {
-  return reinterpret_cast<const unsigned*>(&packed)[3];
-}
-
 template <bool EARLY, int COUNT>
 __device__ inline void load_rows(
     const elem_t* weight, int first, int k0, int M, Vec<elem_t, VEC> (&rows)[COUNT][CHUNKS]) {
@@ -71,10 +67,9 @@ __device__ inline void load_rows(
     for (int c = 0; c < CHUNKS; c++) {
       if (!inside(k0, c)) continue;
       int before = r * CHUNKS + c - PACE;
-      unsigned turn = 0;
-      if (EARLY && before >= 0)
-        turn = zero_after(last_word(rows[before / CHUNKS][before % CHUNKS]), M);
-      rows[r][c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(row + c * SPAN + turn);
+      unsigned zero = 0;
+      if (EARLY && before >= 0) zero = zero_after_load(rows[before / CHUNKS][before % CHUNKS], M);
+      rows[r][c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(row + c * SPAN + zero);
     }
   }
 }
@@ -128,7 +123,8 @@ __device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
 template <int N>
 constexpr int SHARING = WARP / (N < 3 ? N : 4);
 
-// The sum over the warp of one of a few values: lane l gets that of value l / SHARING<N>. At every
+// The sum over the warp of one of a few values: lane l gets that of value l / SHARING<N> (of
+// three, the last lanes get the second again). At every
 // step a lane keeps half of its values, so that three sums take six shuffles instead of fifteen.
 // Each is added up along the tree of warp_sum.
 template <int N, int OFFSET = WARP / 2>
@@ -195,10 +191,10 @@ __device__ inline void product(const in_t* x,
   Vec<elem_t, VEC> rows[ROWS][CHUNKS];
   load_rows<true>(weight, first, k0, M, rows);
   float own_bias = addend(bias, first + row, writer && first + row < M);
-  Vec<elem_t, VEC> scale[CHUNKS], shift[CHUNKS];
+  Vec<elem_t, VEC> scale[CHUNKS], offset[CHUNKS];
   if constexpr (NORM && NORM_EARLY) {
     load_norm(norm_weight, k0, scale);
-    load_norm(norm_bias, k0, shift);
+    load_norm(norm_bias, k0, offset);
   }
   float weights[ROWS][CHUNKS][VEC];
   unsigned known = 0;
@@ -212,14 +208,14 @@ __device__ inline void product(const in_t* x,
     normalise(xs, k0, eps);
     if constexpr (!NORM_EARLY) {
       load_norm(norm_weight, k0, scale);
-      load_norm(norm_bias, k0, shift);
+      load_norm(norm_bias, k0, offset);
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
       if (inside(k0, c))
 #pragma unroll
         for (int i = 0; i < VEC; i++)
-          xs[c][i] = fmaf(xs[c][i], to_float(scale[c].value[i]), to_float(shift[c].value[i]));
+          xs[c][i] = fmaf(xs[c][i], to_float(scale[c].value[i]), to_float(offset[c].value[i]));
   }
 
   __shared__ float partial[2][WARPS][ROWS];

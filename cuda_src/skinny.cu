@@ -4,7 +4,7 @@
 //   skinny_one      the same for one row
 //   skinny_norm     y = activation(W layer_norm(x) + bias) for one row
 //
-// Shapes    x [N, K], N <= 16; W [M, K] rows; bias, norm weight and norm bias [M] and [K];
+// Shapes    x [N, K], N <= 16; W [M, K] rows; norm weight and norm bias [K]; bias [M];
 //           residual and y [N, M]
 // Dtypes    W, the norm and x are ELEM (half or bfloat16), x before a norm is float (the residual
 //           stream); bias, residual and y are ELEM or float (entries ..._f32)
@@ -21,10 +21,11 @@
 // need be. With more rows the norm is a kernel of its own: here, every block would have to take it
 // of all rows, which is longer than a node of the graph.
 //
-// Both for one row are for large models: with K at most 1024 norm_gemv.cu has less to do behind its
-// wait.
+// Both for one row are for large models: with K at most 1024, and from 2049 to 4096, norm_gemv.cu
+// has less to do behind its wait.
 //
-// Needs sm_80 (mma.m16n8k16); older chips take the library's product.
+// Needs sm_80 (mma.m16n8k16); older chips take norm_gemv.cu for one row, else the library's
+// product.
 //
 // Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are put together
 //           as in Chan, Golub, LeVeque, 1979
@@ -37,7 +38,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int TILE = 8;  // also in gpt2cupy/ops/product.py, like the warps
+constexpr int TILE = 8;  // also in gpt2cupy/ops/product.py, like ROWS, SPAN and the warps
 constexpr int ROWS = 16;
 
 constexpr int VEC = 8;    // inputs of a lane's load
@@ -56,7 +57,7 @@ constexpr int PART = CHUNKS<TILES> * SPAN;
 
 // Early loads of a lane that are under way at a time, see common.cuh; all of them in large models,
 // where the memory is what a step waits for.
-constexpr int PACE = OVERLAPS && (K <= 1024 || (K > 2048 && K <= 4096)) ? 3 : 1 << 20;
+constexpr int PACE = OVERLAPS && (K <= 1024 || (K > 2048 && K <= 4096)) ? 3 : UNPACED;
 
 using Piece = Vec<elem_t, VEC>;
 
@@ -84,10 +85,10 @@ __device__ inline void load_weights(
       w[t][c] = {};
       if (!inside<TILES>(k0, c)) continue;
       int before = t * CHUNKS<TILES> + c - PACE;
-      unsigned turn = 0;
+      unsigned zero = 0;
       if (EARLY && before >= 0)
-        turn = zero_after(word(w[before / CHUNKS<TILES>][before % CHUNKS<TILES>], 3), M);
-      w[t][c] = *reinterpret_cast<const Piece*>(row + c * SPAN + turn);
+        zero = zero_after_load(w[before / CHUNKS<TILES>][before % CHUNKS<TILES>], M);
+      w[t][c] = *reinterpret_cast<const Piece*>(row + c * SPAN + zero);
     }
   }
 }
@@ -200,16 +201,16 @@ __device__ inline void product(const in_t* x,
   auto writes = [&](int e) { return row + e * STRIDE < N && m < M; };
   auto place = [&](int e) { return (row + e * STRIDE) * M + m; };  // of at most 16 rows
   float own_bias = addend(bias, m, m < M), own_residual[EACH];
-  RowPart<TILES> x_part, scale, shift;
+  RowPart<TILES> x_part, scale, offset;
   if constexpr (NORM) {
     scale.load(norm_weight);
-    shift.load(norm_bias);
+    offset.load(norm_bias);
   }
   wait_for_inputs();
 #pragma unroll
   for (int e = 0; e < EACH; e++) own_residual[e] = addend(residual, place(e), writes(e));
   if constexpr (NORM)
-    x_part = normalised(x, scale, shift, eps);
+    x_part = normalised(x, scale, offset, eps);
   else if constexpr (ONE)
     x_part.load(x);
   if constexpr (ONE) x_part.store(row_of_x[warp]);

@@ -269,7 +269,8 @@ class GPT2:
                 qkv, k, v, slots, positions, scale, out=out, batch_invariant=self._batch_invariant
             )
 
-        x = self.forward(ids, positions, attend, work, self.shifts.pairs)
+        pairs = self.shifts.pairs if len(ids) == 1 else None
+        x = self.forward(ids, positions, attend, work, pairs)
         return self.logits(x, work, logits)
 
     def prepare_step(self, rows: int) -> None:

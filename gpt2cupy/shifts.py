@@ -19,7 +19,8 @@ _NORMS = {"qkv": "ln1", "fc": "ln2"}  # the norm before each product
 class NormShifts:
     """``ops.shifted_bias`` of the products after the norms of all layers.
 
-    It depends on no token, so it is made once; see ``norm_gemv_once`` in norm_gemv.cu.
+    It depends on no token, so it is made once, and holds for the weights as they then are; see
+    ``norm_gemv_once`` in norm_gemv.cu.
 
     Parameters
     ----------
@@ -56,11 +57,11 @@ class NormShifts:
         shifts = {n: xp.empty((len(self._layers), m), np.float32) for n, m in self._sizes.items()}
         pairs: list[Pair] = []
         for index, w in enumerate(self._layers):
+            made = {}
             for name, stacked in shifts.items():
-                norm_bias = w[f"{_NORMS[name]}_b"]
-                ops.shifted_bias(norm_bias, w[f"{name}_w"], w[f"{name}_b"], out=stacked[index])
-            qkv, fc = (shifts[name][index] if name in shifts else None for name in _NORMS)
-            pairs.append((qkv, fc))
+                norm_bias, out = w[f"{_NORMS[name]}_b"], stacked[index]
+                made[name] = ops.shifted_bias(norm_bias, w[f"{name}_w"], w[f"{name}_b"], out=out)
+            pairs.append((made.get("qkv"), made.get("fc")))
         # Steps may run on other streams.
         xp.cuda.get_current_stream().synchronize()
         self.pairs, self._made = pairs, True

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gpt2cupy import kernel_report
 from gpt2cupy.errors import CompileError
 from gpt2cupy.occupancy import LIMITS, REGISTERS, WARP, blocks_per_sm, read_cubin
-from gpt2cupy.ops import compiler
+from gpt2cupy.ops import compiler, product
 
 # Needs more registers than it may have, and an array that cannot stay in registers.
 SPILLING = """
@@ -187,6 +187,19 @@ def test_threads_are_those_that_ops_launches(monkeypatch):
     launched = {entry: n for entry, n in kernel_report.THREADS.items() if entry in seen}
     assert launched == seen and len(seen) == 5
     assert kernel_report.THREADS["transpose"] == _TILE * _TILE_ROWS
+
+
+@pytest.mark.parametrize("k", [8, 768, 1024, 1152, 1280, 1312, 1600, 2048, 3200, 8000])
+def test_skinny_has_the_warps_it_is_launched_with(k):
+    """Too few would leave out a part of each sum, and no error would say so."""
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
+    for name, entry in found.items():
+        tiles = 2 if name.startswith(("skinny_add_2", "skinny_norm")) else 1
+        assert entry.max_threads == WARP * product._skinny_warps(tiles, k), name
+    evenly = k % (product._SPAN * product._skinny_warps(2, k)) == 0
+    assert ("skinny_norm" in found) == (k <= product.LONGEST_NORM and evenly)
+    assert ("skinny_add_2" in found) == (k <= product.LONGEST_NORM)
 
 
 @pytest.mark.gpu

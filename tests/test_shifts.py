@@ -105,6 +105,11 @@ def test_steps_hand_them_to_their_products_and_prompts_do_not(used, monkeypatch)
     seen.clear()
     tiny(np.zeros((1, 1), np.int32))
     assert seen and set(seen) == {None}
+    seen.clear()
+    two, work = np.zeros(2, np.int32), tiny.new_workspace(2)
+    logits = np.empty((2, TINY.padded_vocab_size), np.float32)
+    tiny.decode(two, two, np.arange(2, dtype=np.int32), tiny.new_cache(2, 4), work, logits)
+    assert seen and set(seen) == {None}
 
 
 @pytest.mark.gpu

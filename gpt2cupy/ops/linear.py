@@ -1,8 +1,8 @@
 """Products with a weight matrix, and what is fused with them.
 
-One row goes to norm_gemv.cu, of large models in halves and with 2 to 16 rows to skinny.cu, up to
-64 to linear_rows.cu, more to cuBLASLt; what those cannot take goes to the kernels of linear.cu and
-to cuBLAS. The backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
+One row goes to norm_gemv.cu, or to skinny.cu in large models of halves; 2 to 16 rows to skinny.cu,
+up to 64 to linear_rows.cu, more to cuBLASLt; what those cannot take to linear.cu and cuBLAS. The
+backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
 """
 
 from __future__ import annotations

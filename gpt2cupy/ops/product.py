@@ -15,7 +15,7 @@ THREADS = 256  # of a block of bias_act and linear_rows.cu
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
 _SKINNY_ROWS, _SKINNY_TILE, _SPAN = 16, 8, 32  # most rows of skinny.cu and ROWS there; TILE; SPAN
-_SKINNY_LONG = 4096  # longer rows of W go to skinny.cu even where x is one row
+_SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
@@ -107,7 +107,7 @@ def launch_fused(
 def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
     """Whether skinny.cu is there for a product of so many rows, and the fastest.
 
-    Not where K of one row is that of a small model: norm_gemv.cu has less to do behind its wait.
+    One row: only with K from 1025 to 2048 or above 4096; elsewhere norm_gemv.cu is faster.
     """
     if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
         return False
@@ -129,7 +129,7 @@ def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -
 
 
 def takes_skinny_norm(weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a norm and the product of its one row."""
+    """Whether skinny.cu is there for a norm and the product of its one row, and the fastest."""
     k = weight.shape[1]
     fits = k <= LONGEST_NORM and k % (_SPAN * _skinny_warps(2, k)) == 0
     return fits and _one_turn(weight, 2 * _SKINNY_TILE) and takes_skinny(1, weight, backend)
