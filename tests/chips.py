@@ -28,8 +28,10 @@ CHIPS = {"sm_75": Chip(64 << 10, 40), "sm_80": Chip(163 << 10, 40), "sm_86": Chi
 def pretend(name: str) -> None:
     """Make this process take its GPU for a ``name``."""
     chip = CHIPS[name]
-    # PTX must not get among the cubins of a real chip of this kind.
-    os.environ["GPT2CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"gpt2cupy-{name}-")
+    # PTX must not get among the cubins of a real chip of this kind. Workers share a folder.
+    prefix = f"gpt2cupy-{name}-"
+    if prefix not in os.environ.get("GPT2CUPY_CACHE_DIR", ""):
+        os.environ["GPT2CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix=prefix)
     device.device_arch = launch.device_arch = lambda index: name
     device._sm_count = lambda index: chip.sms
     device._shared_limit = lambda index: chip.shared
