@@ -70,12 +70,12 @@ def _over_context(context: int, other: int) -> Find:
     return lambda found: steps[0](found) / steps[1](found)
 
 
-def _size(model: str, dtype: str) -> Find:
-    """A step of decode-sizes.json over the plain read of its bytes."""
+def _size(model: str, name: str = "decode-sizes") -> Find:
+    """A step of float16 in that record over the plain read of its bytes."""
 
     def find(found: Found) -> float:
-        wanted = {"model": model, "dtype": dtype, "batch": 1, "decode": "graph", "gemv": "ours"}
-        first = _row(found["decode-sizes"], wanted)["steps"][0]
+        wanted = {"model": model, "dtype": "float16", "batch": 1, "decode": "graph", "gemv": "ours"}
+        first = _row(found[name], wanted)["steps"][0]
         return first["step"]["median_us"] / first["read"]["median_us"]
 
     return find
@@ -114,28 +114,28 @@ GOALS: tuple[tuple[str, str, float, float, Find], ...] = (
         "x",
         1.4,
         1.2,
-        _size("355M", "float16"),
+        _size("355M"),
     ),
     (
         "774M float16, batch 1, over a plain read",
         "x",
         1.3,
         1.15,
-        _size("774M", "float16"),
+        _size("774M"),
     ),
     (
         "1558M float16, batch 1, over a plain read",
         "x",
         1.2,
         1.1,
-        _size("1558M", "float16"),
+        _size("1558M"),
     ),
     (
         "1558M int8, batch 1, over a plain read",
         "x",
         1.45,
         1.25,
-        _size("1558M", "int8"),
+        _size("1558M", "decode-int8"),
     ),
     ("124M float16, batch 4, context 256, a step", "µs", 160, 120, _step("float16", 4, 256)),
     ("124M float16, batch 16, context 256, a step", "µs", 230, 170, _step("float16", 16, 256)),
@@ -169,7 +169,8 @@ def goals(found: Found) -> str:
             word = "goal" if figure <= reach else "yes" if figure <= must else "no"
         figures = ["-" if f is None else number(f, _DIGITS[unit]) for f in (must, reach, figure)]
         lines.append([f"{what}, {unit}" if unit != "x" else what, *figures, word])
-    sources = [name for name in ("batches", "decode-sizes", "prefill", "startup") if name in found]
+    names = ("batches", "decode-sizes", "decode-int8", "prefill", "startup")
+    sources = [name for name in names if name in found]
     dates = ", ".join(f"{name}.json ({found[name]['date']})" for name in sources)
     note = f"Medians; - where no record has the figure yet. From {dates}"
     return table(["what", "at most", "goal", "measured", "reached"], lines) + source_line(

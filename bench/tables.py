@@ -213,7 +213,8 @@ def naive(entry: Record) -> str:
         f"{results['model']}, random weights, {results['tokens']} greedy tokens after "
         f"{results['prompt']}; {f'medians of {rounds} runs' if rounds > 1 else 'one run each'}, in "
         f"turn, each engine in its own process. Ours with the cache: {results['decode']} decode "
-        f"path. transformers: generate() with use_cache=False and True{left_out(results)}"
+        f"path. transformers: generate() with use_cache=False and True, attention without "
+        f"cuDNN, which prepares itself for every length{left_out(results)}"
     )
     absent = {name: why for row in results["rows"] for name, why in row["skipped"].items()}
     note += "".join(f". {name}: left out, {why}" for name, why in absent.items())

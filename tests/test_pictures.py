@@ -129,10 +129,11 @@ def test_goals_are_told_from_what_is_reached():
     assert "batches.json (2026-01-02), prefill.json (2026-01-02)." in lines[-1]
 
 
-@pytest.mark.parametrize("name", ["decode-sizes", "prefill", "startup"])
+@pytest.mark.parametrize("name", ["decode-sizes", "decode-int8", "prefill", "startup"])
 def test_goals_find_their_rows_in_the_records(name):
     """Rows are found by their values: one that is named otherwise would never be."""
-    says = {"decode-sizes": "M float16, batch 1, over", "prefill": "prompt", "startup": "generate"}
+    says = {"decode-sizes": "M float16, batch 1, over", "decode-int8": "M int8, batch 1, over"}
+    says |= {"prefill": "prompt", "startup": "generate"}
     wanted = [goal for goal in batch_tables.GOALS if says[name] in goal[0]]
     assert wanted and all(goal[-1](RECORDS) > 0 for goal in wanted)
 

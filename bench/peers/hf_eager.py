@@ -2,7 +2,8 @@
 
 Options of a job: ``attention`` (sdpa, eager), ``loop`` (generate, or a bare loop over the
 cache), ``use_cache``, ``threads`` on the CPU; ``keep`` the model for the next job with the same
-folder, and run the forward pass once for each of ``lengths`` before anything is timed.
+folder, and run the forward pass once for each of ``lengths`` before anything is timed; ``cudnn``
+lets scaled dot product attention take cuDNN's kernels, which are prepared for each new length.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def load(job: Job) -> Any:
     transformers.utils.logging.disable_progress_bar()
     if job.get("threads"):
         torch.set_num_threads(job["threads"])
+    torch.backends.cuda.enable_cudnn_sdp(job.get("cudnn", True))
     of = job["folder"], job.get("attention", "sdpa"), job["dtype"], job["device"]
     return _kept(*of) if job.get("keep") else _load(*of)
 
