@@ -5,9 +5,10 @@
 
 Ours both ways, and Hugging Face transformers both ways (use_cache=False and True); each
 engine is a process of its own over the same random weights, and they run in turn. Before it
-is timed an engine runs once at every length where it or its libraries change kernels;
-PyTorch's attention leaves cuDNN out, which prepares itself anew for every length. A record
-says that it is complete only when the last batch is done.
+is timed an engine runs once at a length of each bucket of our graphs, and at the longest.
+PyTorch's attention leaves cuDNN out: recent PyTorch prefers it on sm_90, and it builds a plan
+for every new length, so each step would pay for one. A record says that it is complete only
+when the last batch is done.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def run() -> None:
             shape = args.batch, len(args.dtype), args.prompt, args.tokens
             comparison.say(f"about {estimate(*shape):.0f} s for the 124M on the records' GPU")
         except (OSError, LookupError) as error:
-            comparison.say(f"no estimate: {error}")
+            comparison.say(f"no estimate: a record or a row of it is missing ({error})")
         for dtype in args.dtype:
             largest = max(args.batch)
             if reason := too_large(config, dtype, largest, args.device, len(wanted)):

@@ -105,7 +105,8 @@ def warm(model: Any, job: Job) -> None:
 def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     model = load(job)
     warm(model, job)
-    about = {"attention": job.get("attention", "sdpa"), "loop": job.get("loop", "generate")}
+    defaults = {"attention": "sdpa", "loop": "generate", "cudnn": True}
+    about = {name: job.get(name, default) for name, default in defaults.items()}
     if about["loop"] == "loop":
         return looping(model, job), about
     return generating(model, job, use_cache=job.get("use_cache", True)), about
