@@ -59,6 +59,16 @@ def test_score_as_json_with_windows(lm, tmp_path):
     assert not {"ids", "logprobs"} & short.keys()
 
 
+def test_a_batch_invariant_score():
+    logprobs = {
+        flags: json.loads(done("score", "To be", *CPU, "--json", "--tokens", *flags))["logprobs"]
+        for flags in ((), ("--batch-invariant",))
+    }
+    with gpt2cupy.load(device="cpu", batch_invariant=True) as lm:
+        assert logprobs["--batch-invariant",] == lm.score("To be").logprobs.tolist()
+    assert logprobs["--batch-invariant",] != logprobs[()]
+
+
 def test_nothing_to_score():
     code, out, err = call("score", "", *CPU, "--quiet")
     assert code == 1 and out == "" and "nothing to score" in err

@@ -247,6 +247,19 @@ def test_what_was_found_before_an_error_is_shown(monkeypatch, capsys, as_json):
     assert "PASS" not in output.out + output.err
 
 
+def test_the_command_validates_batch_invariant_models(monkeypatch):
+    seen, real = [], command.validate
+
+    def watched(model, *given, **options):
+        seen.append(model.batch_invariant)
+        return real(model, *given, **options)
+
+    monkeypatch.setattr(command, "validate", watched)
+    assert run(Settings(steps=4, device="cpu", batch_invariant=True))
+    assert run(Settings(steps=4, device="cpu"))
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -42,12 +42,7 @@ def generate(
         typer.Option(help="Who multiplies few rows (up to 64, with clusters) on the GPU."),
     ] = None,
     decode: Annotated[str, typer.Option(help="How a step is run: auto, eager or graph.")] = "auto",
-    batch_invariant: Annotated[
-        bool,
-        typer.Option(
-            "--batch-invariant", help="The same bits whatever runs beside a text; slower."
-        ),
-    ] = False,
+    batch_invariant: options.BatchInvariant = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(

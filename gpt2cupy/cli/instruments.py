@@ -58,6 +58,7 @@ def validate(
     dtype: Annotated[str, typer.Option(help="One dtype; auto is all the device has.")] = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    batch_invariant: options.BatchInvariant = False,
     path: Annotated[
         list[str] | None,
         typer.Option(help="Decode path beside eager; several times for several. Default: all."),
@@ -75,6 +76,7 @@ def validate(
     settings = command.Settings(
         name or model or "shakespeare", steps, batch, prompt, seed, dtype, device,
         tuple(path or ()), against, reference, revision, options.name_of(quantize),
+        batch_invariant,
     )  # fmt: skip
     if not command.run(settings, as_json=as_json):
         raise typer.Exit(1)

@@ -19,6 +19,10 @@ Quantize = Annotated[
     Quantization | None,
     typer.Option(help="Hold the matrices in int8; --dtype is that of the rest."),
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option("--batch-invariant", help="The same bits whatever runs beside a text; slower."),
+]
 Tokenizer = Annotated[
     str | None,
     typer.Option(help="Folder, tokenizer.json or llm.c file; by default the model's own."),

@@ -22,6 +22,7 @@ def score(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    batch_invariant: options.BatchInvariant = False,
     revision: options.Revision = None,
     tokenizer: options.Tokenizer = None,
     window: Annotated[
@@ -45,7 +46,7 @@ def score(
 
     lm = load(
         model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
-        quantize=options.name_of(quantize),
+        batch_invariant=batch_invariant, quantize=options.name_of(quantize),
     )  # fmt: skip
     with lm:
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)

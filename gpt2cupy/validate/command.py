@@ -41,6 +41,7 @@ class Settings:
     reference: str | None = None
     revision: str | None = None
     quantize: str | None = None
+    batch_invariant: bool = False
 
 
 def run(settings: Settings, *, as_json: bool = False) -> bool:
@@ -112,13 +113,14 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
     theirs = _load_theirs(settings, source) if settings.against == "hf" else None
     for dtype in dtypes:
         held = loading.resolve_dtype(dtype, source.dtype, kind)
-        quantize = settings.quantize
-        weights = _host_weights(source, held, quantize)
-        model = GPT2(source.config, weights)
+        weights = _host_weights(source, held, settings.quantize)
+        invariant, quantize = settings.batch_invariant, settings.quantize
+        model = GPT2(source.config, weights, batch_invariant=invariant)
         if kind != "cpu":
             # From the files again, so that an error of loading would be seen.
+            tensors, to = source.tensors(), (held, kind, index)
             model = loading.place(
-                source.config, source.tensors(), held, kind, index, quantize=quantize
+                source.config, tensors, *to, quantize=quantize, batch_invariant=invariant
             )
         ids, prefilled = _tokens(settings, source, model)
         paths = settings.path or None
