@@ -57,6 +57,14 @@ def xp(request: pytest.FixtureRequest):
     return pytest.importorskip(request.param)
 
 
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest):
+    """Each dtype of a model; on NumPy float32 alone."""
+    from error_rule import DTYPES
+
+    return DTYPES[request.param]
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     """Puts a stand-in for CuPy in its place: a machine with these GPUs and this driver."""

@@ -35,11 +35,6 @@ def invariant(xp, config, dtype=np.float32):
     return GPT2(config, plain.weights, batch_invariant=True)
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return DTYPES[request.param]
-
-
 # -- the engine ----------------------------------------------------------------------------------
 
 KINDS = (

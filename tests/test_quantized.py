@@ -11,6 +11,7 @@ from builders import host
 from error_rule import DTYPES, check
 from hypothesis import given
 from hypothesis import strategies as st
+from op_cases import SEEDS, check_together, draw, on
 
 from gpt2cupy import ops
 from gpt2cupy.decode import graph
@@ -26,26 +27,7 @@ from gpt2cupy.quantize import (
     scale_shape,
 )
 
-SEEDS = range(5)
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 200))
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return DTYPES[request.param]
-
-
-def on(xp, *arrays):
-    return [
-        QuantizedMatrix(xp.asarray(a.values), xp.asarray(a.scales))
-        if isinstance(a, QuantizedMatrix)
-        else None if a is None else xp.asarray(a)
-        for a in arrays
-    ]  # fmt: skip
-
-
-def draw(rng, shape, dtype=np.float32, scale=1.0):
-    return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -195,12 +177,6 @@ def norm_linear_case(xp, dtype, rows, m, k, outlier, into=None):
         assert ours.dtype == out
         found.append((host(ours), baseline, exact))
     check_together(found, dtype, "norm_linear int8")
-
-
-def check_together(found, dtype, what):
-    """The rule over several seeds: a single value can be right by luck."""
-    columns = [np.concatenate([np.ravel(a) for a in c]) for c in zip(*found, strict=True)]
-    check(*columns, dtype, what)
 
 
 def test_embedding(xp, dtype):
