@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import DeviceError
 from .measure import Session
-from .timeline import Timeline
+from .timeline import Timeline, middle_half
 
 _BUFFER = 8 << 20  # bytes that CUPTI fills before it hands records over
 _FLUSH_FORCED = 1
@@ -118,28 +118,30 @@ def _by_kernel(session: Session, cupti: Cupti, runs: int) -> tuple[Timeline, int
     session.renew_decoder()
     found, seconds, lost = [], [], 0
     for _ in range(runs):
-        # What recording costs a step: the same steps, between the events of the unprofiled ones.
-        seconds.append(session.unprofiled()[0])
         session.begin()
         session.synchronize()
         cupti.take()
-        session.steps()
+        # By the clock of the unprofiled steps too: what recording costs is their difference, and
+        # the records have to account for these same steps.
+        between_events = session.steps()[0]
         records = cupti.take()
         if [record.name for record in records] != names * tokens:
             lost += 1
             continue
         found += records
+        seconds.append(between_events[1:])  # the first follows no other
     if not found:
         raise unusable("the records of every run are incomplete")
     shape = (-1, len(names))
     start_us = np.array([r.start for r in found], np.int64) - found[0].start
     end_us = np.array([r.end for r in found], np.int64) - found[0].start
+    times = np.concatenate(seconds)
     timeline = Timeline(
         start_us.reshape(shape) / 1e3,
         end_us.reshape(shape) / 1e3,
         owner,
         names,
         "cupti",
-        float(np.median(seconds)) * 1e6,
+        float(times[middle_half(times)].mean()) * 1e6,
     )
     return timeline, lost

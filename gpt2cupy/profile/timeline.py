@@ -7,6 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def middle_half(times: np.ndarray) -> np.ndarray:
+    """Which of the times [S] are the middle half."""
+    order = np.argsort(times, kind="stable")
+    quarter = len(order) // 4
+    return order[quarter : len(order) - quarter]
+
+
 @dataclass
 class Timeline:
     """When each launch (on NumPy: each op) of each step began and ended, in microseconds.
@@ -20,8 +27,9 @@ class Timeline:
     names : list of str
     source : {"perf_counter", "events", "cupti"}
     step_us : float
-        Median time of a step while it was measured so, by the clock of the unprofiled steps;
-        where ops are timed by events, by the wall clock.
+        Time of a step while it was measured so. Of recorded kernels the mean of the middle half
+        of the steps, between the events of the unprofiled ones; else the median, and where ops
+        are timed by events the mean, by the wall clock.
     """
 
     start: np.ndarray
@@ -80,7 +88,5 @@ class Parts:
 
     def middle(self) -> Parts:
         """The middle half of the steps by their time: their means add up, as medians do not."""
-        order = np.argsort(self.added.sum(axis=1), kind="stable")
-        quarter = len(order) // 4
-        kept = order[quarter : len(order) - quarter]
+        kept = middle_half(self.added.sum(axis=1))
         return Parts(self.busy[kept], self.alone[kept], self.gaps[kept])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import threading
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from builders import TINY
-from pretended_gpu import PROMPT, SMALL, STEP, held
+from pretended_gpu import PROMPT, SMALL, STEP, PretendedSession, held
 
 from gpt2cupy import GPT2, profile
 from gpt2cupy.errors import DeviceError
@@ -61,6 +62,21 @@ def test_cupti_times_the_kernels(cupti, model):
     step = sum(row["step_us"] for row in results["kernels"])
     assert step == pytest.approx(gaps["kernels_us"] + gaps["gaps_us"])
     assert cupti.log == ["enable", "disable", "finalize"]
+
+
+def test_a_host_whose_speed_varies_leaves_no_residual(cupti, model, monkeypatch):
+    """The records have to account for the steps that they are of, not for others' times."""
+    speeds = itertools.cycle([0.25, 5.0, 2.0])
+
+    def at_another_speed(session):
+        session.gpu.recording_us = next(speeds)
+        session.gpu.kernel("prefill")
+        session.gpu.now += 1000
+
+    monkeypatch.setattr(PretendedSession, "begin", at_another_speed)
+    gaps = profile.profile(model, PROMPT, SMALL).results["gaps"]
+    assert gaps["recording_us"] > 0
+    assert gaps["residual_percent"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_run_with_lost_records_is_dropped(cupti, model):
