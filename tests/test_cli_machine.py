@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from command import CPU, PLAIN_ENV, call, cli, done, on_terminal
@@ -112,10 +113,33 @@ def test_info_kernels_of_an_unknown_architecture():
     assert code == 1 and "sm_123" in err and "sm_90" in err
 
 
-def test_compile_refuses_an_unknown_architecture(tmp_path):
+@pytest.mark.parametrize("arch", ["foo", "sm_70", "sm_99", "sm_123", "sm_750"])
+def test_compile_refuses_an_unknown_architecture(arch):
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    code, out, err = call("compile", "--arch", "sm_90", "--arch", arch)
+    words = " ".join(re.sub("[^\\w',;-]", " ", err).split())
+    assert (code, out) == (2, "") and "NVRTC" not in err
+    assert f"'{arch}' is no architecture; it is one of sm_75, sm_80," in words
+
+
+def test_compile_takes_what_only_nvrtc_knows(monkeypatch, tmp_path):
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.ops import compiler
+
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path))
+    binding = SimpleNamespace(getVersion=lambda: (14, 0), getSupportedArchs=lambda: (75, 130))
+    monkeypatch.setattr(compiler, "nvrtc", lambda: binding)
+    monkeypatch.setattr(compiler, "compile_source", lambda source, options: b"cubin")
+    # sm_121 is among ours: there an older NVRTC names the one that is needed.
+    for arch in ("sm_130", "sm_130a", "sm_121"):
+        assert f"cubins for {arch} in" in done("compile", "--arch", arch)
+    assert call("compile", "--arch", "sm_131")[0] == 2
+
+
+def test_compile_says_what_nvrtc_says(tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     environment = PLAIN_ENV | {"GPT2CUPY_CACHE_DIR": str(tmp_path)}
-    failed = cli("compile", "--arch", "sm_123", env=environment)
+    failed = cli("compile", "--arch", "sm_75a", env=environment)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, "no bar without a terminal"
     assert failed.stderr.startswith("gpt2cupy: NVRTC")
     assert not list(tmp_path.iterdir())
@@ -124,7 +148,7 @@ def test_compile_refuses_an_unknown_architecture(tmp_path):
 def test_compile_shows_a_bar_on_a_terminal(tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     environment = PLAIN_ENV | {"GPT2CUPY_CACHE_DIR": str(tmp_path)}
-    code, shown = on_terminal("compile", "--arch", "sm_123", env=environment)
+    code, shown = on_terminal("compile", "--arch", "sm_75a", env=environment)
     assert code == 1 and re.search(r"0%\|.*\| 0/\d+ ", shown)
     assert re.search(r"\n[^\n]*gpt2cupy:[^\n]* NVRTC", shown), "the error has a line of its own"
 

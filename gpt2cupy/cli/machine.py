@@ -63,17 +63,30 @@ def compile(
 
     from ..ops import compiler, device
 
-    if not arch:
-        device.cupy_module()
-        arch = [device.device_arch(device.current_device())]
-    for name in arch:
-        # Those between and after the ones that are tested may work too; older ones do not.
-        match = re.fullmatch(r"sm_(\d{2,3})[af]?", name, re.ASCII)
-        if match is None or int(match[1]) < 75:
+    for name in arch or ():
+        if not _is_architecture(name):
             raise typer.BadParameter(
                 f"{name!r} is no architecture; it is one of {', '.join(compiler.ARCHITECTURES)}"
             )
+    if not arch:
+        device.cupy_module()
+        arch = [device.device_arch(device.current_device())]
     jobs = [(*variant, name) for name in arch for variant in compiler.variants()]
     for source, defines, name in tqdm(jobs, unit="kernel", disable=None):
         compiler.cubin(source, defines, name)
     shell.write(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}\n")
+
+
+def _is_architecture(name: str) -> bool:
+    """Whether there is such a chip, by our lists or by the NVRTC that is there.
+
+    Those between and after the ones that are tested may work too; older ones do not.
+    """
+    from ..ops import compiler
+
+    match = re.fullmatch(r"(sm_(\d{2,3}))[af]?", name, re.ASCII)
+    if match is None or int(match[2]) < 75:
+        return False
+    if match[1] in (*compiler.ARCHITECTURES, *compiler.NEWER_CHIPS):
+        return True  # an NVRTC that is too old for it says which one is needed
+    return int(match[2]) in compiler.nvrtc().getSupportedArchs()
