@@ -26,6 +26,12 @@ def read_folder(folder: Path) -> Vocabulary:
     for vocab_name, merges_name in _PAIRS:
         if is_file(folder / vocab_name) and is_file(folder / merges_name):
             return _read_pair(folder / vocab_name, folder / merges_name)
+    if not folder.exists():
+        raise TokenizerError(
+            "there is no such file or folder",
+            where=str(folder),
+            remedy="Pass tokenizer= with a folder, a tokenizer.json or an llm.c tokenizer file.",
+        )
     raise TokenizerError(
         "the folder has no tokenizer",
         where=str(folder),

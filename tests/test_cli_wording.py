@@ -32,6 +32,7 @@ MISTAKES = {
     "generate x --decode warp": "'warp' here (--decode)",
     "generate x --gemv cublas": "--gemv is for a GPU",
     "generate x --tokenizer /tmp": "or pass --tokenizer with the place of one",
+    "generate x --tokenizer /nowhere": "no such file or folder (/nowhere). Pass --tokenizer",
     "generate x --device gpu": "unknown device 'gpu' (--device)",
     "generate x --dtype int8": "unknown dtype 'int8' (--dtype)",
     "score abc --window 0": "--window 0 is impossible",

@@ -271,7 +271,9 @@ def refused(path) -> TokenizerError:
 
 def test_no_tokenizer(tmp_path):
     assert "no tokenizer" in refused(tmp_path).what
-    assert "no tokenizer" in refused(tmp_path / "nowhere").what
+    nowhere = refused(tmp_path / "nowhere")
+    assert nowhere.what == "there is no such file or folder"
+    assert nowhere.where == str(tmp_path / "nowhere")
     refused(tmp_path / ("x" * 5000))
 
 

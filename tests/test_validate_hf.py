@@ -136,7 +136,10 @@ def test_references_that_do_not_fit_are_refused(tmp_path, hugging_face):
     ids = np.zeros((1, 3), np.int32)
     with pytest.raises(CheckpointError, match="vocab_size 211, the reference 50"):
         against(hugging_face, model, tmp_path / "other", ids)
-    with pytest.raises(CheckpointError, match="--reference"):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        hugging_face.load(tmp_path / "nowhere")
+    (tmp_path / "model.bin").write_bytes(b"llm.c")
+    with pytest.raises(CheckpointError, match="layout only.*--reference"):
         hugging_face.load(tmp_path / "model.bin")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="cannot load the reference"):

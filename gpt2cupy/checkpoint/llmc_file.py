@@ -29,9 +29,11 @@ def read(path: Path) -> tuple[GPT2Config, list[StoredTensor]]:
     try:
         with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
-            header = np.frombuffer(file.read(_HEADER_BYTES), "<i4")
+            data = file.read(_HEADER_BYTES)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+    # Any file may be given: a short one need not be a whole number of integers.
+    header = np.frombuffer(data[: len(data) // 4 * 4], "<i4")
     if len(header) < 8 or header[0] != _MAGIC:
         raise CheckpointError(
             "this file is no checkpoint of llm.c",

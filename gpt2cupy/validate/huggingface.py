@@ -38,6 +38,12 @@ def _libraries() -> tuple[Any, Any]:
 def load(folder: str | Path) -> Any:
     """A folder in Hugging Face layout as their GPT2LMHeadModel, in float32 on the CPU."""
     torch, transformers = _libraries()
+    if not Path(folder).exists():
+        raise CheckpointError(
+            "there is no such folder",
+            where=str(folder),
+            remedy="Name one in Hugging Face layout with --reference.",
+        )
     if not Path(folder).is_dir():
         raise CheckpointError(
             "transformers reads folders in Hugging Face layout only",

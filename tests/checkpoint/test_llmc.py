@@ -95,6 +95,7 @@ def test_the_versions_before_padding_are_named(path):
     assert "version 3" in refused(path).remedy
 
 
-def test_another_file(path):
-    path.write_bytes(b"PK\x03\x04" + bytes(4000))
+@pytest.mark.parametrize("data", [b"", b"{}\n", b'{"n_embd": 32}\n', b"PK\x03\x04" + bytes(4000)])
+def test_another_file(path, data):
+    path.write_bytes(data)
     assert "no checkpoint of llm.c" in refused(path).what
