@@ -172,7 +172,8 @@ def goals(found: Found) -> str:
     names = ("batches", "decode-sizes", "decode-int8", "prefill", "startup")
     sources = [name for name in names if name in found]
     dates = ", ".join(f"{name}.json ({found[name]['date']})" for name in sources)
-    note = f"Medians; - where no record has the figure yet. From {dates}"
+    absent = any("-" in line for line in lines)
+    note = f"Medians{'; - where no record has the figure yet' if absent else ''}. From {dates}"
     return table(["what", "at most", "goal", "measured", "reached"], lines) + source_line(
         found["batches"], note
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import batch_tables
+import gpu_test_tables
 import profile_tables
 import quantization_tables
 import validate_tables
-from layout import Record, device, left_out, number, rate, source_line, spread, table
+from layout import Record, left_out, number, rate, source_line, spread, table
 
 
 def decode(entry: Record) -> str:
@@ -80,12 +81,10 @@ def decode_sizes(entry: Record) -> str:
 def startup(entry: Record) -> str:
     results = entry["results"]
     warm = results["warm"]
-    rows = [
-        [results["model"], results["device"], f"{results['first_s']:.2f}", spread(warm, 1e6, 2)]
-    ]
+    row = [results["model"], results["device"], number(results["first_s"], 2)]
     header = ["model", "device", "first run, s", "warm, s (p10 to p90)"]
     note = f"From starting a process to its first token; warm is the median of {warm['runs']}"
-    return table(header, rows) + source_line(entry, note)
+    return table(header, [[*row, spread(warm, 1e6, 2)]]) + source_line(entry, note)
 
 
 def soak(entry: Record) -> str:
@@ -109,16 +108,6 @@ def soak(entry: Record) -> str:
         f"{results['seconds']:.0f} s ({ways}); model {results['model']}, {results['dtype']}"
     )
     return table([*header, "growth", "allowed"], lines) + source_line(entry, note)
-
-
-def gpu_tests(entry: Record) -> str:
-    results = entry["results"]
-    counts = [results["passed"], len(results["failed"]), len(results["skipped"])]
-    header = ["GPU tests", "passed", "failed", "skipped"]
-    chip = results.get("chip")
-    who = device(entry) + (f", as {chip} with {results['sms']} SMs" if chip else "")
-    how = f"`tools/gpu_test.py --chip {chip}`" if chip else "`make gpu-test`"
-    return table(header, [[who, *counts]]) + source_line(entry, how)
 
 
 def cpu(entry: Record) -> str:
@@ -250,12 +239,11 @@ def peers(entry: Record) -> str:
         engines = row["engines"]
         ours = [one["step"]["median_us"] for name, one in engines.items() if "gpt2cupy" in name]
         for name, one in engines.items():
-            step = one["step"]
-            compiling = one.get("compile_s", one.get("first_run_s", 0))
+            step, compiling = one["step"], one.get("compile_s", 0)  # which load_s holds too
+            load, first = one["load_s"] - compiling, compiling + one.get("first_run_s", 0)
             speed, prompt = rate(row["batch"], step), one["prefill"]["median_us"] / 1e3
-            figures = [number(speed), number(prompt, 2), number(one["load_s"], 1)]
-            figures += [number(compiling, 1)]
-            figures += [f"{step['median_us'] / min(ours):.2f}" if ours else "-"]
+            ratio = f"{step['median_us'] / min(ours):.2f}" if ours else "-"
+            figures = [number(speed), number(prompt, 2), number(load, 1), number(first, 1), ratio]
             names = [row["model"], row["dtype"], name, row["batch"]]
             lines.append([*names, spread(step), *figures])
             if "form" in one:
@@ -286,9 +274,9 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "startup": ("startup", startup),
     "cpu": ("cpu", cpu),
     "soak": ("soak", soak),
-    "gpu-tests": ("gpu-tests", gpu_tests),
-    "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_tests),
-    "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_tests),
+    "gpu-tests": ("gpu-tests", gpu_test_tables.gpu_tests),
+    "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_test_tables.gpu_tests),
+    "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_test_tables.gpu_tests),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),
     "invariance": ("invariance", invariance),

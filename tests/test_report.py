@@ -13,6 +13,7 @@ import pytest
 from gpt2cupy import record
 
 sys.path.insert(0, str(record.ROOT / "bench"))
+import gpu_test_tables
 import tables
 
 PATH = record.ROOT / "bench" / "report.py"
@@ -242,6 +243,24 @@ SYNTHETIC = {
         ],
     },
     "profile": profile_results(),
+    "peers": {
+        "prompt": 32,
+        "tokens": 200,
+        "rounds": 5,
+        "skipped": {},
+        "rows": [
+            {"model": "124M", "dtype": "float16", "batch": 1, "skipped": {}}
+            | {
+                "engines": {
+                    "gpt2cupy graph": {"step": timing(100.0), "prefill": timing(900.0)}
+                    | {"load_s": 0.4, "first_run_s": 0.06},
+                    # Compiles while it loads: its load_s has compile_s in it.
+                    "PyTorch step": {"step": timing(300.0), "prefill": timing(4000.0)}
+                    | {"load_s": 60.5, "first_run_s": 0.25, "compile_s": 58.25},
+                }
+            }
+        ],
+    },
 }
 SAYS = {
     "validate": [
@@ -269,6 +288,10 @@ SAYS = {
         "| float16 | graph | 1 | 400 (400 to 400) | 2,500 | 25% |",
         "| float16 | graph, gemv (only the KV cache) | 1 | 500 (500 to 500) | 2,000 | 20% |",
         "graph: one captured graph; gemv: our product. Left out: 1558M float32: needs 99 GiB.",
+    ],
+    "peers": [
+        "| gpt2cupy graph | 1 | 100 (100 to 100) | 10,000 | 0.90 | 0.4 | 0.1 | 1.00 |",
+        "| PyTorch step | 1 | 300 (300 to 300) | 3,333 | 4.00 | 2.2 | 58.5 | 3.00 |",
     ],
     "profile-operators": [
         "| `aten::addmm` | 1.50 |",
@@ -322,7 +345,7 @@ def test_tables_of_what_only_a_gpu_measures(name):
 def test_clocks_are_stated_where_the_record_has_them():
     record_ = entry(SYNTHETIC["gpu-tests"])
     record_["environment"] |= {"sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980}
-    made = tables.gpu_tests(record_ | {})
+    made = gpu_test_tables.gpu_tests(record_)
     assert "NVIDIA H200, SMs at 1755 of 1980 MHz, memory at ? MHz; driver" in made
 
 

@@ -3,6 +3,7 @@
     python tools/gpu_test.py [--chip sm_75] [--out FILE] [options of pytest]
 
 With --chip as an older chip would run them (tests/chips.py), into gpu-tests-sm_75.json.
+Of a part of them (-k, files) the record says how many of the GPU tests did not run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ class Tally:
     """Counts outcomes and keeps the names of what failed or was skipped."""
 
     def __init__(self) -> None:
+        self.ran: set[str] = set()
+        self.cut_off = False
         self.passed = 0
         self.failed: list[str] = []
         self.skipped: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.ran.add(report.nodeid)
         if report.failed:
             self.failed.append(report.nodeid)
         elif report.skipped:
@@ -33,6 +37,23 @@ class Tally:
         elif report.when == "call":
             self.passed += 1
 
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        # By --maxfail: an interrupt where xdist runs the tests.
+        self.cut_off = bool(session.shouldfail) or exitstatus == pytest.ExitCode.INTERRUPTED
+
+
+class Collected:
+    """The names of all GPU tests.
+
+    pytest's own count of what is deselected holds tests of the CPU too, and xdist does not tell it.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.names = {item.nodeid for item in session.items}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -40,19 +61,25 @@ def main() -> None:
     parser.add_argument("--out")
     args, rest = parser.parse_known_args()
     name = "gpu-tests"
+    gpu = ["-m", "gpu"]
     if args.chip:
-        rest += ["--chip", args.chip]
+        gpu += ["--chip", args.chip]
         name += f"-{args.chip}"
     out = args.out or str(record.RESULTS / f"{name}.json")
-    tally = Tally()
-    code = pytest.main(["-m", "gpu", "-q", *rest], plugins=[tally])
+    everything, tally = Collected(), Tally()
+    if code := pytest.main([*gpu, "--collect-only", "-qqq"], plugins=[everything]):
+        sys.exit(f"the GPU tests cannot be collected: pytest ends with {int(code)}")
+    code = pytest.main([*gpu, "-q", *rest], plugins=[tally])
     if tally.passed == 0:
         sys.exit("no GPU test ran: nothing is recorded")
     results = {"passed": tally.passed, "failed": tally.failed, "skipped": tally.skipped}
+    results["not_run"] = len(everything.names - tally.ran)
     if args.chip:
         results |= {"chip": args.chip, "sms": sm_count()}
-    record.write(out, results, gpu=True)
-    print(f"{tally.passed} passed, {len(tally.failed)} failed, {len(tally.skipped)} skipped")
+    record.write(out, results, gpu=True, complete=not tally.cut_off)
+    counts = [f"{tally.passed} passed", f"{len(tally.failed)} failed"]
+    counts += [f"{len(tally.skipped)} skipped", f"{results['not_run']} not run"]
+    print(", ".join(counts))
     sys.exit(int(code))
 
 
