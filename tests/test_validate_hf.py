@@ -139,7 +139,7 @@ def test_references_that_do_not_fit_are_refused(tmp_path, hugging_face):
     with pytest.raises(CheckpointError, match="there is no such folder"):
         hugging_face.load(tmp_path / "nowhere")
     (tmp_path / "model.bin").write_bytes(b"llm.c")
-    with pytest.raises(CheckpointError, match="layout only.*--reference"):
+    with pytest.raises(CheckpointError, match=r"layout only.*--reference"):
         hugging_face.load(tmp_path / "model.bin")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="cannot load the reference"):
