@@ -343,3 +343,15 @@ def test_a_changed_element_fails_on_a_gpu(dtype_name):
     changed.fc_w[6, 100, 50] += 1
     model = model_on(cupy, GPT2_SHAPE, changed)
     assert failures(validate(model, random_ids(model, 1, 8), weights=weights))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_command_to_a_full_disk(options):
+    words = [sys.executable, "-m", "gpt2cupy", "validate", "--device", "cpu", "--steps", "3"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*words, *options], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "the output cannot be written: No space left" in ended.stderr

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from ..errors import Gpt2CupyError, InputError
+from ..output import write as write  # for every command
 from . import wording
 
 if TYPE_CHECKING:  # the command line starts without it
@@ -58,23 +59,6 @@ def _manners(options: dict[str, str]) -> Iterator[None]:
             if _colourful():
                 say("")  # the shell's next line begins after ^C
             raise typer.Exit(130) from None
-
-
-def write(text: str) -> None:
-    """Text for stdout, now: nothing is left that could fail when the interpreter ends."""
-    try:
-        if sys.stdout is None:
-            raise OSError(None, "it is closed")
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise Gpt2CupyError(
-            f"the output cannot be written: {error.strerror}",
-            where="stdout",
-            remedy="Free space on the disk, or send the output elsewhere.",
-        ) from error
 
 
 def say(text: str, *, quiet: bool = False) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from .. import lm
+from .. import lm, output
 from ..console import Console
-from ..errors import InputError
-from . import Settings, component, equation_text, plot, profile, trace
+from ..errors import Gpt2CupyError, InputError
+from . import Profile, Settings, component, equation_text, plot, profile, trace
 
 _KERNEL_WIDTH = 44
 
@@ -36,12 +35,19 @@ def run(
     Raises
     ------
     Gpt2CupyError
-        Also after everything is printed and written, if CUPTI could not be used.
+        Also after everything is printed and written that can be: if CUPTI could not be used,
+        or stdout or a file takes no more.
     """
     chosen = None if only is None else component(only)
     for flag, path in (("--trace", trace_path), ("--plot", plot_path)):
         if path is not None:
-            check_writable(path, flag)
+            output.check_writable(path, flag)
+    if trace_path and plot_path and trace_path.resolve() == plot_path.resolve():
+        raise InputError(
+            f"the trace and the plot cannot both be {plot_path}",
+            where="--plot",
+            remedy="Name two files.",
+        )
     if plot_path is not None:
         plot.check_kind(plot_path)
     with lm.load(model, dtype=dtype, device=device, quantize=quantize) as loaded:
@@ -51,34 +57,40 @@ def run(
             loaded.model, loaded.encode(settings.prompt), settings, component=chosen, cupti=cupti
         )
     found.results = where | found.results
-    if as_json:
-        print(json.dumps(found.results, indent=1))
-    else:
-        show(found.results)
-    if trace_path is not None:
-        trace.write(found, trace_path)
-        print(f"trace: {trace_path} (open it in https://ui.perfetto.dev)", file=sys.stderr)
-    if plot_path is not None:
-        plot.draw(found.results, plot_path)
-        print(f"plot: {plot_path}", file=sys.stderr)
-    if found.error is not None:
-        raise found.error
+    _hand_over(found, trace_path, plot_path, as_json)
 
 
-def check_writable(path: Path, flag: str) -> None:
-    """Raise InputError unless the file can be written; leaves none behind that was not there."""
-    existed = os.path.lexists(path)
-    try:
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}",
-            where=flag,
-            remedy="Name a file in a folder that exists and is yours.",
-        ) from error
+def _hand_over(
+    found: Profile, trace_path: Path | None, plot_path: Path | None, as_json: bool
+) -> None:
+    """Print and write; what fails is raised only when the rest is done, so that it is kept."""
+
+    def tell() -> None:
+        if as_json:
+            output.write(json.dumps(found.results, indent=1) + "\n")
+        else:
+            show(found.results)
+
+    def write_trace() -> None:
+        if trace_path is not None:
+            trace.write(found, trace_path)
+            print(f"trace: {trace_path} (open it in https://ui.perfetto.dev)", file=sys.stderr)
+
+    def draw_plot() -> None:
+        if plot_path is not None:
+            plot.draw(found.results, plot_path)
+            print(f"plot: {plot_path}", file=sys.stderr)
+
+    failed: list[Exception] = [] if found.error is None else [found.error]
+    for step in (tell, write_trace, draw_plot):
+        try:
+            step()
+        except (Gpt2CupyError, BrokenPipeError) as error:
+            failed.append(error)
+    for other in failed[1:]:  # one can be raised
+        print(f"gpt2cupy: {other}", file=sys.stderr)
+    if failed:
+        raise failed[0]
 
 
 def show(results: dict[str, Any]) -> None:

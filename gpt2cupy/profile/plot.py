@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..output import file_errors
 
 
 def matplotlib_figure() -> Any:
@@ -33,7 +34,13 @@ def check_kind(path: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw ``results`` of a profile into an image whose kind the file's name says."""
+    """Draw ``results`` of a profile into an image whose kind the file's name says.
+
+    Raises
+    ------
+    Gpt2CupyError
+        If the file takes no more.
+    """
     figure = matplotlib_figure()(figsize=(14, 7), layout="constrained")
     roofline, bars = figure.subplots(1, 2)
     _roofline(roofline, results)
@@ -43,7 +50,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         f"{results.get('model', 'model')}, {results['dtype']}, batch {run['batch']}, "
         f"{run['tokens']} tokens after {run['prompt_tokens']}, {results.get('device', '')}"
     )
-    figure.savefig(path, dpi=120)
+    with file_errors(path, "the plot"):
+        figure.savefig(path, dpi=120)
 
 
 def _roofline(axes: Any, results: dict[str, Any]) -> None:

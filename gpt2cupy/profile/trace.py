@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..output import file_errors
 from .result import Profile
 
 Event = dict[str, Any]
@@ -90,10 +91,17 @@ def _name(kind: str, thread: int, name: str) -> Event:
 
 
 def write(profile: Profile, path: Path) -> None:
-    """Write the trace; the settings go with it."""
+    """Write the trace; the settings go with it.
+
+    Raises
+    ------
+    Gpt2CupyError
+        If the file takes no more.
+    """
     trace = {
         "traceEvents": events(profile),
         "displayTimeUnit": "ns",
         "otherData": {key: str(value) for key, value in profile.results["settings"].items()},
     }
-    path.write_text(json.dumps(trace) + "\n")
+    with file_errors(path, "the trace"):
+        path.write_text(json.dumps(trace) + "\n")

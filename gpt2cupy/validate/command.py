@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import checkpoint, loading
+from .. import checkpoint, loading, output
 from ..errors import Gpt2CupyError, InputError
 from ..ids import check_tokens
 from ..model import GPT2
@@ -65,7 +65,10 @@ def run(settings: Settings, *, as_json: bool = False) -> bool:
     passed = all(comparison.passed for comparison in comparisons)
     _show(settings, comparisons, passed, as_json)
     verdict = table.verdict(comparisons)
-    print(verdict, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        print(verdict, file=sys.stderr, flush=True)
+    else:
+        output.write(f"{verdict}\n")
     return passed
 
 
@@ -80,7 +83,7 @@ def _show(
             "passed": passed,
             "comparisons": [comparison.to_dict() for comparison in comparisons],
         }
-        print(json.dumps(whole, indent=1, allow_nan=False), flush=True)
+        output.write(json.dumps(whole, indent=1, allow_nan=False) + "\n")
         return
     from ..console import Console
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from builders import TINY
+from command import CPU, cli
 from pretended_gpu import PROMPT, SMALL, STEP, held
 from typer.testing import CliRunner
 
-from gpt2cupy import profile
+from gpt2cupy import output, profile
 from gpt2cupy.cli.app import app
-from gpt2cupy.profile import command, plot, trace
+from gpt2cupy.profile import plot, trace
 from gpt2cupy.profile.measure import Session
 
 
@@ -131,10 +134,10 @@ def test_errors_come_before_measuring(options, message, tmp_path, monkeypatch):
 
 
 def test_checking_a_path_leaves_it_alone(tmp_path):
-    command.check_writable(tmp_path / "new.json", "--trace")
+    output.check_writable(tmp_path / "new.json", "--trace")
     assert not list(tmp_path.iterdir())
     (tmp_path / "old.json").write_text("kept")
-    command.check_writable(tmp_path / "old.json", "--trace")
+    output.check_writable(tmp_path / "old.json", "--trace")
     assert (tmp_path / "old.json").read_text() == "kept"
 
 
@@ -150,3 +153,41 @@ def test_the_command_keeps_what_a_held_cupti_left(cupti, model, tmp_path, monkey
     done = invoke("--trace", tmp_path / "t.json")
     assert done.exit_code == 1 and "CUPTI cannot be used" in done.stderr
     assert "projection" in done.stdout and (tmp_path / "t.json").exists()
+
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@needs_full
+def test_what_was_measured_is_kept_when_the_trace_cannot_be_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = invoke("--trace", "/dev/full", "--plot", tmp_path / "out.png")
+    assert done.exit_code == 1 and "tokens/s" in done.stdout
+    assert "the trace cannot be written: No space left on device (/dev/full). Free" in done.stderr
+    assert (tmp_path / "out.png").stat().st_size
+
+
+@needs_full
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_was_measured_is_kept_when_stdout_cannot_be_written(options, tmp_path):
+    quick = ["--warmup", "0", "--runs", "1", "--tokens", "3", "--trace", str(tmp_path / "t.json")]
+    with open("/dev/full", "w") as full:
+        ended = cli(
+            *("profile", *CPU, *quick, *options),
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "the output cannot be written: No space left" in ended.stderr
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("same", ["a.png", "sub/../a.png"])
+def test_the_trace_and_the_plot_are_two_files(same, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.setattr(Session, "unprofiled", lambda self: pytest.fail("measured"))
+    done = invoke("--trace", tmp_path / same, "--plot", tmp_path / "a.png")
+    assert done.exit_code == 1 and "cannot both be" in done.stderr
+    assert not (tmp_path / "a.png").exists()
