@@ -18,25 +18,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from shared import (
-    DTYPES,
-    Kept,
-    backends,
-    chosen,
-    config_of,
-    main,
-    names,
-    numbers,
-    parser,
-    paths,
-    random_model,
-    too_large,
-)
+from arguments import check_fits, checked, chosen, main, names, numbers, parser
+from shared import DTYPES, Kept, backends, config_of, paths, random_model, too_large
 
 from gpt2cupy import GPT2, SamplingParams, decode, ops
 from gpt2cupy.decode import graph
 from gpt2cupy.engine import Engine
-from gpt2cupy.loading import resolve_device
+from gpt2cupy.errors import InputError
 from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing
 
@@ -121,6 +109,17 @@ def applicable(device: str, dtypes: list[str], batches: list[int]) -> list[str]:
     return [name for name, one in SWITCHES.items() if any(one.applies(*case) for case in cases)]
 
 
+def check_applies(wanted: list[str], there: list[str], device: str) -> None:
+    """Raise InputError for a switch that changes nothing with these arguments."""
+    for name in wanted:
+        if name not in there:
+            raise InputError(
+                f"switch {name!r} does not apply here",
+                where=f"--device {device}, and the dtypes and batches asked for",
+                remedy=f"Those that do: {', '.join(there) or 'none'}.",
+            )
+
+
 def combinations(switches: list[str]) -> list[tuple[str, ...]]:
     """Nothing off, each one off, all off."""
     single = [(name,) for name in switches]
@@ -165,13 +164,18 @@ def run() -> None:
     options.add_argument("--runs", type=int, default=3)
     args = options.parse_args()
     chosen(args.dtype, DTYPES, "dtype")
+    chosen(args.disable or [], SWITCHES, "switch")
+    config = config_of(args.model)
+    if not args.list:  # which needs no GPU
+        checked(args, {"tokens": 2})
+        what = f"a prompt of {PROMPT} and --tokens {args.tokens}"
+        check_fits(config, args.model, PROMPT + args.tokens, what)
     there = applicable(args.device, args.dtype, args.batch)
-    if args.list:  # needs no GPU
+    if args.list:
         print(*(f"{name:<18} {SWITCHES[name].what}" for name in there), sep="\n")
         return
-    resolve_device(args.device)
-    wanted = there if args.disable is None else chosen(args.disable, there, "switch")
-    config = config_of(args.model)
+    wanted = there if args.disable is None else args.disable
+    check_applies(wanted, there, args.device)
     settings = {"model": args.model, "prompt": PROMPT, "tokens": args.tokens}
     settings |= {"switches": {name: SWITCHES[name].what for name in wanted}}
     with Kept(args.out, settings, gpu=args.device != "cpu") as kept:

@@ -13,23 +13,9 @@ from __future__ import annotations
 
 import argparse
 
-from decode import measure_step
-from shared import (
-    DTYPES,
-    Kept,
-    Reader,
-    chosen,
-    config_of,
-    main,
-    names,
-    numbers,
-    parsed,
-    parser,
-    paths,
-    random_model,
-    step_bytes,
-    too_large,
-)
+from arguments import check_fits, chosen, main, names, numbers, parsed, parser
+from decode import measure_step, reach
+from shared import DTYPES, Kept, Reader, config_of, paths, random_model, step_bytes, too_large
 
 
 def point(text: str) -> tuple[int, int]:
@@ -61,6 +47,8 @@ def run() -> None:
     (path,) = chosen([args.decode or known[-1]], known, "decode path")
     chosen(args.dtype, DTYPES, "dtype")
     config = config_of(args.model)
+    for _, context in points(args, first=True):
+        check_fits(config, args.model, reach(context), f"steps at context {context}")
 
     on_gpu = args.device != "cpu"
     reader = Reader() if on_gpu else None

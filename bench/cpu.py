@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared import SIZES, chosen, config_of, main, parser, prompts, write_checkpoint
+from arguments import check_fits, checked, chosen, main, parser
+from shared import SIZES, config_of, prompts, write_checkpoint
 from workers import Comparison, EngineError, Spec
 
 from gpt2cupy import record
@@ -60,7 +61,10 @@ def run() -> None:
     args = options.parse_args()
     chosen([args.device], ["cpu"], "device")
     chosen([args.model], [*SIZES, "tiny"], "model")
+    checked(args, {"tokens": 2})
     config = config_of(args.model)
+    what = f"a prompt of {PROMPT} and --tokens {args.tokens}"
+    check_fits(config, args.model, PROMPT + args.tokens, what)
     with tempfile.TemporaryDirectory() as folder, Comparison(ENGINES, args.threads) as comparison:
         write_checkpoint(Path(folder), config, "float32")
         job = {"folder": folder, "dtype": "float32", "device": "cpu", "threads": args.threads}

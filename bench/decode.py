@@ -18,19 +18,14 @@ import time
 from typing import Any
 
 import numpy as np
+from arguments import check_fits, chosen, main, names, numbers, parsed, parser
 from shared import (
     DTYPES,
     PREFILL_ROWS,
     Kept,
     Reader,
     backends,
-    chosen,
     config_of,
-    main,
-    names,
-    numbers,
-    parsed,
-    parser,
     paths,
     random_model,
     step_bytes,
@@ -60,13 +55,23 @@ def filled_engine(model: GPT2, path: str, batch: int, context: int) -> Engine:
     return engine
 
 
+def first_position(context: int) -> int:
+    """Where the steps in a row begin, so that ``context`` is about their middle."""
+    return max(context - 1 - IN_A_ROW // 2, 0)
+
+
+def reach(context: int) -> int:
+    """Tokens that a row may hold while its steps at a context are measured."""
+    return max(context, first_position(context) + IN_A_ROW)
+
+
 def measure_step(model: GPT2, path: str, batch: int, context: int, runs: int) -> dict[str, Any]:
     engine = filled_engine(model, path, batch, context)
     queueing: list[float] = []
 
     def back() -> None:
         # The positions advance with each step; go back so that the context stays what it is.
-        engine.state.positions.fill(max(context - 1 - IN_A_ROW // 2, 0))
+        engine.state.positions.fill(first_position(context))
 
     def steps() -> None:
         start = time.perf_counter()
@@ -138,18 +143,23 @@ def run() -> None:
     options.add_argument("--prompt", type=int, default=32)
     options.add_argument("--tokens", type=int, default=200)
     options.add_argument("--runs", type=int, default=30)
-    args = parsed(options)
+    args = parsed(options, {"tokens": 2})
     known = paths(args.device)
     args.decode = chosen(args.decode or known, known, "decode path")
     chosen(args.dtype, DTYPES, "dtype")
     chosen(args.gemv, ("ours", "cublas"), "backend")
+    configs = {size: config_of(size) for size in args.model}
+    for size, config in configs.items():
+        for context in args.context:
+            check_fits(config, size, reach(context), f"steps at context {context}")
+        what = f"--prompt {args.prompt} and --tokens {args.tokens}"
+        check_fits(config, size, args.prompt + args.tokens, what)
 
     on_gpu = args.device != "cpu"
     reader = Reader() if on_gpu else None
     settings = {"weights": "random", "quantize": args.quantize}
     with Kept(args.out, settings, gpu=on_gpu) as kept:
-        for size in args.model:
-            config = config_of(size)
+        for size, config in configs.items():
             for dtype in args.dtype:
                 if reason := too_large(config, dtype, max(args.batch), args.device):
                     kept.skip(f"{size} {dtype}", reason)

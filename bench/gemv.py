@@ -17,19 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from shared import (
-    DTYPES,
-    SIZES,
-    Kept,
-    Reader,
-    chosen,
-    config_of,
-    fill,
-    main,
-    names,
-    parsed,
-    parser,
-)
+from arguments import chosen, main, names, parsed, parser
+from shared import DTYPES, SIZES, Kept, Reader, config_of, fill
 
 from gpt2cupy import GPT2Config
 from gpt2cupy.errors import InputError
@@ -104,13 +93,14 @@ def run() -> None:
         raise InputError(
             "this compares two GPU backends", where="--device", remedy="Run it on a GPU."
         )
+    configs = {size: config_of(size) for size in args.model}
     import cupy
 
     with Kept(args.out, {}, gpu=True) as kept, cupy.cuda.Stream(non_blocking=True):
         reader = Reader()
-        for size in args.model:
+        for size, config in configs.items():
             for dtype in args.dtype:
-                for name, (m, k, wide) in shapes(config_of(size)).items():
+                for name, (m, k, wide) in shapes(config).items():
                     row = {"model": size, "dtype": dtype, "shape": name, "m": m, "k": k}
                     row |= measure(m, k, wide, dtype, reader, args.runs)
                     kept.rows.append(row)

@@ -12,21 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import prefill
-from decode import measure_step
-from shared import (
-    DTYPES,
-    Kept,
-    chosen,
-    config_of,
-    main,
-    names,
-    numbers,
-    parsed,
-    parser,
-    paths,
-    random_model,
-    too_large,
-)
+from arguments import check_fits, chosen, main, names, numbers, parsed, parser
+from decode import measure_step, reach
+from shared import DTYPES, Kept, config_of, paths, random_model, too_large
 
 from gpt2cupy import GPT2
 
@@ -56,9 +44,12 @@ def run() -> None:
     options.add_argument("--runs", type=int, default=30)
     args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
+    configs = {size: config_of(size) for size in args.model}
+    for size, config in configs.items():
+        check_fits(config, size, reach(args.context), f"steps at context {args.context}")
+        check_fits(config, size, max(args.tokens), "--tokens")
     with Kept(args.out, {"weights": "random"}, gpu=args.device != "cpu") as kept:
-        for size in args.model:
-            config = config_of(size)
+        for size, config in configs.items():
             for dtype in args.dtype:
                 if reason := too_large(config, dtype, max(args.batch), args.device):
                     kept.skip(f"{size} {dtype}", reason)

@@ -19,21 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared import (
-    DTYPES,
-    Kept,
-    chosen,
-    config_of,
-    main,
-    names,
-    numbers,
-    parsed,
-    parser,
-    paths,
-    prompts,
-    too_large,
-    write_checkpoint,
-)
+from arguments import check_fits, chosen, main, names, numbers, parsed, parser
+from shared import DTYPES, Kept, config_of, paths, prompts, too_large, write_checkpoint
 from workers import Comparison, Spec
 
 from gpt2cupy import record
@@ -66,8 +53,8 @@ def estimate(batches: list[int], dtypes: int, prompt: int, tokens: int) -> float
 
     Raises
     ------
-    OSError, LookupError
-        If a record or a row of it is missing.
+    OSError, LookupError, ValueError
+        If a record or a row of it is missing, or it is damaged.
     """
 
     def rows(name: str) -> list[dict[str, Any]]:
@@ -99,7 +86,7 @@ def run() -> None:
     options.add_argument("--rounds", type=int, default=1)
     options.add_argument("--engines", type=names, help="all by default")
     options.add_argument("--decode", help="decode path with the cache; the fastest by default")
-    args = parsed(options)
+    args = parsed(options, {"tokens": 2})
     chosen(args.dtype, DTYPES, "dtype")
     path = args.decode or paths(args.device)[-1]
     chosen([path], paths(args.device), "decode path")
@@ -107,6 +94,8 @@ def run() -> None:
     wanted = chosen(args.engines or list(engines), engines, "engine")
 
     config = config_of(args.model)
+    what = f"--prompt {args.prompt} and --tokens {args.tokens}"
+    check_fits(config, args.model, args.prompt + args.tokens, what)
     settings = {"model": args.model, "prompt": args.prompt, "tokens": args.tokens}
     settings |= {"rounds": args.rounds, "decode": path}
     with (
@@ -117,8 +106,8 @@ def run() -> None:
         try:
             shape = args.batch, len(args.dtype), args.prompt, args.tokens
             comparison.say(f"about {estimate(*shape):.0f} s for the 124M on the records' GPU")
-        except (OSError, LookupError) as error:
-            comparison.say(f"no estimate: a record or a row of it is missing ({error})")
+        except (OSError, LookupError, ValueError) as error:
+            comparison.say(f"no estimate: a record or a row of it is missing or damaged ({error})")
         for dtype in args.dtype:
             largest = max(args.batch)
             if reason := too_large(config, dtype, largest, args.device, len(wanted)):

@@ -17,21 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared import (
-    DTYPES,
-    Kept,
-    chosen,
-    config_of,
-    main,
-    names,
-    numbers,
-    parsed,
-    parser,
-    paths,
-    prompts,
-    too_large,
-    write_checkpoint,
-)
+from arguments import check_fits, chosen, main, names, numbers, parsed, parser
+from shared import DTYPES, Kept, config_of, paths, prompts, too_large, write_checkpoint
 from workers import Comparison, Spec
 
 _HF = ("torch", "transformers")
@@ -63,11 +50,15 @@ def run() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--engines", type=names, help="all by default")
     options.add_argument("--gguf", type=Path, help="this model for llama.cpp's llama-bench")
-    args = parsed(options)
+    args = parsed(options, {"tokens": 2})
     chosen(args.dtype, DTYPES, "dtype")
     engines = specs(args.device, args.gguf)
     wanted = chosen(args.engines or list(engines), engines, "engine")
 
+    configs = {size: config_of(size) for size in args.model}
+    for size, config in configs.items():
+        what = f"--prompt {args.prompt} and --tokens {args.tokens}"
+        check_fits(config, size, args.prompt + args.tokens, what)
     settings = {"weights": "random", "prompt": args.prompt, "tokens": args.tokens}
     settings["rounds"] = args.rounds
     with (
@@ -76,8 +67,7 @@ def run() -> None:
     ):
         for name, reason in NOT_TIMED.items():
             kept.skip(name, reason)
-        for size in args.model:
-            config = config_of(size)
+        for size, config in configs.items():
             with tempfile.TemporaryDirectory() as name:
                 for dtype in args.dtype:
                     count = len(comparison.workers)

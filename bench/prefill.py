@@ -13,19 +13,8 @@ import time
 from typing import Any
 
 import numpy as np
-from shared import (
-    DTYPES,
-    Kept,
-    chosen,
-    config_of,
-    main,
-    names,
-    numbers,
-    parsed,
-    parser,
-    random_model,
-    too_large,
-)
+from arguments import check_fits, chosen, main, names, numbers, parsed, parser
+from shared import DTYPES, Kept, config_of, random_model, too_large
 
 from gpt2cupy import GPT2, SamplingParams
 from gpt2cupy.decode.eager import choose
@@ -70,9 +59,11 @@ def run() -> None:
     options.add_argument("--runs", type=int, default=30)
     args = parsed(options)
     chosen(args.dtype, DTYPES, "dtype")
+    configs = {size: config_of(size) for size in args.model}
+    for size, config in configs.items():
+        check_fits(config, size, max(args.tokens), "--tokens")
     with Kept(args.out, {"weights": "random"}, gpu=args.device != "cpu") as kept:
-        for size in args.model:
-            config = config_of(size)
+        for size, config in configs.items():
             for dtype in args.dtype:
                 if reason := too_large(config, dtype, 1, args.device):
                     kept.skip(f"{size} {dtype}", reason)

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import check_fits, checked, chosen, main
 from layout import device
-from shared import DTYPES, chosen, config_of, main, random_model
+from shared import DTYPES, config_of, random_model
 
-from gpt2cupy import GPT2, record
+from gpt2cupy import GPT2, output, record
 from gpt2cupy.errors import InputError
-from gpt2cupy.loading import resolve_device
 from gpt2cupy.profile import Settings, equation_text, plot, profile, trace
 
 # "What is your name" in GPT-2's tokens: random weights have no tokenizer.
@@ -117,9 +117,12 @@ def run() -> None:
         return
     config = config_of(args.model)
     chosen(args.dtype, DTYPES, "dtype")
-    resolve_device(args.device)
+    checked(args, {"warmup": 0})
+    what = f"a prompt of {len(PROMPT_IDS)} and --tokens {args.tokens}"
+    check_fits(config, args.model, len(PROMPT_IDS) + args.tokens, what)
     if args.trace:
-        args.trace.mkdir(parents=True, exist_ok=True)
+        with output.file_errors(args.trace, "traces"):
+            args.trace.mkdir(parents=True, exist_ok=True)
     settings = Settings(warmup=args.warmup, runs=args.runs, tokens=args.tokens)
     on_gpu = args.device != "cpu"
     paths = [settings] + [dataclasses.replace(settings, decode="graph")] * on_gpu

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared import SIZES, chosen, config_of, main, parser
+from arguments import chosen, main, parsed, parser
+from shared import SIZES, config_of
 
 from gpt2cupy import GPT2, GPT2Config, checkpoint, record
+from gpt2cupy.errors import InputError
 from gpt2cupy.ids import check_tokens
 from gpt2cupy.loading import place, resolve_device, resolve_dtype, weight_tensors
 from gpt2cupy.quantize import through_int8
@@ -94,7 +96,12 @@ def compared(
 
 def embedded(path: Path, size: int, device: str) -> dict[str, Any]:
     """The embedded model on the first ``size`` bytes of a text."""
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}", where="--text", remedy="Name a text file."
+        ) from error
     given = raw[: min(size, int(len(raw) * SHARE))].decode("utf-8", "ignore")
     source = checkpoint.open("shakespeare")
     tokenizer = Tokenizer.from_path(source.path)
@@ -123,7 +130,7 @@ def run() -> None:
     options.add_argument("--text", type=Path, required=True, help="what the embedded model scores")
     options.add_argument("--bytes", type=int, default=20000, help="of the text, from its beginning")
     options.add_argument("--random", default="124M", help="a size of GPT-2, tiny, or none")
-    args = options.parse_args()
+    args = parsed(options)
     chosen([args.random], [*SIZES, "tiny", "none"], "model")
     models = [embedded(args.text, args.bytes, args.device)]
     if args.random != "none":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 
 from gpt2cupy import GPT2, GPT2Config, decode, record
 from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
-from gpt2cupy.errors import Gpt2CupyError, InputError
+from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.loading import resolve_device, resolve_dtype
+from gpt2cupy.ops.device import import_cupy
 from gpt2cupy.quantize import LARGEST, MATRICES, SCALE_DTYPE, QuantizedMatrix, scale_shape
 from gpt2cupy.timing import Timing, device_times
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT
@@ -55,59 +54,11 @@ def config_of(name: str) -> GPT2Config:
     return TINY if name == "tiny" else GPT2Config.from_name(SIZES.get(name, name))
 
 
-def names(text: str) -> list[str]:
-    """A list of an option, separated by commas."""
-    return [part for part in text.split(",") if part]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in names(text)]
-
-
-def parser(
-    doc: str | None, out: str, devices: tuple[str, ...] = ("cuda", "cpu")
-) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    made = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
-    made.add_argument(
-        "--device", default="cuda", choices=devices, help="cpu is for trying the script"
-    )
-    made.add_argument("--out", type=Path, default=record.RESULTS / out, help="the record")
-    return made
-
-
-def parsed(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; without a GPU where one is asked for, the error that says why."""
-    args = options.parse_args()
-    resolve_device(args.device)
-    return args
-
-
-def main(run: Callable[[], None]) -> None:
-    """Run a script; an error of gpt2cupy is one line."""
-    try:
-        run()
-    except Gpt2CupyError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-
-
-def chosen(wanted: list[str], known: Any, what: str) -> list[str]:
-    """``wanted`` if every name is known, else an error that lists what there is."""
-    for name in wanted:
-        if name not in known:
-            raise InputError(
-                f"unknown {what} {name!r}", remedy=f"There are: {', '.join(known) or 'none'}."
-            )
-    return wanted
-
-
 def paths(device: str) -> list[str]:
     """The ways to run a decode step, the plainest first."""
     if device == "cpu":
         return list(decode.paths(np))
-    import cupy
-
-    return list(decode.paths(cupy))
+    return list(decode.paths(import_cupy()))
 
 
 def backends(dtype: str, batch: int, device: str) -> list[str]:
@@ -208,7 +159,7 @@ class Kept:
     """A record that grows by rows; used in a ``with`` statement.
 
     It is written when the block ends, also by an error, and by :meth:`save`. Only one whose
-    block came to its end is complete.
+    block came to its end is complete, and none with a row in which no engine ran.
 
     Parameters
     ----------
@@ -238,7 +189,14 @@ class Kept:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.save(complete=kind is None)
+        empty = [row for row in self.rows if row.get("engines") == {}]
+        self.save(complete=kind is None and not empty)
+        if kind is None and empty:
+            raise Gpt2CupyError(
+                f"no engine ran in {len(empty)} of {len(self.rows)} rows",
+                where=str(self.out),
+                remedy="The record says why, under skipped.",
+            )
 
 
 class Reader:

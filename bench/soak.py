@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from shared import SIZES, config_of, main, parsed, parser, write_checkpoint
+from arguments import main, parsed, parser
+from shared import SIZES, config_of, write_checkpoint
 
 from gpt2cupy import LanguageModel, SamplingParams, load, record
 from gpt2cupy.decode.prompt import BUCKETS

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from shared import config_of, main, parsed, parser, write_checkpoint
+from arguments import chosen, main, parsed, parser
+from shared import DTYPES, config_of, write_checkpoint
 
 from gpt2cupy import record
 from gpt2cupy.timing import Timing
@@ -44,8 +45,10 @@ def run() -> None:
     options.add_argument("--dtype", default="float16")
     options.add_argument("--runs", type=int, default=5)
     args = parsed(options)
+    chosen([args.dtype], DTYPES, "dtype")
+    config = config_of(args.model)
     with tempfile.TemporaryDirectory() as name:
-        write_checkpoint(Path(name), config_of(args.model), args.dtype)
+        write_checkpoint(Path(name), config, args.dtype)
         cold = first_token(Path(name), args.device)
         times = [first_token(Path(name), args.device) for _ in range(args.runs)]
     timing = Timing.of(times)

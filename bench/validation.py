@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared import SIZES, config_of, main, parser, write_checkpoint
+from arguments import main, parsed, parser
+from shared import SIZES, config_of, write_checkpoint
 
 from gpt2cupy import record
 from gpt2cupy.errors import Gpt2CupyError
@@ -55,7 +56,7 @@ def run() -> None:
     options.add_argument("--model", default="shakespeare")
     options.add_argument("--steps", type=int, default=128)
     options.add_argument("--batch", type=int, default=2)
-    args = options.parse_args()
+    args = parsed(options)
     with tempfile.TemporaryDirectory() as folder:
         where = args.model
         if args.model in (*SIZES, "tiny"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .output import file_errors
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -145,6 +146,11 @@ def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -
         Whether it was measured on a GPU, and so depends on the kernels.
     complete : bool
         Whether all that was asked for was measured, or skipped with a reason.
+
+    Raises
+    ------
+    Gpt2CupyError
+        If the file cannot be written.
     """
     sources = list(GPU_SOURCES if gpu else CPU_SOURCES)
     record = {
@@ -156,8 +162,9 @@ def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -
         "complete": complete,
         "results": results,
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+    with file_errors(Path(path), "the record"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -17,12 +19,16 @@ from hypothesis import strategies as st
 from gpt2cupy import GPT2Config, load, ops
 from gpt2cupy.cache import KVCache
 from gpt2cupy.decode import graph
+from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.record import ROOT
 from gpt2cupy.weights import RESIDUAL_BIASES, Weights
 
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
+import arguments
+import decode
 import naive
+import prefill
 import shared
 import soak
 import tables
@@ -102,6 +108,10 @@ def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
         ("peers", ["--engines", "nothing"], "unknown engine 'nothing'"),
         ("naive", ["--decode", "telepathy"], "unknown decode path"),
         ("profiling", ["--model", "7B"], "7B"),
+        ("ablation", ["--disable", ","], "the list is empty (--disable)"),
+        ("ablation", ["--disable", "graph"], "switch 'graph' does not apply here (--device cpu"),
+        ("startup", ["--dtype", "int3"], "unknown dtype 'int3'"),
+        ("quantization", ["--text", "no such file"], "cannot be read"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
@@ -113,7 +123,111 @@ def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
     assert not out.exists()
 
 
-ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak invariance"
+TOO_SMALL = [
+    ("ablation", ["--tokens", "1"], "1 is too small (--tokens). Give 2 or more"),
+    ("ablation", ["--runs", "0"], "0 is too small (--runs)"),
+    ("decode", ["--batch", "4,0"], "0 is too small (--batch)"),
+    ("decode", ["--batch", ","], "the list is empty (--batch)"),
+    ("decode", ["--tokens", "1"], "1 is too small (--tokens)"),
+    ("naive", ["--rounds", "0"], "0 is too small (--rounds)"),
+    ("naive", ["--tokens", "1"], "1 is too small (--tokens)"),
+    ("peers", ["--tokens", "1"], "1 is too small (--tokens)"),
+    ("prefill", ["--tokens", "8,0"], "0 is too small (--tokens)"),
+    ("batches", ["--large", "0x5"], "0 is too small (--large)"),
+    ("soak", ["--warmup", "0"], "0 is too small (--warmup)"),
+    ("cpu", ["--tokens", "1"], "1 is too small (--tokens)"),
+    ("validation", ["--steps", "0"], "0 is too small (--steps)"),
+    ("profiling", ["--runs", "0"], "0 is too small (--runs)"),
+]
+TOO_LONG = [
+    ("decode", [], "steps at context 128: 131 tokens exceed the context of 128 (--model tiny)"),
+    ("decode", ["--context", "9"], "--prompt 32 and --tokens 200: 232 tokens exceed"),
+    ("batches", [], "steps at context 128"),
+    ("batches", ["--context", "9", "--at", "9"], "steps at context 512"),
+    ("prefill", [], "--tokens: 1024 tokens exceed the context of 128"),
+    ("ablation", [], "a prompt of 32 and --tokens 512"),
+    ("invariance", [], "steps at context 256"),
+    ("naive", ["--tokens", "5000"], "--prompt 32 and --tokens 5000"),
+    ("peers", ["--tokens", "97"], "129 tokens exceed the context of 128"),
+    ("cpu", ["--tokens", "97"], "129 tokens exceed the context of 128"),
+    ("profiling", ["--tokens", "125"], "129 tokens exceed the context of 128"),
+]
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path):
+    """What a script says about arguments, if it neither measures nor makes a model."""
+
+    def refused(script: str, *options: str) -> str:
+        module = importlib.import_module(script)
+        for name in ("random_model", "write_checkpoint", "Reader", "Comparison"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured"))
+        out = [] if "--out" in options else ["--out", str(tmp_path / "record.json")]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "cpu", *out, *options])
+        with pytest.raises(SystemExit) as ended:
+            arguments.main(module.run)
+        assert isinstance(ended.value.code, str) and ended.value.code.startswith(f"{script}.py: ")
+        assert not list(tmp_path.glob("*.json"))
+        return ended.value.code
+
+    return refused
+
+
+@pytest.mark.parametrize("script, options, says", TOO_SMALL + TOO_LONG)
+def test_numbers_that_cannot_be_measured(refused, script, options, says):
+    assert says in refused(script, "--model", "tiny", *options)
+
+
+SCRIPTS = "ablation batches cpu decode invariance naive peers prefill profiling soak startup"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS.split(), "validation", "quantization"])
+def test_a_record_that_cannot_be_written_is_found_before_measuring(refused, script, tmp_path):
+    options = ["--text", __file__] if script == "quantization" else ["--model", "tiny"]
+    if script in ("ablation", "batches", "decode", "invariance", "naive", "peers", "prefill"):
+        options += RUNS.get(script, "--tokens 6").split()
+    assert "cannot be written" in refused(script, *options, "--out", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    inside = str(tmp_path / "file" / "record.json")
+    assert "(--out). Name a file in a folder" in refused(script, *options, "--out", inside)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_record_on_a_full_disk(tmp_path):
+    options = ["--device", "cpu", "--tokens", "4", "--runs", "1", "--dtype", "float32"]
+    failed = bench("prefill", "--model", "tiny", *options, "--out", "/dev/full")
+    assert failed.returncode == 1 and "1 x 4" in failed.stdout
+    assert failed.stderr.startswith("prefill.py: the record cannot be written: No space left")
+
+
+def test_contexts_reach_as_far_as_the_steps_do():
+    model = shared.random_model(shared.TINY, "float32", "cpu")
+    longest = max(c for c in range(1, 129) if decode.reach(c) <= shared.TINY.n_positions)
+    assert longest == 125
+    for context in (1, longest):
+        assert decode.measure_step(model, "eager", 1, context, 1)["context"] == context
+    with pytest.raises(IndexError):
+        decode.measure_step(model, "eager", 1, longest + 1, 1)
+
+
+@pytest.mark.parametrize("engines, complete", [({}, False), ({"one": {}}, True)])
+def test_a_record_without_an_engine_is_not_complete(tmp_path, engines, complete):
+    out = tmp_path / "record.json"
+    says = pytest.raises(Gpt2CupyError, match="no engine ran in 1 of 2 rows")
+    with contextlib.nullcontext() if complete else says, shared.Kept(out, {}, gpu=False) as kept:
+        kept.rows += [{"engines": {"one": {}}}, {"engines": engines}]
+    assert json.loads(out.read_text())["complete"] is complete
+
+
+def test_switches_are_checked_before_the_device():
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, ROOT / "bench" / "ablation.py", "--disable", "warp-drive"]
+    failed = subprocess.run(command, capture_output=True, text=True, env=hidden)
+    assert failed.returncode == 1 and "unknown switch 'warp-drive'" in failed.stderr
+
+
+ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak invariance validation"
 
 
 @pytest.mark.parametrize("script", ON_A_GPU.split())
@@ -123,15 +237,25 @@ def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
     failed = subprocess.run(command, capture_output=True, text=True, env=hidden)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
     assert failed.stderr.startswith(f"{script}.py: ") and "GPU" in failed.stderr
+    assert "device=" not in failed.stderr and "se --device cpu" in failed.stderr
 
 
-def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path):
+def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
     out = tmp_path / "record.json"
     options = ["--device", "cpu", "--out", str(out), "--dtype", "float32", "--runs", "1"]
-    failed = bench("prefill", "--model", "tiny,7B", "--tokens", "4", *options)
-    assert failed.returncode == 1 and "7B" in failed.stderr
+    monkeypatch.setattr(sys, "argv", ["prefill.py", "--model", "tiny", "--tokens", "4,5", *options])
+    measure = prefill.measure
+
+    def measure_first(model, tokens, runs):
+        if tokens == 5:
+            raise Gpt2CupyError("the rest failed")
+        return measure(model, tokens, runs)
+
+    monkeypatch.setattr(prefill, "measure", measure_first)
+    with pytest.raises(SystemExit, match="the rest failed"):
+        arguments.main(prefill.run)
     kept = json.loads(out.read_text())
-    assert [row["model"] for row in kept["results"]["rows"]] == ["tiny"]
+    assert [row["tokens"] for row in kept["results"]["rows"]] == [4]
     assert kept["complete"] is False
 
 
