@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,14 +10,39 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
+from gpt2cupy.errors import InputError
 from gpt2cupy.record import is_complete
 
 _VERSIONS = (
     "driver", "CUDA", "nvrtc", "cupy-cuda12x", "cupy-cuda13x", "numpy", "torch", "transformers",
 )  # fmt: skip
 
+_FIELDS = {"command", "date", "environment", "results", "source_hash", "sources"}
+
 Record = dict[str, Any]
 Row = dict[str, Any]
+
+
+def read(path: Path) -> Record:
+    """A record from its file.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or is no record.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror}"
+    except ValueError as error:
+        what = f"{path} is no record of a benchmark: {error}"
+    else:
+        missing = sorted(_FIELDS - found.keys()) if isinstance(found, dict) else sorted(_FIELDS)
+        if not missing:
+            return found
+        what = f"{path} is no record of a benchmark: it has no {', '.join(missing)}"
+    raise InputError(what, remedy="Take it from git again, or measure anew.")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]], text: int = 1) -> str:

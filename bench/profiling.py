@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from arguments import check_fits, checked, chosen, main
-from layout import device
+from layout import device, read
 from shared import DTYPES, config_of, random_model
 
 from gpt2cupy import GPT2, output, record
@@ -112,7 +112,7 @@ def run() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw the record's pictures")
     args = parser.parse_args()
     if args.draw:
-        entry = json.loads(args.out.read_text())
+        entry = read(args.out)
         draw(entry["results"], device(entry), args.out)
         return
     config = config_of(args.model)

@@ -14,7 +14,6 @@ there by hand is lost. A table without a record is left as it is.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -23,14 +22,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import main
 from batch_tables import goals
 from compare import compared
-from layout import Record, device
+from layout import Record, device, read
 from pictures import PICTURES
 from tables import TABLES
 
 from gpt2cupy import record
-from gpt2cupy.errors import Gpt2CupyError
+from gpt2cupy.errors import InputError
 
 ROOT = record.ROOT
 # Name of a table of several records -> (the one it cannot do without, how).
@@ -42,7 +42,37 @@ _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def records(folder: Path) -> dict[str, Record]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """The records of a folder by name."""
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no folder {folder}", where="--results", remedy="Name that of the records."
+        )
+    return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def kind(entry: Record) -> str:
+    """The script that made a record."""
+    return next((Path(w).name for w in entry["command"].split() if w.endswith(".py")), "?")
+
+
+def comparison(paths: list[Path]) -> list[str]:
+    """The lines of --compare."""
+    before, after = map(read, paths)
+    made = [kind(entry) for entry in (before, after)]
+    if made[0] != made[1]:
+        raise InputError(
+            f"the records are of different kinds, by {made[0]} and by {made[1]}",
+            where="--compare",
+            remedy="Name two records of the same benchmark.",
+        )
+    try:
+        return list(compared(before, after))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"that is no record of a benchmark: {error!r}",
+            where="--compare",
+            remedy="Take it from git again, or measure anew.",
+        ) from error
 
 
 def documents(root: Path) -> list[Path]:
@@ -131,7 +161,7 @@ def list_records(root: Path, results: Path) -> int:
     return bad
 
 
-def main() -> None:
+def run() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", action="store_true", help="list the records")
     parser.add_argument(
@@ -146,27 +176,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.compare:
-        try:
-            before, after = (json.loads(path.read_text()) for path in args.compare)
-            lines = list(compared(before, after))
-        except OSError as error:
-            sys.exit(f"report.py: {error.filename} cannot be read: {error.strerror} (--compare)")
-        except (ValueError, LookupError, TypeError) as error:
-            sys.exit(f"report.py: that is no record of a benchmark: {error!r} (--compare)")
-        print(*lines, sep="\n")
+        print(*comparison(args.compare), sep="\n")
         return
     if args.records:
         failed = list_records(args.root, args.results) and args.strict
     else:
         differing = update(args.root, args.results, check=args.check)
-        try:
-            draw = args.draw and not args.check
-            differing += update_pictures(args.root, args.results, draw=draw)
-        except Gpt2CupyError as error:
-            sys.exit(f"report.py: {error}")
+        draw = args.draw and not args.check
+        differing += update_pictures(args.root, args.results, draw=draw)
         failed = differing and args.check
     sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

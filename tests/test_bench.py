@@ -109,7 +109,11 @@ def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
         ("naive", ["--decode", "telepathy"], "unknown decode path"),
         ("profiling", ["--model", "7B"], "7B"),
         ("ablation", ["--disable", ","], "the list is empty (--disable)"),
-        ("ablation", ["--disable", "graph"], "switch 'graph' does not apply here (--device cpu"),
+        (
+            "ablation",
+            ["--model", "tiny", "--tokens", "6", "--disable", "graph"],
+            "switch 'graph' does not apply here (--device cpu",
+        ),
         ("startup", ["--dtype", "int3"], "unknown dtype 'int3'"),
         ("quantization", ["--text", "no such file"], "cannot be read"),
     ],

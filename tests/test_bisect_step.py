@@ -142,6 +142,32 @@ def test_bisecting_sees_a_wrong_choice_a_wrong_cache_and_other_ops(bisect_step):
     assert found.op.writes == "the state" and set(found.differences) == {"k"}
 
 
+def run_main(bisect_step, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["bisect_step.py", "--device", "cpu", *options])
+    return bisect_step.main()
+
+
+@pytest.mark.parametrize("options", [[], ["--path", "eager"], ["--gemv", "cublas"]])
+def test_eager_is_not_compared_with_itself(bisect_step, monkeypatch, capsys, options):
+    assert run_main(bisect_step, monkeypatch, *options) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("bisect_step: there is nothing to compare: both paths are eager")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_command_compares_another_path(bisect_step, monkeypatch, capsys, changed):
+    def decoder(model, path):
+        weights = copied(model.config, model.weights)
+        weights.out_w[0] += changed
+        return Broken(model, GPT2(model.config, weights))
+
+    monkeypatch.setattr(bisect_step.decode, "decoder", decoder)
+    assert run_main(bisect_step, monkeypatch, "--position", "5") == changed
+    said = "broken leaves eager at op 5: layer 0" if changed else "broken does not leave eager"
+    assert capsys.readouterr().out.startswith(said)
+
+
 def test_the_tolerance_of_bisecting(bisect_step):
     assert bisect_step.relative(np.array([1.0, 2.5]), np.array([1.0, 2.0])) == 0.25
     nan = np.array([np.nan, 1.0], np.float32)

@@ -20,7 +20,9 @@ def timing(median, width=5.0):
 
 
 def entry(results):
-    return {"environment": {"gpu": "NVIDIA H200", "driver": "580.1"}, "results": results}
+    made = {"command": "python bench/decode.py", "date": "2026-01-02", "sources": []}
+    made |= {"source_hash": record.source_hash([])}
+    return made | {"environment": {"gpu": "NVIDIA H200", "driver": "580.1"}, "results": results}
 
 
 def decode_record(**medians):
@@ -82,14 +84,18 @@ def test_records_without_timings_say_so():
 
 
 def test_what_is_no_record_is_one_line(tmp_path):
-    good, list_, broken = (tmp_path / name for name in ("good.json", "list.json", "broken.json"))
+    files = ("good.json", "list.json", "broken.json", "another.json")
+    good, list_, broken, another = (tmp_path / name for name in files)
+    prefill = decode_record(a=1.0) | {"command": "python bench/prefill.py --runs 3"}
+    another.write_text(json.dumps(prefill))
     good.write_text(json.dumps(decode_record(a=1.0)))
     list_.write_text("[]")
     broken.write_text("{")
     for other, says in (
         (tmp_path / "none.json", "none.json cannot be read: No such file"),
-        (list_, "no record of a benchmark"),
-        (broken, "no record of a benchmark"),
+        (list_, "list.json is no record of a benchmark: it has no command"),
+        (broken, "broken.json is no record of a benchmark: Expecting"),
+        (another, "of different kinds, by decode.py and by prefill.py (--compare)"),
     ):
         command = [sys.executable, record.ROOT / "bench" / "report.py", "--compare", good, other]
         failed = subprocess.run(command, capture_output=True, text=True)

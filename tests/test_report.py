@@ -95,6 +95,22 @@ def test_a_table_without_a_record_stays(example):
     assert "by hand" in path.read_text()
 
 
+@pytest.mark.parametrize("option", ["--records", "--check", "--draw"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"date": "2026-01-02"}', "\xff"])
+def test_a_damaged_record_is_named(example, option, text):
+    (example / "results" / "gemv.json").write_bytes(text.encode("latin-1"))
+    failed = run(example, option)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("report.py: ") and "gemv.json is no record" in failed.stderr
+    assert failed.stderr.endswith("Take it from git again, or measure anew.\n")
+
+
+@pytest.mark.parametrize("option", ["--records", "--check"])
+def test_a_folder_of_records_that_is_not_there_is_an_error(example, option):
+    failed = run(example, option, "--results", example / "nope")
+    assert failed.returncode == 1 and failed.stderr.startswith("report.py: there is no folder")
+
+
 def test_an_unknown_table_is_an_error(example):
     (example / "README.md").write_text("<!-- table: nothing -->\n<!-- end -->\n")
     checked = run(example)

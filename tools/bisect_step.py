@@ -202,6 +202,13 @@ def main() -> int:
     try:
         model = GPT2.from_pretrained(args.model, dtype=args.dtype, device=args.device)
         other = GPT2(model.config, model.weights, gemv=args.gemv)
+        name = decode.decoder(other, args.path).name
+        if name == EagerDecoder.name and (model.xp is np or other.gemv == model.gemv):
+            raise InputError(
+                f"there is nothing to compare: both paths are {name}",
+                where=f"--path {args.path}, --device {args.device}",
+                remedy="Name another path or --gemv, on a GPU.",
+            )
         ids = random_ids(model, args.batch, args.position + 1, args.seed)
         departure, count = bisect(
             lambda: EagerDecoder(model),
@@ -212,7 +219,6 @@ def main() -> int:
     except Gpt2CupyError as error:
         print(f"bisect_step: {error}", file=sys.stderr)
         return 2
-    name = decode.decoder(other, args.path).name
     if departure is None:
         print(f"{name} does not leave eager in any of the {count} ops of the step")
         return 0
