@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# How long an example takes depends on what else the machine does; no test asks for speed.
+hypothesis.settings.register_profile("gpt2cupy", deadline=None)
+hypothesis.settings.load_profile("gpt2cupy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -82,7 +82,7 @@ def test_tokenize(lm):
     assert row == {"ids": ids, "tokens": [lm.tokenizer.decode([id_]) for id_ in ids]}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.text())
 def test_decoding_gives_back_the_bytes(text):
     ids = done("tokenize", "-", stdin=text.encode())

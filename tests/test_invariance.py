@@ -81,13 +81,13 @@ NUMPY_MODEL = invariant(np, TINY)
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_request_gets_the_same_bits_beside_any_others(data):
     check_neighbours(NUMPY_MODEL, data)
 
 
 @pytest.mark.gpu
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(sorted(DTYPES)))
 def test_a_request_gets_the_same_bits_beside_any_others_on_a_gpu(data, name):
     import cupy
