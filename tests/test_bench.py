@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_runs import RUNS, bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,24 +34,6 @@ import soak
 import tables
 import validate_tables
 import validation
-
-RUNS = {
-    "decode": "--dtype float32 --batch 1,2 --context 16,100 --runs 2 --tokens 6",
-    "batches": "--dtype float32 --batch 1,2 --at 60 --large 3x90 --context 1,100 --runs 2",
-    "prefill": "--dtype float32 --tokens 8,64 --runs 2",
-    "ablation": "--dtype float32 --batch 1,2 --tokens 6 --runs 2",
-    "startup": "--dtype float32 --runs 1",
-    "invariance": "--dtype float32 --batch 1,2 --context 16 --tokens 8,64 --runs 2",
-}
-
-
-def bench(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user in another folder does."""
-    command = [sys.executable, ROOT / "bench" / f"{script}.py", *options]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
 
 
 def widths(text: str) -> set[int]:
@@ -91,120 +73,6 @@ def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
     assert tables.TABLES[script][1](entry)
 
 
-@pytest.mark.parametrize(
-    "script, options, says",
-    [
-        (
-            "ablation",
-            ["--model", "tiny", "--disable", "warp-drive"],
-            "unknown switch 'warp-drive'. There are:",
-        ),
-        ("decode", ["--decode", "eager,telepathy"], "unknown decode path 'telepathy'"),
-        ("batches", ["--decode", "telepathy"], "unknown decode path 'telepathy'"),
-        ("decode", ["--dtype", "int3"], "unknown dtype 'int3'. There are: float16, bfloat16"),
-        ("prefill", ["--model", "7B"], "7B"),
-        ("gemv", [], "Run it on a GPU"),
-        ("cpu", ["--device", "cuda"], "unknown device 'cuda'"),
-        ("peers", ["--engines", "nothing"], "unknown engine 'nothing'"),
-        ("naive", ["--decode", "telepathy"], "unknown decode path"),
-        ("profiling", ["--model", "7B"], "7B"),
-        ("ablation", ["--disable", ","], "the list is empty (--disable)"),
-        (
-            "ablation",
-            ["--model", "tiny", "--tokens", "6", "--disable", "graph"],
-            "switch 'graph' does not apply here (--device cpu",
-        ),
-        ("startup", ["--dtype", "int3"], "unknown dtype 'int3'"),
-        ("quantization", ["--text", "no such file"], "cannot be read"),
-    ],
-)
-def test_what_cannot_be_measured_is_one_line(script, options, says, tmp_path):
-    out = tmp_path / "record.json"
-    device = [] if "--device" in options else ["--device", "cpu"]
-    failed = bench(script, *device, "--out", str(out), *options)
-    assert failed.returncode == 1 and says in failed.stderr
-    assert failed.stderr.startswith(f"{script}.py: ") and failed.stderr.count("\n") == 1
-    assert not out.exists()
-
-
-TOO_SMALL = [
-    ("ablation", ["--tokens", "1"], "1 is too small (--tokens). Give 2 or more"),
-    ("ablation", ["--runs", "0"], "0 is too small (--runs)"),
-    ("decode", ["--batch", "4,0"], "0 is too small (--batch)"),
-    ("decode", ["--batch", ","], "the list is empty (--batch)"),
-    ("decode", ["--tokens", "1"], "1 is too small (--tokens)"),
-    ("naive", ["--rounds", "0"], "0 is too small (--rounds)"),
-    ("naive", ["--tokens", "1"], "1 is too small (--tokens)"),
-    ("peers", ["--tokens", "1"], "1 is too small (--tokens)"),
-    ("prefill", ["--tokens", "8,0"], "0 is too small (--tokens)"),
-    ("batches", ["--large", "0x5"], "0 is too small (--large)"),
-    ("soak", ["--warmup", "0"], "0 is too small (--warmup)"),
-    ("cpu", ["--tokens", "1"], "1 is too small (--tokens)"),
-    ("validation", ["--steps", "0"], "0 is too small (--steps)"),
-    ("profiling", ["--runs", "0"], "0 is too small (--runs)"),
-]
-TOO_LONG = [
-    ("decode", [], "steps at context 128: 131 tokens exceed the context of 128 (--model tiny)"),
-    ("decode", ["--context", "9"], "--prompt 32 and --tokens 200: 232 tokens exceed"),
-    ("batches", [], "steps at context 128"),
-    ("batches", ["--context", "9", "--at", "9"], "steps at context 512"),
-    ("prefill", [], "--tokens: 1024 tokens exceed the context of 128"),
-    ("ablation", [], "a prompt of 32 and --tokens 512"),
-    ("invariance", [], "steps at context 256"),
-    ("naive", ["--tokens", "5000"], "--prompt 32 and --tokens 5000"),
-    ("peers", ["--tokens", "97"], "129 tokens exceed the context of 128"),
-    ("cpu", ["--tokens", "97"], "129 tokens exceed the context of 128"),
-    ("profiling", ["--tokens", "125"], "129 tokens exceed the context of 128"),
-]
-
-
-@pytest.fixture
-def refused(monkeypatch, tmp_path):
-    """What a script says about arguments, if it neither measures nor makes a model."""
-
-    def refused(script: str, *options: str) -> str:
-        module = importlib.import_module(script)
-        for name in ("random_model", "write_checkpoint", "Reader", "Comparison"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured"))
-        out = [] if "--out" in options else ["--out", str(tmp_path / "record.json")]
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "cpu", *out, *options])
-        with pytest.raises(SystemExit) as ended:
-            arguments.main(module.run)
-        assert isinstance(ended.value.code, str) and ended.value.code.startswith(f"{script}.py: ")
-        assert not list(tmp_path.glob("*.json"))
-        return ended.value.code
-
-    return refused
-
-
-@pytest.mark.parametrize("script, options, says", TOO_SMALL + TOO_LONG)
-def test_numbers_that_cannot_be_measured(refused, script, options, says):
-    assert says in refused(script, "--model", "tiny", *options)
-
-
-SCRIPTS = "ablation batches cpu decode invariance naive peers prefill profiling soak startup"
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS.split(), "validation", "quantization"])
-def test_a_record_that_cannot_be_written_is_found_before_measuring(refused, script, tmp_path):
-    options = ["--text", __file__] if script == "quantization" else ["--model", "tiny"]
-    if script in ("ablation", "batches", "decode", "invariance", "naive", "peers", "prefill"):
-        options += RUNS.get(script, "--tokens 6").split()
-    assert "cannot be written" in refused(script, *options, "--out", str(tmp_path))
-    (tmp_path / "file").write_text("")
-    inside = str(tmp_path / "file" / "record.json")
-    assert "(--out). Name a file in a folder" in refused(script, *options, "--out", inside)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_record_on_a_full_disk(tmp_path):
-    options = ["--device", "cpu", "--tokens", "4", "--runs", "1", "--dtype", "float32"]
-    failed = bench("prefill", "--model", "tiny", *options, "--out", "/dev/full")
-    assert failed.returncode == 1 and "1 x 4" in failed.stdout
-    assert failed.stderr.startswith("prefill.py: the record cannot be written: No space left")
-
-
 def test_contexts_reach_as_far_as_the_steps_do():
     model = shared.random_model(shared.TINY, "float32", "cpu")
     longest = max(c for c in range(1, 129) if decode.reach(c) <= shared.TINY.n_positions)
@@ -222,26 +90,6 @@ def test_a_record_without_an_engine_is_not_complete(tmp_path, engines, complete)
     with contextlib.nullcontext() if complete else says, shared.Kept(out, {}, gpu=False) as kept:
         kept.rows += [{"engines": {"one": {}}}, {"engines": engines}]
     assert json.loads(out.read_text())["complete"] is complete
-
-
-def test_switches_are_checked_before_the_device():
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, ROOT / "bench" / "ablation.py", "--disable", "warp-drive"]
-    failed = subprocess.run(command, capture_output=True, text=True, env=hidden)
-    assert failed.returncode == 1 and "unknown switch 'warp-drive'" in failed.stderr
-
-
-ON_A_GPU = "decode batches prefill ablation peers naive gemv profiling soak invariance validation"
-
-
-@pytest.mark.parametrize("script", ON_A_GPU.split())
-def test_without_a_gpu_the_default_device_is_a_clear_error(script, tmp_path):
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, ROOT / "bench" / f"{script}.py", "--out", tmp_path / "record.json"]
-    failed = subprocess.run(command, capture_output=True, text=True, env=hidden)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
-    assert failed.stderr.startswith(f"{script}.py: ") and "GPU" in failed.stderr
-    assert "device=" not in failed.stderr and "se --device cpu" in failed.stderr
 
 
 def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
