@@ -35,7 +35,8 @@ def steps(entry: Record, rows: list[Row]) -> str:
     header = ["dtype", "batch", "context", "decode", "step, µs (p10 to p90)", "plain read, µs"]
     note = (
         f"GPT-2 {results['rows'][0]['model']}, random weights, medians between events on the "
-        f"device. Plain read: a kernel that only reads the weights once and the keys and values of the context, in the same run{left_out(results)}"
+        f"device. Plain read: a kernel that only reads the weights once and the keys and values of "
+        f"the context, in the same run{left_out(results)}"
     )
     return table([*header, "step / read", "tokens/s"], lines) + source_line(entry, note)
 

@@ -25,18 +25,10 @@ __device__ inline void tell(ElemWord* word, float value, unsigned turn) {
                : "memory");
 }
 
-// One word of a float, two neighbours, four neighbours of elements: as they are now.
+// The word of a float, and four neighbours of elements, as they are now.
 __device__ inline FloatWord peek(const FloatWord* word) {
   FloatWord found;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(word) : "memory");
-  return found;
-}
-__device__ inline ulonglong2 peek_two(const FloatWord* words) {
-  ulonglong2 found;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-               : "=l"(found.x), "=l"(found.y)
-               : "l"(words)
-               : "memory");
   return found;
 }
 __device__ inline uint4 peek_four(const ElemWord* words) {
