@@ -168,7 +168,7 @@ def observed(around: Callable[..., Any]) -> Iterator[None]:
     modules = model_module, eager_module
     for module in modules:
         module.ops = stand_in  # type: ignore[attr-defined]
-    persistent_module.step = SimpleNamespace(  # type: ignore[attr-defined]
+    persistent_module.step = SimpleNamespace(  # type: ignore[assignment, attr-defined]
         **(vars(step) | {"decode_step": whole})
     )
     try:
