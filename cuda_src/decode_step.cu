@@ -36,6 +36,7 @@ constexpr int GROUP = 64;          // outputs of a block in one turn; likewise
 constexpr int SPAN = 32;           // inputs of a warp's load: 4 lanes along K, 8 along the rows
 constexpr int UNITS = C / SPAN;    // of K; dealt out to the warps
 constexpr int MOST_UNITS = (UNITS + CONSUMERS - 1) / CONSUMERS;
+static_assert(UNITS >= CONSUMERS, "each warp has a part of K");
 
 enum Product { QKV, PROJ, FC, OUT };
 

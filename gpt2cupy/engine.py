@@ -78,6 +78,7 @@ class Engine:
 
     def _allocate(self, path: str, slots: int, capacity: int | None) -> None:
         self.decoder = decoder(self.model, path, slots)
+        self.backend = self.model.backend  # which the decoder was chosen for
         self.cache = self.model.new_cache(slots, capacity)
         self.state = DecodeState(self.model, self.cache, slots)
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)

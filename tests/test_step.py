@@ -43,6 +43,7 @@ def chip(monkeypatch):
         ({"head_size": 80}, "not 80"),
         ({"inner": 1000}, "inner size"),
         ({"channels": 2112, "inner": 8448}, "not 2112"),
+        ({"channels": 192, "inner": 768}, "not 192"),
         ({"dtype": np.float32}, "float32"),
         ({"clusters": False}, "compute capability 9.0"),
         ({"shared": 99 << 10}, "shared memory"),
@@ -113,6 +114,20 @@ def test_auto_takes_the_fastest_and_remembers_it(chip, measured, tmp_path):
     assert len(measured.made) == 6
 
 
+def test_noise_is_no_reason_for_other_bits(chip, measured):
+    measured.times["persistent"] = 118.0
+    assert decode.decoder(a_model(), "auto", 1).name == "graph"
+
+
+@pytest.mark.parametrize("kept", ["{}", "[]", '{"warp": 1.0}', '"fast"'])
+def test_what_is_kept_is_not_trusted(chip, measured, tmp_path, kept):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "decode-paths.json").write_text(f'{{"gpu 1": {kept}}}')
+    assert decode.decoder(a_model(), "auto", 1).name == "persistent"
+    assert len(measured.made) == 2
+
+
 def test_a_choice_that_cannot_be_kept_is_made(chip, measured, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
@@ -134,21 +149,18 @@ def on_gpu(weights, rows=1, config=SMALL):
     return model
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", step.ROWS)
-@pytest.mark.parametrize("dtype_name", HALF)
-def test_one_launch_is_the_step_of_the_ops(dtype_name, rows):
+def against_numpy(dtype_name, rows, channels):
     """From a cache of random keys and values; each row has a position of its own."""
-    cupy, dtype = pytest.importorskip("cupy"), DTYPES[dtype_name]
-    config = GPT2Config(vocab_size=130, n_positions=64, n_embd=128, n_layer=2, n_head=2)
-    if reason := step.why_not(rows, 128, 512, 64, dtype):
+    cupy, dtype, heads = pytest.importorskip("cupy"), DTYPES[dtype_name], channels // 64
+    config = GPT2Config(vocab_size=130, n_positions=64, n_embd=channels, n_layer=2, n_head=heads)
+    if reason := step.why_not(rows, channels, 4 * channels, 64, dtype):
         pytest.skip(reason)
     host, rng = Weights.random(config, rows, dtype), np.random.default_rng(rows)
     arrays = {name: cupy.asarray(array) for name, array in host.items()}
     arrays["lm_head"] = arrays["wte"]
     ids = rng.integers(0, config.vocab_size, rows).astype(np.int32)
     positions, slots = np.arange(40, 40 + rows, dtype=np.int32), np.arange(rows, dtype=np.int32)
-    past = (rng.standard_normal((2, 2, rows, 2, 64, 64)) * 0.5).astype(dtype)
+    past = (rng.standard_normal((2, 2, rows, heads, 64, 64)) * 0.5).astype(dtype)
 
     def by_numpy(weights, keys_and_values):
         model = GPT2(config, weights)
@@ -166,7 +178,7 @@ def test_one_launch_is_the_step_of_the_ops(dtype_name, rows):
         arrays,
         k,
         v,
-        cupy.zeros(step.words_size(rows, 128), np.uint8),
+        cupy.zeros(step.words_size(rows, channels), np.uint8),
         scale=config.attention_scale(0),
         by_layer=False,
         eps=config.layer_norm_epsilon,
@@ -178,6 +190,23 @@ def test_one_launch_is_the_step_of_the_ops(dtype_name, rows):
         np.testing.assert_allclose(
             own.get().astype(np.float32), theirs.astype(np.float32), atol=0.02
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", step.ROWS)
+@pytest.mark.parametrize("dtype_name", HALF)
+def test_one_launch_is_the_step_of_the_ops(dtype_name, rows):
+    against_numpy(dtype_name, rows, 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", step.ROWS)
+@pytest.mark.parametrize(("channels", "grid"), [(320, None), (832, None), (256, 4), (832, 16)])
+def test_any_share_of_a_block(monkeypatch, channels, grid, rows):
+    """Rings that go round, parts of K that differ, several turns of outputs, several heads."""
+    if grid:
+        monkeypatch.setattr(step, "blocks", lambda channels: grid)
+    against_numpy("float16", rows, channels)
 
 
 @pytest.mark.gpu

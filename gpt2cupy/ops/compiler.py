@@ -90,7 +90,8 @@ def variants(
 
 def takes_step(defines: Mapping[str, str]) -> bool:
     """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    return defines["HS"] == "64" and int(defines["K"]) <= 2048 and int(defines["K"]) % 64 == 0
+    channels = int(defines["K"])
+    return defines["HS"] == "64" and 256 <= channels <= 2048 and channels % 64 == 0
 
 
 @functools.cache
