@@ -128,7 +128,9 @@ def combinations(switches: list[str]) -> list[tuple[str, ...]]:
 
 def speed(model: GPT2, off: tuple[str, ...], batch: int, args: Any) -> Timing:
     """Time of a step over whole texts, with some switches off."""
-    engine = Engine(model, batch, min(PROMPT + args.tokens, model.config.n_positions))
+    capacity = min(PROMPT + args.tokens, model.config.n_positions)
+    # The switches are the graph's: the persistent step has none of what they take away.
+    engine = Engine(model, batch, capacity, decode=decode.decoder(model).name)
     with ExitStack() as stack:
         for name in off:
             stack.enter_context(SWITCHES[name].without(engine))

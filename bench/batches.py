@@ -15,7 +15,17 @@ import argparse
 
 from arguments import check_fits, chosen, main, names, numbers, parsed, parser
 from decode import measure_step, reach
-from shared import DTYPES, Kept, Reader, config_of, paths, random_model, step_bytes, too_large
+from shared import (
+    DTYPES,
+    Kept,
+    Reader,
+    config_of,
+    default_path,
+    paths,
+    random_model,
+    step_bytes,
+    too_large,
+)
 
 
 def point(text: str) -> tuple[int, int]:
@@ -44,7 +54,8 @@ def run() -> None:
     options.add_argument("--runs", type=int, default=30)
     args = parsed(options)
     known = paths(args.device)
-    (path,) = chosen([args.decode or known[-1]], known, "decode path")
+    path = args.decode or default_path(args.device)
+    chosen([path], [*known, "auto"], "decode path")
     chosen(args.dtype, DTYPES, "dtype")
     config = config_of(args.model)
     for _, context in points(args, first=True):

@@ -32,7 +32,7 @@ from shared import (
     too_large,
 )
 
-from gpt2cupy import GPT2, SamplingParams
+from gpt2cupy import GPT2, SamplingParams, decode
 from gpt2cupy.engine import Engine
 from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing, times
@@ -83,6 +83,7 @@ def measure_step(model: GPT2, path: str, batch: int, context: int, runs: int) ->
     step = Timing(*(us / IN_A_ROW for us in (whole.median_us, whole.p10_us, whole.p90_us)), runs)
     return {
         "context": context,
+        "decode": engine.decoder.name,
         "step": step.as_dict(),
         "host": Timing.of(queueing[-runs:]).as_dict(),
     }
@@ -172,6 +173,8 @@ def run() -> None:
                     for gemv in [name for name in args.gemv if name in there]:
                         for path in args.decode:
                             model.gemv = gemv
+                            if path not in decode.usable(model, batch):
+                                continue
                             row = {"model": size, "dtype": dtype, "batch": batch}
                             row |= {"decode": path, "gemv": gemv}
                             measure_row(model, row, args, reader)

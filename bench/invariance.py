@@ -14,14 +14,14 @@ from typing import Any
 import prefill
 from arguments import check_fits, chosen, main, names, numbers, parsed, parser
 from decode import measure_step, reach
-from shared import DTYPES, Kept, config_of, paths, random_model, too_large
+from shared import DTYPES, Kept, config_of, default_path, random_model, too_large
 
 from gpt2cupy import GPT2
 
 
 def measured(models: dict[str, GPT2], args: Any) -> Iterator[dict[str, Any]]:
     """A row for every batch, then one for every length of a prompt."""
-    path = paths(args.device)[-1]
+    path = default_path(args.device)
     for batch in args.batch:
         row: dict[str, Any] = {"batch": batch, "context": args.context}
         for name, model in models.items():

@@ -20,7 +20,16 @@ from typing import Any
 
 import numpy as np
 from arguments import check_fits, chosen, main, names, numbers, parsed, parser
-from shared import DTYPES, Kept, config_of, paths, prompts, too_large, write_checkpoint
+from shared import (
+    DTYPES,
+    Kept,
+    config_of,
+    default_path,
+    paths,
+    prompts,
+    too_large,
+    write_checkpoint,
+)
 from workers import Comparison, Spec
 
 from gpt2cupy import record
@@ -88,8 +97,8 @@ def run() -> None:
     options.add_argument("--decode", help="decode path with the cache; the fastest by default")
     args = parsed(options, {"tokens": 2})
     chosen(args.dtype, DTYPES, "dtype")
-    path = args.decode or paths(args.device)[-1]
-    chosen([path], paths(args.device), "decode path")
+    path = args.decode or default_path(args.device)
+    chosen([path], [*paths(args.device), "auto"], "decode path")
     engines = specs(path)
     wanted = chosen(args.engines or list(engines), engines, "engine")
 

@@ -61,6 +61,11 @@ def paths(device: str) -> list[str]:
     return list(decode.paths(import_cupy()))
 
 
+def default_path(device: str) -> str:
+    """The decode path that is the fastest."""
+    return "eager" if device == "cpu" else "auto"
+
+
 def backends(dtype: str, batch: int, device: str) -> list[str]:
     """What may multiply by the weights: ours and cuBLAS for few rows, one for the others."""
     few = batch == 1 or (batch <= 64 and dtype != "float32")

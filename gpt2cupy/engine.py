@@ -49,7 +49,7 @@ class Engine:
         Sequences generated at once.
     capacity : int, optional
         Tokens of prompt and continuation per slot; ``n_positions`` by default.
-    decode : {"auto", "eager", "graph"}, optional
+    decode : {"auto", "eager", "graph", "persistent"}, optional
         How a step is run; ``model.decode_path`` by default.
     """
 
@@ -57,13 +57,13 @@ class Engine:
         self, model: GPT2, slots: int = 1, capacity: int | None = None, *, decode: str | None = None
     ) -> None:
         self.model = model
-        self.decoder = decoder(model, decode or model.decode_path)
         self._free = threading.Lock()  # until a run has ended
         self.active: dict[int, _Sequence] = {}
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
+        path = decode or model.decode_path
         if model.xp is np:
-            self._allocate(slots, capacity)
+            self._allocate(path, slots, capacity)
             return
         cupy = model.xp
         # The device first: a stream belongs to the one that is current when it is made.
@@ -72,11 +72,13 @@ class Engine:
             self.stream = cupy.cuda.Stream(non_blocking=True)
             try:
                 with self.stream:
-                    self._allocate(slots, capacity)
+                    self._allocate(path, slots, capacity)
             except cupy.cuda.memory.OutOfMemoryError as error:
                 raise memory_error(error, f"a cache of {slots} slots") from error
 
-    def _allocate(self, slots: int, capacity: int | None) -> None:
+    def _allocate(self, path: str, slots: int, capacity: int | None) -> None:
+        self.decoder = decoder(self.model, path, slots)
+        self.backend = self.model.backend  # which the decoder was chosen for
         self.cache = self.model.new_cache(slots, capacity)
         self.state = DecodeState(self.model, self.cache, slots)
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)

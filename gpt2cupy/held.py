@@ -121,10 +121,14 @@ class HeldModel:
         self._free_pools()
 
     def _engine_for(self, slots: int) -> Engine:
-        """The engine for one or for many, made anew when more slots are asked for than it has."""
+        """The engine for one or for many.
+
+        Made anew when more slots are asked for than it has, or when the model multiplies
+        otherwise than when its decoder was chosen.
+        """
         many = slots > 1
         engine = self._engines.get(many)
-        if engine is None or engine.slots < slots:
+        if engine is None or engine.slots < slots or engine.backend != self.model.backend:
             engine = self._engine = None  # freed before the new one takes memory
             self._forget(many)
             engine = self._engines[many] = Engine(self.model, slots)

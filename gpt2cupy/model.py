@@ -38,7 +38,7 @@ class GPT2:
 
     Attributes
     ----------
-    decode_path : {"auto", "eager", "graph"}
+    decode_path : {"auto", "eager", "graph", "persistent"}
         How engines made later run a step of this model; "auto" is the fastest.
     shifts : NormShifts
         What steps of one row have beside the weights.

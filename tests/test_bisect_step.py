@@ -185,7 +185,7 @@ def test_no_path_leaves_eager_in_any_op(bisect_step, dtype_name, rows):
 
     model = model_on(cupy, TINY, Weights.random(TINY, 0, DTYPES[dtype_name]))
     ids = random_ids(model, rows, 10)
-    for path in decode.paths(model.xp):
+    for path in decode.usable(model, rows):
         found, count = bisect_step.bisect(
             lambda: EagerDecoder(model), lambda path=path: decode.decoder(model, path), ids
         )

@@ -296,7 +296,7 @@ def test_a_prompt_takes_the_backend_that_the_model_has_now():
 
 def test_paths_by_the_kind_of_arrays():
     assert list(decode.paths(np)) == ["eager"]
-    assert list(decode.paths(DEVICE)) == ["eager", "graph"]
+    assert list(decode.paths(DEVICE)) == ["eager", "graph", "persistent"]
 
 
 def test_nothing_is_recorded_after_a_recording_that_failed():

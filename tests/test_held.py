@@ -380,3 +380,13 @@ def test_a_gpt2_is_not_pickled():
             pickle.dumps(part)
         assert caught.value.where and "in the other process" in caught.value.remedy
     assert pickle.loads(pickle.dumps(TINY)) == TINY
+
+
+def test_an_engine_is_made_anew_for_another_backend(lm):
+    """Its decoder was chosen for the backend that the model had."""
+    first = lm.generate("ROMEO:", max_new_tokens=4)
+    engine = lm._held._engine_for(1)
+    assert lm._held._engine_for(1) is engine
+    lm.model.gemv = "cublas"
+    assert lm._held._engine_for(1) is not engine
+    assert lm.generate("ROMEO:", max_new_tokens=4).text == first.text

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams, engine, ops
-from gpt2cupy.decode import PromptRunner, paths
+from gpt2cupy.decode import PromptRunner, usable
 from gpt2cupy.engine import Engine, Request
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import attention, product
@@ -68,7 +68,7 @@ def check_neighbours(model, data):
     watched = data.draw(requests("watched"))
     others = [data.draw(requests(i)) for i in range(data.draw(st.integers(0, 6)))]
     place, slots = data.draw(st.integers(0, len(others))), data.draw(st.integers(1, 6))
-    rows, path = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([*paths(model.xp)]))
+    rows, path = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([*usable(model, slots)]))
     alone = said(model, 1, [watched], "watched")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "PREFILL_ROWS", rows)

@@ -147,10 +147,10 @@ def test_goals_find_their_rows_in_the_records(name):
 
 def test_tables_of_steps_by_batch_and_by_context():
     made = batch_tables.batches(batches())
-    assert "| float16 | 64 | 256 | 400 (399 to 401) | 50 | 8.00 | 160,000 |" in made
+    assert "| float16 | 64 | 256 | graph | 400 (399 to 401) | 50 | 8.00 | 160,000 |" in made
     assert "| 1 | 1000 |" not in made and "float32" not in made
     made = batch_tables.contexts(batches(read=None))
-    assert "| float16 | 1 | 1000 | 119 (118 to 120) | - | - | 8,403 |" in made
+    assert "| float16 | 1 | 1000 | graph | 119 (118 to 120) | - | - | 8,403 |" in made
     assert "| float32 | 1 | 256 |" in made and "| 64 |" not in made
 
 

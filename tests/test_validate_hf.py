@@ -48,7 +48,7 @@ def test_the_same_checkpoint_passes_against_hugging_face(tmp_path, xp, hugging_f
     weights = write_checkpoint(tmp_path, TINY, seed)
     model = model_on(xp, TINY, weights)
     found = against(hugging_face, model, tmp_path, random_ids(model, 2, 30, seed))
-    names = ["embedding", "layer 0", "layer 1", "logits", *decode.paths(model.xp)]
+    names = ["embedding", "layer 0", "layer 1", "logits", *decode.usable(model, 2)]
     assert list(dict.fromkeys(c.ours for c in found)) == names
     assert not failures(found)
 

@@ -41,7 +41,9 @@ def generate(
         Gemv | None,
         typer.Option(help="Who multiplies few rows (up to 64, with clusters) on the GPU."),
     ] = None,
-    decode: Annotated[str, typer.Option(help="How a step is run: auto, eager or graph.")] = "auto",
+    decode: Annotated[
+        str, typer.Option(help="How a step is run: auto, eager, graph or persistent.")
+    ] = "auto",
     batch_invariant: options.BatchInvariant = False,
     max_new_tokens: Annotated[
         int | None,

@@ -8,36 +8,70 @@ import numpy as np
 
 from ..errors import InputError
 from ..model import GPT2
+from . import choice
 from .eager import EagerDecoder
 from .graph import GraphDecoder
+from .persistent import PersistentDecoder, check, why_not
 from .prompt import PromptRunner
 from .state import DecodeState
 
-__all__ = ["DecodeState", "EagerDecoder", "GraphDecoder", "PromptRunner", "decoder", "paths"]
+__all__ = [
+    "DecodeState",
+    "EagerDecoder",
+    "GraphDecoder",
+    "PersistentDecoder",
+    "PromptRunner",
+    "decoder",
+    "paths",
+    "times",
+    "usable",
+]
 
 
 def paths(xp: Any) -> dict[str, type[EagerDecoder]]:
     """The ways to run a step on the arrays of NumPy or CuPy by name, the plainest first."""
     if xp is np:
         return {"eager": EagerDecoder}
-    return {"eager": EagerDecoder, "graph": GraphDecoder}
+    return {"eager": EagerDecoder, "graph": GraphDecoder, "persistent": PersistentDecoder}
 
 
-def decoder(model: GPT2, name: str = "auto") -> EagerDecoder:
-    """A decoder by name; "auto" is the fastest.
+def usable(model: GPT2, rows: int) -> dict[str, type[EagerDecoder]]:
+    """Those of :func:`paths` that a model has for so many rows."""
+    return {
+        name: path
+        for name, path in paths(model.xp).items()
+        if name != "persistent" or why_not(model, rows) is None
+    }
+
+
+def times(model: GPT2, rows: int) -> dict[str, float]:
+    """What "auto" chooses from, the fastest first, in microseconds a step.
+
+    Measured where there is a choice, on the current device and stream; 0 where there is none.
+    """
+    found = usable(model, rows)
+    if "persistent" not in found:
+        return {list(found)[-1]: 0.0}
+    return choice.fastest(model, rows, {name: found[name] for name in ("graph", "persistent")})
+
+
+def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> EagerDecoder:
+    """A decoder by name; "auto" is the fastest for so many rows, by default a graph.
 
     Raises
     ------
     InputError
-        If the model's device has no such path.
+        If the model's device has no such path, or the model none for so many rows.
     """
     known = paths(model.xp)
     if name == "auto":
-        name = list(known)[-1]
+        name = next(iter(times(model, rows))) if rows else list(known)[:2][-1]
     if name not in known:
         raise InputError(
             f"there is no decode path {name!r} here",
             where="decode",
             remedy=f"Use {', '.join(known)} or auto. Graphs need a GPU.",
         )
+    if name == "persistent" and rows:
+        check(model, rows)
     return known[name](model)

@@ -44,6 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
     "attention_decode_mma.cu": ("ELEM", "HS"),
+    "decode_step.cu": ("ELEM", "HS", "K"),
     "sampling.cu": (),
     "layout.cu": ("ELEM",),
 }
@@ -61,6 +62,7 @@ HALF_ONLY = (
     "linear_rows.cu",
     "attention_prefill_mma.cu",
     "attention_decode_mma.cu",
+    "decode_step.cu",
 )
 
 _compiling = threading.Lock()
@@ -78,8 +80,18 @@ def variants(
     }
     for source, macros in SOURCES.items():
         for values in itertools.product(*(choices[macro] for macro in macros)):
-            if not (source in HALF_ONLY and "float" in values):
-                yield source, dict(zip(macros, values, strict=True))
+            defines = dict(zip(macros, values, strict=True))
+            if source in HALF_ONLY and "float" in values:
+                continue
+            if source == "decode_step.cu" and not takes_step(defines):
+                continue
+            yield source, defines
+
+
+def takes_step(defines: Mapping[str, str]) -> bool:
+    """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
+    channels = int(defines["K"])
+    return defines["HS"] == "64" and 256 <= channels <= 2048 and channels % 64 == 0
 
 
 @functools.cache

@@ -76,6 +76,9 @@ class Kernel:
     writes_weights : bool
         Whether it writes what the next one may load before it waits: then that one
         starts when this has ended.
+    cooperative : bool
+        Whether its blocks wait for each other: then the launch is refused where they
+        cannot all run at once, and the next kernel starts when it has ended.
     """
 
     def __init__(
@@ -86,28 +89,40 @@ class Kernel:
         *,
         overlaps: bool = False,
         writes_weights: bool = False,
+        cooperative: bool = False,
     ) -> None:
         self.source = source
         self.entry = entry
         self.overlaps = overlaps
         self.writes_weights = writes_weights
+        self.cooperative = cooperative
         self.parameters = tuple(_parse(part) for part in re.split(r",\s+", signature))
 
     def function(self, elem: np.dtype | None, head_size: int | None, inner: int | None) -> Any:
         """The loaded kernel for one element type and size on the current device."""
-        return load(self.source, elem, head_size, inner).get_function(self.entry)
+        sizes = head_size, inner
+        return load(self.source, elem, *sizes, self.cooperative).get_function(self.entry)
 
 
 def load(
-    source: str, elem: np.dtype | None, head_size: int | None = None, inner: int | None = None
+    source: str,
+    elem: np.dtype | None,
+    head_size: int | None = None,
+    inner: int | None = None,
+    cooperative: bool = False,
 ) -> Any:
     """The RawModule of one source, element type and size on the current device."""
-    return _load(current_device(), source, elem, head_size, inner)
+    return _load(current_device(), source, elem, head_size, inner, cooperative)
 
 
 @functools.cache
 def _load(
-    device: int, source: str, elem: np.dtype | None, head_size: int | None, inner: int | None
+    device: int,
+    source: str,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    cooperative: bool,
 ) -> Any:
     import cupy
 
@@ -134,7 +149,7 @@ def _load(
     if "K" in macros:
         defines["K"] = str(inner)
     path = compiler.cubin(source, defines, device_arch(device))
-    module = cupy.RawModule(path=str(path))
+    module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
     try:
         module.compile()
     except cupy.cuda.driver.CUDADriverError as error:
@@ -228,7 +243,15 @@ def launch(
         values.append(array)
     function = _function(device, kernel, elem, head_size, inner, shared)
     submit(
-        Launch(function, grid, block, tuple(values), kernel.overlaps, shared, kernel.writes_weights)
+        Launch(
+            function,
+            grid,
+            block,
+            tuple(values),
+            kernel.overlaps,
+            shared,
+            kernel.writes_weights or kernel.cooperative,
+        )
     )
 
 

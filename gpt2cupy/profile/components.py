@@ -6,14 +6,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from .. import model as model_module
 from .. import ops
 from ..decode import DecodeState, EagerDecoder
 from ..decode import eager as eager_module
+from ..decode import persistent as persistent_module
 from ..errors import InputError
 from ..model import GPT2
+from ..ops import step
 from ..ops.launch import is_device_array
 from ..ops.tape import recorded
 from . import counts
@@ -57,6 +60,8 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sample": (SAMPLING, ()),
 }
 NAMES = tuple(dict.fromkeys(["block", *(row for rows in TABLES.values() for row in rows)]))
+# The persistent step is everything up to the logits.
+OPS["decode_step"] = (("blocks",), tuple(name for name in NAMES if name not in ("block", "blocks")))
 
 
 def component(name: str) -> str:
@@ -159,14 +164,19 @@ def observed(around: Callable[..., Any]) -> Iterator[None]:
         Has to call ``function(*args, **options)`` and return its result.
     """
     stand_in = _Observed(around)
+    whole = functools.partial(stand_in.call, "decode_step", step.decode_step)
     modules = model_module, eager_module
     for module in modules:
         module.ops = stand_in  # type: ignore[attr-defined]
+    persistent_module.step = SimpleNamespace(  # type: ignore[assignment, attr-defined]
+        **(vars(step) | {"decode_step": whole})
+    )
     try:
         yield
     finally:
         for module in modules:
             module.ops = ops  # type: ignore[attr-defined]
+        persistent_module.step = step  # type: ignore[attr-defined]
 
 
 class _Places:
@@ -211,7 +221,8 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
         if name == "norm_linear":
             found.extend(_norm_linear(places, args, options, launches))
         else:
-            given = options | ({"context": context} if name == "attention_decode" else {})
+            attends = name in ("attention_decode", "decode_step")
+            given = options | ({"context": context} if attends else {})
             costs = counts.of_parts(name, args, given, max(1, len(launches)))
             fused = OPS[name][1] if name in OPS else ()
             found.append(Op(name, *places(name, args), launches, costs, fused))

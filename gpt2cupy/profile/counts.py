@@ -8,7 +8,7 @@ more is slow for a reason, and that is what the comparison is for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..quantize import QuantizedMatrix
@@ -146,6 +146,38 @@ def attention_decode(
     return Cost(_size(qkv, slots, positions) + cache + written, flops)
 
 
+def decode_step(
+    ids: Array,
+    positions: Array,
+    slots: Array,
+    weights: Mapping[str, Array],
+    k: Array,
+    v: Array,
+    words: Array,
+    *,
+    scale: float,
+    by_layer: bool,
+    eps: float,
+    activation: str,
+    out: Array,
+    context: float,
+) -> Cost:
+    """Every weight once but the embeddings, of which a row each; keys and values as above.
+
+    What blocks tell each other is no input and no output.
+    """
+    rows, layers = len(ids), len(k)
+    tables = "wte", "wpe", "lm_head"
+    layered = [array for name, array in weights.items() if name not in tables]
+    channels, itemsize = weights["wpe"].shape[1], k.dtype.itemsize
+    cache = 2 * layers * rows * channels * itemsize * (context + 1)
+    embedded = 2 * rows * channels * itemsize
+    products = sum(each.size for each in layered if each.ndim == 3) + weights["lm_head"].size
+    flops = 2 * rows * products + 4 * layers * rows * channels * (context + 1)
+    read = _size(ids, positions, slots, weights["lm_head"], *layered)
+    return Cost(read + embedded + cache + out.nbytes, flops)
+
+
 def sample(
     logits: Array,
     vocab_size: int,
@@ -179,6 +211,7 @@ COUNTS: dict[str, Callable[..., Cost]] = {
     "norm_linear": norm_linear,
     "bias_act": bias_act,
     "attention_decode": attention_decode,
+    "decode_step": decode_step,
     "sample": sample,
 }
 

@@ -109,7 +109,7 @@ def validate(
             where="prefilled",
             remedy="Leave at least one token to step through.",
         )
-    decoders = chosen_decoders(model, paths)
+    decoders = chosen_decoders(model, paths, len(ids))
     host = runs.host_weights(model) if weights is None else weights
     dtype = model.dtype.name
     exact = runs.exact(model.config, host, ids)[:, prefilled:]
@@ -120,10 +120,12 @@ def validate(
     return found + with_decoders(decoders, ids, prefilled, {"float64": exact, "full": full}, limit)
 
 
-def chosen_decoders(model: GPT2, paths: Sequence[str] | None) -> list[decode.EagerDecoder]:
+def chosen_decoders(
+    model: GPT2, paths: Sequence[str] | None, rows: int
+) -> list[decode.EagerDecoder]:
     """Eager, which the others are compared with, and the paths named; by default all there are."""
-    names = decode.paths(model.xp) if paths is None else paths
-    return [decode.decoder(model, name) for name in dict.fromkeys(("eager", *names))]
+    names = decode.usable(model, rows) if paths is None else paths
+    return [decode.decoder(model, name, rows) for name in dict.fromkeys(("eager", *names))]
 
 
 def with_decoders(

@@ -126,7 +126,7 @@ def compare(
     """
     torch, _ = _libraries()
     ids = check_ids(ids, model.config)
-    decoders = chosen_decoders(model, paths)
+    decoders = chosen_decoders(model, paths, len(ids))
     _same_shape(model, reference.config)
     dtype = model.dtype.name
     theirs = copy.deepcopy(reference).to(getattr(torch, dtype))

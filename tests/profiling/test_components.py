@@ -12,6 +12,7 @@ from pretended_gpu import PROMPT, SMALL
 import gpt2cupy
 from gpt2cupy import GPT2, ops, profile
 from gpt2cupy import model as model_module
+from gpt2cupy.decode import PersistentDecoder, persistent
 from gpt2cupy.errors import InputError
 from gpt2cupy.profile import components, result
 from gpt2cupy.profile.limits import Limits
@@ -163,6 +164,29 @@ def test_a_kernel_that_fuses_a_block_needs_entries_and_nothing_else(model, monke
     kernels = result.kernel_table(found, seen, Limits(1e9, 1e9, 1, 1), 2, "output product")
     assert [row["kernel"] for row in kernels] == ["attention_block"]
     assert kernels[0]["bytes"] == 1000
+
+
+def test_a_persistent_step_is_one_op_of_everything(monkeypatch, model):
+    """Its bytes are those of the arrays: weights once, the past, a row of either embedding."""
+    monkeypatch.setattr(persistent, "check", lambda *_: None)
+    monkeypatch.setattr(persistent.step, "decode_step", lambda *_, **options: None)
+    session = Session(model, PROMPT, SMALL)
+    state, w = session.state, model.weights
+    whole, sampling = components.ops_of_step(PersistentDecoder(model), state, 6.0)
+    assert (whole.label, sampling.label) == ("blocks", "sampling")
+    assert all(whole.touches(name) for name in components.NAMES)
+    (cost,) = whole.costs
+    channels = TINY.n_embd
+    layers = w.nbytes - w.wte.nbytes - w.wpe.nbytes
+    past = (state.cache.k[:, :, :, 0].nbytes + state.cache.v[:, :, :, 0].nbytes) * 7
+    rows = 2 * state.batch * channels * w.wte.itemsize
+    small = state.ids.nbytes + state.positions.nbytes + state.slots.nbytes + state.logits.nbytes
+    padding = w.nbytes - sum(array.nbytes for _, array in w.items())
+    assert cost.bytes == layers - padding + w.lm_head.nbytes + past + rows + small
+    each = sum(getattr(w, name)[0].size for name in ("qkv_w", "proj_w", "fc_w", "out_w"))
+    attended = 4 * TINY.n_layer * state.batch * channels * 7
+    products = 2 * state.batch * (TINY.n_layer * each + w.lm_head.size)
+    assert cost.flops == products + attended
 
 
 def test_an_op_without_a_place_is_named(model):

@@ -1,0 +1,40 @@
+// What the blocks of a persistent step (decode_step.cu) tell each other, and who they are.
+#pragma once
+
+#include "ring.cuh"
+#include "words.cuh"
+
+#ifndef HS
+#define HS 64
+#endif
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr int WIDE = 4;        // inner size over C
+constexpr int CONSUMERS = 8;   // warps that use what one more brings; also in gpt2cupy/ops/step.py,
+constexpr int MOST_PARTS = 8;  // like the most blocks that share a head
+constexpr int THREADS = (CONSUMERS + 1) * WARP;
+
+template <int N>
+struct Words {
+  unsigned epoch;  // layers since the first step
+  unsigned unused[3];
+  FloatWord middle[N][C], end[N][C];  // the residual stream after attention and after the MLP
+  ElemWord qkv[N][3 * C], attended[N][C], inner[N][WIDE * C];
+  FloatWord found[N * C / HS][MOST_PARTS][HS + 4];  // values, maximum, sum
+};
+
+// The thread, as a number that the compiler takes to be new each time: what follows from it is
+// worked out where it is used, and does not fill registers all the time.
+__device__ inline int anew(int x) {
+  int y;
+  asm volatile("mov.u32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// A barrier of the consumers.
+__device__ inline void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * WARP) : "memory");
+}
+
+#endif

@@ -1,0 +1,74 @@
+"""The decode step as one kernel that stays on the GPU until the logits are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..model import GPT2
+from ..ops import step
+from ..quantize import QuantizedMatrix
+from .eager import choose
+from .graph import GraphDecoder
+from .state import DecodeState
+
+
+def why_not(model: GPT2, rows: int) -> str | None:
+    """Why a model has no persistent step for so many rows; None if it has."""
+    if model.xp is np:
+        return "it needs a GPU"
+    if model.batch_invariant:
+        return "its order of sums depends on nothing, but only this many rows have it"
+    if model.gemv != "ours":
+        return "its products are ours"
+    if isinstance(model.weights.wte, QuantizedMatrix):
+        return "it has no int8"
+    config = model.config
+    return step.why_not(rows, config.n_embd, config.inner_size, config.head_size, model.dtype)
+
+
+def check(model: GPT2, rows: int) -> None:
+    """Raise if a model has no persistent step for so many rows."""
+    if reason := why_not(model, rows):
+        raise InputError(
+            f"there is no persistent step here: {reason}",
+            where="decode",
+            remedy="Use graph or auto.",
+        )
+
+
+class PersistentDecoder(GraphDecoder):
+    """Replays a graph of two kernels: :func:`gpt2cupy.ops.step.decode_step`, and the choice.
+
+    For few rows of half precision on sm_90 and newer. The first kernel takes the whole GPU:
+    one block on each multiprocessor, which wait for each other, so it is launched
+    cooperatively and refused where they cannot all run.
+    """
+
+    name = "persistent"
+
+    def _prepare_model(self, rows: int) -> None:
+        """The weights are all that it reads."""
+
+    def _step(self, state: DecodeState) -> None:
+        model, config, weights = self.model, self.model.config, self.model.weights
+        check(model, state.batch)
+        words = model.xp.zeros(step.words_size(state.batch, config.n_embd), np.uint8)
+        arrays: dict[str, Any] = {name: getattr(weights, name) for name in step.WEIGHTS}
+        step.decode_step(
+            state.ids,
+            state.positions,
+            state.slots,
+            arrays,
+            state.cache.k,
+            state.cache.v,
+            words,
+            scale=config.attention_scale(0),
+            by_layer=config.scale_attn_by_inverse_layer_idx,
+            eps=config.layer_norm_epsilon,
+            activation=config.activation,
+            out=state.logits,
+        )
+        choose(state, state.logits, state.rows)
