@@ -4,8 +4,9 @@
                              [--dtype bfloat16,float16] [--out FILE]
 
 The last row has only the KV cache. With --disable only these are switched off, one
-at a time and together; --list shows the switches. Texts are greedy, 512 tokens after
-a prompt of 32, read by the host as they would be shown.
+at a time and together; --list shows the switches. Where the persistent step is what
+"auto" takes, the others are switched off in the graph, which it replaces. Texts are
+greedy, 512 tokens after a prompt of 32, read by the host as they would be shown.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gpt2cupy import GPT2, SamplingParams, decode, ops
 from gpt2cupy.decode import graph
 from gpt2cupy.engine import Engine
 from gpt2cupy.errors import InputError
+from gpt2cupy.ops import step
 from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing
 
@@ -73,6 +75,11 @@ def _cublas(engine: Engine) -> Iterator[None]:
 
 # Only what can really be switched off; a new optimisation adds an entry.
 SWITCHES = {
+    "persistent": Switch(
+        "the decode step is one kernel, where that is the fastest; off: a captured graph",
+        lambda device, dtype, batch: device != "cpu" and dtype != "float32" and batch in step.ROWS,
+        lambda engine: patch.object(engine, "decoder", decode.decoder(engine.model)),
+    ),
     "graph": Switch(
         "the decode step is one captured graph; off: a launch from Python for each kernel",
         _graphs,
@@ -121,16 +128,27 @@ def check_applies(wanted: list[str], there: list[str], device: str) -> None:
 
 
 def combinations(switches: list[str]) -> list[tuple[str, ...]]:
-    """Nothing off, each one off, all off."""
-    single = [(name,) for name in switches]
-    return [(), *single, *([tuple(switches)] if len(switches) > 1 else [])]
+    """Nothing off, each one off, all off; those of the graph without the persistent step."""
+    first = tuple(name for name in switches if name == "persistent")
+    each = [(*first, name) for name in switches if name not in first]
+    return list(dict.fromkeys([(), first, *each, tuple(switches)]))
 
 
-def speed(model: GPT2, off: tuple[str, ...], batch: int, args: Any) -> Timing:
+def base(model: GPT2, batch: int, wanted: list[str]) -> str:
+    """The decode path with nothing off: the fastest, if "persistent" may be switched off."""
+    plain = decode.decoder(model).name
+    if "persistent" not in wanted:
+        return plain
+    fastest = next(iter(decode.times(model, batch)))
+    if fastest == plain:
+        print(f"{model.dtype.name} batch {batch}: auto does not take the persistent step")
+    return fastest
+
+
+def speed(model: GPT2, path: str, off: tuple[str, ...], batch: int, args: Any) -> Timing:
     """Time of a step over whole texts, with some switches off."""
     capacity = min(PROMPT + args.tokens, model.config.n_positions)
-    # The switches are the graph's: the persistent step has none of what they take away.
-    engine = Engine(model, batch, capacity, decode=decode.decoder(model).name)
+    engine = Engine(model, batch, capacity, decode=path)
     with ExitStack() as stack:
         for name in off:
             stack.enter_context(SWITCHES[name].without(engine))
@@ -187,14 +205,17 @@ def run() -> None:
                 continue
             model = random_model(config, dtype, args.device)
             for batch in args.batch:
+                path = base(model, batch, wanted)
                 every = applicable(args.device, [dtype], [batch])
-                here = [name for name in wanted if name in every]
+                if path != "persistent" and "persistent" in every:
+                    every.remove("persistent")
+                here = [name for name in every if name in wanted]
                 for off in combinations(here):
-                    step = speed(model, off, batch, args)
-                    rate = 1e6 * batch / step.median_us
+                    time_ = speed(model, path, off, batch, args)
+                    rate = 1e6 * batch / time_.median_us
                     row = {"dtype": dtype, "batch": batch, "off": ",".join(off)}
-                    row |= {"only_cache": list(off) == every}
-                    kept.rows.append(row | {"step": step.as_dict(), "tokens_per_second": rate})
+                    row |= {"decode": path, "only_cache": list(off) == every}
+                    kept.rows.append(row | {"step": time_.as_dict(), "tokens_per_second": rate})
                     title = f"{dtype} batch {batch}, off: {', '.join(off) or 'nothing'}"
                     print(f"{title}: {rate:.0f} tokens/s", flush=True)
             del model

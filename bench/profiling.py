@@ -1,6 +1,7 @@
 """Profiles of the decode step and of Hugging Face: the record behind docs/profiling.md.
 
-    python bench/profiling.py [--model gpt2] [--dtype float32 float16] [--out FILE]
+    python bench/profiling.py [--model gpt2] [--dtype float32 float16]
+                              [--decode eager graph persistent] [--out FILE]
     python bench/profiling.py --draw      the pictures of docs/ again, from the record
 
 Random weights of a GPT-2's shape, the prompt "What is your name", 20 warm-up runs
@@ -25,9 +26,9 @@ from typing import Any
 import numpy as np
 from arguments import check_fits, checked, chosen, main
 from layout import device, read
-from shared import DTYPES, config_of, random_model
+from shared import DTYPES, config_of, paths, random_model
 
-from gpt2cupy import GPT2, output, record
+from gpt2cupy import GPT2, decode, output, record
 from gpt2cupy.errors import InputError
 from gpt2cupy.profile import Settings, equation_text, plot, profile, trace
 
@@ -101,6 +102,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="gpt2", help="whose shape; tiny is for trying")
     parser.add_argument("--dtype", nargs="+", default=["float32", "float16"])
+    parser.add_argument("--decode", nargs="+", help="decode paths; all by default")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--runs", type=int, default=20)
@@ -125,7 +127,11 @@ def run() -> None:
             args.trace.mkdir(parents=True, exist_ok=True)
     settings = Settings(warmup=args.warmup, runs=args.runs, tokens=args.tokens)
     on_gpu = args.device != "cpu"
-    paths = [settings] + [dataclasses.replace(settings, decode="graph")] * on_gpu
+    args.decode = chosen(args.decode or paths(args.device), paths(args.device), "decode path")
+    if "eager" not in args.decode:
+        raise InputError(
+            "eager is what the others stand beside", where="--decode", remedy="Name it too."
+        )
     progress = Progress()
     results: dict[str, Any] = {"model": args.model, "weights": "random"}
     results |= {"ours": [], "paths": [], "peers": []}
@@ -143,8 +149,11 @@ def run() -> None:
     try:
         for dtype in args.dtype:
             model = random_model(config, dtype, args.device)
-            for each, where in zip(paths, ("ours", "paths"), strict=False):
-                results[where].append(ours(args, model, each, progress))
+            for name in decode.usable(model, settings.batch):
+                if name in args.decode:
+                    where = "ours" if name == "eager" else "paths"
+                    each = dataclasses.replace(settings, decode=name)
+                    results[where].append(ours(args, model, each, progress))
         measured = True
     finally:
         if results["ours"]:  # what was measured is kept

@@ -81,12 +81,13 @@ constexpr int TILE = 8;  // rows of weights of a product of the tensor cores
 constexpr int SLOT = C * 2 + 64;
 constexpr int STAGE = TILE * SLOT;
 
-// Stages under way at a time, and cycles from one row to the next: as fast as the memory of an H200
-// gives, for what comes faster stands before what blocks tell each other. Small models wait for
-// each other and not for the memory; there it only costs.
+// Stages under way at a time: 48 KiB, for what waits in the memory's queues stands before what
+// blocks tell each other. For the same reason rows are asked for no faster than the memory of an
+// H200 gives them, GAP cycles apart. Small models wait for each other and not for the memory; there
+// it only costs.
+constexpr int AHEAD = ((48 << 10) + TILE * C * 2 - 1) / (TILE * C * 2);
 constexpr bool PACED = C > 768;
-constexpr int AHEAD = PACED ? 3 : 4;
-constexpr int GAP = PACED ? C * 2 / 18 : 0;
+constexpr int GAP = C * 2 / 18;
 
 // A place in a ring of COUNT stages, and in which of its rounds.
 template <int COUNT>
@@ -143,7 +144,7 @@ struct Supply {
   // The second is the stage that has to have come before the first is asked for; a round before the
   // first counts as come.
   Cursor<COUNT> at = {}, paced = {COUNT - AHEAD, ~0u};
-  long long due = 0;  // of the next row, in cycles
+  long long due = 0;  // of the next row, in cycles; what is late by less than a stage is made up
 
   __device__ void rows(const elem_t* weight, Share rows, int parts) {
     size_t stride = (size_t)parts * C;
@@ -169,17 +170,16 @@ struct Supply {
           "l"(from + i * stride), "r"(C * 2), "r"(counter)
           : "memory");
     };
-    if constexpr (PACED) {
+    if (PACED && lane == 0) {  // one lane: with all, the compiler makes them take turns
 #pragma unroll 1
       for (int i = 0; i < rows; i++) {
-        while (clock64() < due) {
-        }
-        due = clock64() + GAP;
-        if (lane == 0) copy_row(i);
+        long long now = clock64();
+        while (now < due) now = clock64();
+        due = max(due, now - TILE * GAP) + GAP;
+        copy_row(i);
       }
-    } else if (lane < rows) {
-      copy_row(lane);
     }
+    if (!PACED && lane < rows) copy_row(lane);
     __syncwarp();
     at.next();
     paced.next();

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from . import record
+from . import decode, record
+from .decode import choice
 from .engine import Engine
 from .errors import DeviceError
 from .loading import load_model
-from .ops import compiler
+from .model import GPT2
+from .ops import compiler, step
 from .ops.device import cupy_module
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
@@ -39,6 +41,8 @@ def report(
         facts["device"] = {"kind": f"cuda:{index}", **_gpu(model.xp, index)}
         facts["gemv"] = model.gemv
     facts["decode"] = engine.decoder.name
+    with engine.device, engine.stream:
+        facts["decode_times"] = decode_times(model)
     return facts | {
         "kernel_cache": str(compiler.cache_dir()),
         "model": {
@@ -61,6 +65,15 @@ def report(
             "prefill": engine.prefill_work.nbytes,
         },
     }
+
+
+def decode_times(model: GPT2) -> dict[int, dict[str, float]]:
+    """Microseconds of a step by rows and decode path, the fastest first, where there is a choice.
+
+    On the current device and stream; measured where they are not remembered.
+    """
+    choices = [rows for rows in step.ROWS if "persistent" in decode.usable(model, rows)]
+    return {rows: decode.times(model, rows) for rows in choices}
 
 
 def why_cpu(device: str) -> str:
@@ -104,6 +117,9 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "nvrtc", device["nvrtc"]
         yield "few rows by", f"{facts['gemv']} (change with generate --gemv)"
     yield "decode path", f"{facts['decode']} (change with generate --decode)"
+    for rows, times in facts["decode_times"].items():
+        shown = ", ".join(f"{name} {us:.0f} us" for name, us in times.items())
+        yield f"step of {rows}", f"{shown} (context {choice.CONTEXT}, measured here)"
     yield "kernel cache", facts["kernel_cache"]
     model = facts["model"]
     yield (

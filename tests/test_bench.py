@@ -250,6 +250,12 @@ def test_every_switch_is_tried_alone_and_all_together():
     assert ablation.combinations([]) == [()]
     assert ablation.combinations(["a"]) == [(), ("a",)]
     assert ablation.combinations(["a", "b"]) == [(), ("a",), ("b",), ("a", "b")]
+    # The others are the graph's, which the persistent step replaces.
+    whole = "persistent"
+    assert ablation.combinations([whole]) == [(), (whole,)]
+    assert ablation.combinations([whole, "a"]) == [(), (whole,), (whole, "a")]
+    each = [(), (whole,), (whole, "a"), (whole, "b"), (whole, "a", "b")]
+    assert ablation.combinations([whole, "a", "b"]) == each
 
 
 def test_the_switches_are_listed_without_a_gpu():
@@ -296,14 +302,25 @@ def test_switches_are_those_that_do_something():
     assert ablation.applicable("cpu", ["float32"], [1, 16]) == []
     every = list(ablation.SWITCHES)
     assert ablation.applicable("cuda", ["float16"], [1]) == every
-    # Only a single row has its norm inside the product.
-    apart = [name for name in every if name != "fused-norm"]
+    # Only a single row has its norm inside the product; the persistent step has up to four.
+    apart = [name for name in every if name not in ("fused-norm", "persistent")]
     assert ablation.applicable("cuda", ["float16"], [16]) == apart
     assert ablation.applicable("cuda", ["float16"], [64]) == apart
     # These are products of many rows, which cuBLAS takes anyway.
     rest = [name for name in apart if name != "gemv"]
     assert ablation.applicable("cuda", ["float32"], [4, 16]) == rest
     assert ablation.applicable("cuda", ["float16"], [65]) == rest
+
+
+def test_nothing_off_is_the_fastest_path_if_that_may_be_switched_off(monkeypatch, capsys):
+    model = shared.random_model(shared.TINY, "float32", "cpu")
+    times = {"persistent": 1.0, "graph": 2.0}
+    monkeypatch.setattr(ablation.decode, "times", lambda model, rows: times)
+    assert ablation.base(model, 1, ["graph"]) == "eager"  # what there is on the CPU
+    assert ablation.base(model, 1, ["persistent"]) == "persistent"
+    times = {"eager": 0.0}
+    assert ablation.base(model, 1, ["persistent"]) == "eager"
+    assert "does not take the persistent step" in capsys.readouterr().out
 
 
 def test_without_an_optimisation_the_text_is_the_same():
@@ -318,11 +335,11 @@ def test_without_an_optimisation_the_text_is_the_same():
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ops, "norm_linear", spied)
-        ablation.speed(model, (), 2, args)
+        ablation.speed(model, "eager", (), 2, args)
         assert seen
         seen.clear()
         # What needs a GPU changes nothing here; norm and product are really taken apart.
-        ablation.speed(model, tuple(ablation.SWITCHES), 2, args)
+        ablation.speed(model, "eager", tuple(ablation.SWITCHES), 2, args)
         assert not seen
     assert ops.norm_linear is fused and graph.has_clusters is overlaps and model.gemv == "ours"
 

@@ -32,6 +32,7 @@ import arguments
         ("peers", ["--engines", "nothing"], "unknown engine 'nothing'"),
         ("naive", ["--decode", "telepathy"], "unknown decode path"),
         ("profiling", ["--model", "7B"], "7B"),
+        ("profiling", ["--decode", "telepathy"], "unknown decode path 'telepathy'"),
         ("ablation", ["--disable", ","], "the list is empty (--disable)"),
         (
             "ablation",

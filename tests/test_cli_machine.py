@@ -12,6 +12,7 @@ import pytest
 from command import CPU, PLAIN_ENV, call, cli, done, on_terminal
 
 import gpt2cupy
+from gpt2cupy import info
 from gpt2cupy.record import ROOT
 
 
@@ -42,6 +43,19 @@ def test_info_as_json(lm):
     assert facts["model"]["n_layer"] == lm.config.n_layer
     assert facts["model"]["dtype"] == "float32" and facts["model"]["stored_dtype"] == "float16"
     assert facts["memory"]["weights"] == lm.model.weights.nbytes
+
+
+def test_info_shows_what_auto_chose_from(monkeypatch):
+    found = SimpleNamespace(
+        times=lambda model, rows: {"persistent": 10.0 * rows, "graph": 12.4 * rows},
+        usable=lambda model, rows: ["graph", "persistent"] if rows < 4 else ["graph"],
+    )
+    monkeypatch.setattr(info, "decode", found)
+    shown = done("info", *CPU)
+    assert "step of 1        persistent 10 us, graph 12 us (context 256, measured here)" in shown
+    assert "step of 2        persistent 20 us, graph 25 us" in shown and "step of 4" not in shown
+    facts = json.loads(done("info", *CPU, "--json"))
+    assert facts["decode_times"]["2"] == {"persistent": 20.0, "graph": 24.8}
 
 
 def without_cupy(*arguments: str) -> subprocess.CompletedProcess[str]:

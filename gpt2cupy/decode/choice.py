@@ -19,7 +19,7 @@ from .eager import EagerDecoder
 from .state import DecodeState
 
 # Of a measurement: where it starts, steps at a time, times until the clocks are up, and after.
-CONTEXT, STEPS, WARM, ROUNDS = 128, 8, 40, 9
+CONTEXT, STEPS, WARM, ROUNDS = 256, 8, 40, 9
 # Another path has other last bits: not for a difference that is noise.
 MARGIN = 1.03
 _FILE = "decode-paths.json"
