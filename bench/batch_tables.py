@@ -30,7 +30,7 @@ def steps(entry: Record, rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (DTYPES.index(row["dtype"]), row["batch"])):
         us, read = row["step"]["median_us"], row.get("read", {}).get("median_us")
         share = [number(read), f"{us / read:.2f}"] if read else ["-", "-"]
-        names = [row["dtype"], row["batch"], row["context"], row.get("decode", results["decode"])]
+        names = [row["dtype"], row["batch"], row["context"], row["decode"]]
         lines.append([*names, spread(row["step"]), *share, number(row["tokens_per_second"])])
     header = ["dtype", "batch", "context", "decode", "step, µs (p10 to p90)", "plain read, µs"]
     note = (

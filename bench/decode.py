@@ -146,6 +146,7 @@ def run() -> None:
     options.add_argument("--runs", type=int, default=30)
     args = parsed(options, {"tokens": 2})
     known = paths(args.device)
+    named = args.decode is not None
     args.decode = chosen(args.decode or known, known, "decode path")
     chosen(args.dtype, DTYPES, "dtype")
     chosen(args.gemv, ("ours", "cublas"), "backend")
@@ -174,6 +175,9 @@ def run() -> None:
                         for path in args.decode:
                             model.gemv = gemv
                             if path not in decode.usable(model, batch):
+                                if named:
+                                    title = f"{size} {dtype} batch {batch} {gemv} {path}"
+                                    kept.skip(title, decode.why_not(model, batch) or "")
                                 continue
                             row = {"model": size, "dtype": dtype, "batch": batch}
                             row |= {"decode": path, "gemv": gemv}

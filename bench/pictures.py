@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from picture import Found, Picture, Points
@@ -47,6 +47,11 @@ def draw_peers(axes: Any, peers: list[dict[str, Any]], place: Callable[[Any], tu
         axes.plot(*place(peer), marker, color=colour, ms=8, mfc="none", mew=1.8, label=peer["name"])
 
 
+def decode_paths(rows: Iterable[Any]) -> str:
+    """Those that the steps took."""
+    return " or ".join(dict.fromkeys(row["decode"] for row in rows))
+
+
 def latency_points(found: Found) -> Points:
     results = found["batches"]["results"]
     series = {
@@ -55,7 +60,8 @@ def latency_points(found: Found) -> Points:
     }
     model = results["rows"][0]["model"]
     peers = [peer for peer in peer_points(found, model) if peer["batch"] == 1]
-    return {"model": model, "decode": results["decode"], "series": series, "peers": peers}
+    paths = decode_paths(row for rows in at_batch(results, 1).values() for row in rows)
+    return {"model": model, "decode": paths, "series": series, "peers": peers}
 
 
 def draw_latency(figure: Any, points: Points) -> None:
@@ -96,12 +102,13 @@ def throughput_points(found: Found) -> Points:
     results = found["batches"]["results"]
     rows = sorted(results["rows"], key=lambda row: row["batch"])
     dtype, at, model = rows[-1]["dtype"], results["at"], rows[0]["model"]
-    figures = [
-        [row["batch"], row["context"], row["step"]["median_us"], read_us(row)]
-        for row in rows
-        if row["dtype"] == dtype and (row["context"] == at or row["batch"] > 1)
+    rows = [
+        row for row in rows if row["dtype"] == dtype and (row["context"] == at or row["batch"] > 1)
     ]
-    settings = {"model": model, "dtype": dtype, "at": at, "decode": results["decode"]}
+    figures = [
+        [row["batch"], row["context"], row["step"]["median_us"], read_us(row)] for row in rows
+    ]
+    settings = {"model": model, "dtype": dtype, "at": at, "decode": decode_paths(rows)}
     return settings | {"rows": figures, "peers": peer_points(found, model)}
 
 
@@ -147,7 +154,8 @@ def ladder_points(found: Found) -> Points:
     rows: dict[str, list[Any]] = {}
     for row in results["rows"]:
         if row["dtype"] == dtype:
-            name = f"without {row['off']}" if row["off"] else "all on"
+            # What is the graph's is off without the persistent step, which replaces it.
+            name = f"without {row['off'].removeprefix('persistent,')}" if row["off"] else "all on"
             name = "only the KV cache" if row["only_cache"] and row["off"] else name
             rows.setdefault(str(row["batch"]), []).append([name, row["step"]["median_us"]])
     settings = {key: results[key] for key in ("model", "prompt", "tokens")}

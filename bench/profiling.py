@@ -149,11 +149,15 @@ def run() -> None:
     try:
         for dtype in args.dtype:
             model = random_model(config, dtype, args.device)
-            for name in decode.usable(model, settings.batch):
-                if name in args.decode:
-                    where = "ours" if name == "eager" else "paths"
-                    each = dataclasses.replace(settings, decode=name)
-                    results[where].append(ours(args, model, each, progress))
+            there = decode.usable(model, settings.batch)
+            for name in args.decode:
+                if name not in there:
+                    why = decode.why_not(model, settings.batch)
+                    progress.say(f"{dtype}: {name} is left out: {why}")
+                    continue
+                where = "ours" if name == "eager" else "paths"
+                each = dataclasses.replace(settings, decode=name)
+                results[where].append(ours(args, model, each, progress))
         measured = True
     finally:
         if results["ours"]:  # what was measured is kept

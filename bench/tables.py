@@ -147,14 +147,15 @@ def invariance(entry: Record) -> str:
         if "tokens" in row:
             what = f"prompt of {row['tokens']} tokens"
         else:
-            what = f"step of {row['batch']} rows, context {row['context']}"
+            what = f"step of {row['batch']} rows, context {row['context']} ({row['decode']})"
         ratio = row["invariant"]["median_us"] / row["default"]["median_us"]
         times = [spread(row[key]) for key in ("default", "invariant")]
         lines.append([row["model"], row["dtype"], what, *times, number(ratio, 2)])
     header = ["size", "dtype", "what", "default, µs", "batch-invariant, µs", "ratio"]
     note = (
         "Random weights, medians (p10 to p90) of times between events on the device, in captured "
-        "graphs; a prompt's with the choice of its first token" + left_out(entry["results"])
+        "graphs (in brackets the default's path); a prompt's with the choice of its first token"
+        + left_out(entry["results"])
     )
     return table(header, lines, 3) + source_line(entry, note)
 
@@ -197,12 +198,16 @@ def naive(entry: Record) -> str:
     for engine in ("ours", "transformers"):
         header += [f"{engine}, whole forward, tokens/s", f"{engine}, KV cache, tokens/s"]
         header.append("speed-up")
-    rounds = results["rounds"]
+    rounds, ours = (
+        results["rounds"],
+        [row["engines"].get("gpt2cupy cached") for row in results["rows"]],
+    )
+    paths = " or ".join(dict.fromkeys(one["decode"] for one in ours if one))
     note = (
         f"{results['model']}, random weights, {results['tokens']} greedy tokens after "
         f"{results['prompt']}; {f'medians of {rounds} runs' if rounds > 1 else 'one run each'}, in "
-        f"turn, each engine in its own process. Ours with the cache: {results['decode']} decode "
-        f"path. transformers: generate() with use_cache=False and True, attention without "
+        f"turn, each engine in its own process. Ours with the cache: decode path {paths}. "
+        f"transformers: generate() with use_cache=False and True, attention without "
         f"cuDNN, which prepares itself for every length{left_out(results)}"
     )
     absent = {name: why for row in results["rows"] for name, why in row["skipped"].items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from layout import Record, source_line, table
 
 # How validate calls what it compares -> how a table does.
-WAYS = {"full": "whole forward", "eager": "cached, eager", "graph": "cached, graph"}
+WAYS = {"full": "whole forward"} | {
+    path: f"cached, {path}" for path in ("eager", "graph", "persistent")
+}
 
 
 def comparisons(entry: Record) -> str:

@@ -91,13 +91,13 @@ __device__ inline int lane_at(int me, int u) { return (unit_of(me / WARP) + u) *
 template <int N>
 __device__ inline void wait_for_stream(int me,
                                        const FloatWord* words,
-                                       unsigned turn,
+                                       unsigned tag,
                                        Lane<float> (&x)[N]) {
   FloatWord w[N * MOST_UNITS];
-  wait_for_words(w, turn, [&](int i) {
+  wait_for_words(w, tag, [&](int i) {
     int u = i % MOST_UNITS;
-    return has_unit(me, u) ? peek(words + i / MOST_UNITS * C + lane_at(me, u))
-                           : (FloatWord)turn << 32;
+    return has_unit(me, u) ? poll(words + i / MOST_UNITS * C + lane_at(me, u))
+                           : (FloatWord)tag << 32;
   });
 #pragma unroll
   for (int n = 0; n < N; n++)
@@ -149,7 +149,7 @@ __device__ inline void normalise(
     for (int n = 0; n < N; n++)
       put8(room + MOMENTS<N>(side, n) + warp * 8,
            {__float_as_uint(mean[n]), __float_as_uint(square[n])});
-  meet();
+  sync_consumers();
 #pragma unroll
   for (int n = 0; n < N; n++) {
     float means[CONSUMERS], squares[CONSUMERS];
@@ -184,7 +184,7 @@ __device__ inline void normalise(
 // The warp's part of rows of elements to shared memory, when they are there; of each row PARTS
 // times C.
 template <int N, int PARTS>
-__device__ inline void wait_for_rows(int me, const ElemWord* words, unsigned turn, unsigned room) {
+__device__ inline void wait_for_rows(int me, const ElemWord* words, unsigned tag, unsigned room) {
   constexpr int EACH = SPAN / 4;  // four words at a time, of a unit
   constexpr int ROUNDS = (PARTS * MOST_UNITS * EACH + WARP - 1) / WARP;
   int warp = me / WARP, first = unit_of(warp);
@@ -196,8 +196,8 @@ __device__ inline void wait_for_rows(int me, const ElemWord* words, unsigned tur
     return at / (units * EACH) * C + first * SPAN + at % (units * EACH) * 4;
   };
   uint4 w[N * ROUNDS];
-  wait_for_words(w, turn,
-                 [&](int i) { return peek_four(words + i / ROUNDS * PARTS * C + place(i)); });
+  wait_for_words(w, tag,
+                 [&](int i) { return poll_four(words + i / ROUNDS * PARTS * C + place(i)); });
 #pragma unroll
   for (int i = 0; i < N * ROUNDS; i++)
     if (inside(i)) put8(room + (i / ROUNDS * Room<N>::ROW + place(i)) * 2, elements_of(w[i]));
@@ -280,7 +280,7 @@ __device__ inline void product(const Weights<N>& ring,
     int m = rows.first + from + me % GROUP;
     float own_bias = addend(bias, m, writes<N>(me, count));
     multiply<N, PARTS>(me, ring, at, count, room, side);
-    meet();
+    sync_consumers();
     if (writes<N>(me, count)) use(me / GROUP, m, sum_of_warps<N>(me, room, side) + own_bias);
     side ^= 1;
   }
@@ -350,28 +350,28 @@ __device__ inline void step(const int* ids,
   Share own = room.shares[PROJ];
 
   if (threadIdx.x / WARP == CONSUMERS) {
-    Supply<STAGES<N>> supply = {ring};
+    Producer<STAGES<N>> producer = {ring};
     Share qkv = room.shares[QKV], inner = room.shares[FC];
     for (int l = 0; l < L; l++) {
       // The small things of a layer come to L2 before they are asked for.
       int lane = threadIdx.x % WARP;
-      if (lane == 0) come_to_l2(w.qkv_b + l * 3 * C + qkv.first, qkv.count * 2);
-      if (lane == 1) come_to_l2(w.proj_b + l * C + own.first, own.count * 4);
-      if (lane == 2) come_to_l2(w.fc_b + l * WIDE * C + inner.first, inner.count * 2);
-      if (lane == 3) come_to_l2(w.out_b + l * C + own.first, own.count * 4);
+      if (lane == 0) prefetch_l2(w.qkv_b + l * 3 * C + qkv.first, qkv.count * 2);
+      if (lane == 1) prefetch_l2(w.proj_b + l * C + own.first, own.count * 4);
+      if (lane == 2) prefetch_l2(w.fc_b + l * WIDE * C + inner.first, inner.count * 2);
+      if (lane == 3) prefetch_l2(w.out_b + l * C + own.first, own.count * 4);
       if (l % gridDim.x == blockIdx.x) {
-        if (lane == 4) come_to_l2(w.ln1_w + l * C, C * 2);
-        if (lane == 5) come_to_l2(w.ln1_b + l * C, C * 2);
-        if (lane == 6) come_to_l2(w.ln2_w + l * C, C * 2);
-        if (lane == 7) come_to_l2(w.ln2_b + l * C, C * 2);
+        if (lane == 4) prefetch_l2(w.ln1_w + l * C, C * 2);
+        if (lane == 5) prefetch_l2(w.ln1_b + l * C, C * 2);
+        if (lane == 6) prefetch_l2(w.ln2_w + l * C, C * 2);
+        if (lane == 7) prefetch_l2(w.ln2_b + l * C, C * 2);
       }
       room.job.prefetch(k + l * layer_size, v + l * layer_size);
-      supply.rows(w.qkv_w + (size_t)l * 3 * C * C, qkv, 1);
-      supply.rows(w.proj_w + (size_t)l * C * C, own, 1);
-      supply.rows(w.fc_w + (size_t)l * WIDE * C * C, inner, 1);
-      supply.rows(w.out_w + (size_t)l * WIDE * C * C, own, WIDE);
+      producer.rows(w.qkv_w + (size_t)l * 3 * C * C, qkv, 1);
+      producer.rows(w.proj_w + (size_t)l * C * C, own, 1);
+      producer.rows(w.fc_w + (size_t)l * WIDE * C * C, inner, 1);
+      producer.rows(w.out_w + (size_t)l * WIDE * C * C, own, WIDE);
     }
-    supply.rows(lm_head, share_of(Vp), 1);
+    producer.rows(lm_head, share_of(Vp), 1);
     return;
   }
 
@@ -389,7 +389,7 @@ __device__ inline void step(const int* ids,
 
   At<N> at = {};
   int side = 0;
-  auto take_normed = [&](const FloatWord* from, unsigned turn, bool first, const elem_t* weight,
+  auto take_normed = [&](const FloatWord* from, unsigned tag, bool first, const elem_t* weight,
                          const elem_t* bias) {
     int me = anew(threadIdx.x);
     Norm norm;
@@ -402,36 +402,38 @@ __device__ inline void step(const int* ids,
         for (int u = 0; u < MOST_UNITS; u++)
           x[n][u] = has_unit(me, u) ? embedding(n, lane_at(me, u)) : 0.0f;
     } else {
-      wait_for_stream<N>(me, from, turn, x);
+      wait_for_stream<N>(me, from, tag, x);
     }
     normalise<N>(me, x, norm, eps, base, side);
   };
 #pragma unroll 1
   for (int l = 0; l < L; l++) {
-    unsigned turn = epoch + l + 1;
+    unsigned tag = epoch + l + 1;
     elem_t *layer_k = k + l * layer_size, *layer_v = v + l * layer_size;
-    take_normed(words->end[0], turn - 1, l == 0, w.ln1_w + l * C, w.ln1_b + l * C);
+    take_normed(words->end[0], tag - 1, l == 0, w.ln1_w + l * C, w.ln1_b + l * C);
     product<N, 1>(ring, at, side, base, room.shares[QKV], w.qkv_b + l * 3 * C,
-                  [&](int n, int m, float y) { tell(&words->qkv[n][m], y, turn); });
+                  [&](int n, int m, float y) { publish(&words->qkv[n][m], y, tag); });
 #pragma unroll 1
     for (int j = blockIdx.x; j < jobs; j += gridDim.x) {
       int me = anew(threadIdx.x);
-      if (j != (int)blockIdx.x) meet();
+      if (j != (int)blockIdx.x) sync_consumers();
       Job job = j == (int)blockIdx.x ? room.job : job_of(j);
       if (job.part < job.parts)
-        attend<N>(me, words, room.attention, turn, job, layer_k, layer_v,
+        attend<N>(me, words, room.attention, tag, job, layer_k, layer_v,
                   by_layer ? scale / (l + 1) : scale);
     }
-    wait_for_rows<N, 1>(anew(threadIdx.x), words->attended[0], turn, base);
-    product<N, 1>(ring, at, side, base, room.shares[PROJ], w.proj_b + l * C,
-                  [&](int n, int m, float y) { tell(&words->middle[n][m], residual += y, turn); });
-    take_normed(words->middle[0], turn, false, w.ln2_w + l * C, w.ln2_b + l * C);
+    wait_for_rows<N, 1>(anew(threadIdx.x), words->attended[0], tag, base);
+    product<N, 1>(
+        ring, at, side, base, room.shares[PROJ], w.proj_b + l * C,
+        [&](int n, int m, float y) { publish(&words->middle[n][m], residual += y, tag); });
+    take_normed(words->middle[0], tag, false, w.ln2_w + l * C, w.ln2_b + l * C);
     product<N, 1>(
         ring, at, side, base, room.shares[FC], w.fc_b + l * WIDE * C,
-        [&](int n, int m, float y) { tell(&words->inner[n][m], activate(y, activation), turn); });
-    wait_for_rows<N, WIDE>(anew(threadIdx.x), words->inner[0], turn, base);
-    product<N, WIDE>(ring, at, side, base, room.shares[OUT], w.out_b + l * C,
-                     [&](int n, int m, float y) { tell(&words->end[n][m], residual += y, turn); });
+        [&](int n, int m, float y) { publish(&words->inner[n][m], activate(y, activation), tag); });
+    wait_for_rows<N, WIDE>(anew(threadIdx.x), words->inner[0], tag, base);
+    product<N, WIDE>(
+        ring, at, side, base, room.shares[OUT], w.out_b + l * C,
+        [&](int n, int m, float y) { publish(&words->end[n][m], residual += y, tag); });
   }
   take_normed(words->end[0], epoch + L, false, lnf_w, lnf_b);
   product<N, 1>(ring, at, side, base, share_of(Vp), (const float*)nullptr,

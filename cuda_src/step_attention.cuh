@@ -35,8 +35,8 @@ struct Job {
   __device__ void prefetch(const elem_t* k, const elem_t* v) const {
     int t = part * TOKENS + threadIdx.x % WARP * stride(), count = min(TOKENS, position - t);
     if (part >= parts || count <= 0) return;
-    come_to_l2(k + cache + (size_t)t * HS, count * HS * 2);
-    come_to_l2(v + cache + (size_t)t * HS, count * HS * 2);
+    prefetch_l2(k + cache + (size_t)t * HS, count * HS * 2);
+    prefetch_l2(v + cache + (size_t)t * HS, count * HS * 2);
   }
 };
 
@@ -72,7 +72,7 @@ template <int N>
 __device__ inline void attend(int me,
                               Words<N>* words,
                               AttentionRoom& room,
-                              unsigned turn_of_words,
+                              unsigned tag,
                               const Job& job,
                               elem_t* k,
                               elem_t* v,
@@ -93,12 +93,12 @@ __device__ inline void attend(int me,
       if (warp < 2) {  // the words of the newest token, four a thread
         int i = min(me, 3 * HS / 4 - 1);
         uint4 w[1];
-        wait_for_words(w, turn_of_words, [&](int) {
-          return peek_four(words->qkv[job.n] + i / (HS / 4) * C + job.head * HS + i % (HS / 4) * 4);
+        wait_for_words(w, tag, [&](int) {
+          return poll_four(words->qkv[job.n] + i / (HS / 4) * C + job.head * HS + i % (HS / 4) * 4);
         });
         *reinterpret_cast<uint2*>(&room.newest[0][i * 4]) = elements_of(w[0]);
       }
-      meet();
+      sync_consumers();
     }
     if (t0 + KEYS > position && t0 <= position) {
 #pragma unroll
@@ -185,14 +185,14 @@ __device__ inline void attend(int me,
   FloatWord(*found)[HS + 4] = words->found[job.n * (C / HS) + job.head];
   if (job.part == 0 && warp > 0 && warp < job.parts) {  // what another block has found
     FloatWord w[4];
-    wait_for_words(w, turn_of_words,
-                   [&](int i) { return peek(&found[warp][i < 2 ? HS + i : lane * 2 + i - 2]); });
+    wait_for_words(w, tag,
+                   [&](int i) { return poll(&found[warp][i < 2 ? HS + i : lane * 2 + i - 2]); });
     room.tops[CONSUMERS + warp] = value_of(w[0]);
     room.weights[CONSUMERS + warp] = value_of(w[1]);
     *reinterpret_cast<float2*>(&room.values[CONSUMERS + warp][lane * 2]) = {value_of(w[2]),
                                                                             value_of(w[3])};
   }
-  meet();
+  sync_consumers();
   if (me >= HS) return;
   int c = me;
   top = LOWEST;
@@ -220,15 +220,15 @@ __device__ inline void attend(int me,
     top = higher;
   }
   if (job.part > 0) {
-    tell(&found[job.part][c], result, turn_of_words);
+    publish(&found[job.part][c], result, tag);
     if (c == 0) {
-      tell(&found[job.part][HS], top, turn_of_words);
-      tell(&found[job.part][HS + 1], sum, turn_of_words);
+      publish(&found[job.part][HS], top, tag);
+      publish(&found[job.part][HS + 1], sum, tag);
     }
     return;
   }
-  tell(&words->attended[job.n][job.head * HS + c], job.idle ? 0.0f : __fdividef(result, sum),
-       turn_of_words);
+  publish(&words->attended[job.n][job.head * HS + c], job.idle ? 0.0f : __fdividef(result, sum),
+          tag);
 }
 
 #endif

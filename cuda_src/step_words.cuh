@@ -33,7 +33,7 @@ __device__ inline int anew(int x) {
 }
 
 // A barrier of the consumers.
-__device__ inline void meet() {
+__device__ inline void sync_consumers() {
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * WARP) : "memory");
 }
 

@@ -1,9 +1,10 @@
 // Values handed over between the blocks of a grid that is resident as a whole: each in a word with
-// the number of its turn, which readers ask for until it is there. No barrier, no fence, nothing to
-// reset (sm_90 and newer, like what uses it).
+// the number of its layer, its tag, which readers ask for until it is there. No barrier, no fence,
+// nothing to reset (sm_90 and newer, like what uses it).
 //
-// The word of a float has 32 bits for the turn, that of an element 16. All words of a turn are
-// written before any of the next, so the turn before is the only other that a reader can find.
+// The word of a float has 32 bits for the tag, that of an element 16. All words of elements are
+// written once a layer, so a reader finds either its tag or the one before; words of floats may be
+// older, where fewer blocks had shared a head.
 #pragma once
 
 #include "common.cuh"
@@ -13,25 +14,24 @@
 using FloatWord = unsigned long long;
 using ElemWord = unsigned;
 
-__device__ inline void tell(FloatWord* word, float value, unsigned turn) {
+__device__ inline void publish(FloatWord* word, float value, unsigned tag) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word),
-               "l"((FloatWord)turn << 32 | __float_as_uint(value))
+               "l"((FloatWord)tag << 32 | __float_as_uint(value))
                : "memory");
 }
-__device__ inline void tell(ElemWord* word, float value, unsigned turn) {
+__device__ inline void publish(ElemWord* word, float value, unsigned tag) {
   elem_t rounded = from_float<elem_t>(value);
   unsigned bits = *reinterpret_cast<unsigned short*>(&rounded);
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(bits | turn << 16)
-               : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(bits | tag << 16) : "memory");
 }
 
 // The word of a float, and four neighbours of elements, as they are now.
-__device__ inline FloatWord peek(const FloatWord* word) {
+__device__ inline FloatWord poll(const FloatWord* word) {
   FloatWord found;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(word) : "memory");
   return found;
 }
-__device__ inline uint4 peek_four(const ElemWord* words) {
+__device__ inline uint4 poll_four(const ElemWord* words) {
   uint4 found;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
@@ -40,10 +40,10 @@ __device__ inline uint4 peek_four(const ElemWord* words) {
   return found;
 }
 
-// Whether they are of this turn, and what they say.
-__device__ inline bool is_of(FloatWord word, unsigned turn) { return word >> 32 == turn; }
-__device__ inline bool is_of(const uint4& words, unsigned turn) {
-  unsigned want = turn << 16;
+// Whether they are of this tag, and what they say.
+__device__ inline bool is_of(FloatWord word, unsigned tag) { return word >> 32 == tag; }
+__device__ inline bool is_of(const uint4& words, unsigned tag) {
+  unsigned want = tag << 16;
   return (((words.x ^ want) | (words.y ^ want) | (words.z ^ want) | (words.w ^ want)) >> 16) == 0;
 }
 __device__ inline float value_of(FloatWord word) { return __uint_as_float((unsigned)word); }
@@ -64,22 +64,22 @@ struct Patience {
   }
 };
 
-// Asks for words until all are of this turn, all lanes of a warp together: what diverges costs more
+// Asks for words until all are of this tag, all lanes of a warp together: what diverges costs more
 // instructions than it saves loads. Of a lane's several, the first is asked for until it is there
 // and only then the others: asking for all would keep the memory from those who write them.
 template <int COUNT, typename word_t, typename ask_t>
-__device__ inline void wait_for_words(word_t (&words)[COUNT], unsigned turn, ask_t ask) {
+__device__ inline void wait_for_words(word_t (&words)[COUNT], unsigned tag, ask_t ask) {
   Patience patience;
   do {
     words[0] = ask(0);
     patience.again();
-  } while (!__all_sync(FULL_MASK, is_of(words[0], turn)));
+  } while (!__all_sync(FULL_MASK, is_of(words[0], tag)));
   for (bool all = COUNT == 1; !all; patience.again()) {
 #pragma unroll
     for (int i = 1; i < COUNT; i++) words[i] = ask(i);
     all = true;
 #pragma unroll
-    for (int i = 1; i < COUNT; i++) all &= is_of(words[i], turn);
+    for (int i = 1; i < COUNT; i++) all &= is_of(words[i], tag);
     all = __all_sync(FULL_MASK, all);
   }
 }

@@ -43,6 +43,7 @@ def report(
     facts["decode"] = engine.decoder.name
     with engine.device, engine.stream:
         facts["decode_times"] = decode_times(model)
+    facts["decode_context"] = choice.context_of(model)
     return facts | {
         "kernel_cache": str(compiler.cache_dir()),
         "model": {
@@ -67,13 +68,13 @@ def report(
     }
 
 
-def decode_times(model: GPT2) -> dict[int, dict[str, float]]:
-    """Microseconds of a step by rows and decode path, the fastest first, where there is a choice.
+def decode_times(model: GPT2) -> dict[str, dict[str, float]]:
+    """Microseconds of a step by rows and decode path where there is a choice, what is taken first.
 
     On the current device and stream; measured where they are not remembered.
     """
     choices = [rows for rows in step.ROWS if "persistent" in decode.usable(model, rows)]
-    return {rows: decode.times(model, rows) for rows in choices}
+    return {str(rows): decode.times(model, rows) for rows in choices}
 
 
 def why_cpu(device: str) -> str:
@@ -119,7 +120,7 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "decode path", f"{facts['decode']} (change with generate --decode)"
     for rows, times in facts["decode_times"].items():
         shown = ", ".join(f"{name} {us:.0f} us" for name, us in times.items())
-        yield f"step of {rows}", f"{shown} (context {choice.CONTEXT}, measured here)"
+        yield f"step of {rows}", f"{shown} (measured once, context {facts['decode_context']})"
     yield "kernel cache", facts["kernel_cache"]
     model = facts["model"]
     yield (

@@ -31,6 +31,8 @@ class GPT2:
     weights : Weights
     gemv : {"ours", "cublas"}
         Who multiplies few rows (up to 64 on sm_90) on the GPU; more go to cuBLAS either way.
+        The persistent step has products of its own: an engine that took it refuses to run
+        after a change to "cublas".
     batch_invariant : bool
         Whether the bits of a sequence must depend neither on those beside it, nor on the
         pieces in which its prompt is run: one kernel and one order of sums for any

@@ -318,7 +318,10 @@ def test_nothing_off_is_the_fastest_path_if_that_may_be_switched_off(monkeypatch
     monkeypatch.setattr(ablation.decode, "times", lambda model, rows: times)
     assert ablation.base(model, 1, ["graph"]) == "eager"  # what there is on the CPU
     assert ablation.base(model, 1, ["persistent"]) == "persistent"
-    times = {"eager": 0.0}
+    times = {"eager": 0.0, "persistent": 1.0}
+    monkeypatch.setattr(ablation.decode, "usable", lambda model, rows: list(times)[: 3 - rows])
+    assert ablation.base(model, 2, ["persistent"]) == "eager"
+    assert capsys.readouterr().out == ""  # there was no choice
     assert ablation.base(model, 1, ["persistent"]) == "eager"
     assert "does not take the persistent step" in capsys.readouterr().out
 

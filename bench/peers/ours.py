@@ -40,7 +40,7 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
                 times.append(time.perf_counter())
         return ids[:tokens], times[0], times[1], times[tokens]
 
-    return run, {"decode": job["decode"]}
+    return run, {"decode": engine.decoder.name}
 
 
 def _naive(model: GPT2, prompts: list[np.ndarray], most: int, lengths: Sequence[int]) -> Run:

@@ -113,7 +113,6 @@ def generate(
         batch_invariant=batch_invariant, quantize=options.name_of(quantize),
     )  # fmt: skip
     with lm:
-        decoder(lm.model, decode)  # refuses a path that is not there, before anything is written
         if gemv is not None:
             if lm.model.xp is np:
                 raise InputError(
@@ -122,6 +121,8 @@ def generate(
                     remedy="Leave it out.",
                 )
             lm.model.gemv = gemv.value
+        if decode != "auto":
+            decoder(lm.model, decode, n)  # refuses a path that is not there before text is written
         lm.model.decode_path = decode
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
         if max_new_tokens is None:

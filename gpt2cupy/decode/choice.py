@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .._version import __version__
 from ..model import GPT2
 from ..ops import compiler
+from ..sampling import SamplingParams
 from .eager import EagerDecoder
 from .state import DecodeState
 
@@ -27,9 +27,9 @@ _measuring = threading.Lock()  # two at once would measure each other
 
 
 def fastest(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> dict[str, float]:
-    """Microseconds of a step by path, the fastest first; of all models of this shape, once.
+    """Microseconds of a step by path, the one to take first; of all models of this shape, once.
 
-    The first of the paths is taken unless another is faster beyond the noise.
+    The first of ``paths`` is taken unless another is faster beyond the noise.
 
     Parameters
     ----------
@@ -41,16 +41,30 @@ def fastest(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> dic
     """
     file, key = compiler.cache_dir() / _FILE, _key(model, rows, paths)
     with _measuring:
-        found = _read(file).get(key)
-        if not isinstance(found, dict) or set(found) != set(paths):
-            found = {name: _measure(model, rows, path) for name, path in paths.items()}
+        found = _kept(file, key, paths)
+        if found is None:
+            found = _measure(model, rows, paths)
+            kept = json.dumps(_read(file) | {key: found}, indent=1)
             # Where it cannot be kept, each process measures again.
             with contextlib.suppress(OSError):
-                _write(file, _read(file) | {key: found})
+                compiler.write_atomically(file, kept.encode())
     first = next(iter(paths))
     return dict(
         sorted(found.items(), key=lambda item: item[1] / (MARGIN if item[0] == first else 1))
     )
+
+
+def context_of(model: GPT2) -> int:
+    """Tokens before the steps that are measured."""
+    return min(CONTEXT, model.config.n_positions // 2)
+
+
+def _kept(file: Path, key: str, paths: dict[str, type[EagerDecoder]]) -> dict[str, float] | None:
+    """What was measured before; None if that is not known for all of the paths."""
+    found = _read(file).get(key)
+    if not isinstance(found, dict) or set(found) != set(paths):
+        return None
+    return found if all(isinstance(us, float) for us in found.values()) else None
 
 
 def _key(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> str:
@@ -60,29 +74,31 @@ def _key(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> str:
     kernels = hashlib.sha256(repr((sources, compiler.nvrtc_version())).encode()).hexdigest()[:16]
     config = model.config
     shape = [config.n_layer, config.n_embd, config.n_head, config.padded_vocab_size]
-    parts = [properties["name"].decode(), kernels, model.dtype.name, *shape, rows, *paths]
+    shape += [config.n_positions, rows]
+    parts = [properties["name"].decode(), __version__, kernels, model.dtype.name, *shape, *paths]
     return " ".join(map(str, parts))
 
 
-def _measure(model: GPT2, rows: int, path: type[EagerDecoder]) -> float:
-    """Microseconds of a step on a state of its own."""
-    xp, context = model.xp, min(CONTEXT, model.config.n_positions // 2)
+def _measure(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> dict[str, float]:
+    """Microseconds of a step by path, in turn, so that all find the same clocks."""
+    xp, context = model.xp, context_of(model)
     cache = model.new_cache(rows, min(context + STEPS, model.config.n_positions))
     state = DecodeState(model, cache, rows)
-    params = state.params.get().reshape(-1)[: state.params.shape[1]]
     for row in range(rows):
-        state.assign(row, row, params)
-    decoder, times = path(model), list[float]()
+        state.assign(row, row, SamplingParams().row(0, 0, -1))
+    decoders = {name: path(model) for name, path in paths.items()}
+    times: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(WARM + ROUNDS):
-        for row in range(rows):
-            state.seek(row, context)
-        begin, end = xp.cuda.Event(), xp.cuda.Event()
-        begin.record()
-        decoder.step(state, STEPS)
-        end.record()
-        end.synchronize()
-        times.append(xp.cuda.get_elapsed_time(begin, end) * 1e3 / STEPS)
-    return float(np.median(times[WARM:]))
+        for name, decoder in decoders.items():
+            for row in range(rows):
+                state.seek(row, context)
+            begin, end = xp.cuda.Event(), xp.cuda.Event()
+            begin.record()
+            decoder.step(state, STEPS)
+            end.record()
+            end.synchronize()
+            times[name].append(xp.cuda.get_elapsed_time(begin, end) * 1e3 / STEPS)
+    return {name: float(np.median(each[WARM:])) for name, each in times.items()}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -92,11 +108,3 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
-
-
-def _write(file: Path, known: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem)
-    with os.fdopen(handle, "w", encoding="utf-8") as target:
-        json.dump(known, target, indent=1)
-    os.replace(temporary, file)

@@ -16,17 +16,18 @@ from .state import DecodeState
 
 
 def why_not(model: GPT2, rows: int) -> str | None:
-    """Why a model has no persistent step for so many rows; None if it has."""
+    """Why a model has no persistent step for so many rows, on its device; None if it has."""
     if model.xp is np:
         return "it needs a GPU"
     if model.batch_invariant:
-        return "its order of sums depends on nothing, but only this many rows have it"
+        return "a batch-invariant model needs one order of sums for any number of rows"
     if model.gemv != "ours":
-        return "its products are ours"
+        return f"it has products of its own, and this model's are {model.gemv}'s"
     if isinstance(model.weights.wte, QuantizedMatrix):
         return "it has no int8"
     config = model.config
-    return step.why_not(rows, config.n_embd, config.inner_size, config.head_size, model.dtype)
+    with model.weights.wte.device:
+        return step.why_not(rows, config.n_embd, config.inner_size, config.head_size, model.dtype)
 
 
 def check(model: GPT2, rows: int) -> None:

@@ -65,6 +65,10 @@ HALF_ONLY = (
     "decode_step.cu",
 )
 
+# decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
+# in shared memory still holds enough.
+STEP_HEAD_SIZE, STEP_CHANNELS = 64, (256, 2048)
+
 _compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -90,8 +94,9 @@ def variants(
 
 def takes_step(defines: Mapping[str, str]) -> bool:
     """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    channels = int(defines["K"])
-    return defines["HS"] == "64" and 256 <= channels <= 2048 and channels % 64 == 0
+    shortest, longest = STEP_CHANNELS
+    channels, head_size = int(defines["K"]), int(defines["HS"])
+    return head_size == STEP_HEAD_SIZE and shortest <= channels <= longest and not channels % 64
 
 
 @functools.cache
@@ -201,7 +206,7 @@ def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
                 return folder / name
     binary = compile_source(source, options)
     try:
-        return _write_atomically(folders[0] / name, binary)
+        return write_atomically(folders[0] / name, binary)
     except OSError as error:
         warnings.warn(
             f"kernels cannot be kept in {folders[0]} ({error.strerror}); every process will "
@@ -210,7 +215,7 @@ def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
             stacklevel=3,
         )
     try:
-        return _write_atomically(Path(_process_dir().name) / name, binary)
+        return write_atomically(Path(_process_dir().name) / name, binary)
     except OSError as error:
         raise CompileError(
             f"there is no place to keep compiled kernels: {error.strerror}",
@@ -219,7 +224,8 @@ def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
         ) from error
 
 
-def _write_atomically(path: Path, data: bytes) -> Path:
+def write_atomically(path: Path, data: bytes) -> Path:
+    """Write a file that others may read meanwhile; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .compiler import STEP_CHANNELS
+from .compiler import STEP_HEAD_SIZE as HEAD_SIZE
 from .device import has_clusters, shared_limit, sm_count
 from .launch import Kernel, launch
 from .linear import ACTIVATION_CODES
@@ -14,8 +16,6 @@ from .linear import ACTIVATION_CODES
 Array = Any
 
 ROWS = (1, 2, 4)  # of the entries
-HEAD_SIZE = 64
-SHORTEST, LONGEST = 256, 2048  # n_embd: each warp has a part of it, the ring still holds enough
 _WIDE = 4  # inner size over n_embd; WIDE in step_words.cuh, like the next two
 _CONSUMERS, _MOST_PARTS = 8, 8
 _SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in decode_step.cu
@@ -49,8 +49,9 @@ def why_not(rows: int, channels: int, inner: int, head_size: int, dtype: Any) ->
             f"it takes heads of {HEAD_SIZE} and an inner size of {_WIDE} n_embd, "
             f"not {head_size} and {inner / channels:g}"
         )
-    if not SHORTEST <= channels <= LONGEST:
-        return f"it takes n_embd from {SHORTEST} to {LONGEST}, not {channels}"
+    shortest, longest = STEP_CHANNELS
+    if not shortest <= channels <= longest:
+        return f"it takes n_embd from {shortest} to {longest}, not {channels}"
     if np.dtype(dtype).itemsize != 2:
         return f"it takes float16 and bfloat16, not {np.dtype(dtype).name}"
     if not has_clusters():

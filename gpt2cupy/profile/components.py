@@ -228,7 +228,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
-    path.model.prepare_step(state.batch)
+    path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
         path._step(state)
     return found
