@@ -57,8 +57,10 @@ def compared(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
         yield from (f"only in the {where}: {name}" for name in sorted(names))
     if not before and not after:
         yield "neither record holds a timing with its spread"
-        return
-    yield f"{changed} of {len(both)} timings changed beyond the noise"
+    elif not both:
+        yield "the records have no timing in common: nothing was compared"
+    else:
+        yield f"{changed} of {len(both)} timings changed beyond the noise"
 
 
 def _range(timing: dict[str, float]) -> str:

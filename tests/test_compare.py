@@ -83,6 +83,12 @@ def test_records_without_timings_say_so():
     ]
 
 
+def test_records_that_share_no_row_say_so():
+    *rows, last = compared(decode_record(small=100.0), decode_record(large=200.0))
+    assert last == "the records have no timing in common: nothing was compared"
+    assert [row.split(":")[0] for row in rows] == ["only in the first", "only in the second"]
+
+
 def test_what_is_no_record_is_one_line(tmp_path):
     files = ("good.json", "list.json", "broken.json", "another.json")
     good, list_, broken, another = (tmp_path / name for name in files)
