@@ -31,8 +31,8 @@ def measure(model: GPT2, tokens: int, runs: int) -> dict[str, Any]:
 
     def prefill() -> None:
         engine.cache.reset()
-        x, _ = engine.prompts.run([prompt], [0])
-        model.logits(x[tokens - 1 : tokens], state.work, state.logits)
+        x = engine.prompts.run([prompt], [0])
+        model.logits(x, state.work, state.logits)
         choose(state, state.logits, state.rows)
 
     with engine.stream:

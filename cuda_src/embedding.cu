@@ -1,9 +1,12 @@
-// Sum of token and position embedding: where the residual stream begins.
+// Rows for the residual stream: the sum of token and position embedding, where it begins; and of
+// packed prompts the last row of each, which is all that their last layer needs after attention.
 //
-//   x[n, c] = wte[ids[n], c] + wpe[positions[n], c]
+//   embedding   x[n, c] = wte[ids[n], c] + wpe[positions[n], c]
+//   last_rows   y[r] = x[starts[r + 1] - 1], out[r] = attended[starts[r + 1] - 1]
 //
-// Shapes    ids, positions [N] int; wte [Vp, C] and wpe [P, C] ELEM; x [N, C] float
-// Bytes     N C (4 + 2 sizeof ELEM)
+// Shapes    ids, positions [N] int; wte [Vp, C] and wpe [P, C] ELEM; x [N, C] float; attended
+//           [N, C] ELEM; starts [R + 1] int; y [R, C] float; out [R, C] ELEM
+// Bytes     embedding N C (4 + 2 sizeof ELEM); last_rows 2 R C (4 + sizeof ELEM)
 // Work      one block per row, threads stride over the channels
 //
 // An id or position outside its table gives a row of zeros instead of a read out of bounds: idle
@@ -26,5 +29,17 @@ extern "C" __global__ void embedding(const int* ids,
     float value = 0.0f;
     if (inside) value = to_float(wte[(size_t)id * C + c]) + to_float(wpe[(size_t)position * C + c]);
     x[(size_t)row * C + c] = value;
+  }
+}
+
+extern "C" __global__ void last_rows(
+    const float* x, const elem_t* attended, const int* starts, float* y, elem_t* out, int C) {
+  release_dependents();
+  // A sequence without tokens has the last row of another, and no row comes before the first.
+  int row = blockIdx.x, from = max(starts[row + 1] - 1, 0);
+  wait_for_inputs();
+  for (int c = threadIdx.x; c < C; c += blockDim.x) {
+    y[(size_t)row * C + c] = x[(size_t)from * C + c];
+    out[(size_t)row * C + c] = attended[(size_t)from * C + c];
   }
 }

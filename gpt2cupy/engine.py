@@ -198,16 +198,16 @@ class Engine:
                 piece[row] = tokens[:budget]
                 budget -= len(piece[row])
         rows = list(piece)
-        x, starts = self.prompts.run(list(piece.values()), rows)
+        x = self.prompts.run(list(piece.values()), rows)
         done = []
         for index, row in enumerate(rows):
             rest[row] = rest[row][len(piece[row]) :]
             if not len(rest[row]):
                 del rest[row]
-                done.append((row, int(starts[index + 1]) - 1))
-        for row, last in done:
+                done.append((row, index))
+        for row, index in done:
             work, logits = self.state.work.first(1), self.state.logits[row : row + 1]
-            self.model.logits(x[last : last + 1], work, logits)
+            self.model.logits(x[index : index + 1], work, logits)
             choose(self.state, logits, self.state.rows[row : row + 1])
             sequence = self.active[row]
             sequence.first = int(self.row_steps[row])

@@ -20,6 +20,7 @@ from .ops.device import device_arch
 # suffix of their type. Those of the ladders, which only tests and readers launch, are not here.
 THREADS = {
     "embedding": 256,
+    "last_rows": 256,
     "layer_norm": 128,
     "add_layer_norm": 128,
     "gemv_scalar": 128,

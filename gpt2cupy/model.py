@@ -155,6 +155,7 @@ class GPT2:
         attend: Callable[[int, Array, Array], None],
         work: Workspace,
         shifts: Sequence[Pair] | None = None,
+        last: Callable[[], Workspace] | None = None,
     ) -> Array:
         """Run every layer over the rows of ``work``; returns the residual stream [N, C].
 
@@ -167,6 +168,9 @@ class GPT2:
             Of exactly N rows.
         shifts : sequence of pairs of arrays, optional
             :attr:`NormShifts.pairs`.
+        last : callable, optional
+            Called after the last layer's attention for the workspace of those rows that
+            are needed behind it; they are returned.
         """
         eps = self.config.layer_norm_epsilon
         how: Any = {"backend": self.backend, "scratch": work.scratch}
@@ -178,6 +182,9 @@ class GPT2:
             qkv: Any = how | {"h": work.h, "out": work.qkv, "shift": qkv_shift}
             ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], **qkv)
             attend(index, work.qkv, work.attended)
+            if last is not None and index == self.config.n_layer - 1:
+                work = last()
+                x = work.x
             ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
             fc: Any = act | {"h": work.h, "out": work.inner, "shift": fc_shift}
@@ -226,6 +233,7 @@ class GPT2:
         cache: KVCache,
         work: Workspace,
         states: Array | None = None,
+        last: Workspace | None = None,
     ) -> Array:
         """Queue the layers for what ``packed`` holds; returns the residual stream [N, C].
 
@@ -239,6 +247,9 @@ class GPT2:
             Of exactly ``packed.rows`` rows.
         states : array [L, N, C], optional
             Where the residual stream goes as each layer reads it.
+        last : Workspace, optional
+            Of a row per sequence. Then only the row of each one's last token goes on after
+            the last layer's attention, here, and the result is [R, C].
         """
 
         def attend(layer: int, qkv: Array, out: Array) -> None:
@@ -251,7 +262,13 @@ class GPT2:
                 qkv, k, v, *rows, scale, out=out, batch_invariant=self._batch_invariant
             )
 
-        return self.forward(packed.ids, packed.positions, attend, work)
+        def last_rows() -> Workspace:
+            assert last is not None
+            ops.last_rows(work.x, work.attended, packed.starts, out=(last.x, last.attended))
+            return last
+
+        rest = None if last is None else last_rows
+        return self.forward(packed.ids, packed.positions, attend, work, last=rest)
 
     def decode(
         self,

@@ -115,10 +115,10 @@ def logits_of(model, prompts, watched, cuts, steps=4):
     found = []
     for begin, end in zip([0, *cuts], [*cuts, None], strict=True):
         pieces = {slot: ids[begin:end] for slot, ids in enumerate(prompts) if len(ids) > begin}
-        x, starts = runner.run(list(pieces.values()), list(pieces))
+        x = runner.run(list(pieces.values()), list(pieces))
         if watched in pieces:
-            last = int(starts[list(pieces).index(watched) + 1]) - 1
-            row = xp.array(x[last : last + 1])
+            place = list(pieces).index(watched)
+            row = xp.array(x[place : place + 1])
     model.logits(row, model.new_workspace(1), logits[:1])
     found.append(host(logits)[0].copy())
     slots, work = xp.arange(batch, dtype=np.int32), model.new_workspace(batch)

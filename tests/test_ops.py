@@ -229,6 +229,19 @@ def test_embedding(xp, dtype):
     np.testing.assert_array_equal(host(ours), expected)
 
 
+def test_last_rows(xp, dtype):
+    rng = np.random.default_rng(0)
+    x, attended = draw(rng, (9, 40), np.dtype(np.float32)), draw(rng, (9, 40), dtype)
+    starts = np.array([0, 4, 4, 9], np.int32)  # the second sequence has no tokens
+    x, attended, starts = on(xp, x, attended, starts)
+    y, out = xp.zeros((3, 40), np.float32), xp.zeros((3, 40), attended.dtype)
+    ops.last_rows(x, attended, starts, out=(y, out))
+    for own, whole in ((y, x), (out, attended)):
+        np.testing.assert_array_equal(host(own), host(whole)[[3, 3, 8]])
+    ops.last_rows(x, attended, starts * 0, out=(y, out))  # nobody has any
+    np.testing.assert_array_equal(host(y), host(x)[[0, 0, 0]])
+
+
 @pytest.mark.gpu
 def test_embedding_outside_its_tables_is_zero():
     import cupy as cp

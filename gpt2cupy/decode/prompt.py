@@ -37,6 +37,7 @@ class PromptRunner:
         self.model = model
         self.cache = cache
         self.work = work
+        self._last = model.new_workspace(cache.slots)
         self._graphs = graphs and model.xp is not np
         # By rows and backend: the input, what must live as long as the graph, the graph, its
         # output.
@@ -44,22 +45,35 @@ class PromptRunner:
             tuple[int, str], tuple[PackedPrompts, Any, Callable[[], None], Any]
         ] = {}
 
-    def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> tuple[Any, np.ndarray]:
-        """As :meth:`GPT2.prefill`; rows of x past the last token hold nothing of use."""
+    def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> Any:
+        """Extend slots by new tokens, as :meth:`GPT2.prefill`.
+
+        Returns
+        -------
+        array [R, C]
+            Residual stream of each sequence's last token; rows past the last sequence hold
+            nothing of use.
+        """
         total = sum(len(t) for t in tokens)
         rows = next((n for n in BUCKETS if n >= total), 0)
         if not self._graphs or not rows or rows > self.work.rows:
-            return self.model.prefill(tokens, slots, self.cache, self.work)
+            packed = PackedPrompts(total, len(tokens), self.model.xp)
+            packed.fill(tokens, slots, self.cache)
+            return self._queue(packed, max(len(t) for t in tokens))
         key = rows, self.model.backend
         if key not in self._buckets:
             self._buckets[key] = self._capture(rows)
         packed, _, launch, x = self._buckets[key]
-        starts = packed.fill(tokens, slots, self.cache)
+        packed.fill(tokens, slots, self.cache)
         launch()
-        return x, starts
+        return x
+
+    def _queue(self, packed: PackedPrompts, longest: int) -> Any:
+        work, last = self.work.first(packed.rows), self._last.first(len(packed.slots))
+        return self.model.run_packed(packed, longest, self.cache, work, last=last)
 
     def _capture(self, rows: int) -> tuple[PackedPrompts, Any, Callable[[], None], Any]:
-        packed = PackedPrompts(rows, self.cache.slots, self.model.xp)
+        packed = PackedPrompts(rows, min(rows, self.cache.slots), self.model.xp)
         with recorded() as calls:
-            x = self.model.run_packed(packed, rows, self.cache, self.work.first(rows))
+            x = self._queue(packed, rows)
         return packed, calls, captured(calls), x

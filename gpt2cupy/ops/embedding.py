@@ -1,4 +1,4 @@
-"""Token and position embedding. Kernel: cuda_src/embedding.cu."""
+"""Where the residual stream begins, and last rows of prompts. Kernels: cuda_src/embedding.cu."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ EMBEDDING = Kernel(
     "embedding",
     "ids: int32[N], positions: int32[N], wte: ELEM[Vp,C], wpe: ELEM[P,C], out: float32[N,C], "
     "Vp, P, C",
+)
+LAST_ROWS = Kernel(
+    "embedding.cu",
+    "last_rows",
+    "x: float32[N,C], attended: ELEM[N,C], starts: int32[S], y: float32[R,C], out: ELEM[R,C], C",
+    overlaps=True,
 )
 
 
@@ -44,6 +50,30 @@ def embedding(
         return reference.embedding(ids, positions, wte, wpe, out=out)
     if out is None:
         out = device_empty((len(ids), wte.shape[1]), np.float32)
-    threads = min(256, -(-wte.shape[1] // 32) * 32)
+    threads = _threads(wte.shape[1])
     launch(EMBEDDING, (len(ids),), (threads,), (ids, positions, wte, wpe, out), elem=wte.dtype)
     return out
+
+
+def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
+    """Copy the row of each packed sequence's last token.
+
+    Parameters
+    ----------
+    x : array of float32 [N, C]
+    attended : array [N, C]
+    starts : array of int32 [R + 1]
+        Sequence r owns the rows from ``starts[r]`` to ``starts[r + 1] - 1``; one without rows
+        gets a row of another.
+    out : pair of arrays [R, C]
+        Of x and of attended.
+    """
+    if not is_device_array(x):
+        reference.last_rows(x, attended, starts, out=out)
+        return
+    arrays = (x, attended, starts, *out)
+    launch(LAST_ROWS, (len(out[0]),), (_threads(x.shape[1]),), arrays, elem=attended.dtype)
+
+
+def _threads(channels: int) -> int:
+    return min(256, -(-channels // 32) * 32)

@@ -52,6 +52,11 @@ def embedding(
     return _store(x, out, x.dtype)
 
 
+def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
+    last = np.maximum(starts[1:] - 1, 0)
+    out[0][...], out[1][...] = x[last], attended[last]
+
+
 def layer_norm(
     x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
 ) -> Array:
