@@ -102,10 +102,10 @@ sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck
 bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/batches.py
-	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1 \
+	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1,4 \
 	  --gemv ours --out bench/results/decode-sizes.json
 	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1,16 \
-	  --quantize int8 --out bench/results/decode-int8.json
+	  --quantize int8 --decode graph --out bench/results/decode-int8.json
 	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/gemv.py

@@ -147,15 +147,16 @@ def invariance(entry: Record) -> str:
         if "tokens" in row:
             what = f"prompt of {row['tokens']} tokens"
         else:
-            what = f"step of {row['batch']} rows, context {row['context']} ({row['decode']})"
+            rows = f"{row['batch']} row{'s' * (row['batch'] > 1)}"
+            what = f"step of {rows}, context {row['context']} ({row['decode']})"
         ratio = row["invariant"]["median_us"] / row["default"]["median_us"]
         times = [spread(row[key]) for key in ("default", "invariant")]
         lines.append([row["model"], row["dtype"], what, *times, number(ratio, 2)])
     header = ["size", "dtype", "what", "default, µs", "batch-invariant, µs", "ratio"]
     note = (
         "Random weights, medians (p10 to p90) of times between events on the device, in captured "
-        "graphs (in brackets the default's path); a prompt's with the choice of its first token"
-        + left_out(entry["results"])
+        "graphs (in brackets the default's decode path); a prompt's with the choice of its first "
+        "token" + left_out(entry["results"])
     )
     return table(header, lines, 3) + source_line(entry, note)
 

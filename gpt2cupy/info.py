@@ -120,7 +120,10 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "decode path", f"{facts['decode']} (change with generate --decode)"
     for rows, times in facts["decode_times"].items():
         shown = ", ".join(f"{name} {us:.0f} us" for name, us in times.items())
-        yield f"step of {rows}", f"{shown} (measured once, context {facts['decode_context']})"
+        yield (
+            f"step of {rows}",
+            f"{shown} (the first is taken; measured once, context {facts['decode_context']})",
+        )
     yield "kernel cache", facts["kernel_cache"]
     model = facts["model"]
     yield (

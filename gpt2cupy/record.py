@@ -90,8 +90,8 @@ def environment(*, gpu: bool) -> dict[str, Any]:
     return found
 
 
-# What nvidia-smi is asked for -> the name in a record. Clocks are those of the moment: a record
-# is written right after measuring, so they are what the GPU ran at.
+# What nvidia-smi is asked for -> the name in a record. Clocks are those right after measuring;
+# a kernel that takes much power may have run at less.
 _QUERIES = {
     "driver_version": "driver",
     "clocks.sm": "sm_clock_mhz",

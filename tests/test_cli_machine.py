@@ -52,7 +52,7 @@ def test_info_shows_what_auto_chose_from(monkeypatch):
     )
     monkeypatch.setattr(info, "decode", found)
     shown = done("info", *CPU)
-    assert "step of 1        persistent 10 us, graph 12 us (measured once, context 256)" in shown
+    assert "step of 1        persistent 10 us, graph 12 us (the first is taken; measured" in shown
     assert "step of 2        persistent 20 us, graph 25 us" in shown and "step of 4" not in shown
     facts = json.loads(done("info", *CPU, "--json"))
     assert facts["decode_times"]["2"] == {"persistent": 20.0, "graph": 24.8}

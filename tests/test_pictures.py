@@ -126,14 +126,14 @@ def test_goals_are_told_from_what_is_reached():
         "| first token of a prompt of 128, in Python, ms | 0.70 | 0.40 | 0.65 | yes |",
     ):
         assert said in lines
-    assert "Medians; - where no record has the figure yet. From batches.json" in lines[-1]
+    assert "Medians; - where no record has the figure yet. Over a plain read" in lines[-1]
     assert "batches.json (2026-01-02), prefill.json (2026-01-02)." in lines[-1]
 
 
 def test_goals_explain_a_dash_only_where_there_is_one(monkeypatch):
     monkeypatch.setattr(batch_tables, "GOALS", batch_tables.GOALS[:1])
     made = batch_tables.goals({"batches": batches()})
-    assert "| - |" not in made and "Medians. From batches.json" in made
+    assert "| - |" not in made and "Medians. Over a plain read" in made
 
 
 @pytest.mark.parametrize("name", ["decode-sizes", "decode-int8", "prefill", "startup"])

@@ -22,7 +22,9 @@ def profile(
     runs: Annotated[int, typer.Option(help="Runs measured.")] = 20,
     tokens: Annotated[int, typer.Option(help="Tokens of a run.")] = 30,
     batch: Annotated[int, typer.Option(help="Rows with the same prompt.")] = 1,
-    decode: Annotated[str, typer.Option(help="Path whose steps are profiled.")] = "eager",
+    decode: Annotated[
+        str, typer.Option(help="Path of the steps: eager, graph, persistent.")
+    ] = "eager",
     component: Annotated[str | None, typer.Option(help="Only this one's kernels.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw roofline and bars.")] = None,
@@ -61,7 +63,9 @@ def validate(
     batch_invariant: options.BatchInvariant = False,
     path: Annotated[
         list[str] | None,
-        typer.Option(help="Decode path beside eager; several times for several. Default: all."),
+        typer.Option(
+            help="Decode path beside eager (graph, persistent), repeatable. Default: all."
+        ),
     ] = None,
     against: Annotated[str, typer.Option(help="float64, or hf for transformers.")] = "float64",
     reference: Annotated[str | None, typer.Option(help="Folder that hf loads.")] = None,

@@ -31,7 +31,7 @@ class Settings:
     """What is run: ``warmup`` and ``runs`` generations of ``tokens`` tokens after the prompt.
 
     ``decode`` is the path that runs the unprofiled steps, and those whose kernels
-    are recorded; ops are timed one by one, and so always launched eagerly.
+    are recorded; ops are timed one by one, those of a graph launched eagerly.
     """
 
     prompt: str = "What is your name"
