@@ -87,7 +87,7 @@ constexpr int STAGE = TILE * SLOT;
 // models blocks wait for each other and not for the memory; there it only costs.
 constexpr int AHEAD = ((48 << 10) + TILE * C * 2 - 1) / (TILE * C * 2);
 constexpr bool PACED = C > 768;
-constexpr int GAP = C * 2 / 18;
+constexpr unsigned GAP = C * 2 / 18;
 
 // A place in a ring of COUNT stages, and in which of its rounds.
 template <int COUNT>
@@ -144,7 +144,7 @@ struct Producer {
   // The second is the stage that has to have come before the first is asked for; a round before the
   // first counts as come.
   Cursor<COUNT> at = {}, paced = {COUNT - AHEAD, ~0u};
-  long long due = 0;  // of the next row, in cycles; what is late by less than a stage is made up
+  unsigned due = 0;  // of the next row, in cycles
 
   __device__ void rows(const elem_t* weight, Share rows, int parts) {
     size_t stride = (size_t)parts * C;
@@ -154,32 +154,36 @@ struct Producer {
               min(TILE, rows.count - from));
   }
 
+  __device__ static void copy_row(unsigned to, const elem_t* from, unsigned counter) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(to),
+        "l"(from), "r"(C * 2), "r"(counter)
+        : "memory");
+  }
+
   __device__ void bring(const elem_t* from, size_t stride, int rows) {
     int lane = threadIdx.x % WARP;
     ring.wait_empty(at);
     ring.wait_full(paced);
-    unsigned counter = ring.full(at.stage);
+    unsigned counter = ring.full(at.stage), to = ring.row(at, 0);
     if (lane == 0)
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(counter),
                    "r"(rows * C * 2)
                    : "memory");
-    auto copy_row = [&](int i) {
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-          "[%3];" ::"r"(ring.row(at, i)),
-          "l"(from + i * stride), "r"(C * 2), "r"(counter)
-          : "memory");
-    };
     if (PACED && lane == 0) {  // one lane: with all, the compiler makes them take turns
+      unsigned now = clock64();
+      int late = now - due;
+      // Late by more than a stage is not made up; a block that went to another clock begins anew.
+      if (late > int(TILE * GAP) || late < -int(GAP)) due = now - TILE * GAP;
 #pragma unroll 1
-      for (int i = 0; i < rows; i++) {
-        long long now = clock64();
-        while (now < due && due <= now + GAP) now = clock64();  // a block may go to another clock
-        due = max(due, now - TILE * GAP) + GAP;
-        copy_row(i);
+      for (int i = 0; i < rows; i++, from += stride, to += SLOT, due += GAP) {
+        while (due - (unsigned)clock64() - 1 < GAP) {  // until it is due, or the clock is another
+        }
+        copy_row(to, from, counter);
       }
     }
-    if (!PACED && lane < rows) copy_row(lane);
+    if (!PACED && lane < rows) copy_row(to + lane * SLOT, from + lane * stride, counter);
     __syncwarp();
     at.next();
     paced.next();
