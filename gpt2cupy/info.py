@@ -63,7 +63,7 @@ def report(
             "norm shifts": model.shifts.nbytes,
             "cache": engine.cache.nbytes,
             "decode state": engine.state.nbytes,
-            "prefill": engine.prefill_work.nbytes,
+            "prefill": engine.prompts.nbytes,
         },
     }
 

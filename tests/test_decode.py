@@ -19,7 +19,7 @@ from gpt2cupy.ops.tape import recorded, submit
 from gpt2cupy.request import Request
 from gpt2cupy.workspace import Workspace
 
-DEVICE = SimpleNamespace(zeros=np.zeros, asarray=np.asarray)  # stands for CuPy
+DEVICE = SimpleNamespace(zeros=np.zeros, empty=np.empty, asarray=np.asarray)  # stands for CuPy
 
 
 class Spelled(EagerDecoder):
@@ -137,10 +137,7 @@ def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):
     """A graph captured with one product must not run for a model that was given the other."""
 
     class Model:
-        xp, backend = DEVICE, "ours"
-
-        def new_workspace(self, rows):
-            return Workspace(TINY, rows, np.float32)
+        xp, backend, config, dtype = DEVICE, "ours", TINY, np.float32
 
         def run_packed(self, packed, longest, cache, work, last):
             assert last.rows == len(packed.slots)

@@ -238,6 +238,8 @@ def test_last_rows(xp, dtype):
     ops.last_rows(x, attended, starts, out=(y, out))
     for own, whole in ((y, x), (out, attended)):
         np.testing.assert_array_equal(host(own), host(whole)[[3, 3, 8]])
+    with pytest.raises(InputError, match="3 starts do not fit 3 rows"):
+        ops.last_rows(x, attended, starts[:3], out=(y, out))
     ops.last_rows(x, attended, starts * 0, out=(y, out))  # nobody has any
     np.testing.assert_array_equal(host(y), host(x)[[0, 0, 0]])
 

@@ -37,13 +37,19 @@ class PromptRunner:
         self.model = model
         self.cache = cache
         self.work = work
-        self._last = model.new_workspace(cache.slots)
+        # What follows dequantises in the memory of ``work``.
+        self._last = Workspace(model.config, cache.slots, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
         # By rows and backend: the input, what must live as long as the graph, the graph, its
         # output.
         self._buckets: dict[
             tuple[int, str], tuple[PackedPrompts, Any, Callable[[], None], Any]
         ] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its activations."""
+        return self.work.nbytes + self._last.nbytes
 
     def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> Any:
         """Extend slots by new tokens, as :meth:`GPT2.prefill`.

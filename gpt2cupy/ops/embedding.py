@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from . import quantized, reference
 from .launch import Kernel, device_empty, is_device_array, launch
@@ -67,7 +68,18 @@ def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Arr
         gets a row of another.
     out : pair of arrays [R, C]
         Of x and of attended.
+
+    Raises
+    ------
+    InputError
+        If there are not as many sequences as rows of ``out``.
     """
+    if len(starts) != len(out[0]) + 1:
+        raise InputError(
+            f"{len(starts)} starts do not fit {len(out[0])} rows",
+            where="last_rows",
+            remedy="Give one start more than rows.",
+        )
     if not is_device_array(x):
         reference.last_rows(x, attended, starts, out=out)
         return
