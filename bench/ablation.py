@@ -207,15 +207,14 @@ def run() -> None:
             for batch in args.batch:
                 path = base(model, batch, wanted)
                 every = applicable(args.device, [dtype], [batch])
-                if path != "persistent" and "persistent" in every:
-                    every.remove("persistent")
+                every = [name for name in every if path == "persistent" or name != "persistent"]
                 here = [name for name in every if name in wanted]
                 for off in combinations(here):
-                    time_ = speed(model, path, off, batch, args)
-                    rate = 1e6 * batch / time_.median_us
+                    timing = speed(model, path, off, batch, args)
+                    rate = 1e6 * batch / timing.median_us
                     row = {"dtype": dtype, "batch": batch, "off": ",".join(off)}
                     row |= {"decode": path, "only_cache": list(off) == every}
-                    kept.rows.append(row | {"step": time_.as_dict(), "tokens_per_second": rate})
+                    kept.rows.append(row | {"step": timing.as_dict(), "tokens_per_second": rate})
                     title = f"{dtype} batch {batch}, off: {', '.join(off) or 'nothing'}"
                     print(f"{title}: {rate:.0f} tokens/s", flush=True)
             del model

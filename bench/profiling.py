@@ -127,7 +127,8 @@ def run() -> None:
             args.trace.mkdir(parents=True, exist_ok=True)
     settings = Settings(warmup=args.warmup, runs=args.runs, tokens=args.tokens)
     on_gpu = args.device != "cpu"
-    args.decode = chosen(args.decode or paths(args.device), paths(args.device), "decode path")
+    known = paths(args.device)
+    args.decode = chosen(args.decode or known, known, "decode path")
     if "eager" not in args.decode:
         raise InputError(
             "eager is what the others stand beside", where="--decode", remedy="Name it too."

@@ -199,10 +199,8 @@ def naive(entry: Record) -> str:
     for engine in ("ours", "transformers"):
         header += [f"{engine}, whole forward, tokens/s", f"{engine}, KV cache, tokens/s"]
         header.append("speed-up")
-    rounds, ours = (
-        results["rounds"],
-        [row["engines"].get("gpt2cupy cached") for row in results["rows"]],
-    )
+    rounds = results["rounds"]
+    ours = [row["engines"].get("gpt2cupy cached") for row in results["rows"]]
     paths = " or ".join(dict.fromkeys(one["decode"] for one in ours if one))
     note = (
         f"{results['model']}, random weights, {results['tokens']} greedy tokens after "
