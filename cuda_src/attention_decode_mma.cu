@@ -18,7 +18,6 @@
 //
 // Entries   attention_decode_mma        one block of 8 warps per head
 //           attention_decode_mma_2, _4, _8   as many blocks per head: few rows, to fill the chip
-//           attention_decode_mma_rows   one of 2 warps: so many rows that blocks wait for room
 //
 // Needs sm_80 (mma.m16n8k16) and a head size that is a multiple of 16.
 //
@@ -28,8 +27,7 @@
 
 #if __CUDA_ARCH__ >= 800 && HS % 16 == 0
 
-constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/attention.py
-constexpr int FEWEST_WARPS = 2;  // of ..._rows; likewise
+constexpr int WARPS = 8;  // of a block; also in gpt2cupy/ops/attention.py
 constexpr int VEC = 8;
 constexpr int KEYS = 16;                      // of a warp's turn
 constexpr int KEY_CHUNKS = (HS + 31) / 32;    // of a lane, 4 lanes a key
@@ -42,7 +40,7 @@ __device__ inline Piece load_or_zero(const elem_t* source, bool there) {
   return there ? *reinterpret_cast<const Piece*>(source) : Piece{};
 }
 
-template <int WARPS, bool CLUSTERED>
+template <bool CLUSTERED>
 __device__ inline void attend(const elem_t* qkv,
                               elem_t* k,
                               elem_t* v,
@@ -218,17 +216,16 @@ __device__ inline void attend(const elem_t* qkv,
   finish<WARPS, CLUSTERED>(of_warps, of_blocks, block, blocks, idle, out);
 }
 
-#define ATTENTION_ENTRY(name, cluster, clustered, warps, resident)                          \
-  extern "C" __global__ void cluster __launch_bounds__(warps* WARP, resident)               \
+#define ATTENTION_ENTRY(name, cluster, clustered)                                           \
+  extern "C" __global__ void cluster __launch_bounds__(WARPS* WARP, HS <= 64 ? 2 : 1)       \
       name(const elem_t* qkv, elem_t* k, elem_t* v, const int* slots, const int* positions, \
            elem_t* out, float scale, int NH, int T) {                                       \
-    attend<warps, clustered>(qkv, k, v, slots, positions, out, scale, NH, T);               \
+    attend<clustered>(qkv, k, v, slots, positions, out, scale, NH, T);                      \
   }
 
-ATTENTION_ENTRY(attention_decode_mma, , false, MOST_WARPS, HS <= 64 ? 2 : 1)
-ATTENTION_ENTRY(attention_decode_mma_2, CLUSTER(2), true, MOST_WARPS, HS <= 64 ? 2 : 1)
-ATTENTION_ENTRY(attention_decode_mma_4, CLUSTER(4), true, MOST_WARPS, HS <= 64 ? 2 : 1)
-ATTENTION_ENTRY(attention_decode_mma_8, CLUSTER(SPLIT), true, MOST_WARPS, HS <= 64 ? 2 : 1)
-ATTENTION_ENTRY(attention_decode_mma_rows, , false, FEWEST_WARPS, HS <= 64 ? 8 : 4)
+ATTENTION_ENTRY(attention_decode_mma, , false)
+ATTENTION_ENTRY(attention_decode_mma_2, CLUSTER(2), true)
+ATTENTION_ENTRY(attention_decode_mma_4, CLUSTER(4), true)
+ATTENTION_ENTRY(attention_decode_mma_8, CLUSTER(SPLIT), true)
 
 #endif

@@ -209,6 +209,16 @@ __device__ inline void copy_async(T* to_shared, const void* from) {
 #endif
 }
 
+// Likewise to an address of shared memory, but zeros, and nothing is read, where there is nothing.
+// sm_80 and newer.
+__device__ inline void copy_or_zero(unsigned to_shared, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+#endif
+}
+
 // The copies since the last call become one group.
 __device__ inline void copy_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -71,6 +71,25 @@ __device__ inline void send_words(T* target, const Counter* counter, int rank, c
 #endif
 }
 
+// Copy bytes of this block to where block `rank` has `target`, a multiple of 16, and count them in
+// its counter. Other threads' stores to them: behind a fence of the async proxy and a barrier. The
+// block must not end before they are there.
+__device__ inline void send_block(
+    const void* target, const void* from, unsigned bytes, const Counter* counter, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, count;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 count, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, "
+      "[count];\n"
+      "}" ::"r"(shared_address(target)),
+      "r"(shared_address(from)), "r"(bytes), "r"(shared_address(counter)), "r"(rank)
+      : "memory");
+#endif
+}
+
 // Returns when all bytes are there and can be read.
 __device__ inline void wait_for_bytes(Counter* counter) {
 #if __CUDA_ARCH__ >= 900

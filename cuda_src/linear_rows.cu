@@ -8,14 +8,15 @@
 // Bytes     M K sizeof ELEM for every ROWS rows of x; x is read from L2 for every OUTPUTS outputs
 // FLOPs     2 N M K
 // Work      a cluster of SPLIT blocks makes ROWS x OUTPUTS values, each block from its share of K.
-//           Chunks of both operands pass through a ring of shared memory (cp.async); the weights
-//           of the first chunks are loaded, and those of the others called into L2, before the
-//           kernel waits for its predecessor. Every block sends each of the others its partial
-//           sums of the rows that that one finishes; they are added in the order of the blocks.
+//           Chunks of both operands pass through a ring of shared memory (cp.async), of `ring`
+//           stages; the weights of the first chunks are loaded, and those of the others called into
+//           L2, before the kernel waits for its predecessor. Every block sends each of the others
+//           its partial sums of the rows that that one finishes, one bulk copy each; they are added
+//           in the order of the blocks.
 //
 // A product of 64 rows is a matter of latency, not of arithmetic: what it takes is the way of its
-// last byte. The library's kernels are as fast once they run, but begin when all before them is
-// over.
+// last byte, in the slowest block. So a block should have a multiprocessor for itself, and all of
+// its chunks under way at once (gpt2cupy/ops/product.py).
 //
 // With batch_invariant=True it takes any number of rows, and a SPLIT that depends on M and K alone.
 // A row of x is a row of the fragments: a tensor core sums each by itself, in the order of K, and
@@ -23,19 +24,22 @@
 //
 // Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile.
 #include "activation.cuh"
+#include "barrier.cuh"
 #include "handover.cuh"
 #include "mma.cuh"
 
 #if __CUDA_ARCH__ >= 800
 
-// The constants up to the ring's are also in gpt2cupy/ops/product.py.
-constexpr int ROWS = 64;
+constexpr int ROWS = 64;  // also in gpt2cupy/ops/product.py, like the next two and the ring's bytes
 constexpr int OUTPUTS = 64;
 constexpr int CHUNK = 64;  // of K: a row of 128 bytes
-constexpr int STAGES = 4;
+constexpr int MOST_STAGES = 12;
 constexpr int LINE = OUTPUTS + 4;  // of a row of partial sums: 16 bytes keep banks apart
 
-constexpr int WARPS = 8;  // each makes a quarter of the rows and half of the outputs
+// Two groups of four warps take chunks in turn, so that one loads fragments while the other
+// multiplies; in a group, each makes half of the rows and half of the outputs.
+constexpr int WARPS = 8;
+constexpr int GROUPS = 2;
 constexpr int THREADS = WARPS * WARP;
 constexpr int VEC = 8;                 // elements of a copy
 constexpr int UNITS = CHUNK / VEC;     // copies of a row
@@ -47,18 +51,22 @@ struct Stage {
   elem_t x[ROWS * CHUNK], weight[OUTPUTS * CHUNK];
 };
 
+struct RingPlace {
+  int stage;
+  unsigned parity;  // of the ring's round
+  __device__ void advance(int by, int ring) {
+    stage += by;
+    if (stage >= ring) {
+      stage -= ring;
+      parity ^= 1;
+    }
+  }
+};
+
 // Where 16 bytes of a row lie: the eight rows that a tensor core reads at once fall into different
 // banks.
 __device__ inline int swizzled(int row, int unit) {
   return row * CHUNK + (unit ^ (row % UNITS)) * VEC;
-}
-
-// 16 bytes to shared memory, or zeros. Addresses are ready-made: with one or two warps of a
-// scheduler, what counts is the number of instructions between a barrier and the first product.
-__device__ inline void copy_or_zero(unsigned to_shared, const elem_t* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
-               "r"(there ? 16 : 0)
-               : "memory");
 }
 
 template <typename out_t>
@@ -80,13 +88,15 @@ __device__ inline void product(const elem_t* x,
                                int activation,
                                int N,
                                int M,
-                               int K) {
+                               int K,
+                               int ring) {
   constexpr int OWN = ROWS / SPLIT;  // rows that this block finishes
   extern __shared__ __align__(128) unsigned char memory[];
   Stage* stages = reinterpret_cast<Stage*>(memory);
-  // The partial sums of this block's rows, from every block of the cluster in turn.
-  auto received = reinterpret_cast<float (*)[LINE]>(
-      memory + min(STAGES, ((K + CHUNK - 1) / CHUNK + SPLIT - 1) / SPLIT) * sizeof(Stage));
+  // The partial sums of this block's rows, from every block of the cluster in turn; and what this
+  // block has for all of them.
+  auto received = reinterpret_cast<float (*)[LINE]>(memory + ring * sizeof(Stage));
+  auto own = received + ROWS;
   int rank = cluster_rank();
   int m0 = blockIdx.x / SPLIT * OUTPUTS, n0 = blockIdx.y * ROWS;
   int chunks = (K + CHUNK - 1) / CHUNK, share = (chunks + SPLIT - 1) / SPLIT;
@@ -94,26 +104,34 @@ __device__ inline void product(const elem_t* x,
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
 
-  __shared__ Counter arrived;
+  __shared__ Counter arrived, came[MOST_STAGES], used[MOST_STAGES];
+  unsigned first_came = shared_address(came), first_used = shared_address(used);
+  if (threadIdx.x < ring) {
+    open_barrier(first_came + threadIdx.x * 8, THREADS);
+    open_barrier(first_used + threadIdx.x * 8, WARPS / GROUPS);
+  }
   if constexpr (SPLIT > 1) {
     if (threadIdx.x == 0) open_counter(&arrived);
     cluster_begin();  // others may write to this block's memory
   }
   release_dependents();
+  __syncthreads();
 
-  // Rows past the last repeat it; they end in outputs that nobody stores.
+  // Outputs past the last have its weights; nobody stores them. Rows of x past the last are zero.
   int row = threadIdx.x / UNITS, unit = threadIdx.x % UNITS;
   const elem_t *from_weight[COPIES], *from_x[COPIES];
   unsigned to_x[COPIES];
   constexpr unsigned TO_WEIGHT = ROWS * CHUNK * sizeof(elem_t);
+  int left = K - begin * CHUNK - unit * VEC;  // of K, from this thread's place in the first chunk
+  int left_x[COPIES];
 #pragma unroll
   for (int i = 0; i < COPIES; i++) {
-    int k = begin * CHUNK + unit * VEC;
+    int k = begin * CHUNK + unit * VEC, n = n0 + row + i * STEP;
     from_weight[i] = weight + (size_t)min(m0 + row + i * STEP, M - 1) * K + k;
-    from_x[i] = x + (size_t)min(n0 + row + i * STEP, N - 1) * K + k;
+    from_x[i] = x + (size_t)n * K + k;
+    left_x[i] = n < N ? left : 0;
     to_x[i] = shared_address(&stages[0].x[swizzled(row + i * STEP, unit)]);
   }
-  int left = K - begin * CHUNK - unit * VEC;  // of K, from this thread's place in the first chunk
   auto fetch_weight = [&](int chunk, int stage) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++)
@@ -124,15 +142,15 @@ __device__ inline void product(const elem_t* x,
 #pragma unroll
     for (int i = 0; i < COPIES; i++)
       copy_or_zero(to_x[i] + stage * (unsigned)sizeof(Stage), from_x[i] + chunk * CHUNK,
-                   chunk * CHUNK < left);
+                   chunk * CHUNK < left_x[i]);
   };
 
-#pragma unroll
-  for (int chunk = 0; chunk < STAGES - 1; chunk++)
-    if (chunk < count) fetch_weight(chunk, chunk);
+  int early = min(count, ring);
+#pragma unroll 1
+  for (int chunk = 0; chunk < early; chunk++) fetch_weight(chunk, chunk);
   if (unit == 0)  // a row of a chunk is one line of the cache
 #pragma unroll 1
-    for (int chunk = STAGES - 1; chunk < count; chunk++)
+    for (int chunk = early; chunk < count; chunk++)
 #pragma unroll
       for (int i = 0; i < COPIES; i++)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from_weight[i] + chunk * CHUNK));
@@ -146,10 +164,10 @@ __device__ inline void product(const elem_t* x,
   if (bias && columns > 0) load_row(bias + m, columns, aligned, own_bias);
   wait_for_inputs();
 
-#pragma unroll
-  for (int chunk = 0; chunk < STAGES - 1; chunk++) {
-    if (chunk < count) fetch_x(chunk, chunk);
-    copy_commit();
+#pragma unroll 1
+  for (int chunk = 0; chunk < early; chunk++) {
+    fetch_x(chunk, chunk);
+    arrive_after_copies(first_came + chunk * 8);
   }
   // Few enough to be kept until they are needed.
   constexpr bool EARLY = TURNS == 1;
@@ -161,56 +179,80 @@ __device__ inline void product(const elem_t* x,
   };
   if constexpr (EARLY) load_residual(own_row);
 
-  int first_row = warp / 2 * 16, first_output = warp % 2 * (OUTPUTS / 2);
+  int group = warp / (WARPS / GROUPS);
+  int first_row = warp / 2 % 2 * (ROWS / 2), first_output = warp % 2 * (OUTPUTS / 2);
   // Where the lane's addresses for ldmatrix begin; a step of 16 along K changes only the unit.
   int row_x = first_row + lane % 16, unit_x = lane / 16;
   int row_weight = first_output + lane / 16 * 8 + lane % 8, unit_weight = lane / 8 % 2;
-  float sums[4][4] = {};
+  float sums[2][4][4] = {};
+  RingPlace place = {group, 0}, refill = {0, 0};
 #pragma unroll 1
-  for (int chunk = 0, stage = 0; chunk < count; chunk++, stage = (stage + 1) % STAGES) {
-    copy_wait<STAGES - 2>();
-    __syncthreads();  // this chunk is there for all, and nobody reads the one before any more
-    if (chunk + STAGES - 1 < count) {
-      fetch_weight(chunk + STAGES - 1, (stage + STAGES - 1) % STAGES);
-      fetch_x(chunk + STAGES - 1, (stage + STAGES - 1) % STAGES);
-    }
-    copy_commit();
-    const Stage& own = stages[stage];
-    unsigned a[CHUNK / 16][4], b[CHUNK / 16][2][4];
+  for (int chunk = group; chunk < count + group; chunk += GROUPS) {
+    // Fill the stages of the last turn again.
+    if (chunk >= GROUPS && count > ring)
+      for (int next = chunk - group - GROUPS + ring; next < min(chunk - group + ring, count);
+           next++) {
+        await(first_used + refill.stage * 8, refill.parity);
+        fetch_weight(next, refill.stage);
+        fetch_x(next, refill.stage);
+        arrive_after_copies(first_came + refill.stage * 8);
+        refill.advance(1, ring);
+      }
+    if (chunk >= count) break;
+    await(first_came + place.stage * 8, place.parity);
+    const Stage& here = stages[place.stage];
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; k++) {
-      load_matrices(a[k], &own.x[swizzled(row_x, k * 2 + unit_x)]);
+      if (n0 + first_row >= N) break;
+      unsigned a[2][4], b[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        load_matrices(a[i], &here.x[swizzled(row_x + i * 16, k * 2 + unit_x)]);
+        load_matrices(b[i], &here.weight[swizzled(row_weight + i * 16, k * 2 + unit_weight)]);
+      }
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        load_matrices(b[k][i], &own.weight[swizzled(row_weight + i * 16, k * 2 + unit_weight)]);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          mma<elem_t>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
-#pragma unroll
-    for (int k = 0; k < CHUNK / 16; k++)
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        mma<elem_t>(sums[j], a[k], b[k][j / 2][j % 2 * 2], b[k][j / 2][j % 2 * 2 + 1]);
+    if (lane == 0) arrive(first_used + place.stage * 8);
+    place.advance(GROUPS, ring);
   }
 
+  // The groups' sums are put together where the copies to the rows' owners begin.
+  auto mine = SPLIT > 1 ? own : received;
+  auto put = [&](bool add) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float* at = &mine[first_row + i * 8 + across][first_output + j * 8 + along * 2];
+        float2 pair = make_float2(sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]);
+        if (add) {
+          float2 other = *reinterpret_cast<const float2*>(at);
+          pair.x += other.x;
+          pair.y += other.y;
+        }
+        *reinterpret_cast<float2*>(at) = pair;
+      }
+  };
+  if (group == 1) put(false);
+  __syncthreads();
+  if (group == 0) put(true);
   if constexpr (SPLIT > 1) {
-    if (threadIdx.x == 0) expect_bytes(&arrived, ROWS * OUTPUTS * sizeof(float));
-    cluster_wait();  // the counters of all blocks are ready
-  }
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    int r = first_row + half * 8;  // eight rows have one owner
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      float* target = &received[rank * OWN + r % OWN + across][first_output + j * 8 + along * 2];
-      if constexpr (SPLIT > 1)
-        send(target, &arrived, r / OWN, sums[j][half * 2], sums[j][half * 2 + 1]);
-      else
-        *reinterpret_cast<float2*>(target) = make_float2(sums[j][half * 2], sums[j][half * 2 + 1]);
-    }
-  }
-  if constexpr (SPLIT > 1)
-    wait_for_bytes(&arrived);
-  else
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
+    constexpr unsigned PART = OWN * sizeof(*received);
+    if (threadIdx.x == 0) expect_bytes(&arrived, SPLIT * PART);
+    cluster_wait();  // the counters of all blocks are ready
+    if (threadIdx.x < SPLIT)
+      send_block(received[rank * OWN], mine[threadIdx.x * OWN], PART, &arrived, threadIdx.x);
+    wait_for_bytes(&arrived);
+    cluster_begin();
+  } else {
+    __syncthreads();
+  }
 
 #pragma unroll 1
   for (int turn = 0; turn < TURNS; turn++) {
@@ -239,13 +281,14 @@ __device__ inline void product(const elem_t* x,
         if (i < columns) target[i] = from_float<out_t>(values[i]);
     }
   }
+  if constexpr (SPLIT > 1) cluster_wait();  // what this block sends is read from its memory
 }
 
 #define LINEAR_ROWS_ENTRY(name, cluster, split, out_t)                                      \
   extern "C" __global__ void cluster __launch_bounds__(THREADS)                             \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
-           out_t* y, int activation, int N, int M, int K) {                                 \
-    product<split>(x, weight, bias, residual, y, activation, N, M, K);                      \
+           out_t* y, int activation, int N, int M, int K, int ring) {                       \
+    product<split>(x, weight, bias, residual, y, activation, N, M, K, ring);                \
   }
 
 LINEAR_ROWS_ENTRY(linear_rows_1, , 1, elem_t)

@@ -3,7 +3,7 @@
 // newer).
 #pragma once
 
-#include "common.cuh"
+#include "barrier.cuh"
 
 #ifndef K
 #define K 768
@@ -37,29 +37,6 @@ __device__ inline void put8(unsigned at, uint2 x) {
 }
 __device__ inline void put_float(unsigned at, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
-}
-
-// ---------------------------------------------------------------------------------------------
-// barriers in shared memory
-
-__device__ inline void open_barrier(unsigned b, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(arrivals) : "memory");
-}
-__device__ inline void arrive(unsigned b) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory");
-}
-__device__ inline void await(unsigned b, unsigned parity) {
-  unsigned done = 0;
-  while (!done)
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(b), "r"(parity)
-        : "memory");
 }
 
 // Ask for `bytes` to come to L2, widened to multiples of 16; the caller's arrays are padded to

@@ -20,6 +20,7 @@
 // Entries   sample        everything that can be asked for, one block per row
 //           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS
 //                         blocks a row, whose findings meet in the shared memory of the first
+//           sample_plain_rows   the same with smaller blocks: rows that would wait for room
 //
 // gpt2cupy/ops/reference_sampling.py is the specification.
 #include "handover.cuh"
@@ -28,8 +29,9 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int THREADS = 1024;  // also in gpt2cupy/ops/sampling.py
-constexpr int PARTS = 8;       // likewise, and the next
+constexpr int PARTS = 8;       // likewise, and the next two
 constexpr int PLAIN_THREADS = 1024;
+constexpr int ROWS_THREADS = 512;
 constexpr int NOISE_AHEAD = 2;  // quads of a thread: 65,536 tokens in all
 constexpr int PROMPT_BIT = 1 << 30;
 
@@ -304,18 +306,19 @@ __device__ inline Finding warp_merged(Finding own) {
   return own;
 }
 
-extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
-    sample_plain(const float* logits,
-                 const int* rows,
-                 const RowParams* params,
-                 int* ids,
-                 int* positions,
-                 u32* steps,
-                 RingEntry* ring,
-                 int V,
-                 int Vp,
-                 int ring_size) {
-  constexpr int WARPS = PLAIN_THREADS / WARP;
+// AHEAD quads of noise of each thread are drawn before the wait, the others as they are needed.
+template <int SIZE, int AHEAD>
+__device__ inline void choose(const float* logits,
+                              const int* rows,
+                              const RowParams* params,
+                              int* ids,
+                              int* positions,
+                              u32* steps,
+                              RingEntry* ring,
+                              int V,
+                              int Vp,
+                              int ring_size) {
+  constexpr int WARPS = SIZE / WARP;
   __shared__ Finding findings[PARTS * WARPS];
   __shared__ Counter arrived;
   int blocks = cluster_size(), block = cluster_rank();
@@ -331,16 +334,19 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
   logits += (size_t)line * Vp;
 
   // The noise does not depend on the logits: it is made while they still are.
-  int first = block * PLAIN_THREADS + threadIdx.x, stride = blocks * PLAIN_THREADS;
-  float noise[NOISE_AHEAD][4];
+  int first = block * SIZE + threadIdx.x, stride = blocks * SIZE;
+  auto draw = [&](int quad, float (&to)[4]) {
+    uint4 bits = philox(make_uint4(quad, position, 0, 0), key);
+    bool noisy = random && quad * 4 < V;
+    to[0] = noisy ? gumbel(bits.x) : 0.0f;
+    to[1] = noisy ? gumbel(bits.y) : 0.0f;
+    to[2] = noisy ? gumbel(bits.z) : 0.0f;
+    to[3] = noisy ? gumbel(bits.w) : 0.0f;
+  };
+  constexpr int HELD = AHEAD > 0 ? AHEAD : 1;
+  float noise[HELD][4], x[HELD][4];
 #pragma unroll
-  for (int turn = 0; turn < NOISE_AHEAD; turn++) {
-    uint4 bits = philox(make_uint4(first + turn * stride, position, 0, 0), key);
-    noise[turn][0] = random ? gumbel(bits.x) : 0.0f;
-    noise[turn][1] = random ? gumbel(bits.y) : 0.0f;
-    noise[turn][2] = random ? gumbel(bits.z) : 0.0f;
-    noise[turn][3] = random ? gumbel(bits.w) : 0.0f;
-  }
+  for (int turn = 0; turn < AHEAD; turn++) draw(first + turn * stride, noise[turn]);
   wait_for_inputs();
 
   Finding own = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, V}, 0.0f};
@@ -361,23 +367,21 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
     }
     own.sum = sum;
   };
-  float x[NOISE_AHEAD][4];
 #pragma unroll
-  for (int turn = 0; turn < NOISE_AHEAD; turn++) {
+  for (int turn = 0; turn < AHEAD; turn++) {
     int quad = first + turn * stride;
     if (quad * 4 < V) load_floats(logits + quad * 4, x[turn]);  // rows are padded to 128
   }
 #pragma unroll
-  for (int turn = 0; turn < NOISE_AHEAD; turn++) {
+  for (int turn = 0; turn < AHEAD; turn++) {
     int quad = first + turn * stride;
     if (quad * 4 < V) take(quad, x[turn], noise[turn]);
   }
-  for (int quad = first + NOISE_AHEAD * stride; quad * 4 < V; quad += stride) {
-    uint4 bits = philox(make_uint4(quad, position, 0, 0), key);
-    float late[4] = {gumbel(bits.x), gumbel(bits.y), gumbel(bits.z), gumbel(bits.w)};
-    if (!random) late[0] = late[1] = late[2] = late[3] = 0.0f;
+#pragma unroll 1
+  for (int quad = first + AHEAD * stride; quad * 4 < V; quad += stride) {
     load_floats(logits + quad * 4, x[0]);
-    take(quad, x[0], late);
+    draw(quad, noise[0]);
+    take(quad, x[0], noise[0]);
   }
 
   own = warp_merged(own);
@@ -405,6 +409,16 @@ extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS)
   float logprob = own.logit - (own.top + logf(own.sum));
   hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logprob);
 }
+
+#define PLAIN_ENTRY(name, threads, resident, ahead)                                              \
+  extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(threads, resident)                 \
+      name(const float* logits, const int* rows, const RowParams* params, int* ids,              \
+           int* positions, u32* steps, RingEntry* ring, int V, int Vp, int ring_size) {          \
+    choose<threads, ahead>(logits, rows, params, ids, positions, steps, ring, V, Vp, ring_size); \
+  }
+
+PLAIN_ENTRY(sample_plain, PLAIN_THREADS, 1, NOISE_AHEAD)
+PLAIN_ENTRY(sample_plain_rows, ROWS_THREADS, 3, 0)
 
 // The `count` most probable tokens of each row of logits, best first, with their logprobs.
 extern "C" __global__ void __launch_bounds__(THREADS)

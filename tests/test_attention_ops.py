@@ -69,12 +69,14 @@ def test_attention_decode_by_fewer_blocks(dtype, split, position, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("full", [0, 1])  # 2 warps a block and 4, on tensor cores
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("position", [0, 15, 16, 63, 64, 300])
-def test_attention_decode_of_many_rows(dtype, head_size, position, monkeypatch):
+@pytest.mark.parametrize("position", [0, 15, 16, 31, 63, 64, 127, 128, 300])
+def test_attention_decode_of_many_rows(dtype, full, head_size, position, monkeypatch):
     import cupy
 
     monkeypatch.setattr(attention, "_MANY_PER_SM", 0)
+    monkeypatch.setattr(attention, "_FULL_PER_SM", full)
     attention_decode_case(cupy, dtype, head_size, position)
 
 

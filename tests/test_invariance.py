@@ -284,6 +284,7 @@ def launches(monkeypatch):
     for module in (product, attention):
         monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "sm_count", lambda: 132)
+    monkeypatch.setattr(product, "shared_limit", lambda: 227 << 10)
     return seen
 
 

@@ -132,3 +132,41 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
     if "bias" not in changed:
         with pytest.raises(InputError, match="do not fit each other"):
             blas.gemv(arrays["x"], arrays["weight"], arrays["out"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "m", "k", "expected"),
+    [
+        # A block a multiprocessor, of 132, as near to that as K can be shared out.
+        (17, 2304, 768, ("linear_rows_2", (72, 1), 6, True)),
+        (64, 768, 768, ("linear_rows_8", (96, 1), 2, True)),
+        (64, 768, 3072, ("linear_rows_8", (96, 1), 6, True)),
+        (64, 1280, 5120, ("linear_rows_4", (80, 1), 12, True)),
+        # Large weights: twice as many, with a short ring.
+        (64, 4800, 1600, ("linear_rows_2", (150, 1), 4, False)),
+        (64, 1600, 6400, ("linear_rows_8", (200, 1), 4, False)),
+        # More than a tile of rows: where all blocks hold their share of K at once.
+        (128, 768, 3072, ("linear_rows_4", (48, 2), 12, True)),
+        (128, 2304, 768, ("linear_rows_1", (36, 2), 12, True)),
+        (128, 1024, 4096, "library"),
+        (128, 4800, 1600, "library"),
+        (129, 768, 768, "library"),
+        (64, 50304, 768, "library"),
+    ],
+)
+def test_tens_of_rows_are_spread_over_the_chip(library, monkeypatch, rows, m, k, expected):
+    seen = []
+
+    def launch(kernel, grid, block, args, *, elem, shared):
+        seen.append((kernel.entry, grid, args[-1], shared > (227 << 10) // 2))
+
+    monkeypatch.setattr(product, "launch", launch)
+    monkeypatch.setattr(product, "has_clusters", lambda: True)
+    monkeypatch.setattr(product, "sm_count", lambda: 132)
+    monkeypatch.setattr(product, "shared_limit", lambda: 227 << 10)
+    x, weight, out = (
+        np.zeros(s, np.float16).view(DeviceArray) for s in ((rows, k), (m, k), (rows, m))
+    )
+    ops.linear(x, weight, out=out)
+    assert (seen or library) == [expected if seen else "matmul"]
+    assert bool(seen) == (expected != "library")

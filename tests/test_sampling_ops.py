@@ -45,15 +45,16 @@ def test_greedy_takes_the_largest_and_the_smaller_id_of_equals(xp):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", [5, 64])  # large blocks and small ones
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 100.0])
-def test_the_plain_kernel_chooses_what_the_full_one_chooses(temperature):
+def test_the_plain_kernels_choose_what_the_full_one_chooses(batch, temperature):
     import cupy
 
     rng = np.random.default_rng(2)
-    logits = (rng.standard_normal((64, V)) * 3).astype(np.float32)
+    logits = (rng.standard_normal((batch, V)) * 3).astype(np.float32)
     logits[0] = np.nan
     params = SamplingParams(seed=5, temperature=temperature)
-    rows, positions = [params.row(i, 0, 7) for i in range(64)], rng.integers(0, 1000, 64)
+    rows, positions = [params.row(i, 0, 7) for i in range(batch)], rng.integers(0, 1000, batch)
     full = choose(cupy, logits, rows, positions)
     plain = choose(cupy, logits, rows, positions, plain=True)
     np.testing.assert_array_equal(plain[0], full[0])

@@ -13,9 +13,10 @@ from .launch import Kernel, device_empty, is_device_array, launch
 Array = Any
 
 _DECODE_WARPS, _ROWS_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
-_MMA_ROWS_WARPS = 2  # FEWEST_WARPS in attention_decode_mma.cu
+_STREAM_STAGES = 2  # STAGES in attention_decode_rows.cu
 _INVARIANT_SPLIT = 2  # blocks of a head with batch_invariant: half-way between one row and many
 _MANY_PER_SM = 2  # blocks of a multiprocessor; where there would be more, they are smaller
+_FULL_PER_SM = 4  # where there would be even more, those of attention_decode_rows.cu have two warps
 _MMA_QUERIES, _MMA_GROUPS, _MMA_THREADS = 64, 2, 256  # BR, GROUPS, threads in ..._mma.cu
 _PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
 
@@ -39,10 +40,13 @@ def _decode_kernel(source: str, ending: str) -> Kernel:
     return Kernel(source, entry, _DECODE, overlaps=True)
 
 
-# By the number of blocks that share a head; 0: one smaller block for each of many.
-_BLOCKS = {1: "", 2: "_2", 4: "_4", 8: "_8", 0: "_rows"}
+# By the number of blocks that share a head.
+_BLOCKS = {1: "", 2: "_2", 4: "_4", 8: "_8"}
 ATTENTION_DECODE = {n: _decode_kernel("attention_decode.cu", e) for n, e in _BLOCKS.items()}
 ATTENTION_DECODE_MMA = {n: _decode_kernel("attention_decode_mma.cu", e) for n, e in _BLOCKS.items()}
+# One smaller block for each head of many rows; on tensor cores by its warps.
+ATTENTION_DECODE_MANY = _decode_kernel("attention_decode.cu", "_rows")
+ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_{n}") for n in (2, 4)}
 
 
 def _query_tile(head_size: int) -> int:
@@ -54,6 +58,12 @@ def _mma_shared(head_size: int) -> int:
     """Bytes of shared memory of attention_prefill_mma.cu: two tiles for each group of warps."""
     keys = 64 if head_size <= 64 else 32  # BC there
     return _MMA_GROUPS * 2 * 2 * keys * (head_size + 8) * 2
+
+
+def _stream_shared(warps: int, head_size: int) -> int:
+    """Bytes of shared memory of attention_decode_rows.cu: keys and values of each warp's turns."""
+    keys = 32 if head_size <= 64 else 16  # KEYS there
+    return warps * _STREAM_STAGES * 2 * keys * (head_size + 8) * 2
 
 
 def attention_prefill(
@@ -167,14 +177,16 @@ def attention_decode(
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
     halves = qkv.dtype != np.float32
-    kernels, rows_warps = ATTENTION_DECODE, _ROWS_WARPS
-    if halves and head_size % 16 == 0 and has_mma():
-        kernels, rows_warps = ATTENTION_DECODE_MMA, _MMA_ROWS_WARPS
-    if halves and heads * len(qkv) > _MANY_PER_SM * sm_count() and not batch_invariant:
-        split, warps, kernel = 1, rows_warps, kernels[0]
+    mma = halves and head_size % 16 == 0 and has_mma()
+    blocks, shared = heads * len(qkv), 0
+    if halves and blocks > _MANY_PER_SM * sm_count() and not batch_invariant:
+        split, warps, kernel = 1, _ROWS_WARPS, ATTENTION_DECODE_MANY
+        if mma:
+            warps = 4 if blocks <= _FULL_PER_SM * sm_count() else 2
+            kernel, shared = ATTENTION_DECODE_ROWS[warps], _stream_shared(warps, head_size)
     else:
-        split = _invariant_split() if batch_invariant else _split(heads * len(qkv))
-        warps, kernel = _DECODE_WARPS, kernels[split]
+        split = _invariant_split() if batch_invariant else _split(blocks)
+        warps, kernel = _DECODE_WARPS, (ATTENTION_DECODE_MMA if mma else ATTENTION_DECODE)[split]
     launch(
         kernel,
         (heads * split, len(qkv)),
@@ -182,6 +194,7 @@ def attention_decode(
         (qkv, k, v, slots, positions, out, scale),
         elem=qkv.dtype,
         head_size=head_size,
+        shared=shared,
     )
     return out
 

@@ -44,6 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention_prefill_mma.cu": ("ELEM", "HS"),
     "attention_decode.cu": ("ELEM", "HS"),
     "attention_decode_mma.cu": ("ELEM", "HS"),
+    "attention_decode_rows.cu": ("ELEM", "HS"),
     "decode_step.cu": ("ELEM", "HS", "K"),
     "sampling.cu": (),
     "layout.cu": ("ELEM",),
@@ -62,6 +63,7 @@ HALF_ONLY = (
     "linear_rows.cu",
     "attention_prefill_mma.cu",
     "attention_decode_mma.cu",
+    "attention_decode_rows.cu",
     "decode_step.cu",
 )
 

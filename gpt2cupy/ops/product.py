@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .device import has_clusters, has_mma, sm_count
+from .device import has_clusters, has_mma, shared_limit, sm_count
 from .launch import Kernel, launch
 
 Array = Any
@@ -16,8 +16,11 @@ WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
 _SKINNY_ROWS, _SKINNY_TILE, _SPAN = 16, 8, 32  # most rows of skinny.cu and ROWS there; TILE; SPAN
 _SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
-_MOST_ROWS, _MOST_OUTPUTS = 64, 8192  # of linear_rows.cu; with more the library is faster
-_TILE, _CHUNK, _STAGES = 64, 64, 4  # ROWS and OUTPUTS, CHUNK and STAGES there
+_MOST_ROWS, _MOST_OUTPUTS = 128, 8192  # of linear_rows.cu; with more the library is faster
+_TILE, _CHUNK, _MOST_STAGES = 64, 64, 12  # ROWS and OUTPUTS, CHUNK and MOST_STAGES there
+_FEW_STAGES = 4  # where a multiprocessor has several blocks
+_LARGEST_SPREAD = 7 << 20  # elements of weights whose blocks go to one multiprocessor each
+_STATIC = 1024  # bytes of its shared memory that are not the ring's nor the sums', at most
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
 LONGEST_NORM = 2048  # longest row that the kernels normalise
 _LONGEST_BY_THREE = 4096  # longest row of which a warp has three outputs; ROWS in norm_gemv.cu
@@ -64,7 +67,7 @@ LINEAR_ROWS = {
     (blocks, wide): kernel
     for blocks in (1, 2, 4, 8)
     for wide, kernel in entries(
-        "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K", overlaps=True
+        "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K, ring: int", overlaps=True
     ).items()
 }
 LINEAR_FIXED = entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)
@@ -180,21 +183,46 @@ def _one_turn(weight: Array, outputs: int) -> bool:
 
 def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
     """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
-    few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
-    return backend == "ours" and few and _fits_rows(weight) and has_clusters()
+    m, k = weight.shape
+    if backend != "ours" or not _fits_rows(weight) or m > _MOST_OUTPUTS or not has_clusters():
+        return False
+    if rows <= _TILE:
+        return True
+    # More only while each block is alone and its share of K under way at once.
+    spread = _spread(weight) and _rows_tiles(rows, m) <= sm_count()
+    share = -(-_chunks(k) // _rows_split(rows, weight, spread))
+    return rows <= _MOST_ROWS and spread and share <= _MOST_STAGES
 
 
 def _fits_rows(weight: Array) -> bool:
     return weight.dtype != np.float32 and weight.shape[1] % 8 == 0
 
 
-def _rows_split(rows: int, outputs: int, chunks: int) -> int:
+def _rows_tiles(rows: int, outputs: int) -> int:
+    return -(-rows // _TILE) * -(-outputs // _TILE)
+
+
+def _chunks(k: int) -> int:
+    return -(-k // _CHUNK)
+
+
+def _spread(weight: Array) -> bool:
+    """Whether blocks of linear_rows.cu go to one multiprocessor each.
+
+    Two on one would take twice as long while others have none. But for large weights a product
+    waits for the memory, and with two more loads are under way.
+    """
+    return weight.size <= _LARGEST_SPREAD
+
+
+def _rows_split(rows: int, weight: Array, spread: bool) -> int:
     """Blocks for each tile: the shortest way through K without more blocks than run at once."""
     if not has_clusters():
         return 1
-    tiles = -(-rows // _TILE) * -(-outputs // _TILE)
-    usable = [s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= 2 * sm_count()]
-    return min(usable, key=lambda split: -(-chunks // split))
+    m, k = weight.shape
+    tiles, room = _rows_tiles(rows, m), sm_count() * (1 if spread else 2)
+    usable = [s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= room]
+    return min(usable, key=lambda split: -(-_chunks(k) // split))
 
 
 def launch_rows(
@@ -202,13 +230,18 @@ def launch_rows(
 ) -> None:
     """linear_rows.cu; ``invariant`` splits K as for one row, however many there are."""
     rows, (m, k) = len(x), weight.shape
-    chunks = -(-k // _CHUNK)
-    split = _rows_split(1 if invariant else rows, m, chunks)
-    stages = min(_STAGES, -(-chunks // split))
-    shared = stages * 2 * _TILE * _CHUNK * 2 + _TILE * (_TILE + 4) * 4
+    spread = _spread(weight) and not invariant
+    split = _rows_split(1 if invariant else rows, weight, spread)
     grid = (-(-m // _TILE) * split, -(-rows // _TILE))
+    spread = spread and grid[0] * grid[1] <= sm_count()
+    stage, sums = 2 * _TILE * _CHUNK * 2, _TILE * (_TILE + 4) * 4 * min(split, 2)
+    room = (shared_limit() - sums - _STATIC) // stage
+    ring = min(-(-_chunks(k) // split), room, _MOST_STAGES if spread else _FEW_STAGES)
+    shared = ring * stage + sums
+    if spread:  # no two blocks have more than half of what there is
+        shared = max(shared, shared_limit() // 2 + 1)
     kernel = LINEAR_ROWS[split, out.dtype == np.float32]
-    launch(kernel, grid, (THREADS,), args, elem=weight.dtype, shared=shared)
+    launch(kernel, grid, (THREADS,), (*args, ring), elem=weight.dtype, shared=shared)
 
 
 def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:

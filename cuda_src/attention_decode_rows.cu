@@ -1,0 +1,211 @@
+// Decode attention of many rows: as attention_decode_mma.cu, with keys and values on their way
+// through shared memory.
+//
+//   out[b, h] = softmax(scale * q[b, h] . K[slot, h, 0..p]) V[slot, h, 0..p]      p = positions[b]
+//
+// Shapes    as in attention_decode.cu
+// Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
+// FLOPs     4 (p + 1) HS per row and head
+// Work      a block of 2 or 4 warps per row and head. Each warp takes KEYS keys at a time and has a
+//           ring of STAGES turns of its own in shared memory, filled by cp.async: what is under way
+//           takes no registers, so the memory stays busy while the warp multiplies, and the first
+//           turns are asked for before the kernel waits for its predecessor. Nobody but the warp
+//           touches its ring, so there is no barrier before the end. From there ldmatrix takes
+//           keys as they lie and values transposed; the query is in eight rows of the left operand
+//           of mma.m16n8k16, whose units would be idle otherwise.
+//
+// Entries   attention_decode_rows_2   2 warps: so many rows that blocks fill the multiprocessors
+//           attention_decode_rows_4   4 warps: fewer rows
+//
+// Needs sm_80 (mma.m16n8k16) and a head size that is a multiple of 16.
+//
+// A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
+#include "attention_merge.cuh"
+#include "mma.cuh"
+
+#if __CUDA_ARCH__ >= 800 && HS % 16 == 0
+
+constexpr int STAGES = 2;                 // also in gpt2cupy/ops/attention.py, like the next
+constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a warp's turn
+
+constexpr int VEC = 8;           // elements of a copy
+constexpr int UNITS = HS / VEC;  // copies of a row
+constexpr int LINE = HS + VEC;   // of a row in shared memory: eight neighbours in different banks
+constexpr int AT_ONCE = WARP / UNITS;  // rows that a warp copies at once
+
+struct Turn {
+  elem_t keys[KEYS][LINE], values[KEYS][LINE];
+};
+
+template <int WARPS>
+__device__ inline void attend(const elem_t* qkv,
+                              elem_t* k,
+                              elem_t* v,
+                              const int* slots,
+                              const int* positions,
+                              elem_t* out,
+                              float scale,
+                              int NH,
+                              int T) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ Findings<WARPS> of_warps;
+  int head = blockIdx.x, row = blockIdx.y;
+  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  int along = lane % 4, across = lane / 4;  // place in a fragment
+  Turn* turns = reinterpret_cast<Turn*>(memory) + warp * STAGES;
+
+  release_dependents();
+  int slot = slots[row], position = positions[row];
+  bool idle = slot < 0 || position < 0 || position >= T;
+  if (idle) position = -1;
+  size_t C = (size_t)NH * HS;
+  out += row * C + head * HS;
+  qkv += row * 3 * C + head * HS;
+  k += ((size_t)max(slot, 0) * NH + head) * T * HS;
+  v += ((size_t)max(slot, 0) * NH + head) * T * HS;
+
+  // Zeros where there are none, for a weight of zero would not hide what is no number. The newest
+  // key and value are not in the cache yet.
+  int line = lane / UNITS, unit = lane % UNITS;
+  unsigned to = shared_address(&turns->keys[line][unit * VEC]);
+  constexpr unsigned TO_VALUES = sizeof(Turn::keys);
+  auto fetch = [&](int t0, int stage) {
+    const elem_t *from_k = k + (size_t)(t0 + line) * HS + unit * VEC,
+                 *from_v = v + (size_t)(t0 + line) * HS + unit * VEC;
+#pragma unroll
+    for (int i = 0; i < KEYS; i += AT_ONCE) {
+      if (WARP % UNITS && (line >= AT_ONCE || i + line >= KEYS)) break;
+      bool there = t0 + i + line < position;
+      unsigned at = to + stage * (unsigned)sizeof(Turn) + i * (unsigned)sizeof(Turn::keys[0]);
+      copy_or_zero(at, from_k + i * HS, there);
+      copy_or_zero(at + TO_VALUES, from_v + i * HS, there);
+    }
+  };
+  constexpr int STRIDE = WARPS * KEYS;
+  int first = warp * KEYS;
+#pragma unroll
+  for (int s = 0; s < STAGES; s++) {
+    if (first + s * STRIDE <= position) fetch(first + s * STRIDE, s);
+    copy_commit();
+  }
+  wait_for_inputs();
+
+  unsigned query[HS / 16][2];
+#pragma unroll
+  for (int c = 0; c < HS / 16; c++)
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      query[c][i] = *reinterpret_cast<const unsigned*>(qkv + c * 16 + i * 8 + along * 2);
+  using Piece = Packed<elem_t, VEC>;
+  Piece new_key = {}, new_value = {};
+  if (lane < UNITS) {
+    new_key = *reinterpret_cast<const Piece*>(qkv + C + lane * VEC);
+    new_value = *reinterpret_cast<const Piece*>(qkv + 2 * C + lane * VEC);
+    if (warp == 0 && !idle) {
+      *reinterpret_cast<Piece*>(k + (size_t)position * HS + lane * VEC) = new_key;
+      *reinterpret_cast<Piece*>(v + (size_t)position * HS + lane * VEC) = new_value;
+    }
+  }
+
+  float output[UNITS][4] = {}, top = LOWEST, sum = 0.0f;
+  float factor = scale * LOG2_E;  // exp(x) = 2^(x log2 e)
+  int stage = 0;
+  for (int t0 = first; t0 <= position; t0 += STRIDE) {
+    Turn& turn = turns[stage];
+    copy_wait<STAGES - 1>();
+    __syncwarp();
+    if (t0 + KEYS > position) {  // the turn of the newest key
+      if (lane < UNITS) {
+        *reinterpret_cast<Piece*>(&turn.keys[position - t0][lane * VEC]) = new_key;
+        *reinterpret_cast<Piece*>(&turn.values[position - t0][lane * VEC]) = new_value;
+      }
+      __syncwarp();
+    }
+
+    // Of keys 8 g + 2 along and the next: the first two of scores[g].
+    float scores[KEYS / 8][4] = {};
+#pragma unroll
+    for (int c = 0; c < HS / 16; c++) {
+      unsigned a[4] = {query[c][0], 0, query[c][1], 0};
+#pragma unroll
+      for (int g = 0; g < KEYS / 8; g += 2) {
+        unsigned b[4];  // channels 0 to 7 and 8 to 15 of eight keys, then of the next eight
+        load_matrices(b, &turn.keys[g * 8 + lane / 16 * 8 + lane % 8][c * 16 + lane / 8 % 2 * 8]);
+        mma<elem_t>(scores[g], a, b[0], b[1]);
+        mma<elem_t>(scores[g + 1], a, b[2], b[3]);
+      }
+    }
+
+    float common = top;
+#pragma unroll
+    for (int g = 0; g < KEYS / 8; g++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        bool past = t0 + g * 8 + along * 2 + i > position;
+        scores[g][i] = past ? MINUS_INFINITY : scores[g][i] * factor;
+        common = fmaxf(common, scores[g][i]);
+      }
+    common = warp_max<4>(common);
+    float old = power_of_two(top - common);
+    top = common;
+    sum *= old;
+#pragma unroll
+    for (int n = 0; n < UNITS; n++) {
+      output[n][0] *= old;
+      output[n][1] *= old;
+    }
+#pragma unroll
+    for (int g = 0; g < KEYS / 8; g++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        scores[g][i] = power_of_two(scores[g][i] - common);
+        sum += scores[g][i];
+      }
+#pragma unroll
+    for (int g = 0; g < KEYS / 8; g += 2) {
+      unsigned weights[4] = {packed<elem_t>(scores[g][0], scores[g][1]), 0,
+                             packed<elem_t>(scores[g + 1][0], scores[g + 1][1]), 0};
+#pragma unroll
+      for (int n = 0; n < UNITS; n += 2) {
+        unsigned b[4];  // keys 0 to 7 and 8 to 15 of eight channels, then of the next eight
+        load_matrices_transposed(
+            b, &turn.values[g * 8 + lane / 8 % 2 * 8 + lane % 8][n * 8 + lane / 16 * 8]);
+        mma<elem_t>(output[n], weights, b[0], b[1]);
+        mma<elem_t>(output[n + 1], weights, b[2], b[3]);
+      }
+    }
+    __syncwarp();
+    int next = t0 + STAGES * STRIDE;
+    if (next <= position) fetch(next, stage);
+    copy_commit();
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+  }
+  sum = warp_sum<4>(sum);
+
+  // All rows of the fragments are alike.
+  if (lane == 0) {
+    of_warps.tops[warp] = top;
+    of_warps.sums[warp] = sum;
+  }
+#pragma unroll
+  for (int n = 0; n < UNITS; n++)
+    if (across == n % 8) {
+      float own[2] = {output[n][0], output[n][1]};
+      store_floats(&of_warps.values[warp][n * 8 + along * 2], own);
+    }
+  __syncthreads();
+  FromBlocks nobody;
+  finish<WARPS, false>(of_warps, nobody, 0, 1, idle, out);
+}
+
+#define ATTENTION_ENTRY(name, warps)                                                        \
+  extern "C" __global__ void __launch_bounds__(warps* WARP)                                 \
+      name(const elem_t* qkv, elem_t* k, elem_t* v, const int* slots, const int* positions, \
+           elem_t* out, float scale, int NH, int T) {                                       \
+    attend<warps>(qkv, k, v, slots, positions, out, scale, NH, T);                          \
+  }
+
+ATTENTION_ENTRY(attention_decode_rows_2, 2)
+ATTENTION_ENTRY(attention_decode_rows_4, 4)
+
+#endif
