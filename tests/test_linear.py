@@ -141,8 +141,9 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
         (17, 2304, 768, ("linear_rows_2", (72, 1), 6, True)),
         (64, 768, 768, ("linear_rows_8", (96, 1), 2, True)),
         (64, 768, 3072, ("linear_rows_8", (96, 1), 6, True)),
-        (64, 1280, 5120, ("linear_rows_4", (80, 1), 12, True)),
+        (64, 1280, 1280, ("linear_rows_4", (80, 1), 5, True)),
         # Large weights: twice as many, with a short ring.
+        (64, 3072, 1024, ("linear_rows_4", (192, 1), 4, False)),
         (64, 4800, 1600, ("linear_rows_2", (150, 1), 4, False)),
         (64, 1600, 6400, ("linear_rows_8", (200, 1), 4, False)),
         # More than a tile of rows: where all blocks hold their share of K at once.

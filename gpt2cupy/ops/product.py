@@ -19,7 +19,7 @@ _SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 128, 8192  # of linear_rows.cu; with more the library is faster
 _TILE, _CHUNK, _MOST_STAGES = 64, 64, 12  # ROWS and OUTPUTS, CHUNK and MOST_STAGES there
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
-_LARGEST_SPREAD = 7 << 20  # elements of weights whose blocks go to one multiprocessor each
+_LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
 _STATIC = 1024  # bytes of its shared memory that are not the ring's nor the sums', at most
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
 LONGEST_NORM = 2048  # longest row that the kernels normalise
@@ -209,10 +209,10 @@ def _chunks(k: int) -> int:
 def _spread(weight: Array) -> bool:
     """Whether blocks of linear_rows.cu go to one multiprocessor each.
 
-    Two on one would take twice as long while others have none. But for large weights a product
-    waits for the memory, and with two more loads are under way.
+    Two on one would take twice as long while others have none. But a product with large weights
+    waits for the memory, and with two more loads are under way: it gains from 355M on.
     """
-    return weight.size <= _LARGEST_SPREAD
+    return weight.nbytes <= _LARGEST_SPREAD
 
 
 def _rows_split(rows: int, weight: Array, spread: bool) -> int:
