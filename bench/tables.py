@@ -135,7 +135,8 @@ def prefill(entry: Record) -> str:
     header = ["size", "dtype", "tokens", "on the device, ms", "first token in Python, ms"]
     note = (
         "One prompt, random weights, medians (p10 to p90). On the device: between events around "
-        "the prompt and the choice of its first token. In Python: from the call to the token's id"
+        "some prompts in a row and the choice of their first tokens, per prompt. In Python: from "
+        "the call to the token's id"
         + left_out(entry["results"])
     )
     return table(header, rows, 2) + source_line(entry, note)

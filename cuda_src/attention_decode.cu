@@ -16,7 +16,7 @@
 //
 // Entries   attention_decode        one block per head: enough rows, or a chip without clusters
 //           attention_decode_2, _4, _8   as many blocks per head: few rows, to fill the chip
-//           attention_decode_rows   one smaller block per head: so many rows that blocks wait for
+//           attention_decode_many   one smaller block per head: so many rows that blocks wait for
 //                                   room; six of them fit a multiprocessor at HS = 64
 //
 // Halves whose head size is a multiple of 16 have attention_decode_mma.cu from sm_80 on.
@@ -25,7 +25,7 @@
 #include "attention_merge.cuh"
 
 constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/attention.py
-constexpr int FEWEST_WARPS = 4;  // of attention_decode_rows; likewise
+constexpr int FEWEST_WARPS = 4;  // of attention_decode_many; likewise
 
 // Turns of loads under way; fewer among so many blocks that more of them count for more.
 constexpr int AHEAD = 4;
@@ -254,4 +254,4 @@ ATTENTION_ENTRY(attention_decode, , false, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_2, CLUSTER(2), true, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_4, CLUSTER(4), true, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_8, CLUSTER(SPLIT), true, AHEAD, MOST_WARPS, 2)
-ATTENTION_ENTRY(attention_decode_rows, , false, AHEAD_ROWS, FEWEST_WARPS, HS <= 64 ? 6 : 4)
+ATTENTION_ENTRY(attention_decode_many, , false, AHEAD_ROWS, FEWEST_WARPS, HS <= 64 ? 6 : 4)

@@ -14,8 +14,8 @@
 //           keys as they lie and values transposed; the query is in eight rows of the left operand
 //           of mma.m16n8k16, whose units would be idle otherwise.
 //
-// Entries   attention_decode_rows_2   2 warps: so many rows that blocks fill the multiprocessors
-//           attention_decode_rows_4   4 warps: fewer rows
+// Entries   attention_decode_rows_2   blocks of 2 warps: the most rows
+//           attention_decode_rows_4   of 4 warps: fewer, but too many for blocks of 8
 //
 // Needs sm_80 (mma.m16n8k16) and a head size that is a multiple of 16.
 //

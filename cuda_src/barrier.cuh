@@ -5,6 +5,8 @@
 
 #if __CUDA_ARCH__ >= 800
 
+using Barrier = unsigned long long;
+
 __device__ inline void open_barrier(unsigned b, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(arrivals) : "memory");
 }

@@ -71,9 +71,10 @@ __device__ inline void send_words(T* target, const Counter* counter, int rank, c
 #endif
 }
 
-// Copy bytes of this block to where block `rank` has `target`, a multiple of 16, and count them in
-// its counter. Other threads' stores to them: behind a fence of the async proxy and a barrier. The
-// block must not end before they are there.
+// Copy bytes of this block to where block `rank` has `target`, and count them in its counter; sm_90
+// and newer. Both addresses and the number of bytes are multiples of 16. What other threads stored
+// is sent behind a fence of the async proxy and a barrier. The block must not end before it is
+// there.
 __device__ inline void send_block(
     const void* target, const void* from, unsigned bytes, const Counter* counter, int rank) {
 #if __CUDA_ARCH__ >= 900

@@ -30,7 +30,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int ROWS = 64;  // also in gpt2cupy/ops/product.py, like the next two and the ring's bytes
+constexpr int ROWS = 64;  // also in gpt2cupy/ops/product.py, like all down to LINE
 constexpr int OUTPUTS = 64;
 constexpr int CHUNK = 64;  // of K: a row of 128 bytes
 constexpr int MOST_STAGES = 12;
@@ -51,9 +51,11 @@ struct Stage {
   elem_t x[ROWS * CHUNK], weight[OUTPUTS * CHUNK];
 };
 
+// A place in the ring, as Cursor in ring.cuh, but of a size known at launch.
 struct RingPlace {
   int stage;
   unsigned parity;  // of the ring's round
+  // No further than the ring is long, or all chunks fit it.
   __device__ void advance(int by, int ring) {
     stage += by;
     if (stage >= ring) {
@@ -93,10 +95,10 @@ __device__ inline void product(const elem_t* x,
   constexpr int OWN = ROWS / SPLIT;  // rows that this block finishes
   extern __shared__ __align__(128) unsigned char memory[];
   Stage* stages = reinterpret_cast<Stage*>(memory);
-  // The partial sums of this block's rows, from every block of the cluster in turn; and what this
-  // block has for all of them.
+  // The partial sums of the rows that this block finishes, from every block of the cluster in turn;
+  // and those that it sends to all of them.
   auto received = reinterpret_cast<float (*)[LINE]>(memory + ring * sizeof(Stage));
-  auto own = received + ROWS;
+  auto partial = SPLIT > 1 ? received + ROWS : received;
   int rank = cluster_rank();
   int m0 = blockIdx.x / SPLIT * OUTPUTS, n0 = blockIdx.y * ROWS;
   int chunks = (K + CHUNK - 1) / CHUNK, share = (chunks + SPLIT - 1) / SPLIT;
@@ -104,7 +106,8 @@ __device__ inline void product(const elem_t* x,
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
 
-  __shared__ Counter arrived, came[MOST_STAGES], used[MOST_STAGES];
+  __shared__ Counter arrived;
+  __shared__ Barrier came[MOST_STAGES], used[MOST_STAGES];
   unsigned first_came = shared_address(came), first_used = shared_address(used);
   if (threadIdx.x < ring) {
     open_barrier(first_came + threadIdx.x * 8, THREADS);
@@ -148,7 +151,7 @@ __device__ inline void product(const elem_t* x,
   int early = min(count, ring);
 #pragma unroll 1
   for (int chunk = 0; chunk < early; chunk++) fetch_weight(chunk, chunk);
-  if (unit == 0)  // a row of a chunk is one line of the cache
+  if (unit == 0)  // a row of a chunk is one line of the cache, if K is a multiple of CHUNK
 #pragma unroll 1
     for (int chunk = early; chunk < count; chunk++)
 #pragma unroll
@@ -188,10 +191,11 @@ __device__ inline void product(const elem_t* x,
   RingPlace place = {group, 0}, refill = {0, 0};
 #pragma unroll 1
   for (int chunk = group; chunk < count + group; chunk += GROUPS) {
-    // Fill the stages of the last turn again.
-    if (chunk >= GROUPS && count > ring)
-      for (int next = chunk - group - GROUPS + ring; next < min(chunk - group + ring, count);
-           next++) {
+    // Fill the stages of the last turn again. All threads copy, also those whose group has no chunk
+    // in this turn.
+    int turn = chunk - group;
+    if (turn > 0)
+      for (int next = turn - GROUPS + ring; next < min(turn + ring, count); next++) {
         await(first_used + refill.stage * 8, refill.parity);
         fetch_weight(next, refill.stage);
         fetch_x(next, refill.stage);
@@ -216,18 +220,18 @@ __device__ inline void product(const elem_t* x,
         for (int j = 0; j < 4; j++)
           mma<elem_t>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
+    __syncwarp();  // all lanes have read
     if (lane == 0) arrive(first_used + place.stage * 8);
     place.advance(GROUPS, ring);
   }
 
   // The groups' sums are put together where the copies to the rows' owners begin.
-  auto mine = SPLIT > 1 ? own : received;
   auto put = [&](bool add) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        float* at = &mine[first_row + i * 8 + across][first_output + j * 8 + along * 2];
+        float* at = &partial[first_row + i * 8 + across][first_output + j * 8 + along * 2];
         float2 pair = make_float2(sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]);
         if (add) {
           float2 other = *reinterpret_cast<const float2*>(at);
@@ -247,7 +251,7 @@ __device__ inline void product(const elem_t* x,
     if (threadIdx.x == 0) expect_bytes(&arrived, SPLIT * PART);
     cluster_wait();  // the counters of all blocks are ready
     if (threadIdx.x < SPLIT)
-      send_block(received[rank * OWN], mine[threadIdx.x * OWN], PART, &arrived, threadIdx.x);
+      send_block(received[rank * OWN], partial[threadIdx.x * OWN], PART, &arrived, threadIdx.x);
     wait_for_bytes(&arrived);
     cluster_begin();
   } else {

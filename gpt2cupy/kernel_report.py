@@ -189,4 +189,5 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             text = "-" if value is None else f"{value:.0%}" if key == "occupancy" else str(value)
             cells.append(f"{text:>{len(label)}}")
         yield f"{name:<{width}}  " + "  ".join(cells)
+    yield "shared: what the source fixes; what some kernels ask for at launch is not in it"
     yield "local: memory of a thread for spilled registers and arrays that could not stay in them"

@@ -30,7 +30,8 @@ class GPT2:
     config : GPT2Config
     weights : Weights
     gemv : {"ours", "cublas"}
-        Who multiplies few rows (up to 64 on sm_90) on the GPU; more go to cuBLAS either way.
+        Who multiplies few rows (on sm_90 up to 64, with small weights 128) on the GPU; more go to
+        cuBLAS either way.
         The persistent step has products of its own: an engine that took it refuses to run
         after a change to "cublas".
     batch_invariant : bool
@@ -183,7 +184,7 @@ class GPT2:
             ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], **qkv)
             attend(index, work.qkv, work.attended)
             if last is not None and index == self.config.n_layer - 1:
-                work = last()
+                work = last()  # ``how`` keeps the larger scratch
                 x = work.x
             ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)

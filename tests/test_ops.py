@@ -103,12 +103,25 @@ def linear_case(xp, dtype, rows, m, k, backend, activation, with_residual):
 @pytest.mark.parametrize(("m", "k"), [(1, 8), (67, 200), (130, 1000), (768, 3072)])
 @pytest.mark.parametrize("wide_out", [False, True])
 def test_a_product_of_tens_of_rows_by_clusters(dtype, rows, split, m, k, wide_out, monkeypatch):
+    monkeypatch.setattr(product, "_rows_split", lambda *given: split)
+    linear_rows_case(dtype, rows, m, k, wide_out, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [17, 64])
+def test_a_product_of_tens_of_rows_where_its_ring_is_short_and_odd(dtype, rows, monkeypatch):
+    """Stages change from one group of warps to the other with each round."""
+    monkeypatch.setattr(product, "_rows_split", lambda *given: 1)
+    monkeypatch.setattr(product, "shared_limit", lambda: 99 << 10)
+    linear_rows_case(dtype, rows, 130, 1000, False, monkeypatch)
+
+
+def linear_rows_case(dtype, rows, m, k, wide_out, monkeypatch):
     import cupy
 
     if dtype == np.float32 or not device.has_clusters():
         pytest.skip("the library's product is taken")
     monkeypatch.setattr(linear, "takes_linear_rows", lambda *given: True)
-    monkeypatch.setattr(product, "_rows_split", lambda *given: split)
     out = np.dtype(np.float32) if wide_out else dtype
     found = []
     for seed in SEEDS:
@@ -123,7 +136,7 @@ def test_a_product_of_tens_of_rows_by_clusters(dtype, rows, split, m, k, wide_ou
         np.testing.assert_array_equal(host(target), host(twice))
         baseline = reference.linear(x, w, bias, activation="gelu_tanh", residual=residual)
         found.append((host(target), baseline.astype(dtype), exact))
-    check_together(found, dtype, f"linear_rows {split}")
+    check_together(found, dtype, "linear_rows")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 70])

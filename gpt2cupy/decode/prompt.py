@@ -38,7 +38,8 @@ class PromptRunner:
         self.cache = cache
         self.work = work
         # What follows dequantises in the memory of ``work``.
-        self._last = Workspace(model.config, cache.slots, model.dtype, model.xp)
+        rows = self._sequences(cache.slots)
+        self._last = Workspace(model.config, rows, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
         # By rows and backend: the input, what must live as long as the graph, the graph, its
         # output.
@@ -52,7 +53,12 @@ class PromptRunner:
         return self.work.nbytes + self._last.nbytes
 
     def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> Any:
-        """Extend slots by new tokens, as :meth:`GPT2.prefill`.
+        """Extend slots by new tokens.
+
+        Parameters
+        ----------
+        tokens, slots
+            As in :meth:`GPT2.prefill`.
 
         Returns
         -------
@@ -63,7 +69,7 @@ class PromptRunner:
         total = sum(len(t) for t in tokens)
         rows = next((n for n in BUCKETS if n >= total), 0)
         if not self._graphs or not rows or rows > self.work.rows:
-            packed = PackedPrompts(total, len(tokens), self.model.xp)
+            packed = PackedPrompts(total, self._sequences(len(tokens)), self.model.xp)
             packed.fill(tokens, slots, self.cache)
             return self._queue(packed, max(len(t) for t in tokens))
         key = rows, self.model.backend
@@ -73,6 +79,11 @@ class PromptRunner:
         packed.fill(tokens, slots, self.cache)
         launch()
         return x
+
+    def _sequences(self, count: int) -> int:
+        # BLAS sums a product of one row in another order than one of several: on NumPy a single
+        # sequence has an empty neighbour, as single rows have in a step.
+        return max(count, 2) if self.model.xp is np else count
 
     def _queue(self, packed: PackedPrompts, longest: int) -> Any:
         work, last = self.work.first(packed.rows), self._last.first(len(packed.slots))

@@ -12,7 +12,7 @@ from .launch import Kernel, device_empty, is_device_array, launch
 
 Array = Any
 
-_DECODE_WARPS, _ROWS_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
+_DECODE_WARPS, _MANY_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
 _STREAM_STAGES = 2  # STAGES in attention_decode_rows.cu
 _INVARIANT_SPLIT = 2  # blocks of a head with batch_invariant: half-way between one row and many
 _MANY_PER_SM = 2  # blocks of a multiprocessor; where there would be more, they are smaller
@@ -45,7 +45,7 @@ _BLOCKS = {1: "", 2: "_2", 4: "_4", 8: "_8"}
 ATTENTION_DECODE = {n: _decode_kernel("attention_decode.cu", e) for n, e in _BLOCKS.items()}
 ATTENTION_DECODE_MMA = {n: _decode_kernel("attention_decode_mma.cu", e) for n, e in _BLOCKS.items()}
 # One smaller block for each head of many rows; on tensor cores by its warps.
-ATTENTION_DECODE_MANY = _decode_kernel("attention_decode.cu", "_rows")
+ATTENTION_DECODE_MANY = _decode_kernel("attention_decode.cu", "_many")
 ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_{n}") for n in (2, 4)}
 
 
@@ -180,7 +180,7 @@ def attention_decode(
     mma = halves and head_size % 16 == 0 and has_mma()
     blocks, shared = heads * len(qkv), 0
     if halves and blocks > _MANY_PER_SM * sm_count() and not batch_invariant:
-        split, warps, kernel = 1, _ROWS_WARPS, ATTENTION_DECODE_MANY
+        split, warps, kernel = 1, _MANY_WARPS, ATTENTION_DECODE_MANY
         if mma:
             warps = 4 if blocks <= _FULL_PER_SM * sm_count() else 2
             kernel, shared = ATTENTION_DECODE_ROWS[warps], _stream_shared(warps, head_size)

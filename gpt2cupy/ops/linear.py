@@ -1,7 +1,7 @@
 """Products with a weight matrix, and what is fused with them.
 
 One row goes to norm_gemv.cu, or to skinny.cu in large models of halves; 2 to 16 rows to skinny.cu,
-up to 64 to linear_rows.cu, more to cuBLASLt; what those cannot take to linear.cu and cuBLAS. The
+tens to linear_rows.cu, more to cuBLASLt; what those cannot take to linear.cu and cuBLAS. The
 backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
 """
 
@@ -199,9 +199,10 @@ def linear(
     out : array [N, M], optional
         Of x's dtype, or float32.
     backend : {"ours", "cublas", "invariant"}
-        Who multiplies few rows (up to 64 on sm_90) on the GPU; more go to cuBLAS either
-        way. With "invariant", here and on the CPU, any number of rows has one kernel and
-        one order of sums: the bits of a row do not depend on the others.
+        Who multiplies few rows (on sm_90 up to 64, with small weights 128) on the GPU;
+        more go to cuBLAS either way. With "invariant", here and on the CPU, any number of
+        rows has one kernel and one order of sums: the bits of a row do not depend on the
+        others.
     scratch : array [n], optional
         Of x's dtype: where a matrix in int8 is dequantised if it must be; without it, or
         where it is too small, memory is allocated.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -183,65 +183,72 @@ def _one_turn(weight: Array, outputs: int) -> bool:
 
 def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
     """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
-    m, k = weight.shape
-    if backend != "ours" or not _fits_rows(weight) or m > _MOST_OUTPUTS or not has_clusters():
+    few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
+    if backend != "ours" or not few or not _fits_rows(weight) or not has_clusters():
         return False
     if rows <= _TILE:
         return True
-    # More only while each block is alone and its share of K under way at once.
-    spread = _spread(weight) and _rows_tiles(rows, m) <= sm_count()
-    share = -(-_chunks(k) // _rows_split(rows, weight, spread))
-    return rows <= _MOST_ROWS and spread and share <= _MOST_STAGES
+    # More than a tile only while each block is alone and its share of K under way at once.
+    plan = _rows_plan(rows, weight)
+    return plan.spread and plan.split * plan.ring >= _chunks(weight)
 
 
 def _fits_rows(weight: Array) -> bool:
     return weight.dtype != np.float32 and weight.shape[1] % 8 == 0
 
 
-def _rows_tiles(rows: int, outputs: int) -> int:
-    return -(-rows // _TILE) * -(-outputs // _TILE)
+def _chunks(weight: Array) -> int:
+    return -(-weight.shape[1] // _CHUNK)
 
 
-def _chunks(k: int) -> int:
-    return -(-k // _CHUNK)
+class _RowsPlan(NamedTuple):
+    """How linear_rows.cu makes a product."""
+
+    tiles: tuple[int, int]  # along the outputs and the rows
+    split: int  # blocks for each tile, which share K
+    spread: bool  # whether each block has a multiprocessor for itself
+    ring: int  # stages of a block
+    shared: int  # bytes
 
 
-def _spread(weight: Array) -> bool:
-    """Whether blocks of linear_rows.cu go to one multiprocessor each.
+def _rows_plan(rows: int, weight: Array, *, invariant: bool = False) -> _RowsPlan:
+    """Two blocks on one multiprocessor would take twice as long while others have none.
 
-    Two on one would take twice as long while others have none. But a product with large weights
-    waits for the memory, and with two more loads are under way: it gains from 355M on.
+    So blocks are spread. But a product with large weights waits for the memory, and with
+    two more loads are under way: from 355M on that is faster.
     """
-    return weight.nbytes <= _LARGEST_SPREAD
+    tiles = -(-len(weight) // _TILE), -(-rows // _TILE)
+    spread = (
+        not invariant and weight.nbytes <= _LARGEST_SPREAD and tiles[0] * tiles[1] <= sm_count()
+    )
+    # With batch_invariant K is split as for one row, however many there are.
+    apart = tiles[0] * (1 if invariant else tiles[1])
+    split = _rows_split(apart, _chunks(weight), sm_count() * (1 if spread else 2))
+    stage, sums = 2 * _TILE * _CHUNK * 2, _TILE * (_TILE + 4) * 4 * min(split, 2)
+    room = (shared_limit() - sums - _STATIC) // stage
+    ring = min(-(-_chunks(weight) // split), room, _MOST_STAGES if spread else _FEW_STAGES)
+    shared = ring * stage + sums
+    if spread:  # more than half of what there is
+        shared = max(shared, shared_limit() // 2 + 1)
+    return _RowsPlan(tiles, split, spread, ring, shared)
 
 
-def _rows_split(rows: int, weight: Array, spread: bool) -> int:
-    """Blocks for each tile: the shortest way through K without more blocks than run at once."""
+def _rows_split(tiles: int, chunks: int, room: int) -> int:
+    """The shortest way through K with no more blocks than there is room for."""
     if not has_clusters():
         return 1
-    m, k = weight.shape
-    tiles, room = _rows_tiles(rows, m), sm_count() * (1 if spread else 2)
     usable = [s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= room]
-    return min(usable, key=lambda split: -(-_chunks(k) // split))
+    return min(usable, key=lambda split: -(-chunks // split))
 
 
 def launch_rows(
     x: Array, weight: Array, out: Array, args: tuple[Any, ...], *, invariant: bool = False
 ) -> None:
-    """linear_rows.cu; ``invariant`` splits K as for one row, however many there are."""
-    rows, (m, k) = len(x), weight.shape
-    spread = _spread(weight) and not invariant
-    split = _rows_split(1 if invariant else rows, weight, spread)
-    grid = (-(-m // _TILE) * split, -(-rows // _TILE))
-    spread = spread and grid[0] * grid[1] <= sm_count()
-    stage, sums = 2 * _TILE * _CHUNK * 2, _TILE * (_TILE + 4) * 4 * min(split, 2)
-    room = (shared_limit() - sums - _STATIC) // stage
-    ring = min(-(-_chunks(k) // split), room, _MOST_STAGES if spread else _FEW_STAGES)
-    shared = ring * stage + sums
-    if spread:  # no two blocks have more than half of what there is
-        shared = max(shared, shared_limit() // 2 + 1)
-    kernel = LINEAR_ROWS[split, out.dtype == np.float32]
-    launch(kernel, grid, (THREADS,), (*args, ring), elem=weight.dtype, shared=shared)
+    """linear_rows.cu."""
+    plan = _rows_plan(len(x), weight, invariant=invariant)
+    grid = (plan.tiles[0] * plan.split, plan.tiles[1])
+    kernel = LINEAR_ROWS[plan.split, out.dtype == np.float32]
+    launch(kernel, grid, (THREADS,), (*args, plan.ring), elem=weight.dtype, shared=plan.shared)
 
 
 def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
