@@ -35,7 +35,7 @@ def measure(model: GPT2, tokens: int, runs: int) -> dict[str, Any]:
     def prefill() -> None:
         engine.cache.reset()
         x = engine.prompts.run([prompt], [0])
-        model.logits(x, state.work, state.logits)
+        model.logits(x[:1], state.work, state.logits)
         choose(state, state.logits, state.rows)
 
     with engine.stream:
