@@ -95,8 +95,8 @@ __device__ inline void product(const elem_t* x,
   constexpr int OWN = ROWS / SPLIT;  // rows that this block finishes
   extern __shared__ __align__(128) unsigned char memory[];
   Stage* stages = reinterpret_cast<Stage*>(memory);
-  // The partial sums of the rows that this block finishes, from every block of the cluster in turn;
-  // and those that it sends to all of them.
+  // The partial sums of the rows that this block finishes, from each other block of the cluster;
+  // and those that it sends to them.
   auto received = reinterpret_cast<float (*)[LINE]>(memory + ring * sizeof(Stage));
   auto partial = SPLIT > 1 ? received + ROWS : received;
   int rank = cluster_rank();
@@ -248,10 +248,11 @@ __device__ inline void product(const elem_t* x,
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     constexpr unsigned PART = OWN * sizeof(*received);
-    if (threadIdx.x == 0) expect_bytes(&arrived, SPLIT * PART);
+    if (threadIdx.x == 0) expect_bytes(&arrived, (SPLIT - 1) * PART);
     cluster_wait();  // the counters of all blocks are ready
-    if (threadIdx.x < SPLIT)
-      send_block(received[rank * OWN], partial[threadIdx.x * OWN], PART, &arrived, threadIdx.x);
+    int to = threadIdx.x;
+    if (to < SPLIT && to != rank)
+      send_block(received[rank * OWN], partial[to * OWN], PART, &arrived, to);
     wait_for_bytes(&arrived);
     cluster_begin();
   } else {
@@ -268,7 +269,8 @@ __device__ inline void product(const elem_t* x,
     for (int i = 0; i < 4; i++) values[i] = own_bias[i];
 #pragma unroll
     for (int part = 0; part < SPLIT; part++) {
-      float4 sum = *reinterpret_cast<const float4*>(&received[part * OWN + r][column]);
+      auto from = part == rank ? partial : received;  // its own part lies where it was
+      float4 sum = *reinterpret_cast<const float4*>(&from[part * OWN + r][column]);
       values[0] += sum.x;
       values[1] += sum.y;
       values[2] += sum.z;
