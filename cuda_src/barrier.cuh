@@ -27,7 +27,7 @@ __device__ inline void arrive_after_copies(unsigned b) {
 #else
 #define WAIT "mbarrier.test_wait.parity.shared::cta.b64"
 #endif
-__device__ inline void await(unsigned b, unsigned parity) {
+__device__ inline void wait_barrier(unsigned b, unsigned parity) {
   unsigned done = 0;
   while (!done)
     asm volatile("{\n.reg .pred p;\n" WAIT " p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"

@@ -196,14 +196,14 @@ __device__ inline void product(const elem_t* x,
     int turn = chunk - group;
     if (turn > 0)
       for (int next = turn - GROUPS + ring; next < min(turn + ring, count); next++) {
-        await(first_used + refill.stage * 8, refill.parity);
+        wait_barrier(first_used + refill.stage * 8, refill.parity);
         fetch_weight(next, refill.stage);
         fetch_x(next, refill.stage);
         arrive_after_copies(first_came + refill.stage * 8);
         refill.advance(1, ring);
       }
     if (chunk >= count) break;
-    await(first_came + place.stage * 8, place.parity);
+    wait_barrier(first_came + place.stage * 8, place.parity);
     const Stage& here = stages[place.stage];
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; k++) {

@@ -60,8 +60,8 @@ constexpr int STAGE = TILE * SLOT;
 
 // Stages under way at a time: 48 KiB or little more, for what waits in the memory's queues stands
 // before what blocks tell each other. For the same reason rows are asked for GAP cycles apart, a
-// little faster than the memory of an H200 gives them (132 blocks at 1.98 GHz: 4.7 TB/s). In small
-// models blocks wait for each other and not for the memory; there it only costs.
+// little faster than the memory of an H200 gives them (132 blocks at 1.98 GHz: 4.7 TB/s). Not in
+// small models: there blocks wait for each other and not for the memory, and pacing only costs.
 constexpr int AHEAD = ((48 << 10) + TILE * C * 2 - 1) / (TILE * C * 2);
 constexpr bool PACED = C > 768;
 constexpr unsigned GAP = C * 2 / 18;
@@ -89,7 +89,7 @@ struct Ring {
 
   __device__ unsigned full(int stage) const { return base + COUNT * STAGE + stage * 8; }
   __device__ unsigned empty(int stage) const { return full(COUNT + stage); }
-  __device__ unsigned row(const At& at, int i) const { return base + at.stage * STAGE + i * SLOT; }
+  __device__ unsigned slot(const At& at, int i) const { return base + at.stage * STAGE + i * SLOT; }
 
   // All threads of the block, before a barrier; `users` warps release each stage.
   __device__ void open(int users) const {
@@ -99,8 +99,10 @@ struct Ring {
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __device__ void wait_full(const At& at) const { await(full(at.stage), at.round & 1); }
-  __device__ void wait_empty(const At& at) const { await(empty(at.stage), (at.round - 1) & 1); }
+  __device__ void wait_full(const At& at) const { wait_barrier(full(at.stage), at.round & 1); }
+  __device__ void wait_empty(const At& at) const {
+    wait_barrier(empty(at.stage), (at.round - 1) & 1);
+  }
   __device__ void release(const At& at) const { arrive(empty(at.stage)); }
 };
 
@@ -118,8 +120,8 @@ __device__ inline Share share_of(unsigned M) {
 template <int COUNT>
 struct Producer {
   const Ring<COUNT>& ring;
-  // The second is the stage that has to have come before the first is asked for; a round before the
-  // first counts as come.
+  // `paced` trails `at` by AHEAD stages: the newest that must have come before `at` is asked for.
+  // The round before the first counts as come.
   Cursor<COUNT> at = {}, paced = {COUNT - AHEAD, ~0u};
   unsigned due = 0;  // of the next row, in cycles
 
@@ -143,7 +145,7 @@ struct Producer {
     int lane = threadIdx.x % WARP;
     ring.wait_empty(at);
     ring.wait_full(paced);
-    unsigned counter = ring.full(at.stage), to = ring.row(at, 0);
+    unsigned counter = ring.full(at.stage), to = ring.slot(at, 0);
     if (lane == 0)
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(counter),
                    "r"(rows * C * 2)

@@ -8,7 +8,7 @@
 
 #if __CUDA_ARCH__ >= 900
 
-using Piece = Packed<elem_t, 8>;
+using Eight = Packed<elem_t, 8>;
 constexpr int KEYS = 16;                  // of a warp's turn
 constexpr int TOKENS = CONSUMERS * KEYS;  // of a block's
 constexpr int CHUNKS = HS / 32;           // of a key: of a lane, 4 lanes a key
@@ -23,7 +23,8 @@ struct AttentionRoom {
   alignas(16) float values[2 * CONSUMERS][HS];
 };
 
-// A head of a row and a part of its tokens; parts == 0: nothing.
+// A head of a row and a part of its tokens. parts == 0: no job here. idle: the row is not decoded,
+// zeros are published.
 struct Job {
   int n, head, part, parts, position;
   bool idle;
@@ -44,10 +45,10 @@ struct Job {
 // `across` and `across + 8`, channels (4 c + along) 8 and on; of the values 2 along, 2 along + 1
 // and these + 8, channels 8 across and on.
 struct Turn {
-  Piece keys[2][CHUNKS], values[4];
+  Eight keys[2][CHUNKS], values[4];
 
-  __device__ static int key_of(int me, int t0, int i) { return t0 + i * 8 + me % WARP / 4; }
-  __device__ static int value_of(int me, int t0, int i) {
+  __device__ static int token_of_key(int me, int t0, int i) { return t0 + i * 8 + me % WARP / 4; }
+  __device__ static int token_of_value(int me, int t0, int i) {
     return t0 + i / 2 * 8 + me % 4 * 2 + i % 2;
   }
   __device__ static int key_channel(int me, int c) { return (c * 4 + me % 4) * 8; }
@@ -56,15 +57,16 @@ struct Turn {
   __device__ void load(int me, const Job& job, const elem_t* k, const elem_t* v, int t0) {
     auto piece = [&](const elem_t* layer, int t, int channel) {
       return t < job.position
-                 ? *reinterpret_cast<const Piece*>(layer + job.cache + (size_t)t * HS + channel)
-                 : Piece{};
+                 ? *reinterpret_cast<const Eight*>(layer + job.cache + (size_t)t * HS + channel)
+                 : Eight{};
     };
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) keys[i][c] = piece(k, key_of(me, t0, i), key_channel(me, c));
+      for (int i = 0; i < 2; i++)
+        keys[i][c] = piece(k, token_of_key(me, t0, i), key_channel(me, c));
 #pragma unroll
-    for (int i = 0; i < 4; i++) values[i] = piece(v, value_of(me, t0, i), value_channel(me));
+    for (int i = 0; i < 4; i++) values[i] = piece(v, token_of_value(me, t0, i), value_channel(me));
   }
 };
 
@@ -81,7 +83,7 @@ __device__ inline void attend(int me,
   int position = job.position;
   if (me < CONSUMERS) room.tops[CONSUMERS + me] = LOWEST;
   auto newest = [&](int which, int channel) {
-    return *reinterpret_cast<const Piece*>(&room.newest[which][channel]);
+    return *reinterpret_cast<const Eight*>(&room.newest[which][channel]);
   };
   float output[8][4] = {}, top = LOWEST, sum = 0.0f, factor = scale * LOG2_E;
 #pragma unroll 1
@@ -103,21 +105,21 @@ __device__ inline void attend(int me,
     if (t0 + KEYS > position && t0 <= position) {
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
-        Piece key = newest(1, Turn::key_channel(me, c));
+        Eight key = newest(1, Turn::key_channel(me, c));
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          if (Turn::key_of(me, t0, i) == position) {
+          if (Turn::token_of_key(me, t0, i) == position) {
             turn.keys[i][c] = key;
-            reinterpret_cast<Piece&>(
+            reinterpret_cast<Eight&>(
                 k[job.cache + (size_t)position * HS + Turn::key_channel(me, c)]) = key;
           }
       }
-      Piece value = newest(2, Turn::value_channel(me));
+      Eight value = newest(2, Turn::value_channel(me));
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        if (Turn::value_of(me, t0, i) == position) {
+        if (Turn::token_of_value(me, t0, i) == position) {
           turn.values[i] = value;
-          reinterpret_cast<Piece&>(v[job.cache + (size_t)position * HS + Turn::value_channel(me)]) =
+          reinterpret_cast<Eight&>(v[job.cache + (size_t)position * HS + Turn::value_channel(me)]) =
               value;
         }
     }
@@ -125,7 +127,7 @@ __device__ inline void attend(int me,
     float scores[2][4] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-      Piece query = newest(0, Turn::key_channel(me, c));
+      Eight query = newest(0, Turn::key_channel(me, c));
 #pragma unroll
       for (int p = 0; p < 2; p++) {
         unsigned a[4] = {query.words[p * 2], 0, query.words[p * 2 + 1], 0};
@@ -138,7 +140,7 @@ __device__ inline void attend(int me,
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float& score = scores[i / 2][i % 2];
-      score = Turn::value_of(me, t0, i) > position ? MINUS_INFINITY : score * factor;
+      score = Turn::token_of_value(me, t0, i) > position ? MINUS_INFINITY : score * factor;
       common = fmaxf(common, score);
     }
     common = warp_max<4>(common);
@@ -210,7 +212,7 @@ __device__ inline void attend(int me,
 #pragma unroll
     for (int w = 0; w < CONSUMERS; w++) {
       float share = power_of_two(tops[w] - higher);
-      // Where nobody has found anything is not written.
+      // Entries of parts that do not exist are never written.
       sums[w] = tops[w] == LOWEST ? 0.0f : room.weights[from + w] * share;
       values[w] = tops[w] == LOWEST ? 0.0f : room.values[from + w][c] * share;
     }

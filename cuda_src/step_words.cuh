@@ -19,13 +19,13 @@ template <int N>
 struct Words {
   unsigned epoch;  // layers since the first step
   unsigned unused[3];
-  FloatWord middle[N][C], end[N][C];  // the residual stream after attention and after the MLP
+  FloatWord after_attention[N][C], after_mlp[N][C];  // the residual stream
   ElemWord qkv[N][3 * C], attended[N][C], inner[N][WIDE * C];
   FloatWord found[N * C / HS][MOST_PARTS][HS + 4];  // values, maximum, sum
 };
 
-// The thread, as a number that the compiler takes to be new each time: what follows from it is
-// worked out where it is used, and does not fill registers all the time.
+// A number that the compiler must take as new: what follows from it is worked out again where it is
+// used, and not kept in registers.
 __device__ inline int anew(int x) {
   int y;
   asm volatile("mov.u32 %0, %1;" : "=r"(y) : "r"(x));

@@ -3,8 +3,8 @@
 // nothing to reset (sm_90 and newer, like what uses it).
 //
 // The word of a float has 32 bits for the tag, that of an element 16. All words of elements are
-// written once a layer, so a reader finds either its tag or the one before; words of floats may be
-// older, where fewer blocks had shared a head.
+// written once a layer, so a reader finds either its tag or the one before. What blocks find of a
+// head may be older by any number of layers, for fewer may have shared it then: floats.
 #pragma once
 
 #include "common.cuh"
