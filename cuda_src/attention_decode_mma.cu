@@ -155,39 +155,26 @@ __device__ inline void attend(const elem_t* qkv,
     bool more = t0 + stride <= position;
     if (more) load_keys(t0 + stride);
 
-    float common = top;
+    float weights[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float& score = scores[i / 2][i % 2];
-      score = value_of(t0, i) > position ? MINUS_INFINITY : score * factor;
-      common = fmaxf(common, score);
-    }
-    common = warp_max<4>(common);
-    if (t0 != first) {
-      float old = power_of_two(top - common);
-      sum *= old;
+    for (int i = 0; i < 4; i++)
+      weights[i] = value_of(t0, i) > position ? MINUS_INFINITY : scores[i / 2][i % 2] * factor;
+    float old = take_scores(weights, top, sum);
+    if (t0 != first)
 #pragma unroll
       for (int j = 0; j < VALUE_CHUNKS * VEC; j++) {
         output[j][0] *= old;
         output[j][1] *= old;
       }
-    }
-    top = common;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float& score = scores[i / 2][i % 2];
-      score = power_of_two(score - common);
-      sum += score;
-    }
-    unsigned weights[4] = {packed<elem_t>(scores[0][0], scores[0][1]), 0,
-                           packed<elem_t>(scores[1][0], scores[1][1]), 0};
+    unsigned a[4] = {packed<elem_t>(weights[0], weights[1]), 0,
+                     packed<elem_t>(weights[2], weights[3]), 0};
 #pragma unroll
     for (int c = 0; c < VALUE_CHUNKS; c++)
 #pragma unroll
       for (int j = 0; j < VEC; j++) {
         constexpr unsigned LOW = 0x5410, HIGH = 0x7632;  // the halves of two words, side by side
         unsigned which = j % 2 ? HIGH : LOW;
-        mma<elem_t>(output[c * VEC + j], weights,
+        mma<elem_t>(output[c * VEC + j], a,
                     __byte_perm(values[0][c].words[j / 2], values[1][c].words[j / 2], which),
                     __byte_perm(values[2][c].words[j / 2], values[3][c].words[j / 2], which));
       }

@@ -136,42 +136,28 @@ __device__ inline void attend(const elem_t* qkv,
       }
     }
 
-    float common = top;
+    float weights[KEYS / 4];
 #pragma unroll
-    for (int g = 0; g < KEYS / 8; g++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        bool past = t0 + g * 8 + along * 2 + i > position;
-        scores[g][i] = past ? MINUS_INFINITY : scores[g][i] * factor;
-        common = fmaxf(common, scores[g][i]);
-      }
-    common = warp_max<4>(common);
-    float old = power_of_two(top - common);
-    top = common;
-    sum *= old;
+    for (int i = 0; i < KEYS / 4; i++)
+      weights[i] = t0 + i / 2 * 8 + along * 2 + i % 2 > position ? MINUS_INFINITY
+                                                                 : scores[i / 2][i % 2] * factor;
+    float old = take_scores(weights, top, sum);
 #pragma unroll
     for (int n = 0; n < UNITS; n++) {
       output[n][0] *= old;
       output[n][1] *= old;
     }
 #pragma unroll
-    for (int g = 0; g < KEYS / 8; g++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        scores[g][i] = power_of_two(scores[g][i] - common);
-        sum += scores[g][i];
-      }
-#pragma unroll
     for (int g = 0; g < KEYS / 8; g += 2) {
-      unsigned weights[4] = {packed<elem_t>(scores[g][0], scores[g][1]), 0,
-                             packed<elem_t>(scores[g + 1][0], scores[g + 1][1]), 0};
+      unsigned a[4] = {packed<elem_t>(weights[g * 2], weights[g * 2 + 1]), 0,
+                       packed<elem_t>(weights[g * 2 + 2], weights[g * 2 + 3]), 0};
 #pragma unroll
       for (int n = 0; n < UNITS; n += 2) {
         unsigned b[4];  // keys 0 to 7 and 8 to 15 of eight channels, then of the next eight
         load_matrices_transposed(
             b, &turn.values[g * 8 + lane / 8 % 2 * 8 + lane % 8][n * 8 + lane / 16 * 8]);
-        mma<elem_t>(output[n], weights, b[0], b[1]);
-        mma<elem_t>(output[n + 1], weights, b[2], b[3]);
+        mma<elem_t>(output[n], a, b[0], b[1]);
+        mma<elem_t>(output[n + 1], a, b[2], b[3]);
       }
     }
     __syncwarp();

@@ -12,3 +12,22 @@ __device__ inline float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// Take some more scores, of keys that the lanes of a quad have between them: they become weights.
+// Returns by what the values so far have to be multiplied.
+template <int COUNT>
+__device__ inline float take_scores(float (&scores)[COUNT], float& top, float& sum) {
+  float common = top;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) common = fmaxf(common, scores[i]);
+  common = warp_max<4>(common);
+  float old = power_of_two(top - common);
+  top = common;
+  sum *= old;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    scores[i] = power_of_two(scores[i] - common);
+    sum += scores[i];
+  }
+  return old;
+}

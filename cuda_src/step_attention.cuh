@@ -136,35 +136,24 @@ __device__ inline void attend(int me,
           mma<elem_t>(scores[i], a, turn.keys[i][c].words[p * 2], turn.keys[i][c].words[p * 2 + 1]);
       }
     }
-    float common = top;
+    float weights[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float& score = scores[i / 2][i % 2];
-      score = Turn::token_of_value(me, t0, i) > position ? MINUS_INFINITY : score * factor;
-      common = fmaxf(common, score);
-    }
-    common = warp_max<4>(common);
-    float old = power_of_two(top - common);
-    top = common;
-    sum *= old;
+    for (int i = 0; i < 4; i++)
+      weights[i] = Turn::token_of_value(me, t0, i) > position ? MINUS_INFINITY
+                                                              : scores[i / 2][i % 2] * factor;
+    float old = take_scores(weights, top, sum);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       output[j][0] *= old;
       output[j][1] *= old;
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float& score = scores[i / 2][i % 2];
-      score = power_of_two(score - common);
-      sum += score;
-    }
-    unsigned weights[4] = {packed<elem_t>(scores[0][0], scores[0][1]), 0,
-                           packed<elem_t>(scores[1][0], scores[1][1]), 0};
+    unsigned a[4] = {packed<elem_t>(weights[0], weights[1]), 0,
+                     packed<elem_t>(weights[2], weights[3]), 0};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       constexpr unsigned LOW = 0x5410, HIGH = 0x7632;  // the halves of two words, side by side
       unsigned which = j % 2 ? HIGH : LOW;
-      mma<elem_t>(output[j], weights,
+      mma<elem_t>(output[j], a,
                   __byte_perm(turn.values[0].words[j / 2], turn.values[1].words[j / 2], which),
                   __byte_perm(turn.values[2].words[j / 2], turn.values[3].words[j / 2], which));
     }

@@ -18,7 +18,7 @@ Array = Any
 ROWS = (1, 2, 4)  # of the entries
 _WIDE = 4  # inner size over n_embd; WIDE in step_words.cuh, like the next two
 _CONSUMERS, _MOST_PARTS = 8, 8
-_SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in decode_step.cu
+_SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in step_product.cuh
 _THREADS = (_CONSUMERS + 1) * 32
 
 _SIGNATURE = (
