@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
@@ -171,3 +173,33 @@ def test_tens_of_rows_are_spread_over_the_chip(library, monkeypatch, rows, m, k,
     ops.linear(x, weight, out=out)
     assert (seen or library) == [expected if seen else "matmul"]
     assert bool(seen) == (expected != "library")
+
+
+CHIPS = st.one_of(  # multiprocessors, bytes of shared memory, clusters
+    st.tuples(st.integers(40, 160), st.sampled_from([99 << 10, 163 << 10]), st.just(False)),
+    st.tuples(st.integers(40, 200), st.sampled_from([99 << 10, 227 << 10]), st.just(True)),
+)
+
+
+@given(st.integers(1, 300), st.integers(1, 60000), st.integers(1, 1024), CHIPS, st.booleans())
+def test_a_plan_for_tens_of_rows_fits_the_chip(rows, m, eighths, chip, invariant):
+    sms, shared, clusters = chip
+    weight = np.lib.stride_tricks.as_strided(np.zeros(1, np.float16), (m, eighths * 8), (0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "sm_count", lambda: sms)
+        patch.setattr(product, "shared_limit", lambda: shared)
+        patch.setattr(product, "has_clusters", lambda: clusters)
+        plan = product._rows_plan(rows, weight, invariant=invariant)
+        alone = product._rows_plan(1, weight, invariant=True)
+    assert plan.shared <= shared
+    assert plan.tiles[0] * 64 >= m and plan.tiles[1] * 64 >= rows
+    assert plan.split == 1 or clusters
+    # A ring has room for both groups of warps, or for all chunks.
+    chunks = -(-eighths // 8)
+    share = -(-chunks // plan.split)
+    assert 1 <= plan.ring <= 12 and (plan.ring >= 2 or plan.ring >= share)
+    assert plan.ring <= share
+    if plan.spread:
+        assert plan.tiles[0] * plan.tiles[1] * plan.split <= sms and 2 * plan.shared > shared
+    if invariant:
+        assert plan.split == alone.split
