@@ -179,10 +179,11 @@ def goals(found: Found) -> str:
     sources = [name for name in names if name in found]
     dates = ", ".join(f"{name}.json ({found[name]['date']})" for name in sources)
     absent = any("-" in line for line in lines)
+    dash = "; - where no record has the figure yet" if absent else ""
     note = (
-        f"Medians{'; - where no record has the figure yet' if absent else ''}. Over a plain read "
+        f"Medians{dash}. Over a plain read of larger sizes: the faster path at context 128, "
+        f"whichever `auto` takes. From {dates}"
     )
-    note += f"of larger sizes: the faster path at context 128, whichever `auto` takes. From {dates}"
     return table(["what", "at most", "goal", "measured", "reached"], lines) + source_line(
         found["batches"], note
     )
