@@ -28,13 +28,12 @@
 constexpr int STAGES = 2;                 // also in gpt2cupy/ops/attention.py, like the next
 constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a warp's turn
 
-constexpr int VEC = 8;           // elements of a copy
-constexpr int UNITS = HS / VEC;  // copies of a row
-constexpr int LINE = HS + VEC;   // of a row in shared memory: eight neighbours in different banks
+constexpr int VEC = 8;                 // elements of a copy
+constexpr int UNITS = HS / VEC;        // copies of a row
 constexpr int AT_ONCE = WARP / UNITS;  // rows that a warp copies at once
 
 struct Turn {
-  elem_t keys[KEYS][LINE], values[KEYS][LINE];
+  elem_t keys[KEYS * PITCH<UNITS>], values[KEYS * PITCH<UNITS>];
 };
 
 template <int WARPS>
@@ -47,7 +46,7 @@ __device__ inline void attend(const elem_t* qkv,
                               float scale,
                               int NH,
                               int T) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Findings<WARPS> of_warps;
   int head = blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -67,7 +66,7 @@ __device__ inline void attend(const elem_t* qkv,
   // Zeros where there are none, for a weight of zero would not hide what is no number. The newest
   // key and value are not in the cache yet.
   int line = lane / UNITS, unit = lane % UNITS;
-  unsigned to = shared_address(&turns->keys[line][unit * VEC]);
+  unsigned to = shared_address(turns);
   constexpr unsigned TO_VALUES = sizeof(Turn::keys);
   auto fetch = [&](int t0, int stage) {
     const elem_t *from_k = k + (size_t)(t0 + line) * HS + unit * VEC,
@@ -76,7 +75,7 @@ __device__ inline void attend(const elem_t* qkv,
     for (int i = 0; i < KEYS; i += AT_ONCE) {
       if (WARP % UNITS && (line >= AT_ONCE || i + line >= KEYS)) break;
       bool there = t0 + i + line < position;
-      unsigned at = to + stage * (unsigned)sizeof(Turn) + i * (unsigned)sizeof(Turn::keys[0]);
+      unsigned at = to + stage * (unsigned)sizeof(Turn) + place_of<UNITS>(i + line, unit) * 2;
       copy_or_zero(at, from_k + i * HS, there);
       copy_or_zero(at + TO_VALUES, from_v + i * HS, there);
     }
@@ -116,8 +115,9 @@ __device__ inline void attend(const elem_t* qkv,
     __syncwarp();
     if (t0 + KEYS > position) {  // the turn of the newest key
       if (lane < UNITS) {
-        *reinterpret_cast<Piece*>(&turn.keys[position - t0][lane * VEC]) = new_key;
-        *reinterpret_cast<Piece*>(&turn.values[position - t0][lane * VEC]) = new_value;
+        int at = place_of<UNITS>(position - t0, lane);
+        *reinterpret_cast<Piece*>(&turn.keys[at]) = new_key;
+        *reinterpret_cast<Piece*>(&turn.values[at]) = new_value;
       }
       __syncwarp();
     }
@@ -130,7 +130,8 @@ __device__ inline void attend(const elem_t* qkv,
 #pragma unroll
       for (int g = 0; g < KEYS / 8; g += 2) {
         unsigned b[4];  // channels 0 to 7 and 8 to 15 of eight keys, then of the next eight
-        load_matrices(b, &turn.keys[g * 8 + lane / 16 * 8 + lane % 8][c * 16 + lane / 8 % 2 * 8]);
+        int key = g * 8 + lane / 16 * 8 + lane % 8;
+        load_matrices(b, &turn.keys[place_of<UNITS>(key, c * 2 + lane / 8 % 2)]);
         mma<elem_t>(scores[g], a, b[0], b[1]);
         mma<elem_t>(scores[g + 1], a, b[2], b[3]);
       }
@@ -154,8 +155,8 @@ __device__ inline void attend(const elem_t* qkv,
 #pragma unroll
       for (int n = 0; n < UNITS; n += 2) {
         unsigned b[4];  // keys 0 to 7 and 8 to 15 of eight channels, then of the next eight
-        load_matrices_transposed(
-            b, &turn.values[g * 8 + lane / 8 % 2 * 8 + lane % 8][n * 8 + lane / 16 * 8]);
+        int key = g * 8 + lane / 8 % 2 * 8 + lane % 8;
+        load_matrices_transposed(b, &turn.values[place_of<UNITS>(key, n + lane / 16)]);
         mma<elem_t>(output[n], a, b[0], b[1]);
         mma<elem_t>(output[n + 1], a, b[2], b[3]);
       }

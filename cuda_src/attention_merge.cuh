@@ -10,10 +10,9 @@
 
 constexpr int SPLIT = 8;  // blocks of the largest cluster; also in gpt2cupy/ops/attention.py
 
-// An empty partial softmax has the smallest number as its maximum and not minus infinity, whose
-// difference to itself is no number: so nothing has to be asked before a factor is taken.
-constexpr float LOWEST = -3.4028235e38f;
-
+// An empty partial softmax has LOWEST as its maximum and not minus infinity, whose difference to
+// itself is no number: so nothing has to be asked before a factor is taken.
+//
 // Maximum, sum of weights and weighted values of each of COUNT partial softmaxes.
 // Values are stored 16 bytes at a time; COUNT is even.
 template <int COUNT>

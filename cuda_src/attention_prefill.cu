@@ -10,9 +10,8 @@
 // Bytes     N 4C sizeof ELEM at the least; each query tile reads the keys before it again, from L2
 // FLOPs     4 HS per query, head and visible key
 // Work      one block per (tile of BR queries, head, sequence); tiles of BC keys pass through
-// shared
-//           memory. 16 x 16 threads hold the scores and the output as small squares in registers.
-//           No T x T matrix exists: the softmax is online, as in attention_decode.cu.
+//           shared memory. 16 x 16 threads hold the scores and the output as small squares in
+//           registers. No T x T matrix exists: the softmax is online, as in attention_decode.cu.
 // Source    Dao et al., "FlashAttention", 2022; Milakov, Gimelshein, 2018
 //
 // The order of a query's sums depends on the absolute positions of the keys alone, as in
@@ -33,6 +32,7 @@ constexpr int BC = HS <= 64 ? 32 : 16;  // keys of a tile
 constexpr int RPT = BR / SIDE;          // query rows of a thread
 constexpr int CPT = BC / SIDE;          // key columns of a thread
 constexpr int DPT = (HS + SIDE - 1) / SIDE;  // output channels of a thread
+constexpr int SPAN = 32;                     // products of a score that are summed together
 
 // Where key (part 1) or value (part 2) of position t of this sequence lies.
 __device__ inline const elem_t* token_head(
@@ -94,19 +94,28 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
     }
     __syncthreads();
 
+    // A sum of every SPAN products, and then of sums: rounding errors grow less.
     float scores[RPT][CPT] = {};
-    for (int c = 0; c < HS; c++) {
-      float q[RPT], key[CPT];
+    for (int begin = 0; begin < HS; begin += SPAN) {
+      float of_span[RPT][CPT] = {};
+      for (int c = begin; c < min(begin + SPAN, HS); c++) {
+        float q[RPT], key[CPT];
 #pragma unroll
-      for (int i = 0; i < RPT; i++) q[i] = Q[min(ty * RPT + i, rows - 1)][c];
+        for (int i = 0; i < RPT; i++) q[i] = Q[min(ty * RPT + i, rows - 1)][c];
 #pragma unroll
-      for (int j = 0; j < CPT; j++) key[j] = K[tx + j * SIDE][c];
+        for (int j = 0; j < CPT; j++) key[j] = K[tx + j * SIDE][c];
+#pragma unroll
+        for (int i = 0; i < RPT; i++)
+#pragma unroll
+          for (int j = 0; j < CPT; j++) of_span[i][j] = fmaf(q[i], key[j], of_span[i][j]);
+      }
 #pragma unroll
       for (int i = 0; i < RPT; i++)
 #pragma unroll
-        for (int j = 0; j < CPT; j++) scores[i][j] = fmaf(q[i], key[j], scores[i][j]);
+        for (int j = 0; j < CPT; j++) scores[i][j] += of_span[i][j];
     }
 
+    float old[RPT];
 #pragma unroll
     for (int i = 0; i < RPT; i++) {
       // Every query sees key 0, so after the first tile the maximum is a number.
@@ -118,7 +127,8 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
         tile_top = fmaxf(tile_top, scores[i][j]);
       }
       tile_top = fmaxf(top[i], half_warp_max(tile_top));
-      float old = expf(top[i] - tile_top), tile_sum = 0.0f;
+      float tile_sum = 0.0f;
+      old[i] = expf(top[i] - tile_top);
       top[i] = tile_top;
 #pragma unroll
       for (int j = 0; j < CPT; j++) {
@@ -126,12 +136,12 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
         tile_sum += weight;
         P[ty * RPT + i][tx + j * SIDE] = weight;
       }
-      sum[i] = fmaf(sum[i], old, half_warp_sum(tile_sum));
-#pragma unroll
-      for (int d = 0; d < DPT; d++) output[i][d] *= old;
+      sum[i] = fmaf(sum[i], old[i], half_warp_sum(tile_sum));
     }
     __syncthreads();
 
+    // Likewise of each tile, and then of tiles.
+    float of_tile[RPT][DPT] = {};
     for (int j = 0; j < BC; j++) {
       float value[DPT];
 #pragma unroll
@@ -140,9 +150,13 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
       for (int i = 0; i < RPT; i++) {
         float weight = P[ty * RPT + i][j];
 #pragma unroll
-        for (int d = 0; d < DPT; d++) output[i][d] = fmaf(weight, value[d], output[i][d]);
+        for (int d = 0; d < DPT; d++) of_tile[i][d] = fmaf(weight, value[d], of_tile[i][d]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < RPT; i++)
+#pragma unroll
+      for (int d = 0; d < DPT; d++) output[i][d] = fmaf(output[i][d], old[i], of_tile[i][d]);
   }
 
 #pragma unroll

@@ -32,18 +32,20 @@ constexpr int GROUPS = 2;
 constexpr int WARPS = 4;                // of a group
 constexpr int BR = WARPS * 16;          // queries of a block
 constexpr int BC = HS <= 64 ? 64 : 32;  // keys of a tile
-constexpr int STRIDE = HS + 8;          // of a row in shared memory: 16 bytes keep banks apart
 constexpr int VEC = 8;
+constexpr int UNITS = HS / VEC;        // copies of a row
 constexpr int THREADS = WARPS * WARP;  // of a group
 
 struct Tile {
-  elem_t key[BC][STRIDE], value[BC][STRIDE];
+  elem_t key[BC * PITCH<UNITS>], value[BC * PITCH<UNITS>];
 };
 
 // What a group hands over: for each of its threads two maxima, two sums and its share of the
 // weighted values.
 constexpr int HANDED = 4 + HS / 2;
-static_assert(HANDED * THREADS * sizeof(float) <= 2 * sizeof(Tile), "it reuses the group's tiles");
+constexpr unsigned HANDED_BYTES = HANDED * THREADS * sizeof(float), TILE_BYTES = 2 * sizeof(Tile);
+// Bytes of a group: two tiles, and what it hands over lies where they were.
+constexpr unsigned GROUP_BYTES = TILE_BYTES > HANDED_BYTES ? TILE_BYTES : HANDED_BYTES;
 
 // A barrier of one group.
 __device__ inline void group_sync(int group) {
@@ -66,12 +68,13 @@ __device__ inline void fetch(Tile& tile,
                              int C,
                              int thread) {
 #pragma unroll 2  // with more the registers do not last
-  for (int i = thread; i < BC * (HS / VEC); i += THREADS) {
-    int r = i / (HS / VEC), c = i % (HS / VEC) * VEC, t = min(t0 + r, keys - 1);
+  for (int i = thread; i < BC * UNITS; i += THREADS) {
+    int r = i / UNITS, c = i % UNITS * VEC, t = min(t0 + r, keys - 1);
+    int at = place_of<UNITS>(r, i % UNITS);
     // New tokens are read from qkv: the block that writes them to the cache may not have run yet.
     const elem_t* key = t < past ? k + (t * HS + c) : fresh + ((t - past) * 3 * C + c);
-    copy_async(&tile.key[r][c], key);
-    copy_async(&tile.value[r][c], t < past ? v + (t * HS + c) : key + C);
+    copy_async(&tile.key[at], key);
+    copy_async(&tile.value[at], t < past ? v + (t * HS + c) : key + C);
   }
   copy_commit();
 }
@@ -87,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
                           float scale,
                           int NH,
                           int T) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   release_dependents();
   wait_for_inputs();
   int head = blockIdx.x, sequence = blockIdx.z;
@@ -104,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
   int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
   int lane = thread % WARP, warp = thread / WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
-  Tile* tiles = reinterpret_cast<Tile*>(memory) + group * 2;
+  Tile* tiles = reinterpret_cast<Tile*>(memory + group * GROUP_BYTES);
 
   int keys = past + first + rows;  // one past the last key that any query of the tile sees
   int t0 = group * BC;
@@ -124,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
   }
   int seen = past + first + warp * 16;  // the last key that the warp's first query sees
 
-  for (int i = threadIdx.x; i < rows * (HS / VEC); i += GROUPS * THREADS) {
-    int r = i / (HS / VEC), c = i % (HS / VEC) * VEC, t = past + first + r;
+  for (int i = threadIdx.x; i < rows * UNITS; i += GROUPS * THREADS) {
+    int r = i / UNITS, c = i % UNITS * VEC, t = past + first + r;
     const elem_t* token = qkv + (first + r) * 3 * C + c;
     using Packed = Vec<elem_t, VEC>;
     if (t < T) {
@@ -151,7 +154,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 #pragma unroll
       for (int j = 0; j < BC / 16; j++) {
         unsigned b[4];
-        load_matrices(b, &own.key[j * 16 + lane / 16 * 8 + lane % 8][c * 16 + lane / 8 % 2 * 8]);
+        int key = j * 16 + lane / 16 * 8 + lane % 8;
+        load_matrices(b, &own.key[place_of<UNITS>(key, c * 2 + lane / 8 % 2)]);
         mma<elem_t>(scores[j * 2], query[c], b[0], b[1]);
         mma<elem_t>(scores[j * 2 + 1], query[c], b[2], b[3]);
       }
@@ -206,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 #pragma unroll
       for (int d = 0; d < HS / 16; d++) {
         unsigned b[4];
-        load_matrices_transposed(b, &own.value[j * 16 + lane % 16][d * 16 + lane / 16 * 8]);
+        load_matrices_transposed(
+            b, &own.value[place_of<UNITS>(j * 16 + lane % 16, d * 2 + lane / 16)]);
         mma<elem_t>(output[d * 2], weights, b[0], b[1]);
         mma<elem_t>(output[d * 2 + 1], weights, b[2], b[3]);
       }
@@ -215,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 
   if (keys > BC) {  // else the first group has seen all
     float (*handed)[THREADS] =
-        reinterpret_cast<float (*)[THREADS]>(reinterpret_cast<Tile*>(memory) + 2 * max(group, 1));
+        reinterpret_cast<float (*)[THREADS]>(memory + max(group, 1) * GROUP_BYTES);
     group_sync(group);  // its tiles are read no more
     if (group > 0) {
 #pragma unroll
@@ -251,13 +256,14 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
     sum[half] += __shfl_xor_sync(FULL_MASK, sum[half], 2);
     int r = warp * 16 + across + half * 8;
     if (r >= rows) continue;
+    float share = 1.0f / sum[half];
     // Not kept through the loop, which needs every register.
     size_t token = starts[blockIdx.z] + first + r;
     unsigned* row = reinterpret_cast<unsigned*>(out + token * C + blockIdx.x * HS);
 #pragma unroll
     for (int d = 0; d < HS / 8; d++)
       row[d * 4 + along] =
-          packed<elem_t>(output[d][half * 2] / sum[half], output[d][half * 2 + 1] / sum[half]);
+          packed<elem_t>(output[d][half * 2] * share, output[d][half * 2 + 1] * share);
   }
 }
 

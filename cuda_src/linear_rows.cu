@@ -65,12 +65,6 @@ struct RingPlace {
   }
 };
 
-// Where 16 bytes of a row lie: the eight rows that a tensor core reads at once fall into different
-// banks.
-__device__ inline int swizzled(int row, int unit) {
-  return row * CHUNK + (unit ^ (row % UNITS)) * VEC;
-}
-
 template <typename out_t>
 __device__ inline void load_row(const out_t* source, int count, bool aligned, float (&to)[4]) {
   if (aligned) {
@@ -133,7 +127,7 @@ __device__ inline void product(const elem_t* x,
     from_weight[i] = weight + (size_t)min(m0 + row + i * STEP, M - 1) * K + k;
     from_x[i] = x + (size_t)n * K + k;
     left_x[i] = n < N ? left : 0;
-    to_x[i] = shared_address(&stages[0].x[swizzled(row + i * STEP, unit)]);
+    to_x[i] = shared_address(&stages[0].x[place_of<UNITS>(row + i * STEP, unit)]);
   }
   auto fetch_weight = [&](int chunk, int stage) {
 #pragma unroll
@@ -211,8 +205,9 @@ __device__ inline void product(const elem_t* x,
       unsigned a[2][4], b[2][4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        load_matrices(a[i], &here.x[swizzled(row_x + i * 16, k * 2 + unit_x)]);
-        load_matrices(b[i], &here.weight[swizzled(row_weight + i * 16, k * 2 + unit_weight)]);
+        load_matrices(a[i], &here.x[place_of<UNITS>(row_x + i * 16, k * 2 + unit_x)]);
+        load_matrices(b[i],
+                      &here.weight[place_of<UNITS>(row_weight + i * 16, k * 2 + unit_weight)]);
       }
 #pragma unroll
       for (int i = 0; i < 2; i++)

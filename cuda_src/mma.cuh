@@ -38,6 +38,24 @@ __device__ inline unsigned packed(float low, float high) {
   return *reinterpret_cast<unsigned*>(&pair);
 }
 
+// Rows of UNITS times 16 bytes in shared memory, as ldmatrix likes them: of eight neighbours, the
+// same unit lies in different banks. Rows of a power of two are not padded for that, their units
+// change places: a row that crosses a line of 128 bytes takes twice as long to copy there.
+template <int UNITS>
+constexpr bool SWIZZLES = (UNITS & (UNITS - 1)) == 0;
+
+template <int UNITS>
+constexpr int PITCH = (SWIZZLES<UNITS> ? UNITS : UNITS + 1) * 8;  // elements of a row
+
+// Where a unit begins, in elements; the first row's address is a multiple of 128 bytes.
+template <int UNITS>
+__device__ inline int place_of(int row, int unit) {
+  constexpr int ROWS = UNITS < 8 ? 8 / UNITS : 1,
+                CHANGES = UNITS < 8 ? UNITS : 8;  // ROWS of a line
+  if constexpr (SWIZZLES<UNITS>) unit ^= row / ROWS % CHANGES;
+  return row * PITCH<UNITS> + unit * 8;
+}
+
 // Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ inline void load_matrices(unsigned (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -65,6 +65,7 @@ __device__ inline void held_row(const elem_t* x,
     b[s] = *reinterpret_cast<const Vec<elem_t, 4>*>(bias + c);
   };
   if constexpr (AHEAD) each<STEPS>(C, load_parameters);
+  float share = 1.0f / C;
   wait_for_inputs();
 
   float values[STEPS][4] = {};
@@ -83,12 +84,12 @@ __device__ inline void held_row(const elem_t* x,
 #pragma unroll
   for (int s = 0; s < STEPS; s++)
     sum += (values[s][0] + values[s][1]) + (values[s][2] + values[s][3]);
-  float mean = warp_sum(sum) / C, squares = 0.0f;
+  float mean = warp_sum(sum) * share, squares = 0.0f;
   each<STEPS>(C, [&](int s, int) {
 #pragma unroll
     for (int i = 0; i < 4; i++) squares += (values[s][i] - mean) * (values[s][i] - mean);
   });
-  float scale = rsqrtf(warp_sum(squares) / C + eps);
+  float scale = rsqrtf(warp_sum(squares) * share + eps);
   each<STEPS>(C, [&](int s, int c) {
     if constexpr (!AHEAD) load_parameters(s, c);
 #pragma unroll

@@ -19,21 +19,28 @@
 //
 // Entries   sample        everything that can be asked for, one block per row
 //           sample_plain  greedy, or temperature alone: one pass over the logits by PARTS
-//                         blocks a row, whose findings meet in the shared memory of the first
-//           sample_plain_rows   the same with smaller blocks: rows that would wait for room
+//                         blocks a row, whose findings meet in the shared memory of the first.
+//                         Noise is made only for tokens that it could make the best
 //
 // gpt2cupy/ops/reference_sampling.py is the specification.
 #include "handover.cuh"
+#include "softmax.cuh"
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int THREADS = 1024;  // also in gpt2cupy/ops/sampling.py
-constexpr int PARTS = 8;       // likewise, and the next two
-constexpr int PLAIN_THREADS = 1024;
-constexpr int ROWS_THREADS = 512;
-constexpr int NOISE_AHEAD = 2;  // quads of a thread: 65,536 tokens in all
+constexpr int PARTS = 8;       // likewise, and the next
+constexpr int PLAIN_THREADS = 512;
+#if __CUDA_ARCH__ >= 900
+constexpr int ROW_BLOCKS = PARTS;
+#else
+constexpr int ROW_BLOCKS = 1;
+#endif
+constexpr int HELD = 4;  // quads of a thread in a turn: 65,536 tokens in all
 constexpr int PROMPT_BIT = 1 << 30;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr int NO_TOKEN = 0x7fffffff;  // where nothing is larger than NaN
 
 struct RowParams {
   u64 seed;
@@ -119,11 +126,16 @@ __device__ inline uint4 philox(uint4 counter, uint2 key) {
   return counter;
 }
 
-__device__ inline float gumbel(u32 bits) {
-  // u near 0 keeps float's full resolution, and it is small u that makes large noise.
-  float u = fminf(((float)bits + 0.5f) * 2.3283064365386963e-10f, 1.0f - 5.9604644775390625e-8f);
-  return -logf(-log1pf(-u));
+// Between 0 and 1. Near 0 it keeps float's full resolution, and it is small u that makes large
+// noise.
+__device__ inline float uniform(u32 bits) {
+  return fminf(((float)bits + 0.5f) * 2.3283064365386963e-10f, 1.0f - 5.9604644775390625e-8f);
 }
+
+__device__ inline float gumbel(u32 bits) { return -logf(-log1pf(-uniform(bits))); }
+
+// What gumbel() cannot exceed, but for rounding: -log1p(-u) is at least u.
+__device__ inline float most_gumbel(u32 bits) { return -LN_2 * __log2f(uniform(bits)); }
 
 // ---------------------------------------------------------------------------------------------
 // thresholds
@@ -287,121 +299,227 @@ struct Finding {
 // A sum of exp(x - from) as one of exp(x - to). Where no number has been seen it is 0, or NaN
 // after a NaN: it stays as it is.
 __device__ inline float rescaled(float sum, float from, float to) {
-  return from == MINUS_INFINITY ? sum : sum * expf(from - to);
+  float factor = power_of_two((from - to) * LOG2_E);
+  return from == MINUS_INFINITY ? sum : sum * factor;
 }
 
-// Merge the findings of a warp's lanes; every lane gets the result.
-__device__ inline Finding warp_merged(Finding own) {
-  float top = warp_max(own.top);
-  own.sum = warp_sum(rescaled(own.sum, own.top, top));
-  own.top = top;
+// x / divisor, given 1 / divisor: the quotient's error, found exactly, mends its last bit.
+__device__ inline float divided(float x, float divisor, float inverse) {
+  float quotient = x * inverse;
+  float mended = fmaf(fmaf(-quotient, divisor, x), inverse, quotient);
+  return fabsf(quotient) < -MINUS_INFINITY ? mended : quotient;
+}
+
+// The largest of a value of each lane, none of them NaN; one instruction from sm_80 on.
+__device__ inline float warp_largest(float own) {
+#if __CUDA_ARCH__ >= 800
+  return unordered(__reduce_max_sync(FULL_MASK, ordered(own)));
+#else
+  return warp_max(own);
+#endif
+}
+
+__device__ inline int warp_least(int own) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_min_sync(FULL_MASK, own);
+#else
 #pragma unroll
-  for (int offset = WARP / 2; offset > 0; offset /= 2) {
-    Best other = {__shfl_xor_sync(FULL_MASK, own.best.value, offset),
-                  __shfl_xor_sync(FULL_MASK, own.best.id, offset)};
-    float logit = __shfl_xor_sync(FULL_MASK, own.logit, offset);
-    own.best = better(own.best, other);
-    if (own.best.id == other.id) own.logit = logit;
-  }
+  for (int offset = WARP / 2; offset > 0; offset /= 2)
+    own = min(own, __shfl_xor_sync(FULL_MASK, own, offset));
   return own;
+#endif
 }
 
-// AHEAD quads of noise of each thread are drawn before the wait, the others as they are needed.
-template <int SIZE, int AHEAD>
-__device__ inline void choose(const float* logits,
-                              const int* rows,
-                              const RowParams* params,
-                              int* ids,
-                              int* positions,
-                              u32* steps,
-                              RingEntry* ring,
-                              int V,
-                              int Vp,
-                              int ring_size) {
-  constexpr int WARPS = SIZE / WARP;
-  __shared__ Finding findings[PARTS * WARPS];
+// Whose choice is the best of the warp, given each lane's own and its logit; every lane gets it.
+__device__ inline void warp_best(Best own, float logit, Finding* found) {
+  float value = warp_largest(own.value);
+  int id = warp_least(own.value == value ? own.id : NO_TOKEN);
+  int lane = __ffs(__ballot_sync(FULL_MASK, own.id == id)) - 1;
+  found->best = {value, id};
+  found->logit = __shfl_sync(FULL_MASK, logit, lane);
+}
+
+// Merge N findings of each lane of a warp; every lane gets the result.
+template <int N>
+__device__ inline Finding warp_merged(const Finding (&own)[N]) {
+  Finding found = {MINUS_INFINITY, 0.0f};
+  Best best = own[0].best;
+  float logit = own[0].logit;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    found.top = fmaxf(found.top, own[i].top);
+    best = better(best, own[i].best);
+    if (best.id == own[i].best.id) logit = own[i].logit;
+  }
+  found.top = warp_largest(found.top);
+#pragma unroll
+  for (int i = 0; i < N; i++) found.sum += rescaled(own[i].sum, own[i].top, found.top);
+  found.sum = warp_sum(found.sum);
+  warp_best(best, logit, &found);
+  return found;
+}
+
+// Merge what a warp found in two turns.
+__device__ inline Finding merged(const Finding& a, const Finding& b) {
+  float top = fmaxf(a.top, b.top);
+  Best best = better(a.best, b.best);
+  return {top, rescaled(a.sum, a.top, top) + rescaled(b.sum, b.top, top), best,
+          best.id == a.best.id ? a.logit : b.logit};
+}
+
+// The noise of one token, as words.
+__device__ inline u32 noise_of(int id, int position, uint2 key) {
+  uint4 bits = philox(make_uint4(id / 4, position, 0, 0), key);
+  u32 words[4] = {bits.x, bits.y, bits.z, bits.w}, word = words[0];
+#pragma unroll
+  for (int i = 1; i < 4; i++)
+    if (id % 4 == i) word = words[i];
+  return word;
+}
+
+// Takes the highest of the bounds away. Returns whose it was, with its logit and the highest of the
+// rest.
+template <int N>
+__device__ inline int take_highest(float (&bounds)[N],
+                                   const float (&logits)[N],
+                                   float& logit,
+                                   float& rest) {
+  float bound = rest = MINUS_INFINITY;
+  int which = 0;
+  logit = logits[0];
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (bounds[i] > bound) {
+      bound = bounds[i];
+      logit = logits[i];
+      which = i;
+    }
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (i == which) bounds[i] = MINUS_INFINITY;
+    rest = fmaxf(rest, bounds[i]);
+  }
+  return which;
+}
+
+// A value that is sure, less what rounding can have taken from a bound of a larger one.
+__device__ inline float surely(float value) { return value - (fabsf(value) + 32.0f) * 0x1p-20f; }
+
+extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(PLAIN_THREADS, 2)
+    sample_plain(const float* logits,
+                 const int* rows,
+                 const RowParams* params,
+                 int* ids,
+                 int* positions,
+                 u32* steps,
+                 RingEntry* ring,
+                 int V,
+                 int Vp,
+                 int ring_size) {
+  constexpr int WARPS = PLAIN_THREADS / WARP;
+  constexpr int OWN = HELD * 4, STRIDE = ROW_BLOCKS * PLAIN_THREADS * 4;  // tokens
+  __shared__ Finding findings[ROW_BLOCKS * WARPS];
+  __shared__ float highest[WARPS], found_sure[WARPS];  // of each warp
   __shared__ Counter arrived;
-  int blocks = cluster_size(), block = cluster_rank();
-  int line = blockIdx.x / blocks, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int block = cluster_rank(), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   if (block == 0 && threadIdx.x == 0) open_counter(&arrived);
   cluster_begin();
-  int row = rows[line];
+  int line = blockIdx.x / ROW_BLOCKS, row = rows[line], position = positions[row] + 1;
   RowParams p = params[row];
-  int position = positions[row] + 1;
   uint2 key = make_uint2((u32)p.seed, (u32)(p.seed >> 32));
   bool random = p.temperature > 0.0f;
-  float divisor = random ? p.temperature : 1.0f;
+  float inverse = 1.0f / p.temperature;
   logits += (size_t)line * Vp;
 
-  // The noise does not depend on the logits: it is made while they still are.
-  int first = block * SIZE + threadIdx.x, stride = blocks * SIZE;
-  auto draw = [&](int quad, float (&to)[4]) {
-    uint4 bits = philox(make_uint4(quad, position, 0, 0), key);
-    bool noisy = random && quad * 4 < V;
-    to[0] = noisy ? gumbel(bits.x) : 0.0f;
-    to[1] = noisy ? gumbel(bits.y) : 0.0f;
-    to[2] = noisy ? gumbel(bits.z) : 0.0f;
-    to[3] = noisy ? gumbel(bits.w) : 0.0f;
-  };
-  constexpr int HELD = AHEAD > 0 ? AHEAD : 1;
-  float noise[HELD][4], x[HELD][4];
-#pragma unroll
-  for (int turn = 0; turn < AHEAD; turn++) draw(first + turn * stride, noise[turn]);
-  wait_for_inputs();
-
-  Finding own = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, V}, 0.0f};
-  auto take = [&](int quad, const float (&x)[4], const float (&shift)[4]) {
-    float top = own.top;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (quad * 4 + i < V) top = fmaxf(top, x[i]);
-    float sum = rescaled(own.sum, own.top, top);
-    own.top = top;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int v = quad * 4 + i;
-      if (v >= V) continue;
-      sum += x[i] == MINUS_INFINITY ? 0.0f : expf(x[i] - top);  // top may be it too
-      own.best = better(own.best, Best{x[i] / divisor + shift[i], v});
-      if (own.best.id == v) own.logit = x[i];
-    }
-    own.sum = sum;
-  };
-#pragma unroll
-  for (int turn = 0; turn < AHEAD; turn++) {
-    int quad = first + turn * stride;
-    if (quad * 4 < V) load_floats(logits + quad * 4, x[turn]);  // rows are padded to 128
-  }
-#pragma unroll
-  for (int turn = 0; turn < AHEAD; turn++) {
-    int quad = first + turn * stride;
-    if (quad * 4 < V) take(quad, x[turn], noise[turn]);
-  }
+  const Finding NOTHING = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, NO_TOKEN}, 0.0f};
+  Finding own = NOTHING;
 #pragma unroll 1
-  for (int quad = first + AHEAD * stride; quad * 4 < V; quad += stride) {
-    load_floats(logits + quad * 4, x[0]);
-    draw(quad, noise[0]);
-    take(quad, x[0], noise[0]);
+  for (int first = 0; first < V; first += HELD * STRIDE) {
+    int start = first + (block * PLAIN_THREADS + threadIdx.x) * 4, left = V - start;
+    auto offset = [](int i) { return i / 4 * STRIDE + i % 4; };
+    const float* source = logits + start;
+    float x[OWN], bounds[OWN] = {};
+    // The noise does not depend on the logits: what it is at most is found while they still are.
+    if (random)
+#pragma unroll
+      for (int i = 0; i < OWN; i += 4) {
+        uint4 bits = philox(make_uint4((start + offset(i)) / 4, position, 0, 0), key);
+        bounds[i] = most_gumbel(bits.x);
+        bounds[i + 1] = most_gumbel(bits.y);
+        bounds[i + 2] = most_gumbel(bits.z);
+        bounds[i + 3] = most_gumbel(bits.w);
+      }
+    if (first == 0) wait_for_inputs();
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) {
+      float quad[4] = {};
+      if (offset(i) < left) load_floats(source + offset(i), quad);  // rows are padded to 128
+#pragma unroll
+      for (int j = 0; j < 4; j++) x[i + j] = offset(i + j) < left ? quad[j] : MINUS_INFINITY;
+    }
+
+    Finding found = {MINUS_INFINITY, 0.0f};
+#pragma unroll
+    for (int i = 0; i < OWN; i++) found.top = fmaxf(found.top, x[i]);
+    found.top = warp_largest(found.top);
+    float base = found.top == MINUS_INFINITY ? 0.0f : found.top;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) found.sum += power_of_two((x[i] - base) * LOG2_E);
+    found.sum = warp_sum(found.sum);
+
+    float most = MINUS_INFINITY;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {  // NaN comes last, and loses
+      bounds[i] = fmaxf(random ? fmaf(x[i], inverse, bounds[i]) : x[i], LOWEST);
+      most = fmaxf(most, bounds[i]);
+    }
+    most = warp_largest(most);
+    if (lane == 0) highest[warp] = most;
+    __syncthreads();
+
+    // The noise itself takes ten times as many instructions. Where the highest bound is, it is made
+    // first; then in warps whose bounds are not below what is sure by then, which are few.
+    bool leads = most == warp_largest(highest[lane % WARPS]);
+    float sure = MINUS_INFINITY, logit = 0.0f;
+    Best best = {MINUS_INFINITY, NO_TOKEN};
+#pragma unroll 1
+    for (int others = 0; others < 2; others++) {
+      if (leads != others && most >= surely(sure)) {
+        float rest;
+        do {
+          float raw;
+          Best choice;
+          choice.id = start + offset(take_highest(bounds, x, raw, rest));
+          choice.value = raw;
+          if (random)
+            choice.value =
+                divided(raw, p.temperature, inverse) + gumbel(noise_of(choice.id, position, key));
+          best = better(best, choice);
+          if (best.id == choice.id) logit = raw;
+          sure = fmaxf(sure, warp_largest(best.value));
+        } while (__any_sync(FULL_MASK, rest > MINUS_INFINITY && rest >= surely(sure)));
+      }
+      if (others) break;
+      if (lane == 0) found_sure[warp] = sure;
+      __syncthreads();
+      sure = warp_largest(found_sure[lane % WARPS]);
+    }
+    warp_best(best, logit, &found);
+    own = first == 0 ? found : merged(own, found);
   }
 
-  own = warp_merged(own);
   cluster_wait();  // the counter is open
   if (block == 0 && threadIdx.x == 0) expect_bytes(&arrived, sizeof(findings));
   if (lane == 0) send_words(&findings[block * WARPS + warp], &arrived, 0, own);
   if (block > 0) return;
   wait_for_bytes(&arrived);
   if (warp > 0) return;
-  // Each lane goes through some warps' findings in order, then the lanes merge.
-  own = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, V}, 0.0f};
-  for (int i = lane; i < blocks * WARPS; i += WARP) {
-    Finding other = findings[i];
-    float top = fmaxf(own.top, other.top);
-    own.sum = rescaled(own.sum, own.top, top) + rescaled(other.sum, other.top, top);
-    own.top = top;
-    own.best = better(own.best, other.best);
-    if (own.best.id == other.best.id) own.logit = other.logit;
-  }
-  own = warp_merged(own);
+  constexpr int EACH = (ROW_BLOCKS * WARPS + WARP - 1) / WARP;
+  Finding all[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    all[i] = i * WARP + lane < ROW_BLOCKS * WARPS ? findings[i * WARP + lane] : NOTHING;
+  own = warp_merged(all);
   if (lane > 0) return;
   int id = min(own.best.id, V - 1);  // a row of NaN has no best
   ids[row] = id;
@@ -409,16 +527,6 @@ __device__ inline void choose(const float* logits,
   float logprob = own.logit - (own.top + logf(own.sum));
   hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logprob);
 }
-
-#define PLAIN_ENTRY(name, threads, resident, ahead)                                              \
-  extern "C" __global__ void CLUSTER(PARTS) __launch_bounds__(threads, resident)                 \
-      name(const float* logits, const int* rows, const RowParams* params, int* ids,              \
-           int* positions, u32* steps, RingEntry* ring, int V, int Vp, int ring_size) {          \
-    choose<threads, ahead>(logits, rows, params, ids, positions, steps, ring, V, Vp, ring_size); \
-  }
-
-PLAIN_ENTRY(sample_plain, PLAIN_THREADS, 1, NOISE_AHEAD)
-PLAIN_ENTRY(sample_plain_rows, ROWS_THREADS, 3, 0)
 
 // The `count` most probable tokens of each row of logits, best first, with their logprobs.
 extern "C" __global__ void __launch_bounds__(THREADS)

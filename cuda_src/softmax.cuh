@@ -5,6 +5,7 @@
 #include "common.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -3.4028235e38f;  // of all numbers
 
 // 2^x; results below the smallest normal number are zero, which a softmax does not feel.
 __device__ inline float power_of_two(float x) {

@@ -12,7 +12,6 @@ using Eight = Packed<elem_t, 8>;
 constexpr int KEYS = 16;                  // of a warp's turn
 constexpr int TOKENS = CONSUMERS * KEYS;  // of a block's
 constexpr int CHUNKS = HS / 32;           // of a key: of a lane, 4 lanes a key
-constexpr float LOWEST = -3.4028235e38f;
 static_assert(HS == 64, "a value is eight lanes' channels");
 
 // Query, key and value of the newest token; and what the warps and, behind them, the other blocks

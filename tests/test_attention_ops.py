@@ -47,7 +47,7 @@ def attention_baseline(xp, qkv, k, v, starts, slots, past, scale):
     return np.concatenate(found)
 
 
-HEAD_SIZES = [1, 8, 32, 59, 64, 80, 96, 128]
+HEAD_SIZES = [1, 8, 16, 32, 59, 64, 80, 96, 128]
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

@@ -54,16 +54,22 @@ def _query_tile(head_size: int) -> int:
     return 64 if head_size <= 64 else 32
 
 
+def _pitch(head_size: int) -> int:
+    """Bytes of a key in shared memory; PITCH in mma.cuh."""
+    return 2 * (head_size + (8 if head_size & (head_size - 1) else 0))
+
+
 def _mma_shared(head_size: int) -> int:
     """Bytes of shared memory of attention_prefill_mma.cu: two tiles for each group of warps."""
     keys = 64 if head_size <= 64 else 32  # BC there
-    return _MMA_GROUPS * 2 * 2 * keys * (head_size + 8) * 2
+    handed = (4 + head_size // 2) * _MMA_THREADS // _MMA_GROUPS * 4
+    return _MMA_GROUPS * max(2 * 2 * keys * _pitch(head_size), handed)
 
 
 def _stream_shared(warps: int, head_size: int) -> int:
     """Bytes of shared memory of attention_decode_rows.cu: keys and values of each warp's turns."""
     keys = 32 if head_size <= 64 else 16  # KEYS there
-    return warps * _STREAM_STAGES * 2 * keys * (head_size + 8) * 2
+    return warps * _STREAM_STAGES * 2 * keys * _pitch(head_size)
 
 
 def attention_prefill(

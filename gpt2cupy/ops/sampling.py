@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .device import has_clusters, sm_count
+from .device import has_clusters
 from .launch import Kernel, device_empty, is_device_array, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
@@ -16,7 +16,7 @@ Array = Any
 __all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
 
 _THREADS = 1024  # THREADS in sampling.cu
-_PLAIN_THREADS, _ROWS_THREADS = 1024, 512  # PLAIN_THREADS and ROWS_THREADS there
+_PLAIN_THREADS = 512  # PLAIN_THREADS there
 _PARTS = 8  # PARTS there: blocks that share a row in sample_plain
 
 SAMPLE = Kernel(
@@ -26,12 +26,13 @@ SAMPLE = Kernel(
     "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], counts: int32[B,V]?, "
     "bias: float32[B,V]?, scratch: float32[R,Vp], V: int, Vp, Q",
 )
-_PLAIN = (
+SAMPLE_PLAIN = Kernel(
+    "sampling.cu",
+    "sample_plain",
     "logits: float32[R,Vp], rows: int32[R], params: uint8[B,48], ids: int32[B], "
-    "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q"
+    "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
+    overlaps=True,
 )
-SAMPLE_PLAIN = Kernel("sampling.cu", "sample_plain", _PLAIN, overlaps=True)
-SAMPLE_PLAIN_ROWS = Kernel("sampling.cu", "sample_plain_rows", _PLAIN, overlaps=True)
 TOP_LOGPROBS = Kernel(
     "sampling.cu",
     "top_logprobs",
@@ -100,10 +101,7 @@ def sample(
     state = (rows, params, ids, positions, steps, ring)
     if plain:
         blocks = len(logits) * (_PARTS if has_clusters() else 1)
-        kernel, threads = SAMPLE_PLAIN, _PLAIN_THREADS
-        if blocks > sm_count():  # where large blocks would wait for room
-            kernel, threads = SAMPLE_PLAIN_ROWS, _ROWS_THREADS
-        launch(kernel, (blocks,), (threads,), (logits, *state, vocab_size))
+        launch(SAMPLE_PLAIN, (blocks,), (_PLAIN_THREADS,), (logits, *state, vocab_size))
         return
     if scratch is None:
         scratch = device_empty(logits.shape, logits.dtype)
