@@ -18,7 +18,6 @@ from arguments import check_fits, chosen, main, names, numbers, parsed, parser
 from shared import DTYPES, Kept, config_of, random_model, too_large
 
 from gpt2cupy import GPT2, SamplingParams
-from gpt2cupy.decode.eager import choose
 from gpt2cupy.engine import Engine
 from gpt2cupy.request import Request
 from gpt2cupy.timing import Timing, times
@@ -34,9 +33,7 @@ def measure(model: GPT2, tokens: int, runs: int) -> dict[str, Any]:
 
     def prefill() -> None:
         engine.cache.reset()
-        x = engine.prompts.run([prompt], [0])
-        model.logits(x[:1], state.work, state.logits)
-        choose(state, state.logits, state.rows)
+        engine.prompts.run([prompt], [0], state)
 
     with engine.stream:
         state.assign(0, 0, SamplingParams(temperature=0).row(0, tokens, -1))

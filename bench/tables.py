@@ -136,8 +136,7 @@ def prefill(entry: Record) -> str:
     note = (
         "One prompt, random weights, medians (p10 to p90). On the device: between events around "
         "some prompts in a row and the choice of their first tokens, per prompt. In Python: from "
-        "the call to the token's id"
-        + left_out(entry["results"])
+        "the call to the token's id" + left_out(entry["results"])
     )
     return table(header, rows, 2) + source_line(entry, note)
 

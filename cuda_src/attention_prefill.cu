@@ -98,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
     float scores[RPT][CPT] = {};
     for (int begin = 0; begin < HS; begin += SPAN) {
       float of_span[RPT][CPT] = {};
+#pragma unroll 4  // with more, registers spill
       for (int c = begin; c < min(begin + SPAN, HS); c++) {
         float q[RPT], key[CPT];
 #pragma unroll
@@ -115,7 +116,6 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
         for (int j = 0; j < CPT; j++) scores[i][j] += of_span[i][j];
     }
 
-    float old[RPT];
 #pragma unroll
     for (int i = 0; i < RPT; i++) {
       // Every query sees key 0, so after the first tile the maximum is a number.
@@ -127,8 +127,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
         tile_top = fmaxf(tile_top, scores[i][j]);
       }
       tile_top = fmaxf(top[i], half_warp_max(tile_top));
-      float tile_sum = 0.0f;
-      old[i] = expf(top[i] - tile_top);
+      float old = expf(top[i] - tile_top), tile_sum = 0.0f;
       top[i] = tile_top;
 #pragma unroll
       for (int j = 0; j < CPT; j++) {
@@ -136,7 +135,9 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
         tile_sum += weight;
         P[ty * RPT + i][tx + j * SIDE] = weight;
       }
-      sum[i] = fmaf(sum[i], old[i], half_warp_sum(tile_sum));
+      sum[i] = fmaf(sum[i], old, half_warp_sum(tile_sum));
+#pragma unroll
+      for (int d = 0; d < DPT; d++) output[i][d] *= old;
     }
     __syncthreads();
 
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
 #pragma unroll
     for (int i = 0; i < RPT; i++)
 #pragma unroll
-      for (int d = 0; d < DPT; d++) output[i][d] = fmaf(output[i][d], old[i], of_tile[i][d]);
+      for (int d = 0; d < DPT; d++) output[i][d] += of_tile[i][d];
   }
 
 #pragma unroll

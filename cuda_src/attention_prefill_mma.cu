@@ -92,16 +92,17 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
                           int T) {
   extern __shared__ __align__(128) unsigned char memory[];
   release_dependents();
-  wait_for_inputs();
   int head = blockIdx.x, sequence = blockIdx.z;
+  // No kernel writes what describes the sequences, so it is read before the wait.
   int start = starts[sequence], count = starts[sequence + 1] - start;
+  int past = past_tokens[sequence];
+  size_t cache = ((size_t)slots[sequence] * NH + head) * T * HS;
+  wait_for_inputs();
   // Later tiles have more keys: start them first, of all heads.
   int first = (gridDim.y - 1 - blockIdx.y) * BR;
   if (first >= count) return;
-  int rows = min(BR, count - first), past = past_tokens[sequence];
-  int C = NH * HS;
+  int rows = min(BR, count - first), C = NH * HS;
   qkv += (size_t)start * 3 * C + head * HS;
-  size_t cache = ((size_t)slots[sequence] * NH + head) * T * HS;
   k += cache;
   v += cache;
   int group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
@@ -127,14 +128,26 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
   }
   int seen = past + first + warp * 16;  // the last key that the warp's first query sees
 
-  for (int i = threadIdx.x; i < rows * UNITS; i += GROUPS * THREADS) {
-    int r = i / UNITS, c = i % UNITS * VEC, t = past + first + r;
-    const elem_t* token = qkv + (first + r) * 3 * C + c;
-    using Packed = Vec<elem_t, VEC>;
-    if (t < T) {
-      *reinterpret_cast<Packed*>(k + t * HS + c) = *reinterpret_cast<const Packed*>(token + C);
-      *reinterpret_cast<Packed*>(v + t * HS + c) = *reinterpret_cast<const Packed*>(token + 2 * C);
-    }
+  // The new keys and values go to the cache; all are loaded before the first is stored.
+  using Piece = Vec<elem_t, VEC>;
+  constexpr int COPIES = (BR * UNITS + GROUPS * THREADS - 1) / (GROUPS * THREADS);
+  Piece new_keys[COPIES], new_values[COPIES];
+  int last = min(rows, T - past - first);  // rows of the tile that have a place
+#pragma unroll
+  for (int n = 0; n < COPIES; n++) {
+    int i = n * GROUPS * THREADS + threadIdx.x;
+    const elem_t* token = qkv + (first + i / UNITS) * 3 * C + i % UNITS * VEC;
+    if (i >= last * UNITS) break;
+    new_keys[n] = *reinterpret_cast<const Piece*>(token + C);
+    new_values[n] = *reinterpret_cast<const Piece*>(token + 2 * C);
+  }
+#pragma unroll
+  for (int n = 0; n < COPIES; n++) {
+    int i = n * GROUPS * THREADS + threadIdx.x;
+    int at = (past + first) * HS + i * VEC;
+    if (i >= last * UNITS) break;
+    *reinterpret_cast<Piece*>(k + at) = new_keys[n];
+    *reinterpret_cast<Piece*>(v + at) = new_values[n];
   }
 
   float output[HS / 8][4] = {}, top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};

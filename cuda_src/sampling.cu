@@ -367,14 +367,11 @@ __device__ inline Finding merged(const Finding& a, const Finding& b) {
           best.id == a.best.id ? a.logit : b.logit};
 }
 
-// The noise of one token, as words.
+// The word of one token's noise.
 __device__ inline u32 noise_of(int id, int position, uint2 key) {
   uint4 bits = philox(make_uint4(id / 4, position, 0, 0), key);
-  u32 words[4] = {bits.x, bits.y, bits.z, bits.w}, word = words[0];
-#pragma unroll
-  for (int i = 1; i < 4; i++)
-    if (id % 4 == i) word = words[i];
-  return word;
+  u32 even = id & 2 ? bits.z : bits.x, odd = id & 2 ? bits.w : bits.y;
+  return id & 1 ? odd : even;
 }
 
 // Takes the highest of the bounds away. Returns whose it was, with its logit and the highest of the

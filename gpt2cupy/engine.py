@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import ops
-from .decode import DecodeState, PromptRunner, decoder
-from .decode.eager import choose
+from .decode import DecodeState, PromptRunner, choose_first, decoder
 from .errors import BusyError
 from .model import GPT2
 from .ops.device import memory_error
@@ -198,7 +197,9 @@ class Engine:
                 piece[row] = tokens[:budget]
                 budget -= len(piece[row])
         rows = list(piece)
-        x = self.prompts.run(list(piece.values()), rows)
+        # One sequence in an engine for one, to its end: the same graph chooses its first token.
+        alone = self.slots == 1 and len(piece[0]) == len(rest[0])
+        x = self.prompts.run(list(piece.values()), rows, self.state if alone else None)
         done = []
         for index, row in enumerate(rows):
             rest[row] = rest[row][len(piece[row]) :]
@@ -206,9 +207,8 @@ class Engine:
                 del rest[row]
                 done.append((row, index))
         for row, index in done:
-            work, logits = self.state.work.first(1), self.state.logits[row : row + 1]
-            self.model.logits(x[index : index + 1], work, logits)
-            choose(self.state, logits, self.state.rows[row : row + 1])
+            if not alone:
+                choose_first(self.model, self.state, x[index : index + 1], row)
             sequence = self.active[row]
             sequence.first = int(self.row_steps[row])
             sequence.queued = 1

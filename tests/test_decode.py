@@ -162,6 +162,34 @@ def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):
     assert ran == expected and len(captures) == 3
 
 
+def test_a_prompts_graph_is_kept_by_what_chooses_its_token(monkeypatch):
+    class Model:
+        xp, backend, config, dtype = DEVICE, "ours", TINY, np.float32
+
+        def run_packed(self, packed, longest, cache, work, last):
+            return work.x
+
+    captures, chosen = [], []
+    monkeypatch.setattr(prompt, "captured", lambda calls: captures.append(calls) or list)
+    monkeypatch.setattr(prompt, "choose_first", lambda model, state, x, row: chosen.append(state))
+    cache = KVCache(TINY, 1, 32, np.float32)
+    runner = PromptRunner(Model(), cache, Workspace(TINY, 32, np.float32))
+    state = SimpleNamespace(counts=None, bias=None, plain=True)
+    for chooses, plain, counts in [
+        (None, True, None),
+        (state, True, None),
+        (state, True, None),
+        (state, False, None),
+        (state, False, object()),
+        (state, True, None),
+        (None, True, None),
+    ]:
+        state.plain, state.counts = plain, counts
+        cache.reset(0)
+        runner.run([np.zeros(3, np.int32)], [0], chooses)
+    assert len(captures) == 4 and chosen == [state] * 3
+
+
 class Stream:
     """A stream that is being captured or is not, as CUDA would have it."""
 
@@ -272,6 +300,24 @@ def test_a_failed_capture_leaves_the_gpu_usable():
         graph.captured([lambda: x.fill(3)])()
     stream.synchronize()
     assert x.get().tolist() == [3] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0.9, "top_k": 20}, {"logit_bias": {3: 4.0}}])
+def test_a_graph_with_the_choice_of_the_first_token_changes_no_bit(asked):
+    import cupy
+    from builders import model_on
+
+    from gpt2cupy.weights import Weights
+
+    model = model_on(cupy, TINY, Weights.random(TINY, 0, np.float16))
+    params, found = SamplingParams(max_new_tokens=3, seed=5, **asked), {}
+    prompts = [np.arange(n, dtype=np.int32) % TINY.vocab_size for n in (1, 7, 30, 7)]
+    for path in ("eager", "graph"):
+        engine = Engine(model, 1, decode=path)
+        requests = [Request(key, tokens, params) for key, tokens in enumerate(prompts)]
+        found[path] = [(t.key, t.id, t.logprob) for t in engine.run(requests)]
+    assert found["graph"] == found["eager"] and len(found["graph"]) == 12
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from . import choice
 from .eager import EagerDecoder
 from .graph import GraphDecoder
 from .persistent import PersistentDecoder, check, why_not
-from .prompt import PromptRunner
+from .prompt import PromptRunner, choose_first
 from .state import DecodeState
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "GraphDecoder",
     "PersistentDecoder",
     "PromptRunner",
+    "choose_first",
     "decoder",
     "paths",
     "times",

@@ -11,7 +11,9 @@ from ..cache import KVCache
 from ..model import GPT2
 from ..ops.tape import recorded
 from ..workspace import PackedPrompts, Workspace
+from .eager import choose
 from .graph import captured
+from .state import DecodeState
 
 # Tokens of a graph; a prompt takes the next larger one, at most half as many again.
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -41,10 +43,10 @@ class PromptRunner:
         rows = self._sequences(cache.slots)
         self._last = Workspace(model.config, rows, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
-        # By rows and backend: the input, what must live as long as the graph, the graph, its
-        # output.
+        # By rows, backend and kind of choice: the input, what must live as long as the graph, the
+        # graph, its output.
         self._buckets: dict[
-            tuple[int, str], tuple[PackedPrompts, Any, Callable[[], None], Any]
+            tuple[Any, ...], tuple[PackedPrompts, Any, Callable[[], None], Any]
         ] = {}
 
     @property
@@ -52,13 +54,22 @@ class PromptRunner:
         """Bytes of its activations."""
         return self.work.nbytes + self._last.nbytes
 
-    def run(self, tokens: Sequence[np.ndarray], slots: Sequence[int]) -> Any:
+    def run(
+        self,
+        tokens: Sequence[np.ndarray],
+        slots: Sequence[int],
+        state: DecodeState | None = None,
+    ) -> Any:
         """Extend slots by new tokens.
 
         Parameters
         ----------
         tokens, slots
             As in :meth:`GPT2.prefill`.
+        state : DecodeState, optional
+            For one sequence in a cache of one slot: choose its first token too, in the same
+            graph, so that these kernels need no launch of their own and load their weights
+            while the prompt's last ones run.
 
         Returns
         -------
@@ -71,10 +82,12 @@ class PromptRunner:
         if not self._graphs or not rows or rows > self.work.rows:
             packed = PackedPrompts(total, self._sequences(len(tokens)), self.model.xp)
             packed.fill(tokens, slots, self.cache)
-            return self._queue(packed, max(len(t) for t in tokens))
-        key = rows, self.model.backend
+            return self._queue(packed, max(len(t) for t in tokens), state)
+        kind = () if state is None else (state, state.counts, state.bias, state.plain)
+        # Identities, which stay theirs because the bucket keeps the objects.
+        key = rows, self.model.backend, *map(id, kind)
         if key not in self._buckets:
-            self._buckets[key] = self._capture(rows)
+            self._buckets[key] = self._capture(rows, state, kind)
         packed, _, launch, x = self._buckets[key]
         packed.fill(tokens, slots, self.cache)
         launch()
@@ -85,12 +98,24 @@ class PromptRunner:
         # sequence has an empty neighbour, as single rows have in a step.
         return max(count, 2) if self.model.xp is np else count
 
-    def _queue(self, packed: PackedPrompts, longest: int) -> Any:
+    def _queue(self, packed: PackedPrompts, longest: int, state: DecodeState | None) -> Any:
         work, last = self.work.first(packed.rows), self._last.first(len(packed.slots))
-        return self.model.run_packed(packed, longest, self.cache, work, last=last)
+        x = self.model.run_packed(packed, longest, self.cache, work, last=last)
+        if state is not None:
+            choose_first(self.model, state, x[:1], 0)
+        return x
 
-    def _capture(self, rows: int) -> tuple[PackedPrompts, Any, Callable[[], None], Any]:
+    def _capture(
+        self, rows: int, state: DecodeState | None, kind: tuple[Any, ...]
+    ) -> tuple[PackedPrompts, Any, Callable[[], None], Any]:
         packed = PackedPrompts(rows, min(rows, self.cache.slots), self.model.xp)
         with recorded() as calls:
-            x = self._queue(packed, rows)
-        return packed, calls, captured(calls), x
+            x = self._queue(packed, rows, state)
+        return packed, (kind, calls), captured(calls), x
+
+
+def choose_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
+    """Queue the choice of a row's first token, given the residual stream [1, C] before it."""
+    logits = state.logits[row : row + 1]
+    model.logits(x, state.work.first(1), logits)
+    choose(state, logits, state.rows[row : row + 1])

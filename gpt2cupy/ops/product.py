@@ -20,6 +20,7 @@ _MOST_ROWS, _MOST_OUTPUTS = 128, 8192  # of linear_rows.cu; with more the librar
 _TILE, _CHUNK, _MOST_STAGES = 64, 64, 12  # ROWS and OUTPUTS, CHUNK and MOST_STAGES there
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
+_FULL = 0.6  # share of the multiprocessors that must have a block of more than a tile of rows
 _STATIC = 1024  # bytes of its shared memory that are not the ring's nor the sums', at most
 _FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
 LONGEST_NORM = 2048  # longest row that the kernels normalise
@@ -188,9 +189,11 @@ def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
         return False
     if rows <= _TILE:
         return True
-    # More than a tile only while each block is alone and its share of K under way at once.
+    # More than a tile only where each block is alone, with its share of K under way at once, and
+    # most multiprocessors have one.
     plan = _rows_plan(rows, weight)
-    return plan.spread and plan.split * plan.ring >= _chunks(weight)
+    full = plan.tiles[0] * plan.tiles[1] * plan.split > _FULL * sm_count()
+    return plan.spread and full and plan.split * plan.ring >= _chunks(weight)
 
 
 def _fits_rows(weight: Array) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decode import decoder
-from ..decode.eager import choose
+from ..decode import choose_first, decoder
 from ..engine import Engine
 from ..errors import InputError
 from ..model import GPT2
@@ -112,9 +111,7 @@ class Session:
             for begin in range(0, len(self.prompt), room):
                 piece = self.prompt[begin : begin + room]
                 x, _ = self.model.prefill([piece], [row], cache, self.engine.prefill_work)
-            logits = state.logits[row : row + 1]
-            self.model.logits(x[len(piece) - 1 :], state.work.first(1), logits)
-            choose(state, logits, state.rows[row : row + 1])
+            choose_first(self.model, state, x[len(piece) - 1 :], row)
 
     def synchronize(self) -> None:
         if self.on_gpu:
