@@ -311,13 +311,23 @@ def test_a_graph_with_the_choice_of_the_first_token_changes_no_bit(asked):
     from gpt2cupy.weights import Weights
 
     model = model_on(cupy, TINY, Weights.random(TINY, 0, np.float16))
-    params, found = SamplingParams(max_new_tokens=3, seed=5, **asked), {}
-    prompts = [np.arange(n, dtype=np.int32) % TINY.vocab_size for n in (1, 7, 30, 7)]
-    for path in ("eager", "graph"):
-        engine = Engine(model, 1, decode=path)
-        requests = [Request(key, tokens, params) for key, tokens in enumerate(prompts)]
-        found[path] = [(t.key, t.id, t.logprob) for t in engine.run(requests)]
-    assert found["graph"] == found["eager"] and len(found["graph"]) == 12
+    params, found = SamplingParams(seed=5, **asked), {}
+    for together in (True, False):
+        engine = Engine(model, 1, decode="graph")
+        state, found[together] = engine.state, []
+        with engine.stream:
+            for step, length in enumerate((1, 7, 30, 7)):
+                tokens = np.arange(length, dtype=np.int32)
+                engine.cache.reset()
+                state.assign(0, 0, params.row(0, length, -1), params.plain)
+                state.set_processors(0, None, params.logit_bias)
+                state.seek(0, length - 1)
+                x = engine.prompts.run([tokens], [0], state if together else None)
+                if not together:
+                    decode.choose_first(model, state, x[:1], 0)
+                found[together].append((*state.read(0, step), state.logits.get().tolist()))
+    assert found[True] == found[False]
+    assert len({token for token, _, _ in found[True]}) > 1
 
 
 @pytest.mark.gpu
