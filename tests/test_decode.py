@@ -327,7 +327,7 @@ def test_a_graph_with_the_choice_of_the_first_token_changes_no_bit(asked):
                     decode.choose_first(model, state, x[:1], 0)
                 found[together].append((*state.read(0, step), state.logits.get().tolist()))
     assert found[True] == found[False]
-    assert len({token for token, _, _ in found[True]}) > 1
+    assert len({str(logits) for _, _, logits in found[True]}) == 3  # the last prompt is the second
 
 
 @pytest.mark.gpu
