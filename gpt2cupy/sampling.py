@@ -17,6 +17,7 @@ MAX_LOGPROBS = 20
 # Kernels take 32-bit values; a position is added to some of the integers.
 LARGEST_INT = 2**30
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
+SMALLEST_FLOAT = float(np.finfo(np.float32).smallest_normal)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class SamplingParams:
         The end-of-text token cannot be chosen before that many; at most ``max_new_tokens``.
     temperature : float
         0 takes the most probable token, of equals the one with the smaller id;
-        otherwise logits are divided by it and a token is drawn.
+        otherwise logits are divided by it and a token is drawn. Below 1.2e-38, the
+        smallest normal float32, it counts as 0.
     top_k : int
         Draw from the k most probable tokens; 0 is off.
     top_p : float
@@ -149,8 +151,10 @@ class SamplingParams:
     def row(self, index: int, prompt_length: int, eos: int) -> np.ndarray:
         """``ROW_PARAMS`` of continuation ``index`` of a prompt, one entry."""
         seed = secrets.randbits(64) if self.seed is None else (self.seed + index) % 2**64
+        # Kernels multiply by the reciprocal, which must be a number.
+        temperature = self.temperature if self.temperature >= SMALLEST_FLOAT else 0.0
         values = (
-            seed, self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+            seed, temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
             self.presence_penalty, self.frequency_penalty, eos,
             prompt_length + self.min_new_tokens, 0,
         )  # fmt: skip

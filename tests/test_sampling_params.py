@@ -102,6 +102,12 @@ def test_a_penalty_counts_tokens(name):
     assert SamplingParams(**{name: 1.5}).counts_tokens
 
 
+@pytest.mark.parametrize(("given", "kept"), [(0.0, 0.0), (1e-39, 0.0), (1.2e-38, 1.2e-38)])
+def test_a_temperature_whose_reciprocal_is_no_number_is_greedy(given, kept):
+    row = SamplingParams(temperature=given).row(0, 4, -1)
+    assert row["temperature"] == np.float32(kept)
+
+
 def test_continuations_have_their_own_seeds():
     params = SamplingParams(seed=2**64 - 1, min_new_tokens=3, top_k=7)
     first, second = (params.row(index, 5, 9) for index in (0, 1))
