@@ -58,7 +58,7 @@ def _naive(model: GPT2, prompts: list[np.ndarray], most: int, lengths: Sequence[
 
     def forward(texts: list[np.ndarray]) -> np.ndarray:
         cache.reset()
-        model.logits(runner.run(texts, range(batch)), last_work, logits)
+        model.logits(runner.run(texts, range(batch))[:batch], last_work, logits)
         ids = logits[:, : model.config.vocab_size].argmax(axis=1).astype(np.int32)
         return ids if xp is np else ids.get()
 
