@@ -16,6 +16,7 @@ from gpt2cupy.decode import DecodeState, EagerDecoder, GraphDecoder, PromptRunne
 from gpt2cupy.engine import Engine
 from gpt2cupy.ops import blas
 from gpt2cupy.ops.tape import recorded, submit
+from gpt2cupy.quantize import quantize
 from gpt2cupy.request import Request
 from gpt2cupy.workspace import Workspace
 
@@ -165,6 +166,7 @@ def test_prompt_graphs_are_kept_by_rows_and_backend(monkeypatch):
 def test_a_prompts_graph_is_kept_by_what_chooses_its_token(monkeypatch):
     class Model:
         xp, backend, config, dtype = DEVICE, "ours", TINY, np.float32
+        weights = SimpleNamespace(lm_head=None)
 
         def run_packed(self, packed, longest, cache, work, last):
             return work.x
@@ -188,6 +190,40 @@ def test_a_prompts_graph_is_kept_by_what_chooses_its_token(monkeypatch):
         cache.reset(0)
         runner.run([np.zeros(3, np.int32)], [0], chooses)
     assert len(captures) == 4 and chosen == [state] * 3
+
+
+def test_logits_that_need_a_dequantised_matrix_are_no_part_of_a_prompts_graph(monkeypatch):
+    """Or each bucket would keep memory for the matrix."""
+
+    class Model:
+        xp, backend, config, dtype = DEVICE, "ours", TINY, np.float16
+        weights = SimpleNamespace(lm_head=quantize(np.ones((512, 128), np.float32)))
+
+        def run_packed(self, packed, longest, cache, work, last):
+            return work.x
+
+    captures, order = [], []
+
+    def captured(calls):
+        captures.append(calls)
+        return lambda: order.append("prompt")
+
+    def choose_first(model, state, x, row):
+        assert x.shape == (1, TINY.n_embd)
+        submit(lambda: order.append("choice"))
+
+    monkeypatch.setattr(prompt, "captured", captured)
+    monkeypatch.setattr(prompt, "choose_first", choose_first)
+    monkeypatch.setattr("gpt2cupy.ops.quantized.is_device_array", lambda array: True)
+    monkeypatch.setattr("gpt2cupy.ops.quantized.has_mma", lambda: True)
+    state = SimpleNamespace(counts=None, bias=None, plain=True)
+    model, cache = Model(), KVCache(TINY, 1, 32, np.float16)
+    runner = PromptRunner(model, cache, Workspace(TINY, 32, np.float16))
+    for model.backend in ("cublas", "ours"):
+        cache.reset(0)
+        runner.run([np.zeros(3, np.int32)], [0], state)
+    assert order == ["prompt", "choice", "prompt"]
+    assert [len(calls) for calls in captures] == [0, 1]
 
 
 class Stream:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2cupy import SamplingParams, ops
-from gpt2cupy.ops import reference_sampling
+from gpt2cupy.ops import reference_sampling, sampling
 from gpt2cupy.ops.sampling import PROMPT_BIT, RING_ENTRY
 
 V, VP = 1003, 1024
@@ -126,12 +126,51 @@ def test_the_kernels_choose_what_numpy_chooses_beside_nan(temperature):
         np.testing.assert_allclose(found[2]["logprob"], expected[2]["logprob"], atol=4e-6)
 
 
+@pytest.mark.parametrize("sms", [1, 40, 132])
+def test_blocks_of_the_plain_kernel_have_room_at_once(monkeypatch, sms):
+    monkeypatch.setattr(sampling, "sm_count", lambda: sms)
+    monkeypatch.setattr(sampling, "has_clusters", lambda: True)
+    for rows in range(1, 600):
+        parts = sampling._parts(rows)
+        assert parts == 1 or rows * parts <= 2 * sms
+        assert parts == 8 or rows * parts * 2 > 2 * sms  # no more would have
+    monkeypatch.setattr(sampling, "has_clusters", lambda: False)
+    assert sampling._parts(1) == 1
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("vocabulary", [50257, 70000])  # one turn of a thread and two
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_plain_kernel_over_all_its_blocks(temperature, vocabulary):
+def test_the_plain_kernel_chooses_the_same_by_any_number_of_blocks(monkeypatch, temperature, parts):
     import cupy
 
+    from gpt2cupy.ops.device import has_clusters
+
+    if parts > 1 and not has_clusters():
+        pytest.skip("blocks share a row on sm_90 and newer")
+    monkeypatch.setattr(sampling, "_parts", lambda rows: parts)
+    for logits in (rows_that_are_not_all_numbers(), SHAPES["normal"](np.random.default_rng(6), V)):
+        logits = np.atleast_2d(logits).astype(np.float32)
+        row = SamplingParams(seed=5, temperature=temperature).row(0, 0, 7)
+        rows, positions = [row] * len(logits), np.arange(len(logits))
+        full = choose(cupy, logits, rows, positions)
+        plain = choose(cupy, logits, rows, positions, plain=True)
+        np.testing.assert_array_equal(plain[0], full[0])
+        np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=4e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("vocabulary", [50257, 70000])  # one turn of a thread, two, or many
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_plain_kernel_over_all_its_blocks(monkeypatch, temperature, vocabulary, parts):
+    import cupy
+
+    from gpt2cupy.ops.device import has_clusters
+
+    if parts > 1 and not has_clusters():
+        pytest.skip("blocks share a row on sm_90 and newer")
+    monkeypatch.setattr(sampling, "_parts", lambda rows: parts)
     rng = np.random.default_rng(3)
     padded = -(-vocabulary // 128) * 128
     logits = np.full((8, padded), np.nan, np.float32)

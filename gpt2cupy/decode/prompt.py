@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cache import KVCache
 from ..model import GPT2
+from ..ops.quantized import scratch_size
 from ..ops.tape import recorded
 from ..workspace import PackedPrompts, Workspace
 from .eager import choose
@@ -69,7 +70,8 @@ class PromptRunner:
         state : DecodeState, optional
             For one sequence in a cache of one slot: choose its first token too, in the same
             graph, so that these kernels need no launch of their own and load their weights
-            while the prompt's last ones run.
+            while the prompt's last ones run. Where the logits need a matrix that has to be
+            dequantised, behind the graph: each bucket would keep memory for all of it.
 
         Returns
         -------
@@ -83,6 +85,10 @@ class PromptRunner:
             packed = PackedPrompts(total, self._sequences(len(tokens)), self.model.xp)
             packed.fill(tokens, slots, self.cache)
             return self._queue(packed, max(len(t) for t in tokens), state)
+        if state is not None and self._dequantises():
+            x = self.run(tokens, slots)
+            choose_first(self.model, state, x[:1], 0)
+            return x
         kind = () if state is None else (state, state.counts, state.bias, state.plain)
         # Identities, which stay theirs because the bucket keeps the objects.
         key = rows, self.model.backend, *map(id, kind)
@@ -97,6 +103,11 @@ class PromptRunner:
         # BLAS sums a product of one row in another order than one of several: on NumPy a single
         # sequence has an empty neighbour, as single rows have in a step.
         return max(count, 2) if self.model.xp is np else count
+
+    def _dequantises(self) -> bool:
+        """Whether the logits of one row need a matrix in full that is held in int8."""
+        model = self.model
+        return scratch_size(1, [model.weights.lm_head], model.dtype, model.backend) > 0
 
     def _queue(self, packed: PackedPrompts, longest: int, state: DecodeState | None) -> Any:
         work, last = self.work.first(packed.rows), self._last.first(len(packed.slots))

@@ -47,6 +47,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention_decode_rows.cu": ("ELEM", "HS"),
     "decode_step.cu": ("ELEM", "HS", "K"),
     "sampling.cu": (),
+    "sample_plain.cu": (),
     "layout.cu": ("ELEM",),
 }
 

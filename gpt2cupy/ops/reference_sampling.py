@@ -1,4 +1,7 @@
-"""Choosing the next token in plain NumPy: the specification of ``cuda_src/sampling.cu``."""
+"""Choosing the next token in plain NumPy: the specification of the kernels that do it.
+
+Those are in ``cuda_src/sampling.cu`` and ``sample_plain.cu``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 
 Array = Any
 
-# One row's settings as they lie in device memory; `struct RowParams` in sampling.cu.
+# One row's settings as they lie in device memory; `struct RowParams` in sampling.cuh.
 ROW_PARAMS = np.dtype(
     [
         ("seed", np.uint64),

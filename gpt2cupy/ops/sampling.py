@@ -1,4 +1,4 @@
-"""Choosing the next token on the device. Kernels: cuda_src/sampling.cu."""
+"""Choosing the next token on the device. Kernels: cuda_src/sampling.cu, sample_plain.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .device import has_clusters
+from .device import has_clusters, sm_count
 from .launch import Kernel, device_empty, is_device_array, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
@@ -16,8 +16,8 @@ Array = Any
 __all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
 
 _THREADS = 1024  # THREADS in sampling.cu
-_PLAIN_THREADS = 512  # PLAIN_THREADS there
-_PARTS = 8  # PARTS there: blocks that share a row in sample_plain
+_PLAIN_THREADS = 512  # THREADS in sample_plain.cu
+_PLAIN_PER_SM = 2  # blocks of it that a multiprocessor has room for
 
 SAMPLE = Kernel(
     "sampling.cu",
@@ -26,13 +26,17 @@ SAMPLE = Kernel(
     "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], counts: int32[B,V]?, "
     "bias: float32[B,V]?, scratch: float32[R,Vp], V: int, Vp, Q",
 )
-SAMPLE_PLAIN = Kernel(
-    "sampling.cu",
-    "sample_plain",
-    "logits: float32[R,Vp], rows: int32[R], params: uint8[B,48], ids: int32[B], "
-    "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
-    overlaps=True,
-)
+# By the number of blocks that share a row.
+SAMPLE_PLAIN = {
+    parts: Kernel(
+        "sample_plain.cu",
+        "sample_plain" + ending,
+        "logits: float32[R,Vp], rows: int32[R], params: uint8[B,48], ids: int32[B], "
+        "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
+        overlaps=True,
+    )
+    for parts, ending in ((1, ""), (2, "_2"), (4, "_4"), (8, "_8"))
+}
 TOP_LOGPROBS = Kernel(
     "sampling.cu",
     "top_logprobs",
@@ -100,12 +104,21 @@ def sample(
         return
     state = (rows, params, ids, positions, steps, ring)
     if plain:
-        blocks = len(logits) * (_PARTS if has_clusters() else 1)
-        launch(SAMPLE_PLAIN, (blocks,), (_PLAIN_THREADS,), (logits, *state, vocab_size))
+        parts = _parts(len(logits))
+        grid = (len(logits) * parts,)
+        launch(SAMPLE_PLAIN[parts], grid, (_PLAIN_THREADS,), (logits, *state, vocab_size))
         return
     if scratch is None:
         scratch = device_empty(logits.shape, logits.dtype)
     launch(SAMPLE, (len(logits),), (_THREADS,), (logits, *state, counts, bias, scratch, vocab_size))
+
+
+def _parts(rows: int) -> int:
+    """Blocks for each row: as many as all have room for at once."""
+    if not has_clusters():
+        return 1
+    room = _PLAIN_PER_SM * sm_count()
+    return max(parts for parts in SAMPLE_PLAIN if parts == 1 or rows * parts <= room)
 
 
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
