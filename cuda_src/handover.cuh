@@ -66,8 +66,6 @@ __device__ inline void send_words(T* target, const Counter* counter, int rank, c
   const float* to = reinterpret_cast<const float*>(target);
 #pragma unroll
   for (int i = 0; i < (int)(sizeof(T) / sizeof(float)); i++) send(to + i, counter, rank, from[i]);
-#else
-  *target = value;
 #endif
 }
 
@@ -105,7 +103,5 @@ __device__ inline void wait_for_bytes(Counter* counter) {
         : "=r"(done)
         : "r"(shared_address(counter))
         : "memory");
-#else
-  __syncthreads();
 #endif
 }

@@ -203,8 +203,10 @@ __device__ inline void choose(const float* logits,
   __shared__ float highest[WARPS], found_sure[WARPS];  // of each warp
   __shared__ Counter arrived;
   int block = cluster_rank(), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  if (block == 0 && threadIdx.x == 0) open_counter(&arrived);
-  cluster_begin();
+  if constexpr (PARTS > 1) {
+    if (block == 0 && threadIdx.x == 0) open_counter(&arrived);
+    cluster_begin();
+  }
   int line = blockIdx.x / PARTS, row = rows[line], position = positions[row] + 1;
   RowParams p = params[row];
   uint2 key = make_uint2((u32)p.seed, (u32)(p.seed >> 32));
@@ -266,11 +268,16 @@ __device__ inline void choose(const float* logits,
     own = first == 0 ? found : merged(own, found);
   }
 
-  cluster_wait();  // the counter is open
-  if (block == 0 && threadIdx.x == 0) expect_bytes(&arrived, sizeof(findings));
-  if (lane == 0) send_words(&findings[block * WARPS + warp], &arrived, 0, own);
-  if (block > 0) return;
-  wait_for_bytes(&arrived);
+  if constexpr (PARTS > 1) {
+    cluster_wait();  // the counter is open
+    if (block == 0 && threadIdx.x == 0) expect_bytes(&arrived, sizeof(findings));
+    if (lane == 0) send_words(&findings[block * WARPS + warp], &arrived, 0, own);
+    if (block > 0) return;
+    wait_for_bytes(&arrived);
+  } else {
+    if (lane == 0) findings[warp] = own;
+    __syncthreads();
+  }
   if (warp > 0) return;
   constexpr int EACH = (PARTS * WARPS + WARP - 1) / WARP;
   Finding all[EACH];
