@@ -1,7 +1,7 @@
 // Values on their way to another block of a cluster (sm_90 and newer): stores that count themselves
 // in there. A barrier of the cluster would first wait until they are seen by the whole GPU.
-// On an older chip every block is a cluster of its own: send_words() then stores, wait_for_bytes()
-// is a barrier of the block, and the rest does nothing.
+// Only for kernels launched as clusters: elsewhere the stores are illegal instructions. On an older
+// chip, where nothing launches them, all of this does nothing.
 #pragma once
 
 #include "common.cuh"

@@ -12,7 +12,9 @@
 //           stages; the weights of the first chunks are loaded, and those of the others called into
 //           L2, before the kernel waits for its predecessor. Every block sends each of the others
 //           its partial sums of the rows that that one finishes, one bulk copy each; they are added
-//           in the order of the blocks.
+//           in the order of the blocks. Where the ring holds all chunks of a block nothing waits
+//           for a product before the last; else a stage is filled again when its chunk has been
+//           read.
 //
 // A product of 64 rows is a matter of latency, not of arithmetic: what it takes is the way of its
 // last byte, in the slowest block. So a block should have a multiprocessor for itself, and all of
@@ -22,34 +24,23 @@
 // A row of x is a row of the fragments: a tensor core sums each by itself, in the order of K, and
 // what follows is the same for all rows. So the others, and its place among them, do not matter.
 //
-// Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile.
+// Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile. On sm_90 itself tiles are
+// multiplied by wgmma (tile.cuh).
 #include "activation.cuh"
 #include "barrier.cuh"
 #include "handover.cuh"
-#include "mma.cuh"
+#include "tile.cuh"
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int ROWS = 64;  // also in gpt2cupy/ops/product.py, like all down to LINE
-constexpr int OUTPUTS = 64;
-constexpr int CHUNK = 64;  // of K: a row of 128 bytes
-constexpr int MOST_STAGES = 12;
+constexpr int MOST_STAGES = 12;    // also in gpt2cupy/ops/product.py
 constexpr int LINE = OUTPUTS + 4;  // of a row of partial sums: 16 bytes keep banks apart
 
-// Two groups of four warps take chunks in turn, so that one loads fragments while the other
-// multiplies; in a group, each makes half of the rows and half of the outputs.
-constexpr int WARPS = 8;
-constexpr int GROUPS = 2;
+constexpr int WARPS = GROUPS * GROUP_WARPS;
 constexpr int THREADS = WARPS * WARP;
-constexpr int VEC = 8;                 // elements of a copy
-constexpr int UNITS = CHUNK / VEC;     // copies of a row
 constexpr int STEP = THREADS / UNITS;  // rows that the block copies at once
 constexpr int COPIES = ROWS / STEP;    // of a thread, per chunk and operand
 static_assert(ROWS == OUTPUTS, "both operands are copied alike");
-
-struct Stage {
-  elem_t x[ROWS * CHUNK], weight[OUTPUTS * CHUNK];
-};
 
 // A place in the ring, as Cursor in ring.cuh, but of a size known at launch.
 struct RingPlace {
@@ -87,7 +78,7 @@ __device__ inline void product(const elem_t* x,
                                int K,
                                int ring) {
   constexpr int OWN = ROWS / SPLIT;  // rows that this block finishes
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   Stage* stages = reinterpret_cast<Stage*>(memory);
   // The partial sums of the rows that this block finishes, from each other block of the cluster;
   // and those that it sends to them.
@@ -98,14 +89,13 @@ __device__ inline void product(const elem_t* x,
   int chunks = (K + CHUNK - 1) / CHUNK, share = (chunks + SPLIT - 1) / SPLIT;
   int begin = rank * share, count = max(min(chunks - begin, share), 0);
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int along = lane % 4, across = lane / 4;  // place in a fragment
 
   __shared__ Counter arrived;
   __shared__ Barrier came[MOST_STAGES], used[MOST_STAGES];
   unsigned first_came = shared_address(came), first_used = shared_address(used);
   if (threadIdx.x < ring) {
     open_barrier(first_came + threadIdx.x * 8, THREADS);
-    open_barrier(first_used + threadIdx.x * 8, WARPS / GROUPS);
+    open_barrier(first_used + threadIdx.x * 8, GROUP_WARPS);
   }
   if constexpr (SPLIT > 1) {
     if (threadIdx.x == 0) open_counter(&arrived);
@@ -176,12 +166,8 @@ __device__ inline void product(const elem_t* x,
   };
   if constexpr (EARLY) load_residual(own_row);
 
-  int group = warp / (WARPS / GROUPS);
-  int first_row = warp / 2 % 2 * (ROWS / 2), first_output = warp % 2 * (OUTPUTS / 2);
-  // Where the lane's addresses for ldmatrix begin; a step of 16 along K changes only the unit.
-  int row_x = first_row + lane % 16, unit_x = lane / 16;
-  int row_weight = first_output + lane / 16 * 8 + lane % 8, unit_weight = lane / 8 % 2;
-  float sums[2][4][4] = {};
+  int group = warp / GROUP_WARPS;
+  Tile tile;
   RingPlace place = {group, 0}, refill = {0, 0};
 #pragma unroll 1
   for (int chunk = group; chunk < count + group; chunk += GROUPS) {
@@ -198,47 +184,20 @@ __device__ inline void product(const elem_t* x,
       }
     if (chunk >= count) break;
     wait_barrier(first_came + place.stage * 8, place.parity);
-    const Stage& here = stages[place.stage];
-#pragma unroll
-    for (int k = 0; k < CHUNK / 16; k++) {
-      if (n0 + first_row >= N) break;
-      unsigned a[2][4], b[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        load_matrices(a[i], &here.x[place_of<UNITS>(row_x + i * 16, k * 2 + unit_x)]);
-        load_matrices(b[i],
-                      &here.weight[place_of<UNITS>(row_weight + i * 16, k * 2 + unit_weight)]);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-          mma<elem_t>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    tile.multiply(stages[place.stage], N - n0);
+    if (count > ring) {  // others wait for the stage
+      tile.finish();
+      __syncwarp();
+      if (lane == 0) arrive(first_used + place.stage * 8);
     }
-    __syncwarp();  // all lanes have read
-    if (lane == 0) arrive(first_used + place.stage * 8);
     place.advance(GROUPS, ring);
   }
 
   // The groups' sums are put together where the copies to the rows' owners begin.
-  auto put = [&](bool add) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        float* at = &partial[first_row + i * 8 + across][first_output + j * 8 + along * 2];
-        float2 pair = make_float2(sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]);
-        if (add) {
-          float2 other = *reinterpret_cast<const float2*>(at);
-          pair.x += other.x;
-          pair.y += other.y;
-        }
-        *reinterpret_cast<float2*>(at) = pair;
-      }
-  };
-  if (group == 1) put(false);
+  tile.finish();
+  if (group == 1) tile.put(partial, false);
   __syncthreads();
-  if (group == 0) put(true);
+  if (group == 0) tile.put(partial, true);
   if constexpr (SPLIT > 1) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();

@@ -72,3 +72,67 @@ __device__ inline void load_matrices_transposed(unsigned (&to)[4], const void* r
 }
 
 #endif
+
+// ---------------------------------------------------------------------------------------------
+// products of a warpgroup, four neighbouring warps, straight from shared memory: sm_90 alone, for
+// which compiler.py asks by the name sm_90a
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Rows of 128 bytes that lie as place_of<8> has them, beginning at a multiple of 1024 bytes. The
+// next 16 elements of each row are 2 on.
+__device__ inline unsigned long long matrix_at(unsigned address) {
+  constexpr unsigned long long SWIZZLED = 1ull << 62, EIGHT_ROWS = 1024 / 16;
+  return SWIZZLED | EIGHT_ROWS << 32 | 1ull << 16 | (address & 0x3ffff) / 16;
+}
+
+// Before products: they may read what other instructions have put into shared memory, and add to
+// what those have left in the registers.
+__device__ inline void begin_products() {
+  asm volatile("fence.proxy.async.shared::cta;\nwgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Behind products, which go on meanwhile.
+__device__ inline void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+#define SUM(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define SUMS SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7)
+
+// Returns when all are done: d has the sums, and the operands' memory can be written again.
+__device__ inline void wait_for_products(float (&d)[8][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS : : "memory");
+}
+
+// d [64, 64] += a [64, 16] b [64, 16]^T. Warp w of the group has the rows 16 w to 16 w + 15, in
+// eight fragments as mma() has them.
+#define PRODUCT(type)                                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                        \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"               \
+               : SUMS                                                                             \
+               : "l"(a), "l"(b))  // 1: add to d; 1, 1: no sign changes; 0, 0: both lie along K
+
+template <typename T>
+__device__ inline void warpgroup_mma(float (&d)[8][4], unsigned long long a, unsigned long long b);
+
+template <>
+__device__ inline void warpgroup_mma<__half>(float (&d)[8][4],
+                                             unsigned long long a,
+                                             unsigned long long b) {
+  PRODUCT("f16");
+}
+
+template <>
+__device__ inline void warpgroup_mma<__nv_bfloat16>(float (&d)[8][4],
+                                                    unsigned long long a,
+                                                    unsigned long long b) {
+  PRODUCT("bf16");
+}
+
+#undef PRODUCT
+#undef SUMS
+#undef SUM
+
+#endif

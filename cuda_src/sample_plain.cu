@@ -216,14 +216,15 @@ __device__ inline void choose(const float* logits,
 
   const Finding NOTHING = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, NO_TOKEN}, 0.0f};
   Finding own = NOTHING;
-  float sure = MINUS_INFINITY;  // a choice of the block is as good
+  float sure = MINUS_INFINITY;            // a choice of the block is as good
+  const int begin = block * THREADS * 4;  // in the first turn; a block may have no tokens
 #pragma unroll 1
-  for (int first = 0; first < V; first += HELD * STRIDE) {
-    int start = first + (block * THREADS + threadIdx.x) * 4;
+  for (int first = begin; first < V; first += HELD * STRIDE) {
+    int start = first + threadIdx.x * 4;
     float x[OWN], bounds[OWN] = {};
     // The noise does not depend on the logits: what it is at most is found while they still are.
     if (random) bound_noise<STRIDE>(start, position, key, bounds);
-    if (first == 0) wait_for_inputs();
+    if (first == begin) wait_for_inputs();
     load_logits<STRIDE>(logits + start, V - start, x);
     Finding found = summed(x);
 
@@ -265,7 +266,7 @@ __device__ inline void choose(const float* logits,
       sure = warp_largest(found_sure[lane % WARPS]);
     }
     warp_best(best, logit, &found);
-    own = first == 0 ? found : merged(own, found);
+    own = first == begin ? found : merged(own, found);
   }
 
   if constexpr (PARTS > 1) {

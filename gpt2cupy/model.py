@@ -30,7 +30,7 @@ class GPT2:
     config : GPT2Config
     weights : Weights
     gemv : {"ours", "cublas"}
-        Who multiplies few rows (on sm_90 up to 64, with some weights 128) on the GPU; more go to
+        Who multiplies few rows (on sm_90 up to 64, with some weights 256) on the GPU; more go to
         cuBLAS either way.
         The persistent step has products of its own: an engine that took it refuses to run
         after a change to "cublas".

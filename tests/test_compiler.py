@@ -301,12 +301,26 @@ def test_an_unknown_architecture_names_the_remedy(cache):
         ("sm_121", "sm_121 needs NVRTC 12.9 or newer"),
         ("sm_110", "sm_110 needs NVRTC 13.0 or newer: install gpt2cupy[cuda13], with"),
         ("sm_90", "another option is wrong"),
+        ("sm_90a", "another option is wrong"),
         ("compute_75", "another option is wrong"),
     ],
 )
 def test_an_nvrtc_older_than_the_chip_names_the_version_that_knows_it(arch, says):
     older = SimpleNamespace(getSupportedArchs=lambda: (75, 80, 86, 89, 90))
     assert says in compiler._newer_nvrtc(older, [f"-arch={arch}", "-std=c++17"])
+
+
+def test_an_nvrtc_without_a_chips_own_instructions_is_told_the_chip():
+    older = SimpleNamespace(getSupportedArchs=lambda: (75, 80, 86))
+    assert compiler._newer_nvrtc(older, ["-arch=sm_90a"]).startswith("If sm_90 is a newer chip")
+
+
+def test_a_chip_with_instructions_of_its_own_is_compiled_for_by_its_own_name(cache, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compiler, "compile_source", lambda *given: seen.append(given) or b"cubin")
+    for arch in ("sm_80", "sm_90", "sm_120"):
+        compiler.cubin("linear_rows.cu", HALF, arch)
+    assert [options[0] for _, options in seen] == ["-arch=sm_80", "-arch=sm_90a", "-arch=sm_120"]
 
 
 def test_the_chips_that_need_a_newer_nvrtc_are_those_of_this_one_and_its_version():

@@ -151,10 +151,13 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
         # More than a tile of rows: where blocks hold their share of K at once and fill the chip.
         (128, 768, 3072, ("linear_rows_4", (48, 2), 12, True)),
         (128, 3072, 768, ("linear_rows_1", (48, 2), 12, True)),
-        (128, 2304, 768, "library"),
+        (128, 2304, 768, ("linear_rows_1", (36, 2), 12, True)),
+        (256, 768, 768, ("linear_rows_2", (24, 4), 6, True)),
+        (256, 2304, 768, "library"),
+        (256, 768, 3072, "library"),
+        (257, 768, 768, "library"),
         (128, 1024, 4096, "library"),
         (128, 4800, 1600, "library"),
-        (129, 768, 768, "library"),
         (64, 50304, 768, "library"),
     ],
 )

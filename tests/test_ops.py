@@ -13,7 +13,7 @@ from op_cases import SEEDS, check_together, draw, on, torch_with_gpu, wide
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import device, product, reference
+from gpt2cupy.ops import compiler, device, launch, product, reference
 
 linear = importlib.import_module("gpt2cupy.ops.linear")  # the package has a function of this name
 AWKWARD = [1, 19, 99, 128, 768, 989, 1028, 1600, 2052]
@@ -105,6 +105,28 @@ def linear_case(xp, dtype, rows, m, k, backend, activation, with_residual):
 def test_a_product_of_tens_of_rows_by_clusters(dtype, rows, split, m, k, wide_out, monkeypatch):
     monkeypatch.setattr(product, "_rows_split", lambda *given: split)
     linear_rows_case(dtype, rows, m, k, wide_out, monkeypatch)
+
+
+@pytest.fixture
+def plain_sm_90(monkeypatch):
+    """A GPU whose kernels do without what only that chip has, as on newer ones."""
+
+    def forget():
+        launch._function.cache_clear()
+        launch._load.cache_clear()
+
+    monkeypatch.setattr(compiler, "OWN_FEATURES", {})
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [17, 64])
+@pytest.mark.parametrize("split", [1, 4])
+def test_a_product_of_tens_of_rows_as_on_newer_chips(dtype, rows, split, plain_sm_90, monkeypatch):
+    monkeypatch.setattr(product, "_rows_split", lambda *given: split)
+    linear_rows_case(dtype, rows, 130, 1000, False, monkeypatch)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gpt2cupy import SamplingParams, ops
 from gpt2cupy.ops import reference_sampling, sampling
+from gpt2cupy.ops.device import has_clusters
 from gpt2cupy.ops.sampling import PROMPT_BIT, RING_ENTRY
 
 V, VP = 1003, 1024
@@ -16,9 +17,9 @@ V, VP = 1003, 1024
 
 def choose(xp, logits, params, positions, counts=None, bias=None, plain=False):
     """Run ops.sample once for every row; returns ids, positions and ring entries."""
-    batch = len(logits)
-    padded = np.full((batch, VP), np.nan, np.float32)
-    padded[:, :V] = logits
+    batch, vocabulary = logits.shape
+    padded = np.full((batch, -(-vocabulary // 128) * 128), np.nan, np.float32)
+    padded[:, :vocabulary] = logits
     rows = np.concatenate([p.view(np.uint8).reshape(1, -1) for p in params])
     state = [xp.asarray(a) for a in (rows, np.zeros(batch, np.int32), positions.astype(np.int32))]
     steps, ring = xp.zeros(batch, np.uint32), xp.zeros((batch, 4, 16), np.uint8)
@@ -26,7 +27,7 @@ def choose(xp, logits, params, positions, counts=None, bias=None, plain=False):
     bias = None if bias is None else xp.asarray(bias)
     order = xp.asarray(np.arange(batch, dtype=np.int32))
     extra = {"counts": counts, "bias": bias, "plain": plain}
-    ops.sample(xp.asarray(padded), V, order, *state, steps, ring, **extra)
+    ops.sample(xp.asarray(padded), vocabulary, order, *state, steps, ring, **extra)
     get = (lambda a: a) if xp is np else (lambda a: a.get())
     entries = get(ring).view(RING_ENTRY)[:, 0, 0]
     return get(state[1]), get(state[2]), entries, None if counts is None else get(counts)
@@ -74,21 +75,21 @@ def test_the_plain_kernel_chooses_what_the_full_one_chooses(temperature, shape):
     np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=atol)
 
 
-def rows_that_are_not_all_numbers() -> np.ndarray:
-    """Logits [12, V]: NaN or infinite everywhere, here and there, first, last, but in one place."""
-    logits = np.random.default_rng(4).standard_normal((12, V)).astype(np.float32) * 3
+def rows_that_are_not_all_numbers(count: int = V) -> np.ndarray:
+    """Logits [12, count]: NaN or infinite everywhere, here and there, first, last, but in one."""
+    logits = np.random.default_rng(4).standard_normal((12, count)).astype(np.float32) * 3
     logits[0] = np.nan
-    logits[1, 500] = np.nan
-    logits[2, 0] = logits[3, V - 1] = np.nan
-    logits[4, : V - 1] = np.nan
+    logits[1, count // 2] = np.nan
+    logits[2, 0] = logits[3, count - 1] = np.nan
+    logits[4, : count - 1] = np.nan
     logits[5] = -np.inf
-    logits[6, : V - 7] = -np.inf  # whole warps and blocks see nothing else
+    logits[6, : count - 7] = -np.inf  # whole warps, blocks and turns see nothing else
     logits[7, 3:] = -np.inf
     logits[8] = -np.inf
-    logits[8, [4, 5, 999]] = np.nan  # NaN beside nothing larger than -inf
+    logits[8, [4, 5, count - 4]] = np.nan  # NaN beside nothing larger than -inf
     logits[9, ::2] = -np.inf
-    logits[10, 77] = np.inf
-    logits[11, : V // 2] = np.nan
+    logits[10, count // 13] = np.inf
+    logits[11, : count // 2] = np.nan
     return logits
 
 
@@ -127,50 +128,49 @@ def test_the_kernels_choose_what_numpy_chooses_beside_nan(temperature):
 
 
 @pytest.mark.parametrize("sms", [1, 40, 132])
-def test_blocks_of_the_plain_kernel_have_room_at_once(monkeypatch, sms):
+def test_blocks_of_the_plain_kernel_have_a_multiprocessor_each(monkeypatch, sms):
     monkeypatch.setattr(sampling, "sm_count", lambda: sms)
     monkeypatch.setattr(sampling, "has_clusters", lambda: True)
     for rows in range(1, 600):
         parts = sampling._parts(rows)
-        assert parts == 1 or rows * parts <= 2 * sms
-        assert parts == 8 or rows * parts * 2 > 2 * sms  # no more would have
+        assert parts == 1 or rows * parts <= sms
+        assert parts == 8 or rows * parts * 2 > sms  # no more would have
     monkeypatch.setattr(sampling, "has_clusters", lambda: False)
     assert sampling._parts(1) == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_plain_kernel_chooses_the_same_by_any_number_of_blocks(monkeypatch, temperature, parts):
-    import cupy
-
-    from gpt2cupy.ops.device import has_clusters
-
+@pytest.fixture
+def of_parts(monkeypatch, parts):
+    """So many blocks share a row of the plain kernel."""
     if parts > 1 and not has_clusters():
         pytest.skip("blocks share a row on sm_90 and newer")
     monkeypatch.setattr(sampling, "_parts", lambda rows: parts)
-    for logits in (rows_that_are_not_all_numbers(), SHAPES["normal"](np.random.default_rng(6), V)):
-        logits = np.atleast_2d(logits).astype(np.float32)
-        row = SamplingParams(seed=5, temperature=temperature).row(0, 0, 7)
-        rows, positions = [row] * len(logits), np.arange(len(logits))
-        full = choose(cupy, logits, rows, positions)
-        plain = choose(cupy, logits, rows, positions, plain=True)
-        np.testing.assert_array_equal(plain[0], full[0])
-        np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=4e-6)
+
+
+# One turn of a block and one block, three of one and one of each, seven of one and several.
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [V, 20000, 50257])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_any_number_of_blocks_chooses_the_same_beside_nan(temperature, parts, vocabulary, of_parts):
+    import cupy
+
+    logits = rows_that_are_not_all_numbers(vocabulary)
+    row = SamplingParams(seed=5, temperature=temperature).row(0, 0, 7)
+    rows, positions = [row] * len(logits), np.arange(len(logits))
+    full = choose(cupy, logits, rows, positions)
+    plain = choose(cupy, logits, rows, positions, plain=True)
+    np.testing.assert_array_equal(plain[0], full[0])
+    np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=4e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("vocabulary", [50257, 70000])  # one turn of a thread, two, or many
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_plain_kernel_over_all_its_blocks(monkeypatch, temperature, vocabulary, parts):
+def test_the_plain_kernel_over_all_its_blocks(temperature, vocabulary, of_parts):
     import cupy
 
-    from gpt2cupy.ops.device import has_clusters
-
-    if parts > 1 and not has_clusters():
-        pytest.skip("blocks share a row on sm_90 and newer")
-    monkeypatch.setattr(sampling, "_parts", lambda rows: parts)
     rng = np.random.default_rng(3)
     padded = -(-vocabulary // 128) * 128
     logits = np.full((8, padded), np.nan, np.float32)

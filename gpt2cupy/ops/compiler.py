@@ -57,6 +57,10 @@ NEWER_CHIPS = {
     "sm_110": "13.0",
 }  # fmt: skip
 
+# By what name NVRTC compiles for a chip with instructions that only that one has: of sm_90 the
+# products of a warpgroup (wgmma).
+OWN_FEATURES = {"sm_90": "sm_90a"}
+
 # Tensor cores multiply halves.
 HALF_ONLY = (
     "skinny.cu",
@@ -189,7 +193,8 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
     CompileError
         If NVRTC is missing, does not know the architecture, or refuses the source.
     """
-    options = [f"-arch={arch}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    target = OWN_FEATURES.get(arch, arch)
+    options = [f"-arch={target}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     key = hashlib.sha256(
         repr((source_closure(source), options, nvrtc_version())).encode()
     ).hexdigest()
@@ -273,6 +278,7 @@ def _newer_nvrtc(binding: Any, options: list[str]) -> str:
     """What to do about an NVRTC that refuses the options."""
     known = [f"sm_{number}" for number in binding.getSupportedArchs()]
     arch = next((o.removeprefix("-arch=") for o in options if o.startswith("-arch=")), "")
+    arch = {own: chip for chip, own in OWN_FEATURES.items()}.get(arch, arch)
     # Code for a chip of which only the PTX is kept is asked for by another name.
     if arch.replace("compute_", "sm_") in known:
         return "It knows this chip, so another option is wrong: report this with the message."

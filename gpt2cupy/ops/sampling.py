@@ -17,7 +17,6 @@ __all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs"
 
 _THREADS = 1024  # THREADS in sampling.cu
 _PLAIN_THREADS = 512  # THREADS in sample_plain.cu
-_PLAIN_PER_SM = 2  # blocks of it that a multiprocessor has room for
 
 SAMPLE = Kernel(
     "sampling.cu",
@@ -114,11 +113,10 @@ def sample(
 
 
 def _parts(rows: int) -> int:
-    """Blocks for each row: as many as all have room for at once."""
+    """Blocks for each row: as many as have a multiprocessor each."""
     if not has_clusters():
         return 1
-    room = _PLAIN_PER_SM * sm_count()
-    return max(parts for parts in SAMPLE_PLAIN if parts == 1 or rows * parts <= room)
+    return max(parts for parts in SAMPLE_PLAIN if parts == 1 or rows * parts <= sm_count())
 
 
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
