@@ -281,6 +281,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests": ("gpu-tests", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_test_tables.gpu_tests),
+    "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),
     "invariance": ("invariance", invariance),
