@@ -68,7 +68,7 @@ def default_path(device: str) -> str:
 
 def backends(dtype: str, batch: int, device: str) -> list[str]:
     """What may multiply by the weights: ours and cuBLAS for few rows, one for the others."""
-    few = batch == 1 or (batch <= 64 and dtype != "float32")
+    few = batch == 1 or (batch <= 256 and dtype != "float32")
     return ["ours", "cublas"] if few and device != "cpu" else ["ours"]
 
 

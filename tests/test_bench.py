@@ -305,11 +305,11 @@ def test_switches_are_those_that_do_something():
     # Only a single row has its norm inside the product; the persistent step has up to four.
     apart = [name for name in every if name not in ("fused-norm", "persistent")]
     assert ablation.applicable("cuda", ["float16"], [16]) == apart
-    assert ablation.applicable("cuda", ["float16"], [64]) == apart
+    assert ablation.applicable("cuda", ["float16"], [256]) == apart
     # These are products of many rows, which cuBLAS takes anyway.
     rest = [name for name in apart if name != "gemv"]
     assert ablation.applicable("cuda", ["float32"], [4, 16]) == rest
-    assert ablation.applicable("cuda", ["float16"], [65]) == rest
+    assert ablation.applicable("cuda", ["float16"], [257]) == rest
 
 
 def test_nothing_off_is_the_fastest_path_if_that_may_be_switched_off(monkeypatch, capsys):

@@ -37,7 +37,7 @@ def at_once(work):
 
 
 def ids_of(number):
-    """More than 16 rows: products of the library, on a GPU."""
+    """More than 16 rows: products of tens of rows or, on older chips, of the library."""
     return np.random.default_rng(number).integers(0, TINY.vocab_size, (1, 20 + number))
 
 
