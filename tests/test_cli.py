@@ -156,8 +156,15 @@ def test_a_full_disk():
     assert "No space left" in ended.stderr
 
 
+# Runs a command that hears Ctrl-C: what a script runs in the background ignores it, and so would
+# the command.
+HEARING = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])"""
+
+
 def test_ctrl_c_while_reading():
-    command = [*CLI, "tokenize", "-"]
+    command = [sys.executable, "-c", HEARING, *CLI, "tokenize", "-"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as child:
         assert child.stdin is not None and child.stdout is not None and child.stderr is not None
