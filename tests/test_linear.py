@@ -148,7 +148,8 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
         (64, 3072, 1024, ("linear_rows_4", (192, 1), 4, False)),
         (64, 4800, 1600, ("linear_rows_2", (150, 1), 4, False)),
         (64, 1600, 6400, ("linear_rows_8", (200, 1), 4, False)),
-        # More than a tile of rows: where blocks hold their share of K at once and fill the chip.
+        # More than a tile of rows: where blocks hold their share of K at once and half the chip
+        # has one.
         (128, 768, 3072, ("linear_rows_4", (48, 2), 12, True)),
         (128, 3072, 768, ("linear_rows_1", (48, 2), 12, True)),
         (128, 2304, 768, ("linear_rows_1", (36, 2), 12, True)),
