@@ -15,7 +15,7 @@
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
 //
 // Entries   attention_decode        one block per head: enough rows, or a chip without clusters
-//           attention_decode_2, _4, _8   as many blocks per head: few rows, to fill the chip
+//           attention_decode_c2, _4, _8   as many blocks per head: few rows, to fill the chip
 //           attention_decode_many   one smaller block per head: so many rows that blocks wait for
 //                                   room; six of them fit a multiprocessor at HS = 64
 //
@@ -117,12 +117,12 @@ __device__ inline void attend(const elem_t* qkv,
   int head = CLUSTERED ? cluster_index() : blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP;
   int group = threadIdx.x % WARP / LANES, lane = threadIdx.x % LANES;
-  __shared__ Findings<WARPS> of_warps;
-  __shared__ FromBlocks of_blocks;
+  __shared__ SoftmaxStates<WARPS> states;
+  __shared__ ClusterStates cluster;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int slot = slots[row], position = positions[row];
-  if constexpr (CLUSTERED) open_to_blocks(of_blocks, block);
+  if constexpr (CLUSTERED) open_cluster_states(cluster, block);
   bool idle = slot < 0 || position < 0 || position >= T;
   if (idle) position = 0;
   size_t C = (size_t)NH * HS;
@@ -150,7 +150,7 @@ __device__ inline void attend(const elem_t* qkv,
       load_head(v + (size_t)t * HS, lane, values[turn]);
     }
   }
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   Piece packed_query[CHUNKS], new_key[CHUNKS], new_value[CHUNKS];
   load_head(qkv, lane, packed_query);
@@ -228,19 +228,19 @@ __device__ inline void attend(const elem_t* qkv,
 
   if (group == 0) {
     if (lane == 0) {
-      of_warps.tops[warp] = own.top;
-      of_warps.sums[warp] = own.sum;
+      states.m[warp] = own.top;
+      states.l[warp] = own.sum;
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
       for (int i = 0; i < VEC; i++) {
         int channel = (lane + c * LANES) * VEC + i;
-        if (channel < HS) of_warps.values[warp][channel] = own.values[c][i];
+        if (channel < HS) states.o[warp][channel] = own.values[c][i];
       }
   }
   __syncthreads();
-  finish<WARPS, CLUSTERED>(of_warps, of_blocks, block, blocks, idle, out);
+  write_output<WARPS, CLUSTERED>(states, cluster, block, blocks, idle, out);
 }
 
 #define ATTENTION_ENTRY(name, cluster, clustered, ahead, warps, resident)                   \
@@ -251,7 +251,9 @@ __device__ inline void attend(const elem_t* qkv,
   }
 
 ATTENTION_ENTRY(attention_decode, , false, AHEAD, MOST_WARPS, 2)
-ATTENTION_ENTRY(attention_decode_2, CLUSTER(2), true, AHEAD, MOST_WARPS, 2)
-ATTENTION_ENTRY(attention_decode_4, CLUSTER(4), true, AHEAD, MOST_WARPS, 2)
-ATTENTION_ENTRY(attention_decode_8, CLUSTER(SPLIT), true, AHEAD, MOST_WARPS, 2)
 ATTENTION_ENTRY(attention_decode_many, , false, AHEAD_ROWS, FEWEST_WARPS, HS <= 64 ? 6 : 4)
+#if __CUDA_ARCH__ >= 900
+ATTENTION_ENTRY(attention_decode_c2, __cluster_dims__(2), true, AHEAD, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode_c4, __cluster_dims__(4), true, AHEAD, MOST_WARPS, 2)
+ATTENTION_ENTRY(attention_decode_c8, __cluster_dims__(8), true, AHEAD, MOST_WARPS, 2)
+#endif

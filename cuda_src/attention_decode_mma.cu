@@ -17,7 +17,7 @@
 //           few rows those of a cluster of blocks in the first block's.
 //
 // Entries   attention_decode_mma        one block of 8 warps per head
-//           attention_decode_mma_2, _4, _8   as many blocks per head: few rows, to fill the chip
+//           attention_decode_mma_c2, _4, _8   as many blocks per head: few rows, to fill the chip
 //
 // Needs sm_80 (mma.m16n8k16) and a head size that is a multiple of 16.
 //
@@ -50,16 +50,16 @@ __device__ inline void attend(const elem_t* qkv,
                               float scale,
                               int NH,
                               int T) {
-  __shared__ Findings<WARPS> of_warps;
-  __shared__ FromBlocks of_blocks;
+  __shared__ SoftmaxStates<WARPS> states;
+  __shared__ ClusterStates cluster;
   int blocks = CLUSTERED ? cluster_size() : 1, block = CLUSTERED ? cluster_rank() : 0;
   int head = CLUSTERED ? cluster_index() : blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int slot = slots[row], position = positions[row];
-  if constexpr (CLUSTERED) open_to_blocks(of_blocks, block);
+  if constexpr (CLUSTERED) open_cluster_states(cluster, block);
   bool idle = slot < 0 || position < 0 || position >= T;
   if (idle) position = -1;
   // A block works alone as long as its first turn holds all keys: what blocks have to tell each
@@ -99,7 +99,7 @@ __device__ inline void attend(const elem_t* qkv,
   int first = (block * WARPS + warp) * KEYS, stride = blocks * WARPS * KEYS;
   load_keys(first);
   load_values(first);
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   Piece query[KEY_CHUNKS], new_key[KEY_CHUNKS], new_value[VALUE_CHUNKS];
 #pragma unroll
@@ -159,7 +159,7 @@ __device__ inline void attend(const elem_t* qkv,
 #pragma unroll
     for (int i = 0; i < 4; i++)
       weights[i] = value_of(t0, i) > position ? MINUS_INFINITY : scores[i / 2][i % 2] * factor;
-    float old = take_scores(weights, top, sum);
+    float old = add_scores(weights, top, sum);
     if (t0 != first)
 #pragma unroll
       for (int j = 0; j < VALUE_CHUNKS * VEC; j++) {
@@ -185,8 +185,8 @@ __device__ inline void attend(const elem_t* qkv,
   // All rows of the fragments are alike; the lanes of the first hold n = 2 along and 2 along + 1.
   if (across == 0) {
     if (along == 0) {
-      of_warps.tops[warp] = top;
-      of_warps.sums[warp] = sum;
+      states.m[warp] = top;
+      states.l[warp] = sum;
     }
 #pragma unroll
     for (int c = 0; c < VALUE_CHUNKS; c++)
@@ -196,11 +196,11 @@ __device__ inline void attend(const elem_t* qkv,
         float own[VEC];
 #pragma unroll
         for (int j = 0; j < VEC; j++) own[j] = output[c * VEC + j][i];
-        if (channel < HS) store_floats(&of_warps.values[warp][channel], own);
+        if (channel < HS) store_floats(&states.o[warp][channel], own);
       }
   }
   __syncthreads();
-  finish<WARPS, CLUSTERED>(of_warps, of_blocks, block, blocks, idle, out);
+  write_output<WARPS, CLUSTERED>(states, cluster, block, blocks, idle, out);
 }
 
 #define ATTENTION_ENTRY(name, cluster, clustered)                                           \
@@ -211,8 +211,10 @@ __device__ inline void attend(const elem_t* qkv,
   }
 
 ATTENTION_ENTRY(attention_decode_mma, , false)
-ATTENTION_ENTRY(attention_decode_mma_2, CLUSTER(2), true)
-ATTENTION_ENTRY(attention_decode_mma_4, CLUSTER(4), true)
-ATTENTION_ENTRY(attention_decode_mma_8, CLUSTER(SPLIT), true)
+#if __CUDA_ARCH__ >= 900
+ATTENTION_ENTRY(attention_decode_mma_c2, __cluster_dims__(2), true)
+ATTENTION_ENTRY(attention_decode_mma_c4, __cluster_dims__(4), true)
+ATTENTION_ENTRY(attention_decode_mma_c8, __cluster_dims__(8), true)
+#endif
 
 #endif

@@ -14,8 +14,8 @@
 //           keys as they lie and values transposed; the query is in eight rows of the left operand
 //           of mma.m16n8k16, whose units would be idle otherwise.
 //
-// Entries   attention_decode_rows_2   blocks of 2 warps: the most rows
-//           attention_decode_rows_4   of 4 warps: fewer, but too many for blocks of 8
+// Entries   attention_decode_rows_w2   blocks of 2 warps: the most rows
+//           attention_decode_rows_w4   of 4 warps: fewer, but too many for blocks of 8
 //
 // Needs sm_80 (mma.m16n8k16) and a head size that is a multiple of 16.
 //
@@ -47,13 +47,13 @@ __device__ inline void attend(const elem_t* qkv,
                               int NH,
                               int T) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ Findings<WARPS> of_warps;
+  __shared__ SoftmaxStates<WARPS> states;
   int head = blockIdx.x, row = blockIdx.y;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
   Turn* turns = reinterpret_cast<Turn*>(memory) + warp * STAGES;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int slot = slots[row], position = positions[row];
   bool idle = slot < 0 || position < 0 || position >= T;
   if (idle) position = -1;
@@ -75,9 +75,9 @@ __device__ inline void attend(const elem_t* qkv,
     for (int i = 0; i < KEYS; i += AT_ONCE) {
       if (WARP % UNITS && (line >= AT_ONCE || i + line >= KEYS)) break;
       bool there = t0 + i + line < position;
-      unsigned at = to + stage * (unsigned)sizeof(Turn) + place_of<UNITS>(i + line, unit) * 2;
-      copy_or_zero(at, from_k + i * HS, there);
-      copy_or_zero(at + TO_VALUES, from_v + i * HS, there);
+      unsigned at = to + stage * (unsigned)sizeof(Turn) + swizzled<UNITS>(i + line, unit) * 2;
+      cp_async_or_zero(at, from_k + i * HS, there);
+      cp_async_or_zero(at + TO_VALUES, from_v + i * HS, there);
     }
   };
   constexpr int STRIDE = WARPS * KEYS;
@@ -85,9 +85,9 @@ __device__ inline void attend(const elem_t* qkv,
 #pragma unroll
   for (int s = 0; s < STAGES; s++) {
     if (first + s * STRIDE <= position) fetch(first + s * STRIDE, s);
-    copy_commit();
+    cp_async_commit();
   }
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   unsigned query[HS / 16][2];
 #pragma unroll
@@ -111,11 +111,11 @@ __device__ inline void attend(const elem_t* qkv,
   int stage = 0;
   for (int t0 = first; t0 <= position; t0 += STRIDE) {
     Turn& turn = turns[stage];
-    copy_wait<STAGES - 1>();
+    cp_async_wait<STAGES - 1>();
     __syncwarp();
     if (t0 + KEYS > position) {  // the turn of the newest key
       if (lane < UNITS) {
-        int at = place_of<UNITS>(position - t0, lane);
+        int at = swizzled<UNITS>(position - t0, lane);
         *reinterpret_cast<Piece*>(&turn.keys[at]) = new_key;
         *reinterpret_cast<Piece*>(&turn.values[at]) = new_value;
       }
@@ -131,7 +131,7 @@ __device__ inline void attend(const elem_t* qkv,
       for (int g = 0; g < KEYS / 8; g += 2) {
         unsigned b[4];  // channels 0 to 7 and 8 to 15 of eight keys, then of the next eight
         int key = g * 8 + lane / 16 * 8 + lane % 8;
-        load_matrices(b, &turn.keys[place_of<UNITS>(key, c * 2 + lane / 8 % 2)]);
+        ldmatrix(b, &turn.keys[swizzled<UNITS>(key, c * 2 + lane / 8 % 2)]);
         mma<elem_t>(scores[g], a, b[0], b[1]);
         mma<elem_t>(scores[g + 1], a, b[2], b[3]);
       }
@@ -142,7 +142,7 @@ __device__ inline void attend(const elem_t* qkv,
     for (int i = 0; i < KEYS / 4; i++)
       weights[i] = t0 + i / 2 * 8 + along * 2 + i % 2 > position ? MINUS_INFINITY
                                                                  : scores[i / 2][i % 2] * factor;
-    float old = take_scores(weights, top, sum);
+    float old = add_scores(weights, top, sum);
 #pragma unroll
     for (int n = 0; n < UNITS; n++) {
       output[n][0] *= old;
@@ -156,7 +156,7 @@ __device__ inline void attend(const elem_t* qkv,
       for (int n = 0; n < UNITS; n += 2) {
         unsigned b[4];  // keys 0 to 7 and 8 to 15 of eight channels, then of the next eight
         int key = g * 8 + lane / 8 % 2 * 8 + lane % 8;
-        load_matrices_transposed(b, &turn.values[place_of<UNITS>(key, n + lane / 16)]);
+        ldmatrix_trans(b, &turn.values[swizzled<UNITS>(key, n + lane / 16)]);
         mma<elem_t>(output[n], a, b[0], b[1]);
         mma<elem_t>(output[n + 1], a, b[2], b[3]);
       }
@@ -164,25 +164,25 @@ __device__ inline void attend(const elem_t* qkv,
     __syncwarp();
     int next = t0 + STAGES * STRIDE;
     if (next <= position) fetch(next, stage);
-    copy_commit();
+    cp_async_commit();
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
   sum = warp_sum<4>(sum);
 
   // All rows of the fragments are alike.
   if (lane == 0) {
-    of_warps.tops[warp] = top;
-    of_warps.sums[warp] = sum;
+    states.m[warp] = top;
+    states.l[warp] = sum;
   }
 #pragma unroll
   for (int n = 0; n < UNITS; n++)
     if (across == n % 8) {
       float own[2] = {output[n][0], output[n][1]};
-      store_floats(&of_warps.values[warp][n * 8 + along * 2], own);
+      store_floats(&states.o[warp][n * 8 + along * 2], own);
     }
   __syncthreads();
-  FromBlocks nobody;
-  finish<WARPS, false>(of_warps, nobody, 0, 1, idle, out);
+  ClusterStates nobody;
+  write_output<WARPS, false>(states, nobody, 0, 1, idle, out);
 }
 
 #define ATTENTION_ENTRY(name, warps)                                                        \
@@ -192,7 +192,7 @@ __device__ inline void attend(const elem_t* qkv,
     attend<warps>(qkv, k, v, slots, positions, out, scale, NH, T);                          \
   }
 
-ATTENTION_ENTRY(attention_decode_rows_2, 2)
-ATTENTION_ENTRY(attention_decode_rows_4, 4)
+ATTENTION_ENTRY(attention_decode_rows_w2, 2)
+ATTENTION_ENTRY(attention_decode_rows_w4, 4)
 
 #endif

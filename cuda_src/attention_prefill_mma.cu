@@ -19,7 +19,7 @@
 //
 // Needs sm_80 (mma.m16n8k16, cp.async) and a head size that is a multiple of 16.
 #include "mma.cuh"
-#include "softmax.cuh"
+#include "softmax_state.cuh"
 
 #ifndef HS
 #define HS 64
@@ -70,13 +70,13 @@ __device__ inline void fetch(Tile& tile,
 #pragma unroll 2  // with more the registers do not last
   for (int i = thread; i < BC * UNITS; i += THREADS) {
     int r = i / UNITS, c = i % UNITS * VEC, t = min(t0 + r, keys - 1);
-    int at = place_of<UNITS>(r, i % UNITS);
+    int at = swizzled<UNITS>(r, i % UNITS);
     // New tokens are read from qkv: the block that writes them to the cache may not have run yet.
     const elem_t* key = t < past ? k + (t * HS + c) : fresh + ((t - past) * 3 * C + c);
-    copy_async(&tile.key[at], key);
-    copy_async(&tile.value[at], t < past ? v + (t * HS + c) : key + C);
+    cp_async(&tile.key[at], key);
+    cp_async(&tile.value[at], t < past ? v + (t * HS + c) : key + C);
   }
-  copy_commit();
+  cp_async_commit();
 }
 
 extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
@@ -91,13 +91,13 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
                           int NH,
                           int T) {
   extern __shared__ __align__(128) unsigned char memory[];
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int head = blockIdx.x, sequence = blockIdx.z;
   // No kernel writes what describes the sequences, so it is read before the wait.
   int start = starts[sequence], count = starts[sequence + 1] - start;
   int past = past_tokens[sequence];
   size_t cache = ((size_t)slots[sequence] * NH + head) * T * HS;
-  wait_for_inputs();
+  griddepcontrol_wait();
   // Later tiles have more keys: start them first, of all heads.
   int first = (gridDim.y - 1 - blockIdx.y) * BR;
   if (first >= count) return;
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
   float output[HS / 8][4] = {}, top[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {};
   float factor = scale * LOG2_E;  // exp(x) = 2^(x log2 e)
   for (int turn = 0; t0 < keys; t0 += GROUPS * BC, turn ^= 1) {
-    copy_wait<0>();
+    cp_async_wait<0>();
     // After it this tile is there for all, and nobody reads the other any more.
     group_sync(group);
     int next = t0 + GROUPS * BC;
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
       for (int j = 0; j < BC / 16; j++) {
         unsigned b[4];
         int key = j * 16 + lane / 16 * 8 + lane % 8;
-        load_matrices(b, &own.key[place_of<UNITS>(key, c * 2 + lane / 8 % 2)]);
+        ldmatrix(b, &own.key[swizzled<UNITS>(key, c * 2 + lane / 8 % 2)]);
         mma<elem_t>(scores[j * 2], query[c], b[0], b[1]);
         mma<elem_t>(scores[j * 2 + 1], query[c], b[2], b[3]);
       }
@@ -223,8 +223,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 #pragma unroll
       for (int d = 0; d < HS / 16; d++) {
         unsigned b[4];
-        load_matrices_transposed(
-            b, &own.value[place_of<UNITS>(j * 16 + lane % 16, d * 2 + lane / 16)]);
+        ldmatrix_trans(b, &own.value[swizzled<UNITS>(j * 16 + lane % 16, d * 2 + lane / 16)]);
         mma<elem_t>(output[d * 2], weights, b[0], b[1]);
         mma<elem_t>(output[d * 2 + 1], weights, b[2], b[3]);
       }

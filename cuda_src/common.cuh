@@ -151,7 +151,7 @@ __device__ inline float warp_max(float x) {
 // chip, both calls do nothing.
 
 // From here on the next kernel of the stream may start, up to its own wait.
-__device__ inline void release_dependents() {
+__device__ inline void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -185,7 +185,7 @@ __device__ inline unsigned zero_after_load(const P& piece, int positive) {
 // Returns when the kernel before is complete and what it wrote can be read. At least one block of
 // every grid that may overlap must call it: then a kernel that is complete means that all before it
 // are, on which whatever is loaded early rests.
-__device__ inline void wait_for_inputs() {
+__device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -199,7 +199,7 @@ __device__ inline unsigned shared_address(const void* pointer) {
 }
 
 template <typename T>
-__device__ inline void copy_async(T* to_shared, const void* from) {
+__device__ inline void cp_async(T* to_shared, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)),
                "l"(from)
@@ -211,7 +211,7 @@ __device__ inline void copy_async(T* to_shared, const void* from) {
 
 // Likewise to an address of shared memory, but zeros, and nothing is read, where there is nothing.
 // sm_80 and newer.
-__device__ inline void copy_or_zero(unsigned to_shared, const void* from, bool there) {
+__device__ inline void cp_async_or_zero(unsigned to_shared, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
                "r"(there ? 16 : 0)
@@ -220,7 +220,7 @@ __device__ inline void copy_or_zero(unsigned to_shared, const void* from, bool t
 }
 
 // The copies since the last call become one group.
-__device__ inline void copy_commit() {
+__device__ inline void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -228,20 +228,15 @@ __device__ inline void copy_commit() {
 
 // Returns when all groups of this thread but the newest LATEST are there.
 template <int LATEST>
-__device__ inline void copy_wait() {
+__device__ inline void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
 #endif
 }
 
 // ---------------------------------------------------------------------------------------------
-// thread block clusters (sm_90 and newer); on an older chip every block is a cluster of its own
-
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER(size) __cluster_dims__(size)
-#else
-#define CLUSTER(size)
-#endif
+// thread block clusters (sm_90 and newer); on an older chip, where no entry is launched as
+// clusters, every block is a cluster of its own
 
 __device__ inline int cluster_size() {
 #if __CUDA_ARCH__ >= 900
@@ -263,10 +258,10 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster in two halves. The first publishes nothing, but for a
-// counter opened before (handover.cuh): for that it would have to wait until all that a thread
-// wrote is seen by the whole GPU. A thread that has returned counts as arrived.
-__device__ inline void cluster_begin() {
+// A barrier of all threads of the cluster in two parts. The first releases nothing but mbarriers
+// initialised before (mbarrier_init_fence()): to release more it would wait until all that a thread
+// wrote is visible to the whole GPU. A thread that has returned counts as arrived.
+__device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
@@ -280,7 +275,7 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-// Which cluster of its row of the grid this block belongs to.
+// The index of the block's cluster in its row of the grid.
 __device__ inline int cluster_index() {
 #if __CUDA_ARCH__ >= 900
   int index;

@@ -181,7 +181,7 @@ __device__ inline void product(const in_t* x,
   bool writer = threadIdx.x < ROWS;  // of output tile * ROWS + threadIdx.x
   int tile = blockIdx.x;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Tile w;
   load_tile(values, scales, tile, M, w);
   float own_bias = addend(bias, tile * ROWS + threadIdx.x, writer);
@@ -190,7 +190,7 @@ __device__ inline void product(const in_t* x,
     norm[0] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_weight + piece_of(0) * PIECE);
     norm[1] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_bias + piece_of(0) * PIECE);
   }
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float own_residual = addend(residual, tile * ROWS + threadIdx.x, writer);
   float xs[CHUNKS][PIECE] = {};

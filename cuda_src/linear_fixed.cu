@@ -63,10 +63,10 @@ __device__ inline void product(const elem_t* x,
       load_floats(weight + (size_t)min(m0 + m, M - 1) * K + k, w[m]);
   };
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int k = threadIdx.x * VEC;
   if (k < K) load_weights(k);
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float sums[VALUES] = {};
 #pragma unroll 1

@@ -66,7 +66,7 @@ __device__ inline void held_row(const elem_t* x,
   };
   if constexpr (AHEAD) each<STEPS>(C, load_parameters);
   float share = 1.0f / C;
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float values[STEPS][4] = {};
   each<STEPS>(C, [&](int s, int c) { load_floats(residual + c, values[s]); });
@@ -156,7 +156,7 @@ __device__ inline void passed_row(const elem_t* x,
                                   elem_t* y,
                                   float eps,
                                   int C) {
-  wait_for_inputs();
+  griddepcontrol_wait();
   if constexpr (ADD) add_row<VEC>(x, residual, C);
   normalise_row<VEC>(residual, weight, bias, y, eps, C);
 }
@@ -171,7 +171,7 @@ __device__ inline void norm_rows(const elem_t* x,
                                  float eps,
                                  int N,
                                  int C) {
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
   if (row >= N) return;
   size_t start = (size_t)row * C;

@@ -187,7 +187,7 @@ __device__ inline void product(const in_t* x,
   bool holder = lane % SHARING<ROWS> == 0 && row < ROWS;
   bool writer = part == 0 && holder;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Vec<elem_t, VEC> rows[ROWS][CHUNKS];
   load_rows<true>(weight, first, k0, M, rows);
   float own_bias = addend(bias, first + row, writer && first + row < M);
@@ -199,7 +199,7 @@ __device__ inline void product(const in_t* x,
   float weights[ROWS][CHUNKS][VEC];
   unsigned known = 0;
   if constexpr (ONCE) convert(rows, k0, weights, known);
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float own_residual = addend(residual, first + row, writer && first + row < M);
   float xs[CHUNKS][VEC];
@@ -280,7 +280,7 @@ __device__ inline void norm_product(const float* x,
   int row = lane / SHARING<ROWS_ONCE>;  // of the outputs, as the sums are dealt out
   bool writer = lane % SHARING<ROWS_ONCE> == 0 && row < ROWS_ONCE && first + row < M;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS];
   load_rows<true>(weight, first, k0, M, rows);
   load_norm(norm_weight, k0, scale);
@@ -297,7 +297,7 @@ __device__ inline void norm_product(const float* x,
           scaled[r][c][i] = to_float(rows[r][c].value[i]) * to_float(scale[c].value[i]);
           known |= __float_as_uint(scaled[r][c][i]);
         }
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float d[CHUNKS][VEC];
   load_inputs(x + zero_after(known, M), k0, d);

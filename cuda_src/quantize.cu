@@ -79,7 +79,7 @@ extern "C" __global__ void embedding_int8(const int* ids,
                                           int Vp,
                                           int P,
                                           int C) {
-  release_dependents();  // as in embedding.cu
+  griddepcontrol_launch_dependents();  // as in embedding.cu
   int row = blockIdx.x;
   int id = ids[row], position = positions[row];
   bool inside = id >= 0 && id < Vp && position >= 0 && position < P;

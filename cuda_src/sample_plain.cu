@@ -12,12 +12,12 @@
 //
 // Entries   sample_plain                   one block a row, where there are enough rows to fill the
 //                                          chip, or no clusters
-//           sample_plain_2, ..._4, ..._8   so many
+//           sample_plain_c2, ..._4, ..._8   so many
 //
 // gpt2cupy/ops/reference_sampling.py is the specification, the kernel of sampling.cu the baseline.
-#include "handover.cuh"
+#include "dsmem.cuh"
 #include "sampling.cuh"
-#include "softmax.cuh"
+#include "softmax_state.cuh"
 
 constexpr int THREADS = 512;  // also in gpt2cupy/ops/sampling.py
 constexpr int WARPS = THREADS / WARP;
@@ -201,11 +201,14 @@ __device__ inline void choose(const float* logits,
   constexpr int STRIDE = PARTS * THREADS * 4;  // tokens
   __shared__ Finding findings[PARTS * WARPS];
   __shared__ float highest[WARPS], found_sure[WARPS];  // of each warp
-  __shared__ Counter arrived;
+  __shared__ Mbarrier arrived;
   int block = cluster_rank(), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   if constexpr (PARTS > 1) {
-    if (block == 0 && threadIdx.x == 0) open_counter(&arrived);
-    cluster_begin();
+    if (block == 0 && threadIdx.x == 0) {
+      mbarrier_init(shared_address(&arrived), 1);
+      mbarrier_init_fence();
+    }
+    cluster_arrive();
   }
   int line = blockIdx.x / PARTS, row = rows[line], position = positions[row] + 1;
   RowParams p = params[row];
@@ -224,7 +227,7 @@ __device__ inline void choose(const float* logits,
     float x[OWN], bounds[OWN] = {};
     // The noise does not depend on the logits: what it is at most is found while they still are.
     if (random) bound_noise<STRIDE>(start, position, key, bounds);
-    if (first == begin) wait_for_inputs();
+    if (first == begin) griddepcontrol_wait();
     load_logits<STRIDE>(logits + start, V - start, x);
     Finding found = summed(x);
 
@@ -271,10 +274,11 @@ __device__ inline void choose(const float* logits,
 
   if constexpr (PARTS > 1) {
     cluster_wait();  // the counter is open
-    if (block == 0 && threadIdx.x == 0) expect_bytes(&arrived, sizeof(findings));
-    if (lane == 0) send_words(&findings[block * WARPS + warp], &arrived, 0, own);
+    if (block == 0 && threadIdx.x == 0)
+      mbarrier_arrive_expect_tx(shared_address(&arrived), sizeof(findings));
+    if (lane == 0) dsmem_store_struct(&findings[block * WARPS + warp], &arrived, 0, own);
     if (block > 0) return;
-    wait_for_bytes(&arrived);
+    mbarrier_wait_cluster(shared_address(&arrived), 0);
   } else {
     if (lane == 0) findings[warp] = own;
     __syncthreads();
@@ -303,7 +307,7 @@ __device__ inline void choose(const float* logits,
 
 SAMPLE_PLAIN_ENTRY(sample_plain, , 1)
 #if __CUDA_ARCH__ >= 900
-SAMPLE_PLAIN_ENTRY(sample_plain_2, CLUSTER(2), 2)
-SAMPLE_PLAIN_ENTRY(sample_plain_4, CLUSTER(4), 4)
-SAMPLE_PLAIN_ENTRY(sample_plain_8, CLUSTER(8), 8)
+SAMPLE_PLAIN_ENTRY(sample_plain_c2, __cluster_dims__(2), 2)
+SAMPLE_PLAIN_ENTRY(sample_plain_c4, __cluster_dims__(4), 4)
+SAMPLE_PLAIN_ENTRY(sample_plain_c8, __cluster_dims__(8), 8)
 #endif

@@ -193,7 +193,7 @@ __device__ inline void product(const in_t* x,
   int k0 = warp * PART<TILES> + along * VEC;
   int first = blockIdx.x * OUTPUTS;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Weights<TILES> w;
   load_weights<true, TILES>(weight, first + across, k0, M, w);
   // Thread i writes output i % OUTPUTS of row i / OUTPUTS, and of every STRIDE rows more.
@@ -206,7 +206,7 @@ __device__ inline void product(const in_t* x,
     scale.load(norm_weight);
     offset.load(norm_bias);
   }
-  wait_for_inputs();
+  griddepcontrol_wait();
 #pragma unroll
   for (int e = 0; e < EACH; e++) own_residual[e] = addend(residual, place(e), writes(e));
   if constexpr (NORM)
@@ -283,11 +283,11 @@ __device__ inline void product(const in_t* x,
                         activation, 1, M);                                                        \
   }
 
-SKINNY_ADD_ENTRY(skinny_add_1, ROWS, 1, elem_t)
-SKINNY_ADD_ENTRY(skinny_add_1_f32, ROWS, 1, float)
+SKINNY_ADD_ENTRY(skinny_add_t1, ROWS, 1, elem_t)
+SKINNY_ADD_ENTRY(skinny_add_t1_f32, ROWS, 1, float)
 #if K <= 2048  // what the registers hold
-SKINNY_ADD_ENTRY(skinny_add_2, ROWS, 2, elem_t)
-SKINNY_ADD_ENTRY(skinny_add_2_f32, ROWS, 2, float)
+SKINNY_ADD_ENTRY(skinny_add_t2, ROWS, 2, elem_t)
+SKINNY_ADD_ENTRY(skinny_add_t2_f32, ROWS, 2, float)
 #endif
 SKINNY_ADD_ENTRY(skinny_one, 1, 1, elem_t)
 SKINNY_ADD_ENTRY(skinny_one_f32, 1, 1, float)

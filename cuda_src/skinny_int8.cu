@@ -109,13 +109,13 @@ __device__ inline void product(const elem_t* x,
   y += (size_t)above * M;
   if (residual) residual += (size_t)above * M;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Tile w;
   load_tile(values, scales, tile, M, w);
   // Thread i writes output i % TILE of row i / TILE: N TILE outputs, at most one each.
   int n = threadIdx.x / TILE, m = tile * TILE + threadIdx.x % TILE;
   float own_bias = addend(bias, m, m < M);
-  wait_for_inputs();
+  griddepcontrol_wait();
   // With at most 16 rows an int holds the place.
   float own_residual = addend(residual, n * M + m, n < N && m < M);
 

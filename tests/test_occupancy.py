@@ -195,11 +195,11 @@ def test_skinny_has_the_warps_it_is_launched_with(k):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
     for name, entry in found.items():
-        tiles = 2 if name.startswith(("skinny_add_2", "skinny_norm")) else 1
+        tiles = 2 if name.startswith(("skinny_add_t2", "skinny_norm")) else 1
         assert entry.max_threads == WARP * product._skinny_warps(tiles, k), name
     evenly = k % (product._SPAN * product._skinny_warps(2, k)) == 0
     assert ("skinny_norm" in found) == (k <= product.LONGEST_NORM and evenly)
-    assert ("skinny_add_2" in found) == (k <= product.LONGEST_NORM)
+    assert ("skinny_add_t2" in found) == (k <= product.LONGEST_NORM)
 
 
 @pytest.mark.gpu

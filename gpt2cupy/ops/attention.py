@@ -41,12 +41,12 @@ def _decode_kernel(source: str, ending: str) -> Kernel:
 
 
 # By the number of blocks that share a head.
-_BLOCKS = {1: "", 2: "_2", 4: "_4", 8: "_8"}
+_BLOCKS = {1: "", 2: "_c2", 4: "_c4", 8: "_c8"}
 ATTENTION_DECODE = {n: _decode_kernel("attention_decode.cu", e) for n, e in _BLOCKS.items()}
 ATTENTION_DECODE_MMA = {n: _decode_kernel("attention_decode_mma.cu", e) for n, e in _BLOCKS.items()}
 # One smaller block for each head of many rows; on tensor cores by its warps.
 ATTENTION_DECODE_MANY = _decode_kernel("attention_decode.cu", "_many")
-ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_{n}") for n in (2, 4)}
+ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_w{n}") for n in (2, 4)}
 
 
 def _query_tile(head_size: int) -> int:

@@ -60,7 +60,7 @@ _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 SKINNY_ADD = {
     (tiles, wide): kernel
     for tiles in (1, 2)
-    for wide, kernel in entries("skinny.cu", f"skinny_add_{tiles}", _SKINNY, overlaps=True).items()
+    for wide, kernel in entries("skinny.cu", f"skinny_add_t{tiles}", _SKINNY, overlaps=True).items()
 }
 SKINNY_ONE = entries("skinny.cu", "skinny_one", _SKINNY, overlaps=True)
 SKINNY_NORM = entries("skinny.cu", "skinny_norm", _NORM_GEMV, overlaps=True)
@@ -69,7 +69,7 @@ LINEAR_ROWS = {
     (blocks, wide): kernel
     for blocks in (1, 2, 4, 8)
     for wide, kernel in entries(
-        "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K, ring: int", overlaps=True
+        "linear_rows.cu", f"linear_rows_c{blocks}", _SKINNY + ", K, ring: int", overlaps=True
     ).items()
 }
 LINEAR_FIXED = entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)

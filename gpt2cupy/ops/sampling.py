@@ -34,7 +34,7 @@ SAMPLE_PLAIN = {
         "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
         overlaps=True,
     )
-    for parts, ending in ((1, ""), (2, "_2"), (4, "_4"), (8, "_8"))
+    for parts, ending in ((1, ""), (2, "_c2"), (4, "_c4"), (8, "_c8"))
 }
 TOP_LOGPROBS = Kernel(
     "sampling.cu",

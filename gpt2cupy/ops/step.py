@@ -16,9 +16,9 @@ from .linear import ACTIVATION_CODES
 Array = Any
 
 ROWS = (1, 2, 4)  # of the entries
-_WIDE = 4  # inner size over n_embd; WIDE in step_words.cuh, like the next two
+_WIDE = 4  # inner size over n_embd; WIDE in step_mailboxes.cuh, like the next two
 _CONSUMERS, _MOST_PARTS = 8, 8
-_SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in step_product.cuh
+_SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in step_gemv.cuh
 _THREADS = (_CONSUMERS + 1) * 32
 
 _SIGNATURE = (
@@ -27,11 +27,11 @@ _SIGNATURE = (
     "proj_w: ELEM[L,K,K], proj_b: float32[L,K], ln2_w: ELEM[L,K], ln2_b: ELEM[L,K], "
     "fc_w: ELEM[L,F,K], fc_b: ELEM[L,F], out_w: ELEM[L,K,F], out_b: float32[L,K], "
     "lnf_w: ELEM[K], lnf_b: ELEM[K], lm_head: ELEM[Vp,K], "
-    "k: ELEM[L,S,NH,T,HS], v: ELEM[L,S,NH,T,HS], words: uint8[W], logits: float32[N,Vp], "
+    "k: ELEM[L,S,NH,T,HS], v: ELEM[L,S,NH,T,HS], mailboxes: uint8[W], logits: float32[N,Vp], "
     "scale: float, by_layer: int, eps: float, activation: int, L, S, T, P, Vp"
 )
 DECODE_STEP = {
-    rows: Kernel("decode_step.cu", f"decode_step_{rows}", _SIGNATURE, cooperative=True)
+    rows: Kernel("decode_step.cu", f"decode_step_b{rows}", _SIGNATURE, cooperative=True)
     for rows in ROWS
 }
 WEIGHTS = (
@@ -68,8 +68,8 @@ def blocks(channels: int) -> int:
     return min(sm_count(), channels)
 
 
-def words_size(rows: int, channels: int) -> int:
-    """Bytes of what blocks tell each other; zeroed before the first step, and kept."""
+def mailboxes_size(rows: int, channels: int) -> int:
+    """Bytes of the mailboxes of all blocks; zeroed before the first step, and kept."""
     floats = 2 * channels + channels // HEAD_SIZE * _MOST_PARTS * (HEAD_SIZE + 4)
     elements = 3 * channels + channels + _WIDE * channels
     return 16 + rows * (8 * floats + 4 * elements)
@@ -82,7 +82,7 @@ def decode_step(
     weights: Mapping[str, Array],
     k: Array,
     v: Array,
-    words: Array,
+    mailboxes: Array,
     *,
     scale: float,
     by_layer: bool,
@@ -100,8 +100,8 @@ def decode_step(
         :data:`WEIGHTS` by name.
     k, v : array [L, S, NH, T, HS]
         Read up to the position, which is written.
-    words : array of uint8 [:func:`words_size`]
-        Of this kind of step alone.
+    mailboxes : array of uint8 [:func:`mailboxes_size`]
+        Of steps of this many rows alone.
     scale : float
         Of attention in layer 0; divided by the layer's number where ``by_layer``.
     eps : float
@@ -116,7 +116,7 @@ def decode_step(
         DECODE_STEP[len(ids)],
         (blocks(channels),),
         (_THREADS,),
-        (ids, positions, slots, *arrays, k, v, words, out, *options),
+        (ids, positions, slots, *arrays, k, v, mailboxes, out, *options),
         elem=k.dtype,
         head_size=HEAD_SIZE,
         inner=channels,
