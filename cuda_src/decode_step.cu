@@ -75,7 +75,7 @@ __device__ inline void step(const int* ids,
     job.idle = slot < 0 || job.position < 0 || job.position >= T;
     if (job.idle) job.position = -1;
     job.parts = min(most, job.position / (2 * TOKENS) + 1);
-    job.cache = ((size_t)max(slot, 0) * NH + job.head) * T * HS;
+    job.cache = cache_offset(max(slot, 0), job.head, NH, T);
     return job;
   };
 

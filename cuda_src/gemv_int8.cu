@@ -23,7 +23,7 @@
 //
 // Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are put together
 //           as in Chan, Golub, LeVeque, 1979
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "int8.cuh"
 
 #ifndef K
@@ -171,11 +171,8 @@ __device__ inline void product(const in_t* x,
                                const elem_t* norm_bias,
                                const signed char* values,
                                const scale_t* scales,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
+                               const Epilogue<out_t>& epilogue,
                                float eps,
-                               int activation,
                                int M) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   bool writer = threadIdx.x < ROWS;  // of output tile * ROWS + threadIdx.x
@@ -184,7 +181,7 @@ __device__ inline void product(const in_t* x,
   griddepcontrol_launch_dependents();
   Tile w;
   load_tile(values, scales, tile, M, w);
-  float own_bias = addend(bias, tile * ROWS + threadIdx.x, writer);
+  float own_bias = epilogue.bias_at(tile * ROWS + threadIdx.x, writer);
   Packed<elem_t, PIECE> norm[2] = {};
   if (NORM && inside(0)) {
     norm[0] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_weight + piece_of(0) * PIECE);
@@ -192,7 +189,7 @@ __device__ inline void product(const in_t* x,
   }
   griddepcontrol_wait();
 
-  float own_residual = addend(residual, tile * ROWS + threadIdx.x, writer);
+  float own_residual = epilogue.residual_at(tile * ROWS + threadIdx.x, writer);
   float xs[CHUNKS][PIECE] = {};
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
@@ -224,30 +221,30 @@ __device__ inline void product(const in_t* x,
       own = own_bias;
 #pragma unroll
       for (int p = 0; p < WARPS; p++) own += partial[turn][p][threadIdx.x];
-      y[tile * ROWS + threadIdx.x] = from_float<out_t>(activate(own, activation) + own_residual);
+      epilogue.store(tile * ROWS + threadIdx.x, own, own_residual);
     }
     if (last) break;
     tile = next;
-    own_bias = addend(bias, tile * ROWS + threadIdx.x, writer);
-    own_residual = addend(residual, tile * ROWS + threadIdx.x, writer);
+    own_bias = epilogue.bias_at(tile * ROWS + threadIdx.x, writer);
+    own_residual = epilogue.residual_at(tile * ROWS + threadIdx.x, writer);
   }
 }
 
-#define NORM_GEMV_ENTRY(name, out_t)                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                           \
-      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
-           const signed char* values, const scale_t* scales, const out_t* bias, out_t* y,         \
-           float eps, int activation, int M) {                                                    \
-    product<true>(x, norm_weight, norm_bias, values, scales, bias, (const out_t*)nullptr, y, eps, \
-                  activation, M);                                                                 \
+#define NORM_GEMV_ENTRY(name, out_t)                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                   \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,            \
+           const signed char* values, const scale_t* scales, const out_t* bias, out_t* y, \
+           float eps, int activation, int M) {                                            \
+    product<true, float, out_t>(x, norm_weight, norm_bias, values, scales,                \
+                                {bias, nullptr, y, activation}, eps, M);                  \
   }
 
 #define GEMV_ADD_ENTRY(name, out_t)                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS)                                          \
       name(const elem_t* x, const signed char* values, const scale_t* scales, const out_t* bias, \
            const out_t* residual, out_t* y, int activation, int M) {                             \
-    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, values, scales, bias,      \
-                   residual, y, 0.0f, activation, M);                                            \
+    product<false, elem_t, out_t>(x, nullptr, nullptr, values, scales,                           \
+                                  {bias, residual, y, activation}, 0.0f, M);                     \
   }
 
 GEMV_ADD_ENTRY(gemv_add_int8, elem_t)

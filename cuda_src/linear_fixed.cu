@@ -15,7 +15,7 @@
 // is summed along the same tree, and one thread finishes it by the same instructions. Rows past
 // the last repeat it; they end in outputs that nobody stores. batch_invariant=True takes it where
 // linear_rows.cu cannot: float, K not a multiple of 8, and chips older than sm_80.
-#include "activation.cuh"
+#include "epilogue.cuh"
 
 // The constants up to the block's warps are also in gpt2cupy/ops/product.py.
 constexpr int ROWS = 8;
@@ -46,15 +46,8 @@ __device__ inline void meet(float (&values)[VALUES]) {
 }
 
 template <int VEC, typename out_t>
-__device__ inline void product(const elem_t* x,
-                               const elem_t* weight,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
-                               int activation,
-                               int N,
-                               int M,
-                               int K) {
+__device__ inline void product(
+    const elem_t* x, const elem_t* weight, const Epilogue<out_t>& epilogue, int N, int M, int K) {
   int n0 = blockIdx.y * ROWS, m0 = blockIdx.x * OUTPUTS;
   float w[OUTPUTS][VEC];
   auto load_weights = [&](int k) {
@@ -96,11 +89,7 @@ __device__ inline void product(const elem_t* x,
   float sum = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < WARPS; warp++) sum += partial[warp][threadIdx.x];
-  size_t place = (size_t)n * M + m;
-  if (bias) sum += to_float(bias[m]);
-  sum = activate(sum, activation);
-  if (residual) sum += to_float(residual[place]);
-  y[place] = from_float<out_t>(sum);
+  epilogue.finish((size_t)n * M + m, m, sum);
 }
 
 #define LINEAR_FIXED_ENTRY(name, out_t)                                                     \
@@ -108,9 +97,9 @@ __device__ inline void product(const elem_t* x,
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int N, int M, int K) {                                 \
     if (K % 4)                                                                              \
-      product<1>(x, weight, bias, residual, y, activation, N, M, K);                        \
+      product<1, out_t>(x, weight, {bias, residual, y, activation}, N, M, K);               \
     else                                                                                    \
-      product<4>(x, weight, bias, residual, y, activation, N, M, K);                        \
+      product<4, out_t>(x, weight, {bias, residual, y, activation}, N, M, K);               \
   }
 
 LINEAR_FIXED_ENTRY(linear_fixed, elem_t)

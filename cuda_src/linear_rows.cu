@@ -26,7 +26,7 @@
 //
 // Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile. On sm_90 itself tiles are
 // multiplied by wgmma (tile.cuh).
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "dsmem.cuh"
 #include "tile.cuh"
 
@@ -54,10 +54,7 @@ __device__ inline void load_row(const out_t* source, int count, bool aligned, fl
 template <int SPLIT, typename out_t>
 __device__ inline void product(const elem_t* x,
                                const elem_t* weight,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
-                               int activation,
+                               const Epilogue<out_t>& epilogue,
                                int N,
                                int M,
                                int K,
@@ -136,7 +133,7 @@ __device__ inline void product(const elem_t* x,
   int m = m0 + column, columns = min(M - m, 4);
   bool aligned = M % 4 == 0;
   float own_bias[4] = {};
-  if (bias && columns > 0) load_row(bias + m, columns, aligned, own_bias);
+  if (epilogue.bias && columns > 0) load_row(epilogue.bias + m, columns, aligned, own_bias);
   griddepcontrol_wait();
 
 #pragma unroll 1
@@ -149,8 +146,8 @@ __device__ inline void product(const elem_t* x,
   float own_residual[4] = {};
   auto load_residual = [&](int r) {
     int n = n0 + rank * OWN + r;
-    if (residual && r < OWN && n < N && columns > 0)
-      load_row(residual + (size_t)n * M + m, columns, aligned, own_residual);
+    if (epilogue.residual && r < OWN && n < N && columns > 0)
+      load_row(epilogue.residual + (size_t)n * M + m, columns, aligned, own_residual);
   };
   if constexpr (EARLY) load_residual(own_row);
 
@@ -219,8 +216,9 @@ __device__ inline void product(const elem_t* x,
       values[3] += sum.w;
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) values[i] = activate(values[i], activation) + own_residual[i];
-    out_t* target = y + (size_t)n * M + m;
+    for (int i = 0; i < 4; i++)
+      values[i] = activate(values[i], epilogue.activation) + own_residual[i];
+    out_t* target = epilogue.y + (size_t)n * M + m;
     if (aligned) {
       store_floats(target, values);
     } else {
@@ -236,7 +234,7 @@ __device__ inline void product(const elem_t* x,
   extern "C" __global__ void cluster __launch_bounds__(THREADS)                             \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int N, int M, int K, int stages) {                     \
-    product<split>(x, weight, bias, residual, y, activation, N, M, K, stages);              \
+    product<split, out_t>(x, weight, {bias, residual, y, activation}, N, M, K, stages);     \
   }
 
 LINEAR_ROWS_ENTRY(linear_rows_c1, , 1, elem_t)

@@ -24,7 +24,7 @@
 // Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
 //
 // It is the last rung of the ladder in linear.cu.
-#include "activation.cuh"
+#include "epilogue.cuh"
 
 #ifndef K
 #define K 768
@@ -170,11 +170,8 @@ __device__ inline void product(const in_t* x,
                                const elem_t* norm_weight,
                                const elem_t* norm_bias,
                                const elem_t* weight,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
+                               const Epilogue<out_t>& epilogue,
                                float eps,
-                               int activation,
                                int M) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int group = warp / SPLIT, part = warp % SPLIT;
@@ -190,7 +187,7 @@ __device__ inline void product(const in_t* x,
   griddepcontrol_launch_dependents();
   Vec<elem_t, VEC> rows[ROWS][CHUNKS];
   load_rows<true>(weight, first, k0, M, rows);
-  float own_bias = addend(bias, first + row, writer && first + row < M);
+  float own_bias = epilogue.bias_at(first + row, writer && first + row < M);
   Vec<elem_t, VEC> scale[CHUNKS], offset[CHUNKS];
   if constexpr (NORM && NORM_EARLY) {
     load_norm(norm_weight, k0, scale);
@@ -201,7 +198,7 @@ __device__ inline void product(const in_t* x,
   if constexpr (ONCE) convert(rows, k0, weights, known);
   griddepcontrol_wait();
 
-  float own_residual = addend(residual, first + row, writer && first + row < M);
+  float own_residual = epilogue.residual_at(first + row, writer && first + row < M);
   float xs[CHUNKS][VEC];
   load_inputs(ONCE ? x + zero_after(known, M) : x, k0, xs);
   if constexpr (NORM) {
@@ -247,14 +244,13 @@ __device__ inline void product(const in_t* x,
         for (int p = 0; p < SPLIT; p++) own += partial[turn][warp + p][row];
       }
     }
-    if (writer && first + row < M)
-      y[first + row] = from_float<out_t>(activate(own + own_bias, activation) + own_residual);
+    if (writer && first + row < M) epilogue.store(first + row, own + own_bias, own_residual);
     if (last) break;
     block_first += stride;
     first += stride;
     bool writes = writer && first + row < M;
-    own_bias = addend(bias, first + row, writes);
-    own_residual = addend(residual, first + row, writes);
+    own_bias = epilogue.bias_at(first + row, writes);
+    own_residual = epilogue.residual_at(first + row, writes);
   }
 }
 
@@ -270,9 +266,8 @@ __device__ inline void norm_product(const float* x,
                                     const elem_t* norm_weight,
                                     const elem_t* weight,
                                     const float* shift,
-                                    out_t* y,
+                                    const Epilogue<out_t>& epilogue,
                                     float eps,
-                                    int activation,
                                     int M) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int k0 = lane * VEC;
@@ -284,7 +279,7 @@ __device__ inline void norm_product(const float* x,
   Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS];
   load_rows<true>(weight, first, k0, M, rows);
   load_norm(norm_weight, k0, scale);
-  float own_shift = addend(shift, first + row, writer);
+  float own_shift = writer ? shift[first + row] : 0.0f;
   float scaled[ROWS_ONCE][CHUNKS][VEC];
   unsigned known = 0;
 #pragma unroll
@@ -314,30 +309,30 @@ __device__ inline void norm_product(const float* x,
       }
   float own = dealt_sum(sums);
   float result = fmaf(own, rsqrtf(warp_sum(squares) * (1.0f / K) + eps), own_shift);
-  if (writer) y[first + row] = from_float<out_t>(activate(result, activation));
+  if (writer) epilogue.store(first + row, result, 0.0f);
 }
 
 #define GEMV_ADD_ENTRY(name, out_t, once)                                                   \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                 \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int M) {                                               \
-    product<false, once>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias,   \
-                         residual, y, 0.0f, activation, M);                                 \
+    product<false, once, elem_t, out_t>(x, nullptr, nullptr, weight,                        \
+                                        {bias, residual, y, activation}, 0.0f, M);          \
   }
 
 #define NORM_GEMV_ENTRY(name, out_t)                                                              \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
       name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
            const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
-    product<true, false>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,  \
-                         activation, M);                                                          \
+    product<true, false, float, out_t>(x, norm_weight, norm_bias, weight,                         \
+                                       {bias, nullptr, y, activation}, eps, M);                   \
   }
 
-#define NORM_GEMV_ONCE_ENTRY(name, out_t)                                                       \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                     \
-      name(const float* x, const elem_t* norm_weight, const elem_t* weight, const float* shift, \
-           out_t* y, float eps, int activation, int M) {                                        \
-    norm_product(x, norm_weight, weight, shift, y, eps, activation, M);                         \
+#define NORM_GEMV_ONCE_ENTRY(name, out_t)                                                          \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                        \
+      name(const float* x, const elem_t* norm_weight, const elem_t* weight, const float* shift,    \
+           out_t* y, float eps, int activation, int M) {                                           \
+    norm_product<out_t>(x, norm_weight, weight, shift, {nullptr, nullptr, y, activation}, eps, M); \
   }
 
 GEMV_ADD_ENTRY(gemv_add, elem_t, false)

@@ -29,7 +29,7 @@
 //
 // Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are put together
 //           as in Chan, Golub, LeVeque, 1979
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "mma.cuh"
 
 #ifndef K
@@ -175,11 +175,8 @@ __device__ inline void product(const in_t* x,
                                const elem_t* norm_weight,
                                const elem_t* norm_bias,
                                const elem_t* weight,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
+                               const Epilogue<out_t>& epilogue,
                                float eps,
-                               int activation,
                                int N,
                                int M) {
   constexpr int OUTPUTS = TILES * TILE;  // of a block in one turn
@@ -200,7 +197,7 @@ __device__ inline void product(const in_t* x,
   int m = first + threadIdx.x % OUTPUTS, row = threadIdx.x / OUTPUTS;
   auto writes = [&](int e) { return row + e * STRIDE < N && m < M; };
   auto place = [&](int e) { return (row + e * STRIDE) * M + m; };  // of at most 16 rows
-  float own_bias = addend(bias, m, m < M), own_residual[EACH];
+  float own_bias = epilogue.bias_at(m, m < M), own_residual[EACH];
   RowPart<TILES> x_part, scale, offset;
   if constexpr (NORM) {
     scale.load(norm_weight);
@@ -208,7 +205,7 @@ __device__ inline void product(const in_t* x,
   }
   griddepcontrol_wait();
 #pragma unroll
-  for (int e = 0; e < EACH; e++) own_residual[e] = addend(residual, place(e), writes(e));
+  for (int e = 0; e < EACH; e++) own_residual[e] = epilogue.residual_at(place(e), writes(e));
   if constexpr (NORM)
     x_part = normalised(x, scale, offset, eps);
   else if constexpr (ONE)
@@ -257,30 +254,30 @@ __device__ inline void product(const in_t* x,
 #pragma unroll
         for (int p = 0; p < WARPS<TILES>; p++)
           sum += sums[turn][p][row + e * STRIDE][threadIdx.x % OUTPUTS];
-        y[place(e)] = from_float<out_t>(activate(sum, activation) + own_residual[e]);
+        epilogue.store(place(e), sum, own_residual[e]);
       }
     if (ONE) break;  // the grid has a block for all outputs
     m = first + threadIdx.x % OUTPUTS;
-    own_bias = addend(bias, m, m < M);
+    own_bias = epilogue.bias_at(m, m < M);
 #pragma unroll
-    for (int e = 0; e < EACH; e++) own_residual[e] = addend(residual, place(e), writes(e));
+    for (int e = 0; e < EACH; e++) own_residual[e] = epilogue.residual_at(place(e), writes(e));
   }
 }
 
-#define SKINNY_ADD_ENTRY(name, most, tiles, out_t)                                               \
-  extern "C" __global__ void __launch_bounds__(WARPS<tiles>* WARP)                               \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,      \
-           out_t* y, int activation, int N, int M) {                                             \
-    product<false, most, tiles>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, weight, bias, \
-                                residual, y, 0.0f, activation, N, M);                            \
+#define SKINNY_ADD_ENTRY(name, most, tiles, out_t)                                           \
+  extern "C" __global__ void __launch_bounds__(WARPS<tiles>* WARP)                           \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,  \
+           out_t* y, int activation, int N, int M) {                                         \
+    product<false, most, tiles, elem_t, out_t>(x, nullptr, nullptr, weight,                  \
+                                               {bias, residual, y, activation}, 0.0f, N, M); \
   }
 
 #define SKINNY_NORM_ENTRY(name, out_t)                                                            \
   extern "C" __global__ void __launch_bounds__(WARPS<2>* WARP)                                    \
       name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
            const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
-    product<true, 1, 2>(x, norm_weight, norm_bias, weight, bias, (const out_t*)nullptr, y, eps,   \
-                        activation, 1, M);                                                        \
+    product<true, 1, 2, float, out_t>(x, norm_weight, norm_bias, weight,                          \
+                                      {bias, nullptr, y, activation}, eps, 1, M);                 \
   }
 
 SKINNY_ADD_ENTRY(skinny_add_t1, ROWS, 1, elem_t)

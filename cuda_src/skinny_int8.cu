@@ -13,7 +13,7 @@
 //           multiplied by it in float. Sums have one order, whatever N is.
 //
 // Needs sm_80 (mma.m16n8k16); on older chips the matrix is dequantised for the library's product.
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "int8.cuh"
 #include "mma.cuh"
 
@@ -93,10 +93,7 @@ template <typename out_t>
 __device__ inline void product(const elem_t* x,
                                const signed char* values,
                                const scale_t* scales,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
-                               int activation,
+                               Epilogue<out_t> epilogue,
                                int N,
                                int M) {
   __shared__ float sums[2][WARPS][ROWS][TILE];
@@ -106,18 +103,18 @@ __device__ inline void product(const elem_t* x,
   int above = blockIdx.y * ROWS;  // rows of other blocks
   N = min(N - above, ROWS);
   x += (size_t)above * K;
-  y += (size_t)above * M;
-  if (residual) residual += (size_t)above * M;
+  epilogue.y += (size_t)above * M;
+  if (epilogue.residual) epilogue.residual += (size_t)above * M;
 
   griddepcontrol_launch_dependents();
   Tile w;
   load_tile(values, scales, tile, M, w);
   // Thread i writes output i % TILE of row i / TILE: N TILE outputs, at most one each.
   int n = threadIdx.x / TILE, m = tile * TILE + threadIdx.x % TILE;
-  float own_bias = addend(bias, m, m < M);
+  float own_bias = epilogue.bias_at(m, m < M);
   griddepcontrol_wait();
   // With at most 16 rows an int holds the place.
-  float own_residual = addend(residual, n * M + m, n < N && m < M);
+  float own_residual = epilogue.residual_at(n * M + m, n < N && m < M);
 
   for (int turn = 0;; turn ^= 1) {
     float own[EIGHTS][4] = {};
@@ -163,13 +160,13 @@ __device__ inline void product(const elem_t* x,
       float sum = own_bias;
 #pragma unroll
       for (int part = 0; part < WARPS; part++) sum += sums[turn][part][n][threadIdx.x % TILE];
-      y[(size_t)n * M + m] = from_float<out_t>(activate(sum, activation) + own_residual);
+      epilogue.store((size_t)n * M + m, sum, own_residual);
     }
     if (last) break;
     tile = next;
     m = tile * TILE + threadIdx.x % TILE;
-    own_bias = addend(bias, m, m < M);
-    own_residual = addend(residual, n * M + m, n < N && m < M);
+    own_bias = epilogue.bias_at(m, m < M);
+    own_residual = epilogue.residual_at(n * M + m, n < N && m < M);
   }
 }
 
@@ -177,7 +174,7 @@ __device__ inline void product(const elem_t* x,
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
       name(const elem_t* x, const signed char* values, const scale_t* scales, const out_t* bias, \
            const out_t* residual, out_t* y, int activation, int N, int M) {                      \
-    product(x, values, scales, bias, residual, y, activation, N, M);                             \
+    product<out_t>(x, values, scales, {bias, residual, y, activation}, N, M);                    \
   }
 
 SKINNY_ENTRY(skinny_int8, elem_t)

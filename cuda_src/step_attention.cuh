@@ -2,6 +2,7 @@
 // many tokens; on tensor cores as in attention_decode_mma.cu.
 #pragma once
 
+#include "attention_head.cuh"
 #include "mma.cuh"
 #include "softmax_state.cuh"
 #include "step_mailboxes.cuh"

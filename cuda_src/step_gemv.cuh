@@ -2,7 +2,7 @@
 // normalised if need be, and multiplies all weights of the block with it as they arrive.
 #pragma once
 
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "mma.cuh"
 #include "step_attention.cuh"
 
@@ -269,7 +269,7 @@ __device__ inline void gemv(const Weights<N>& pipeline,
   for (int first = 0; first < rows.count; first += GROUP) {
     int tid = opaque(threadIdx.x), count = min(GROUP, rows.count - first);
     int m = rows.first + first + tid % GROUP;
-    float own_bias = addend(bias, m, writes<N>(tid, count));
+    float own_bias = bias && writes<N>(tid, count) ? to_float(bias[m]) : 0.0f;
     multiply<N, PARTS>(tid, pipeline, at, count, shared, buffer);
     sync_consumers();
     if (writes<N>(tid, count)) use(tid / GROUP, m, sum_of_warps<N>(tid, shared, buffer) + own_bias);

@@ -113,7 +113,7 @@ def product(
     bias, residual, out : array
         As in :func:`linear`.
     activation : int
-        Its code in activation.cuh.
+        Its code in epilogue.cuh.
     backend : {"ours", "invariant"}
         The latter has one kernel for any number of rows.
     """
