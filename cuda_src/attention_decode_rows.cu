@@ -28,13 +28,15 @@
 constexpr int STAGES = 2;
 constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a tile
 
-constexpr int VEC = 8;                 // elements of a copy
-constexpr int UNITS = HS / VEC;        // copies of a row
-constexpr int AT_ONCE = WARP / UNITS;  // rows that a warp copies at once
+constexpr int VEC = 8;                                            // elements of a copy
+constexpr int UNITS = HS / VEC;                                   // copies of a row
+constexpr int AT_ONCE = WARP / UNITS;                             // rows that a warp copies at once
+constexpr int WARP_BYTES = STAGES * 2 * KEYS * PITCH<UNITS> * 2;  // of the pipeline of a warp
 
 struct KeyTile {
   elem_t keys[KEYS * PITCH<UNITS>], values[KEYS * PITCH<UNITS>];
 };
+static_assert(WARP_BYTES == STAGES * sizeof(KeyTile), "the launch asks for so much");
 
 template <int WARPS>
 __device__ inline void attend(const Head& head, float scale) {

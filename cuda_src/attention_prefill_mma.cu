@@ -37,10 +37,12 @@ struct KeyTile {
 };
 
 // The softmax states of a group: of each of its threads two m, two l and its share of o.
-constexpr int STATE = 4 + HS / 2;
-constexpr unsigned STATE_BYTES = STATE * THREADS * sizeof(float), TILE_BYTES = 2 * sizeof(KeyTile);
+constexpr int STATE_BYTES = (4 + HS / 2) * THREADS * 4;
 // Bytes of a group: two tiles, and later its states in their place.
-constexpr unsigned GROUP_BYTES = TILE_BYTES > STATE_BYTES ? TILE_BYTES : STATE_BYTES;
+constexpr int TILES_BYTES = 2 * 2 * BC * PITCH<UNITS> * 2;
+constexpr int GROUP_BYTES = TILES_BYTES > STATE_BYTES ? TILES_BYTES : STATE_BYTES;
+constexpr int SHARED_BYTES = GROUPS * GROUP_BYTES;  // dynamic, of a block
+static_assert(TILES_BYTES == 2 * sizeof(KeyTile), "the launch asks for so much");
 
 // A named barrier of one group.
 __device__ inline void group_sync(int group) {

@@ -18,6 +18,9 @@
 
 using elem_t = ELEM;
 
+// Longest row that a GEMV with a layer norm takes: what a warp's registers hold.
+#define LONGEST_NORM 2048
+
 constexpr int WARP = 32;
 constexpr unsigned FULL_MASK = 0xffffffffu;
 #define MINUS_INFINITY __int_as_float(0xff800000)  // NVRTC has no <math.h>

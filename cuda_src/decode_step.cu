@@ -26,7 +26,13 @@
 // Needs sm_90 (bulk copies that complete an mbarrier).
 #include "step_gemv.cuh"
 
-#if __CUDA_ARCH__ >= 900 && HS == 64
+#define STEP_HEAD_SIZE 64
+constexpr int STEP_FEWEST_CHANNELS = 256;  // n_embd: each warp has a part of it
+constexpr int STEP_MOST_CHANNELS = 2048;   // and the stages in flight fit shared memory
+
+#if __CUDA_ARCH__ >= 900 && HS == STEP_HEAD_SIZE
+
+static_assert(STEP_FEWEST_CHANNELS <= C && C <= STEP_MOST_CHANNELS, "K");
 
 struct Layers {
   const elem_t *ln1_w, *ln1_b, *qkv_w, *qkv_b, *proj_w;

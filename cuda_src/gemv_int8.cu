@@ -30,8 +30,8 @@
 #define K 768
 #endif
 
-constexpr int ROWS = 8;  // of a block; also in gpt2cupy/ops/quantized.py, like the next two
-constexpr int CHUNKS = K > 2048 ? 2 : 1;
+constexpr int ROWS = 8;                           // of a block: outputs at a time
+constexpr int CHUNKS = K > LONGEST_NORM ? 2 : 1;  // pieces of a thread
 constexpr int WARPS = (K + PIECE * WARP * CHUNKS - 1) / (PIECE * WARP * CHUNKS);
 
 constexpr int THREADS = WARPS * WARP;
@@ -249,7 +249,7 @@ __device__ inline void product(const in_t* x,
 
 GEMV_ADD_ENTRY(gemv_add_int8, elem_t)
 GEMV_ADD_ENTRY(gemv_add_int8_f32, float)
-#if K <= 2048  // a norm needs the whole row in one piece of each thread
+#if K <= LONGEST_NORM  // a norm needs the whole row in one piece of each thread
 NORM_GEMV_ENTRY(norm_gemv_int8, elem_t)
 NORM_GEMV_ENTRY(norm_gemv_int8_f32, float)
 #endif

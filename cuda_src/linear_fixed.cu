@@ -17,9 +17,8 @@
 // linear_rows.cu cannot: float, K not a multiple of 8, and chips older than sm_80.
 #include "epilogue.cuh"
 
-// The constants up to the block's warps are also in gpt2cupy/ops/product.py.
-constexpr int ROWS = 8;
-constexpr int OUTPUTS = 8;
+constexpr int ROWS = 8;     // of x, of a block
+constexpr int OUTPUTS = 8;  // of a block
 constexpr int WARPS = 4;
 
 constexpr int VALUES = ROWS * OUTPUTS;

@@ -32,8 +32,11 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int MOST_STAGES = 12;    // also in gpt2cupy/ops/product.py
+constexpr int MOST_STAGES = 12;
 constexpr int LINE = OUTPUTS + 4;  // of a row of partial sums: 16 bytes keep banks apart
+constexpr int STAGE_BYTES = (ROWS + OUTPUTS) * CHUNK * 2;
+constexpr int SUMS_BYTES = ROWS * LINE * 4;  // of one block of partial sums
+static_assert(STAGE_BYTES == sizeof(Stage), "the launch asks for so much");
 
 constexpr int WARPS = GROUPS * GROUP_WARPS;
 constexpr int THREADS = WARPS * WARP;

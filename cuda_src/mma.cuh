@@ -46,7 +46,10 @@ template <int UNITS>
 constexpr bool SWIZZLED = (UNITS & (UNITS - 1)) == 0;
 
 template <int UNITS>
-constexpr int PITCH = (SWIZZLED<UNITS> ? UNITS : UNITS + 1) * 8;  // elements of a row
+constexpr int PADDED = SWIZZLED<UNITS> ? UNITS : UNITS + 1;
+
+template <int UNITS>
+constexpr int PITCH = PADDED<UNITS> * 8;  // elements of a row
 
 // The element at which a unit begins; the first row's address is a multiple of 128 bytes.
 template <int UNITS>

@@ -30,11 +30,12 @@
 #define K 768
 #endif
 
-constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/product.py, like the next three
-constexpr int SPLIT = K > 2048 ? 4 : 1;
-constexpr int ROWS = K > 2048 && K <= 4096 ? 3 : 2;
-constexpr int ROWS_ONCE = 3;           // of norm_gemv_once
-constexpr int GROUPS = WARPS / SPLIT;  // groups of warps that share outputs
+constexpr int WARPS = 4;                         // of a block
+constexpr int SPLIT = K > LONGEST_NORM ? 4 : 1;  // warps that share a row of weights
+constexpr int ROWS = K > LONGEST_NORM&& K <= 4096 ? 3 : 2;
+constexpr int ROWS_ONCE = 3;            // of norm_gemv_once
+constexpr int GROUPS = WARPS / SPLIT;   // groups of warps that share outputs
+constexpr int OUTPUTS = GROUPS * ROWS;  // of a block at a time
 
 constexpr int VEC = WIDEST<elem_t>;
 constexpr int SPAN = WARP * VEC;  // inputs that a warp takes in one access
@@ -339,7 +340,7 @@ GEMV_ADD_ENTRY(gemv_add, elem_t, false)
 GEMV_ADD_ENTRY(gemv_add_f32, float, false)
 GEMV_ADD_ENTRY(gemv_add_once, elem_t, true)
 GEMV_ADD_ENTRY(gemv_add_once_f32, float, true)
-#if K <= 2048  // a norm needs the whole row in one warp
+#if K <= LONGEST_NORM  // a norm needs the whole row in one warp
 NORM_GEMV_ENTRY(norm_gemv, elem_t)
 NORM_GEMV_ENTRY(norm_gemv_f32, float)
 #endif

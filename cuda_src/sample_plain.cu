@@ -19,7 +19,7 @@
 #include "sampling.cuh"
 #include "softmax_state.cuh"
 
-constexpr int THREADS = 512;  // also in gpt2cupy/ops/sampling.py
+constexpr int THREADS = 512;  // of a block
 constexpr int WARPS = THREADS / WARP;
 constexpr int HELD = 4;        // quads of a thread in a turn: 8,192 tokens of a block
 constexpr int OWN = HELD * 4;  // values

@@ -8,7 +8,9 @@
 // Shapes    logits, scratch [R, Vp] float; rows [R]: the state row of each line of logits;
 //           params, ids, positions, steps [B]; ring [B, ring_size]; counts [B, V] int and
 //           bias [B, V] float may be null
-// Bytes     4 V per pass over a row: `sample` makes up to 10, top_logprobs 2 and one for each token
+// Bytes     4 V per pass over a row: `sample` makes up to 13 (two for the log-probability, one for
+//           the processed logits, four for top-k, five for top-p, one for the draw), top_logprobs 2
+//           and one for each token
 // Work      one block per row. Top-k and top-p need no sort: a radix descent over the bits of the
 //           logits finds the smallest value kept. Masses are summed as 2^-40 fixed-point integers,
 //           whose sum does not depend on the order in which atomics arrive. Equal logits are kept
@@ -21,7 +23,7 @@
 // gpt2cupy/ops/reference_sampling.py is the specification.
 #include "sampling.cuh"
 
-constexpr int THREADS = 1024;  // also in gpt2cupy/ops/sampling.py
+constexpr int THREADS = 1024;  // of a block
 constexpr int PROMPT_BIT = 1 << 30;
 
 // ---------------------------------------------------------------------------------------------

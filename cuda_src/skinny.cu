@@ -38,8 +38,8 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int TILE = 8;  // also in gpt2cupy/ops/product.py, like ROWS, SPAN and the warps
-constexpr int ROWS = 16;
+constexpr int TILE = 8;   // outputs of an mma
+constexpr int ROWS = 16;  // of x, at most
 
 constexpr int VEC = 8;    // inputs of a lane's load
 constexpr int SPAN = 32;  // inputs of a warp's load: 4 lanes along K, 8 along the rows
@@ -282,13 +282,13 @@ __device__ inline void product(const in_t* x,
 
 SKINNY_ADD_ENTRY(skinny_add_t1, ROWS, 1, elem_t)
 SKINNY_ADD_ENTRY(skinny_add_t1_f32, ROWS, 1, float)
-#if K <= 2048  // what the registers hold
+#if K <= LONGEST_NORM  // what the registers hold
 SKINNY_ADD_ENTRY(skinny_add_t2, ROWS, 2, elem_t)
 SKINNY_ADD_ENTRY(skinny_add_t2_f32, ROWS, 2, float)
 #endif
 SKINNY_ADD_ENTRY(skinny_one, 1, 1, elem_t)
 SKINNY_ADD_ENTRY(skinny_one_f32, 1, 1, float)
-#if K <= 2048 && K % (K <= 1280 ? 128 : K % 1600 ? 256 : 320) == 0  // parts of one size
+#if K <= LONGEST_NORM && K % (K <= 1280 ? 128 : K % 1600 ? 256 : 320) == 0  // parts of one size
 SKINNY_NORM_ENTRY(skinny_norm, elem_t)
 SKINNY_NORM_ENTRY(skinny_norm_f32, float)
 #endif

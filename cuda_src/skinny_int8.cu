@@ -23,8 +23,8 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int WARPS = 8;                 // of a block; also in gpt2cupy/ops/quantized.py
-constexpr int TILE = K > 4096 ? 8 : 16;  // outputs of a block in one turn; likewise
+constexpr int WARPS = 8;                 // of a block
+constexpr int TILE = K > 4096 ? 8 : 16;  // outputs of a block at a time
 constexpr int ROWS = 16;
 
 constexpr int EIGHTS = TILE / 8;  // an mma takes eight outputs

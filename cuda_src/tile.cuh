@@ -10,7 +10,8 @@
 constexpr int ROWS = 64;     // of x
 constexpr int OUTPUTS = 64;  // rows of the weights
 constexpr int CHUNK = 64;    // of K: a row of 128 bytes
-constexpr int GROUPS = 2, GROUP_WARPS = 4;
+constexpr int GROUPS = 2;
+constexpr int GROUP_WARPS = 4;
 
 // A chunk of both operands, in the layout of swizzled<UNITS>.
 constexpr int VEC = 8;  // elements of a copy

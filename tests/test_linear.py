@@ -144,7 +144,7 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
         (64, 768, 768, ("linear_rows_c8", (96, 1), 2, True)),
         (64, 768, 3072, ("linear_rows_c8", (96, 1), 6, True)),
         (64, 1280, 1280, ("linear_rows_c4", (80, 1), 5, True)),
-        # Large weights: twice as many, with a short ring.
+        # Large weights: twice as many, with few stages.
         (64, 3072, 1024, ("linear_rows_c4", (192, 1), 4, False)),
         (64, 4800, 1600, ("linear_rows_c2", (150, 1), 4, False)),
         (64, 1600, 6400, ("linear_rows_c8", (200, 1), 4, False)),
@@ -199,11 +199,11 @@ def test_a_plan_for_tens_of_rows_fits_the_chip(rows, m, eighths, chip, invariant
     assert plan.shared <= shared
     assert plan.tiles[0] * 64 >= m and plan.tiles[1] * 64 >= rows
     assert plan.split == 1 or clusters
-    # A ring has room for both groups of warps, or for all chunks.
+    # The stages are enough for both groups of warps, or for all chunks.
     chunks = -(-eighths // 8)
     share = -(-chunks // plan.split)
-    assert 1 <= plan.ring <= 12 and (plan.ring >= 2 or plan.ring >= share)
-    assert plan.ring <= share
+    assert 1 <= plan.stages <= 12 and (plan.stages >= 2 or plan.stages >= share)
+    assert plan.stages <= share
     if plan.spread:
         assert plan.tiles[0] * plan.tiles[1] * plan.split <= sms and 2 * plan.shared > shared
     if invariant:

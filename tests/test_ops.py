@@ -131,7 +131,7 @@ def test_a_product_of_tens_of_rows_as_on_newer_chips(dtype, rows, split, plain_s
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [17, 64])
-def test_a_product_of_tens_of_rows_where_its_ring_is_short_and_odd(dtype, rows, monkeypatch):
+def test_a_product_of_tens_of_rows_with_few_stages_and_an_odd_number(dtype, rows, monkeypatch):
     """Stages change from one group of warps to the other with each round."""
     monkeypatch.setattr(product, "_rows_split", lambda *given: 1)
     monkeypatch.setattr(product, "shared_limit", lambda: 99 << 10)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompileError
+from .constexpr import Constants
 from .device import import_cupy
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -61,7 +62,7 @@ NEWER_CHIPS = {
 # products of a warpgroup (wgmma).
 OWN_FEATURES = {"sm_90": "sm_90a"}
 
-# Tensor cores multiply halves.
+# Tensor cores multiply fp16 and bf16.
 HALF_ONLY = (
     "skinny.cu",
     "skinny_int8.cu",
@@ -71,10 +72,6 @@ HALF_ONLY = (
     "attention_decode_rows.cu",
     "decode_step.cu",
 )
-
-# decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
-# in shared memory still holds enough.
-STEP_HEAD_SIZE, STEP_CHANNELS = 64, (256, 2048)
 
 _compiling = threading.Lock()
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
@@ -101,9 +98,10 @@ def variants(
 
 def takes_step(defines: Mapping[str, str]) -> bool:
     """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    shortest, longest = STEP_CHANNELS
+    c = constants("decode_step.cu")
     channels, head_size = int(defines["K"]), int(defines["HS"])
-    return head_size == STEP_HEAD_SIZE and shortest <= channels <= longest and not channels % 64
+    fits = c["STEP_FEWEST_CHANNELS"] <= channels <= c["STEP_MOST_CHANNELS"]
+    return head_size == c["STEP_HEAD_SIZE"] and fits and not channels % head_size
 
 
 @functools.cache
@@ -131,6 +129,12 @@ def source_closure(source: str) -> tuple[tuple[str, str], ...]:
             texts[name] = (source_dir() / name).read_text(encoding="utf-8")
             waiting += _INCLUDE.findall(texts[name])
     return tuple(sorted(texts.items()))
+
+
+@functools.cache
+def constants(source: str, **sizes: int) -> Constants:
+    """The constants that a source and its includes declare, for some sizes (K, HS)."""
+    return Constants((text for _, text in source_closure(source)), sizes)
 
 
 def cache_dir() -> Path:

@@ -18,7 +18,6 @@ from .norm import layer_norm
 from .product import (
     BIAS_ACT,
     GEMV_SCALAR,
-    LONGEST_NORM,
     NORM_GEMV,
     THREADS,
     WARP,
@@ -30,6 +29,7 @@ from .product import (
     launch_rows,
     launch_skinny,
     launch_skinny_norm,
+    longest_norm,
     takes_linear_rows,
     takes_norm_once,
     takes_skinny,
@@ -155,7 +155,7 @@ def norm_linear(
             *norm, weight, bias, activation=activation, out=out, h=h, backend=backend
         )
     fused = fused_block(weight, backend) if len(x) == 1 else None
-    if fused is None or weight.shape[1] > LONGEST_NORM:
+    if fused is None or weight.shape[1] > longest_norm():
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
         return linear(h, weight, bias, activation=activation, out=out, backend=backend)
     if out is None:
