@@ -33,7 +33,6 @@ GPU_SOURCES = (
     "gpt2cupy/quantize.py",
     "gpt2cupy/cache.py",
     "gpt2cupy/model.py",
-    "gpt2cupy/shifts.py",
     "gpt2cupy/workspace.py",
     "gpt2cupy/engine.py",
 )

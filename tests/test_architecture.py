@@ -22,7 +22,7 @@ LAYERS = (
     ("ops.reference_sampling", "ops.reference"),
     ("ops.device", "ops.constexpr", "ops.compiler", "ops.tape", "ops.launch"),
     ("ops.blas", "ops"),
-    ("workspace", "sampling", "shifts", "model"),
+    ("workspace", "sampling", "model"),
     ("checkpoint", "decode"),
     ("loading", "request", "engine", "record"),
     ("text", "prompts", "scoring", "held", "lm", "console"),

@@ -50,9 +50,6 @@ class PersistentDecoder(GraphDecoder):
 
     name = "persistent"
 
-    def _prepare_model(self, rows: int) -> None:
-        """The weights are all that it reads."""
-
     def _step(self, state: DecodeState) -> None:
         model, config, weights = self.model, self.model.config, self.model.weights
         check(model, state.batch)

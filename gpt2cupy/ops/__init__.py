@@ -6,7 +6,6 @@ from .linear import bias_act, gemv, linear, norm_linear
 from .norm import add_layer_norm, layer_norm
 from .quantized import dequantize, quantize
 from .sampling import sample, target_logprobs, top_logprobs
-from .shift import shifted_bias
 
 __all__ = [
     "add_layer_norm",
@@ -22,7 +21,6 @@ __all__ = [
     "norm_linear",
     "quantize",
     "sample",
-    "shifted_bias",
     "target_logprobs",
     "top_logprobs",
 ]
