@@ -27,11 +27,9 @@ from .product import (
     launch_invariant,
     launch_rows,
     launch_skinny,
-    launch_skinny_norm,
     longest_norm,
     takes_linear_rows,
     takes_skinny,
-    takes_skinny_norm,
 )
 
 Array = Any
@@ -156,10 +154,7 @@ def norm_linear(
     code = ACTIVATION_CODES[activation]
     wide = out.dtype == np.float32
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    if takes_skinny_norm(weight, backend):
-        launch_skinny_norm(weight, args, wide)
-    else:
-        launch_fused(NORM_GEMV[wide], fused, weight, args)
+    launch_fused(NORM_GEMV[wide], fused, weight, args)
     return out
 
 
