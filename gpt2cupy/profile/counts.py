@@ -151,7 +151,7 @@ def decode_step(
     weights: Mapping[str, Array],
     k: Array,
     v: Array,
-    words: Array,
+    mailboxes: Array,
     *,
     scale: float,
     by_layer: bool,
