@@ -49,7 +49,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 // ---------------------------------------------------------------------------------------------
 // vectors: N consecutive elements moved by one load or store, or by several of 16 bytes: launch()
-// promises no more than that alignment, and newer chips have accesses of 32 bytes
+// checks no more than that alignment, and newer chips have accesses of 32 bytes
 
 template <int BYTES>
 struct Word {
@@ -65,8 +65,8 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T value[N];
 };
 
-// The same as the words that hold them, for values that are chosen or copied before they are used:
-// given elements, the compiler takes the words apart for that.
+// The same as words, for values that are selected or copied before they are used: given elements,
+// the compiler would take the words apart for that.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
   static constexpr int WORD = sizeof(T) * N < 4 ? sizeof(T) * N : 4;
@@ -84,7 +84,7 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
   }
 };
 
-// Elements in the widest access the hardware has.
+// The elements of an access of 16 bytes.
 template <typename T>
 constexpr int WIDEST = 16 / sizeof(T);
 
@@ -127,7 +127,7 @@ __device__ inline float sum_of(const float (&x)[N]) {
   return sum_between<0, N>(x);
 }
 
-// Several sums at once: their shuffles are under way together.
+// Several sums at once: their shuffles overlap.
 template <int WIDTH = WARP, int N>
 __device__ inline void warp_sums(float (&x)[N]) {
 #pragma unroll
@@ -148,29 +148,29 @@ __device__ inline float warp_max(float x) {
 // overlap of neighbouring kernels (programmatic dependent launch, sm_90 and newer)
 //
 // A kernel of the decode step first loads what no kernel before it in the step writes (weights,
-// keys and values of the past, positions), then waits for its predecessor. Positions are written
-// by the choice of the token: it is the last of the step, and the first of the next is launched
-// the plain way, so it starts only when that is complete. Launched the plain way, or on an older
-// chip, both calls do nothing.
+// keys and values of the past, positions), then waits for its predecessor by griddepcontrol.wait.
+// Positions are written by the sampling kernel: it is the last of the step, and the first of the
+// next is launched without overlap, so it starts only when that is complete. Launched without
+// overlap, or on an older chip, both calls do nothing.
 
-// From here on the next kernel of the stream may start, up to its own wait.
+// From here on the next kernel of the stream may start, up to its own griddepcontrol.wait.
 __device__ inline void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// 0, but not before `bits` are known. An offset of it makes a load follow a computation, which the
-// compiler would otherwise put behind the load's arrival. `positive` is anything that is.
+// 0, but not before `bits` are known: as an offset it makes a load follow a computation, which the
+// compiler would otherwise put behind the load's arrival. `positive` is any positive number.
 __device__ inline unsigned zero_after(unsigned bits, int positive) {
   unsigned zero;
   asm volatile("shr.u32 %0, %1, %2;" : "=r"(zero) : "r"(bits), "r"(positive + 32));
   return zero;
 }
 
-// Loads before the wait are paced: a lane has only some under way, and each one more follows the
-// arrival of one of those. All at once they would stand before what the kernels in between load
-// after their waits. Where nothing overlaps nothing stands in line, and they go UNPACED.
+// Loads before griddepcontrol.wait are paced: a lane has only some in flight, and each one more
+// follows the arrival of one of those. All at once they would delay what the kernels in between
+// load after their waits. Where nothing overlaps they are UNPACED.
 constexpr int UNPACED = 1 << 20;
 #if __CUDA_ARCH__ >= 900
 constexpr bool OVERLAPS = true;
@@ -178,7 +178,7 @@ constexpr bool OVERLAPS = true;
 constexpr bool OVERLAPS = false;
 #endif
 
-// 0, but not before these 16 bytes have come.
+// 0, but not before these 16 bytes have arrived.
 template <typename P>
 __device__ inline unsigned zero_after_load(const P& piece, int positive) {
   static_assert(sizeof(P) == 16, "a load");
@@ -186,8 +186,8 @@ __device__ inline unsigned zero_after_load(const P& piece, int positive) {
 }
 
 // Returns when the kernel before is complete and what it wrote can be read. At least one block of
-// every grid that may overlap must call it: then a kernel that is complete means that all before it
-// are, on which whatever is loaded early rests.
+// every grid that may overlap must call it: then a complete kernel means that all before it are
+// complete, on which the early loads rest.
 __device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -212,7 +212,7 @@ __device__ inline void cp_async(T* to_shared, const void* from) {
 #endif
 }
 
-// Likewise to an address of shared memory, but zeros, and nothing is read, where there is nothing.
+// Likewise to an address of shared memory; zeros are stored, and nothing is read, if not `there`.
 // sm_80 and newer.
 __device__ inline void cp_async_or_zero(unsigned to_shared, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
@@ -229,7 +229,7 @@ __device__ inline void cp_async_commit() {
 #endif
 }
 
-// Returns when all groups of this thread but the newest LATEST are there.
+// Returns when all groups of this thread but the newest LATEST are complete.
 template <int LATEST>
 __device__ inline void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800

@@ -35,8 +35,8 @@ __device__ inline float activate(float x, int activation) {
   }
 }
 
-// What an entry passes on. A kernel loads bias and residual early, where they are at hand, and
-// calls store(); or it calls finish(). ELEM or float: out_t.
+// The epilogue that an entry fills from its arguments; out_t is ELEM or float. A kernel loads bias
+// and residual ahead, the bias before griddepcontrol.wait, and calls store(); or it calls apply().
 template <typename out_t>
 struct Epilogue {
   const out_t* bias;      // [M], or null
@@ -56,7 +56,7 @@ struct Epilogue {
     y[i] = from_float<out_t>(activate(sum, activation) + own_residual);
   }
   // Write output i = n M + m, given the sum alone.
-  __device__ void finish(size_t i, int m, float sum) const {
+  __device__ void apply(size_t i, int m, float sum) const {
     if (bias) sum += to_float(bias[m]);
     sum = activate(sum, activation);
     if (residual) sum += to_float(residual[i]);

@@ -29,7 +29,7 @@ __device__ inline void gemv_naive_body(
   if (m >= M) return;
   float sum = 0.0f;
   for (int k = 0; k < K; k++) sum += to_float(x[k]) * to_float(weight[(size_t)m * K + k]);
-  epilogue.finish(m, m, sum);
+  epilogue.apply(m, m, sum);
 }
 
 template <typename out_t>
@@ -42,7 +42,7 @@ __device__ inline void gemv_scalar_body(
   float sum = 0.0f;
   for (int k = lane; k < K; k += WARP) sum += to_float(x[k]) * to_float(row[k]);
   sum = warp_sum(sum);
-  if (lane == 0) epilogue.finish(m, m, sum);
+  if (lane == 0) epilogue.apply(m, m, sum);
 }
 
 template <typename out_t>
@@ -74,7 +74,7 @@ __device__ inline void gemv_body(
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     float sum = warp_sum(sums[r]);
-    if (lane == 0 && first + r < M) epilogue.finish(first + r, first + r, sum);
+    if (lane == 0 && first + r < M) epilogue.apply(first + r, first + r, sum);
   }
 }
 
@@ -102,7 +102,7 @@ __device__ inline void bias_act_body(const out_t* x,
   size_t size = (size_t)N * M;
   size_t stride = (size_t)gridDim.x * blockDim.x;
   for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride)
-    epilogue.finish(i, i % M, to_float(x[i]));
+    epilogue.apply(i, i % M, to_float(x[i]));
 }
 
 extern "C" __global__ void bias_act(const elem_t* x,

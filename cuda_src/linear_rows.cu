@@ -3,22 +3,21 @@
 //   y[n] = activation(W x[n] + bias) + residual[n]
 //
 // Shapes    x [N, K]; W [M, K] rows; bias [M]; residual and y [N, M]; K a multiple of 8
-// Dtypes    x and W are ELEM (half or bfloat16); bias, residual and y are ELEM or float (entries
+// Dtypes    x and W are ELEM (fp16 or bf16); bias, residual and y are ELEM or float (entries
 //           ..._f32)
 // Bytes     M K sizeof ELEM for every ROWS rows of x; x is read from L2 for every OUTPUTS outputs
 // FLOPs     2 N M K
 // Work      a cluster of SPLIT blocks makes ROWS x OUTPUTS values, each block from its share of K.
-//           Chunks of both operands pass through a stages of shared memory (cp.async), of `stages`
-//           stages; the weights of the first chunks are loaded, and those of the others called into
-//           L2, before the kernel waits for its predecessor. Every block sends each of the others
-//           its partial sums of the rows that that one finishes, one bulk copy each; they are added
-//           in the order of the blocks. Where the stages holds all chunks of a block nothing waits
-//           for a product before the last; else a stage is filled again when its chunk has been
-//           read.
+//           Chunks of both operands pass through a pipeline of `stages` stages in shared memory
+//           (cp.async). Before griddepcontrol.wait the weights of the first chunks are copied, and
+//           those of the others prefetched to L2. Every block sends each other block its partial
+//           sums of the rows that that one writes, by one bulk copy; they are added in the order of
+//           the blocks. Where the stages hold all chunks of a block nothing waits for a product
+//           before the last; else a stage is filled again when its chunk has been read.
 //
-// A product of 64 rows is a matter of latency, not of arithmetic: what it takes is the way of its
-// last byte, in the slowest block. So a block should have a multiprocessor for itself, and all of
-// its chunks under way at once (gpt2cupy/ops/product.py).
+// A product of 64 rows is bound by latency, not by arithmetic: it takes as long as the last byte of
+// the slowest block. So a block should have a multiprocessor for itself, and all of its chunks in
+// flight at once (_rows_plan in gpt2cupy/ops).
 //
 // With batch_invariant=True it takes any number of rows, and a SPLIT that depends on M and K alone.
 // A row of x is a row of the fragments: a tensor core sums each by itself, in the order of K, and
@@ -26,8 +25,8 @@
 //
 // Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for one block a tile. On sm_90 itself tiles are
 // multiplied by wgmma (tile.cuh).
-#include "epilogue.cuh"
 #include "dsmem.cuh"
+#include "epilogue.cuh"
 #include "tile.cuh"
 
 #if __CUDA_ARCH__ >= 800
@@ -55,18 +54,18 @@ __device__ inline void load_row(const out_t* source, int count, bool aligned, fl
 }
 
 template <int SPLIT, typename out_t>
-__device__ inline void product(const elem_t* x,
-                               const elem_t* weight,
-                               const Epilogue<out_t>& epilogue,
-                               int N,
-                               int M,
-                               int K,
-                               int stages) {
-  constexpr int OWN = ROWS / SPLIT;  // rows that this block finishes
+__device__ inline void gemm(const elem_t* x,
+                            const elem_t* weight,
+                            const Epilogue<out_t>& epilogue,
+                            int N,
+                            int M,
+                            int K,
+                            int stages) {
+  constexpr int OWN = ROWS / SPLIT;  // rows that this block writes
   extern __shared__ __align__(1024) unsigned char memory[];
   Stage* storage = reinterpret_cast<Stage*>(memory);
-  // The partial sums of the rows that this block finishes, from each other block of the cluster;
-  // and those that it sends to them.
+  // The partial sums of the rows that this block writes, from each other block of the cluster; and
+  // those that it sends to them.
   auto received = reinterpret_cast<float (*)[LINE]>(memory + stages * sizeof(Stage));
   auto partial = SPLIT > 1 ? received + ROWS : received;
   int rank = cluster_rank();
@@ -92,7 +91,7 @@ __device__ inline void product(const elem_t* x,
   griddepcontrol_launch_dependents();
   __syncthreads();
 
-  // Outputs past the last have its weights; nobody stores them. Rows of x past the last are zero.
+  // Outputs past the last have its weights and are not stored. Rows of x past the last are zero.
   int row = threadIdx.x / UNITS, unit = threadIdx.x % UNITS;
   const elem_t *from_weight[COPIES], *from_x[COPIES];
   unsigned to_x[COPIES];
@@ -130,8 +129,8 @@ __device__ inline void product(const elem_t* x,
       for (int i = 0; i < COPIES; i++)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from_weight[i] + chunk * CHUNK));
 
-  // What this thread finishes: four outputs of the rows own_row, own_row + STEP_ROWS, ...
-  constexpr int STEP_ROWS = THREADS * 4 / OUTPUTS, TURNS = (OWN + STEP_ROWS - 1) / STEP_ROWS;
+  // The thread writes four outputs of the rows own_row, own_row + STEP_ROWS, ...
+  constexpr int STEP_ROWS = THREADS * 4 / OUTPUTS, OWN_ROWS = (OWN + STEP_ROWS - 1) / STEP_ROWS;
   int own_row = threadIdx.x / (OUTPUTS / 4), column = threadIdx.x % (OUTPUTS / 4) * 4;
   int m = m0 + column, columns = min(M - m, 4);
   bool aligned = M % 4 == 0;
@@ -145,7 +144,7 @@ __device__ inline void product(const elem_t* x,
     mbarrier_arrive_after_cp_async(first_full + chunk * 8);
   }
   // Few enough to be kept until they are needed.
-  constexpr bool EARLY = TURNS == 1;
+  constexpr bool EARLY = OWN_ROWS == 1;
   float own_residual[4] = {};
   auto load_residual = [&](int r) {
     int n = n0 + rank * OWN + r;
@@ -159,11 +158,11 @@ __device__ inline void product(const elem_t* x,
   PipelineState at = {group, 0}, refill = {0, 0};
 #pragma unroll 1
   for (int chunk = group; chunk < count + group; chunk += GROUPS) {
-    // Fill the stages of the last turn again. All threads copy, also those whose group has no chunk
-    // in this turn.
-    int turn = chunk - group;
-    if (turn > 0)
-      for (int next = turn - GROUPS + stages; next < min(turn + stages, count); next++) {
+    // Fill the stages of the last chunks again. All threads copy, also those whose group has no
+    // chunk in this iteration.
+    int first = chunk - group;
+    if (first > 0)
+      for (int next = first - GROUPS + stages; next < min(first + stages, count); next++) {
         mbarrier_wait(first_empty + refill.stage * 8, refill.parity);
         fetch_weight(next, refill.stage);
         fetch_x(next, refill.stage);
@@ -181,7 +180,7 @@ __device__ inline void product(const elem_t* x,
     at.advance(GROUPS, stages);
   }
 
-  // The groups' sums are put together where the copies to the rows' owners begin.
+  // The groups' sums are added where the copies to the rows' owners begin.
   tile.wait();
   if (group == 1) tile.store(partial, false);
   __syncthreads();
@@ -191,7 +190,7 @@ __device__ inline void product(const elem_t* x,
     __syncthreads();
     constexpr unsigned PART = OWN * sizeof(*received);
     if (threadIdx.x == 0) mbarrier_arrive_expect_tx(shared_address(&arrived), (SPLIT - 1) * PART);
-    cluster_wait();  // the counters of all blocks are ready
+    cluster_wait();  // the mbarriers of all blocks are initialised
     int to = threadIdx.x;
     if (to < SPLIT && to != rank)
       dsmem_copy(received[rank * OWN], partial[to * OWN], PART, &arrived, to);
@@ -202,8 +201,8 @@ __device__ inline void product(const elem_t* x,
   }
 
 #pragma unroll 1
-  for (int turn = 0; turn < TURNS; turn++) {
-    int r = own_row + turn * STEP_ROWS, n = n0 + rank * OWN + r;
+  for (int step = 0; step < OWN_ROWS; step++) {
+    int r = own_row + step * STEP_ROWS, n = n0 + rank * OWN + r;
     if (r >= OWN || n >= N || columns <= 0) break;
     if constexpr (!EARLY) load_residual(r);
     float values[4];
@@ -237,7 +236,7 @@ __device__ inline void product(const elem_t* x,
   extern "C" __global__ void cluster __launch_bounds__(THREADS)                             \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int N, int M, int K, int stages) {                     \
-    product<split, out_t>(x, weight, {bias, residual, y, activation}, N, M, K, stages);     \
+    gemm<split, out_t>(x, weight, {bias, residual, y, activation}, N, M, K, stages);        \
   }
 
 LINEAR_ROWS_ENTRY(linear_rows_c1, , 1, elem_t)

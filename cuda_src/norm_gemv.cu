@@ -158,13 +158,13 @@ __device__ inline void convert(const Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS],
 // ONCE, which is gemv_add_once: there is a single pass of the grid, and the weights are converted
 // to float before x is known.
 template <bool NORM, bool ONCE, typename in_t, typename out_t>
-__device__ inline void product(const in_t* x,
-                               const elem_t* norm_weight,
-                               const elem_t* norm_bias,
-                               const elem_t* weight,
-                               const Epilogue<out_t>& epilogue,
-                               float eps,
-                               int M) {
+__device__ inline void gemv(const in_t* x,
+                            const elem_t* norm_weight,
+                            const elem_t* norm_bias,
+                            const elem_t* weight,
+                            const Epilogue<out_t>& epilogue,
+                            float eps,
+                            int M) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int group = warp / SPLIT, part = warp % SPLIT;
   int k0 = part * CHUNKS * SPAN + lane * VEC;
@@ -209,7 +209,7 @@ __device__ inline void product(const in_t* x,
 
   __shared__ float partial[2][WARPS][ROWS];
   // The bound is the same for the whole block: its warps may meet at a barrier.
-  for (int turn = 0;; turn ^= 1) {
+  for (int buffer = 0;; buffer ^= 1) {
     float sums[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -228,12 +228,12 @@ __device__ inline void product(const in_t* x,
 
     float own = scattered_sum(sums);
     if constexpr (SPLIT > 1) {
-      if (holder) partial[turn][warp][row] = own;
+      if (holder) partial[buffer][warp][row] = own;
       __syncthreads();
       if (writer) {
         own = 0.0f;
 #pragma unroll
-        for (int p = 0; p < SPLIT; p++) own += partial[turn][warp + p][row];
+        for (int p = 0; p < SPLIT; p++) own += partial[buffer][warp + p][row];
       }
     }
     if (writer && first + row < M) epilogue.store(first + row, own + own_bias, own_residual);
@@ -246,20 +246,20 @@ __device__ inline void product(const in_t* x,
   }
 }
 
-#define GEMV_ADD_ENTRY(name, out_t, once)                                                   \
-  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                 \
-      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
-           out_t* y, int activation, int M) {                                               \
-    product<false, once, elem_t, out_t>(x, nullptr, nullptr, weight,                        \
-                                        {bias, residual, y, activation}, 0.0f, M);          \
+#define GEMV_ADD_ENTRY(name, out_t, once)                                                          \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                        \
+      name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,        \
+           out_t* y, int activation, int M) {                                                      \
+    gemv<false, once, elem_t, out_t>(x, nullptr, nullptr, weight, {bias, residual, y, activation}, \
+                                     0.0f, M);                                                     \
   }
 
 #define NORM_GEMV_ENTRY(name, out_t)                                                              \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                       \
       name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
            const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
-    product<true, false, float, out_t>(x, norm_weight, norm_bias, weight,                         \
-                                       {bias, nullptr, y, activation}, eps, M);                   \
+    gemv<true, false, float, out_t>(x, norm_weight, norm_bias, weight,                            \
+                                    {bias, nullptr, y, activation}, eps, M);                      \
   }
 
 GEMV_ADD_ENTRY(gemv_add, elem_t, false)

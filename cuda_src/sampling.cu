@@ -1,5 +1,5 @@
-// The next token of each row, by everything that can be asked for, chosen on the device and handed
-// to the host through a mapped ring; and log-probabilities.
+// The next token of each row, by every sampling parameter, sampled on the device and pushed to the
+// host through a mapped token ring; and log-probabilities.
 //
 //   x      = processed logits: bias, penalties, minimum length, temperature, top-k, top-p, min-p
 //   token  = argmax(x)                     temperature 0
@@ -16,7 +16,7 @@
 //           whose sum does not depend on the order in which atomics arrive. Equal logits are kept
 //           or dropped together.
 //
-// Entries   sample           the choice; greedy and temperature alone: see sample_plain.cu
+// Entries   sample           the next token; greedy and temperature alone: see sample_plain.cu
 //           top_logprobs     the most probable tokens of each row
 //           target_logprobs  the log-probability of one given token of each row
 //
@@ -57,8 +57,8 @@ __device__ inline float block_sum(float own, float* shared) {
 // ---------------------------------------------------------------------------------------------
 // thresholds
 
-// The largest x such that the tokens of value >= x weigh at least `target`: eight bits of it a
-// pass.
+// The largest x such that the tokens of value >= x weigh at least `target`; a pass finds eight bits
+// of it.
 template <typename Weight>
 __device__ inline float threshold(const float* x, int V, u64 target, Weight weight, u64* bins) {
   __shared__ u32 chosen;
@@ -89,7 +89,7 @@ __device__ inline float threshold(const float* x, int V, u64 target, Weight weig
 
 // ---------------------------------------------------------------------------------------------
 
-// log sum exp of the logits, and the best of them.
+// The log sum exp of the logits, and the best of them.
 __device__ inline float log_sum_exp(const float* x, int V, Best* best, Best* bests, float* sums) {
   Best own = {MINUS_INFINITY, V};
   for (int v = threadIdx.x; v < V; v += THREADS) own = better(own, Best{x[v], v});
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
     if (counts) counts[id] += 1;
     ids[row] = id;
     positions[row] = position;
-    hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
+    push_token(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
   }
 }
 

@@ -83,9 +83,9 @@ __device__ inline void load_weights(
 }
 
 template <int TILES, typename out_t>
-__device__ inline void product(
+__device__ inline void gemm(
     const elem_t* x, const elem_t* weight, const Epilogue<out_t>& epilogue, int N, int M) {
-  constexpr int OUTPUTS = TILES * TILE;  // of a block in one turn
+  constexpr int OUTPUTS = TILES * TILE;  // of a block at a time
   constexpr int STRIDE = WARPS<TILES> * WARP / OUTPUTS;
   constexpr int EACH = (ROWS + STRIDE - 1) / STRIDE;
   __shared__ float sums[2][WARPS<TILES>][ROWS][OUTPUTS];
@@ -106,7 +106,7 @@ __device__ inline void product(
 #pragma unroll
   for (int e = 0; e < EACH; e++) own_residual[e] = epilogue.residual_at(place(e), writes(e));
 
-  for (int turn = 0; first < M; turn ^= 1) {
+  for (int buffer = 0; first < M; buffer ^= 1) {
     float d[TILES][2][4] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS<TILES>; c++) {
@@ -132,7 +132,7 @@ __device__ inline void product(
     for (int t = 0; t < TILES; t++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sums[turn][warp][across + i / 2 * 8][t * TILE + along * 2 + i % 2] =
+        sums[buffer][warp][across + i / 2 * 8][t * TILE + along * 2 + i % 2] =
             d[t][0][i] + d[t][1][i];
     __syncthreads();
 #pragma unroll
@@ -141,7 +141,7 @@ __device__ inline void product(
         float sum = own_bias;
 #pragma unroll
         for (int p = 0; p < WARPS<TILES>; p++)
-          sum += sums[turn][p][row + e * STRIDE][threadIdx.x % OUTPUTS];
+          sum += sums[buffer][p][row + e * STRIDE][threadIdx.x % OUTPUTS];
         epilogue.store(place(e), sum, own_residual[e]);
       }
     m = first + threadIdx.x % OUTPUTS;
@@ -155,7 +155,7 @@ __device__ inline void product(
   extern "C" __global__ void __launch_bounds__(WARPS<tiles>* WARP)                          \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int N, int M) {                                        \
-    product<tiles, out_t>(x, weight, {bias, residual, y, activation}, N, M);                \
+    gemm<tiles, out_t>(x, weight, {bias, residual, y, activation}, N, M);                   \
   }
 
 SKINNY_ADD_ENTRY(skinny_add_t1, 1, elem_t)

@@ -207,7 +207,7 @@ __device__ inline void multiply(int tid,
   int warp = tid / WARP, lane = tid % WARP, along = lane % 4, across = lane / 4;
   int first = unit_of(warp) * SPAN + along * 8;
   unsigned weights = first * 2;
-  // With fewer than four rows the columns left over repeat the last row; nobody reads their sums.
+  // With fewer than four rows the columns left over repeat the last row; their sums are not read.
   unsigned column =
       shared + (min(across / 2, N - 1) * SharedStorage<N>::ROW + first + across % 2 * 2) * 2;
   unsigned sums = shared + sums_at<N>(buffer, warp, min(along, N - 1)) + across * 4;
