@@ -4,7 +4,7 @@
 //   L times:  x += proj(attention(qkv(norm(x))));  x += out(activation(fc(norm(x))))
 //   logits = lm_head norm(x)
 //
-// Entries   decode_step_b1, _2, _4: as many rows N of the batch
+// Entries   decode_step_b1, _b2, _b4: as many rows N of the batch
 // Shapes    as in Weights and KVCache; logits [N, Vp] float; C = K, inner size 4 C, head size HS
 // Dtypes    ELEM is fp16 or bf16; the residual stream, proj_b, out_b and the logits are float
 // Bytes     all weights but the embeddings once, and keys and values of the past

@@ -30,7 +30,7 @@
 
 constexpr int WARPS = 4;                         // of a block
 constexpr int SPLIT = K > LONGEST_NORM ? 4 : 1;  // warps that share a row of weights
-constexpr int ROWS = K > LONGEST_NORM&& K <= 4096 ? 3 : 2;
+constexpr int ROWS = K <= 4096 && K > LONGEST_NORM ? 3 : 2;
 constexpr int GROUPS = WARPS / SPLIT;   // groups of warps that share outputs
 constexpr int OUTPUTS = GROUPS * ROWS;  // of a block at a time
 
