@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .compiler import constants
-from .launch import Kernel, device_empty, launch
+from .core.compiler import constants
+from .core.launch import Kernel, device_empty, launch
 
 _STORED = ("float32", "float16", "bfloat16")
 TRANSPOSE = {

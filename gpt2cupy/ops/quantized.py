@@ -14,10 +14,10 @@ import numpy as np
 from .. import quantize as host
 from ..quantize import SCALE_DTYPE, QuantizedMatrix
 from . import reference
-from .compiler import constants
-from .device import has_mma, sm_count
-from .launch import Kernel, device_empty, is_device_array, launch
-from .product import LONGEST, WARP, entries, longest_norm
+from .core.compiler import constants
+from .core.device import has_mma, sm_count
+from .core.launch import Kernel, device_empty, is_device_array, launch
+from .linear_kernels import LONGEST, WARP, entries, longest_norm
 
 Array = Any
 
