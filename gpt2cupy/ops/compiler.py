@@ -137,7 +137,10 @@ def source_closure(source: str) -> tuple[tuple[str, str], ...]:
 @functools.cache
 def source_digests(source: str) -> dict[str, str]:
     """The digest of each file of :func:`source_closure`, by name."""
-    return {name: digest_cuda(text) for name, text in source_closure(source)}
+    return {name: _digest(text) for name, text in source_closure(source)}
+
+
+_digest = functools.cache(digest_cuda)  # most headers belong to many sources
 
 
 def cache_dir() -> Path:
