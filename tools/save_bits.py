@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from shared import config_of, paths, random_model
 
 from gpt2cupy import GPT2, SamplingParams, decode
-from gpt2cupy.engine import Engine
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 
 SAMPLE = 64  # logits that are kept as numbers, spread over all
 KINDS = {
