@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layout import Record, source_line
+from layout import Record, caption
 
 from gpt2cupy.profile.plot import matplotlib_figure
 
@@ -39,10 +39,7 @@ class Picture:
     def block(self, found: Found) -> str:
         """What stands in the document: the picture, what it shows, and where that comes from."""
         note = f"{self.title}. {self.note(self.points(found))}"
-        for other in self.uses:
-            if other in found:
-                note += f". With {other}.json of {found[other]['date']}"
-        return f"![{self.title}]({self.file})\n{source_line(found[self.needs], note)}"
+        return f"![{self.title}]({self.file})\n{caption(found[self.needs], note)}"
 
     def is_current(self, folder: Path, found: Found) -> bool:
         """Whether the file shows what the records hold."""
