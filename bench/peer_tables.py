@@ -13,7 +13,7 @@ OURS = "gpt2cupy"
 # Engines of the first table a reader sees, and how it calls them.
 SHOWN = {
     OURS: "**gpt2cupy**",
-    "PyTorch step": "PyTorch, a step written by hand, compiled and captured in a CUDA graph",
+    "PyTorch step": "PyTorch, hand-written step, compiled, CUDA graph",
     "llama.cpp": "llama.cpp, CUDA, flash attention",
     "transformers compiled": "transformers, compiled, static cache",
     "transformers eager": "transformers",
