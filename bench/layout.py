@@ -67,7 +67,9 @@ def environment(found: dict[str, Record]) -> str:
         machine = "; ".join(filter(None, (where(entry), versions(entry))))
         groups.setdefault(machine, []).append(name)
     lines = []
-    for machine, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+    # A GPU first where as many were measured without one.
+    order = sorted(groups.items(), key=lambda group: (-len(group[1]), "driver" not in group[0]))
+    for machine, names in order:
         dates = sorted({found[name]["date"] for name in names})
         which = f" ({', '.join(f'{name}.json' for name in sorted(names))})" if lines else ""
         when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
