@@ -89,7 +89,9 @@ def by_kernel(rows: list[Row]) -> list[Row]:
         into["cpu_avg_us"] = 1e3 * into["cpu_total_ms"] / into["calls"]
         if into["cuda_total_ms"] is not None:
             into["cuda_avg_us"] = 1e3 * into["cuda_total_ms"] / into["calls"]
-    return sorted(merged.values(), key=lambda row: -(row["self_cuda_ms"] or row["self_cpu_ms"]))
+    return sorted(
+        merged.values(), key=lambda row: (-(row["self_cuda_ms"] or 0.0), -row["self_cpu_ms"])
+    )
 
 
 def components(name: str) -> Callable[[Record], str]:

@@ -474,7 +474,9 @@ def test_kernels_of_one_name_are_one_row():
     row = {"self_cpu_percent": 1.0, "cpu_total_ms": 4.0, "self_cuda_ms": 3.0, "cuda_total_ms": 3.0}
     row |= {"self_cpu_ms": 2.0, "cpu_avg_us": 2000.0, "cuda_avg_us": 1500.0, "calls": 2}
     rows = [row | {"name": f"void k<{n}>(int)"} for n in (1, 2)]
-    (merged,) = profile_tables.by_kernel(rows)
+    host = row | {"name": "cudaLaunchKernel", "self_cuda_ms": 0.0, "self_cpu_ms": 90.0}
+    merged, last = profile_tables.by_kernel([host, *rows])
+    assert last["name"] == "cudaLaunchKernel", "the longest on the GPU first"
     assert merged["name"] == "k" and merged["calls"] == 4 and merged["self_cuda_ms"] == 6.0
     assert (merged["cpu_avg_us"], merged["cuda_avg_us"]) == (2000.0, 1500.0)
 
