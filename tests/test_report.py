@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -433,6 +434,17 @@ def test_a_page_says_once_where_it_was_measured(example):
     assert text.count("Measured on NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.") == 1
     path.write_text("<!-- table: decode -->\n<!-- end -->\n")
     assert "no table environment says" in run(example).stderr
+
+
+def test_every_table_has_a_sentence_above_it(report):
+    """A heading alone does not say what a table means."""
+    bare = []
+    for page in report.documents(record.ROOT):
+        lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line]
+        for above, line in itertools.pairwise(lines):
+            if line.startswith("<!-- table: ") and above.startswith(("#", "|")):
+                bare.append(f"{page.name}: {line}")
+    assert bare == []
 
 
 def test_environments_that_differ_are_told_apart():
