@@ -18,6 +18,8 @@ from layout import Record, caption
 
 from gpt2cupy.profile.plot import matplotlib_figure
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 KEY = "Points"  # of the hash in a PNG's text
 
 Found = dict[str, Record]

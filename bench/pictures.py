@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import peer_tables
-from picture import Found, Picture, Points
+import peer_picture
+from picture import COLOURS, Found, Picture, Points
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>"
 DTYPES = ("float16", "bfloat16", "float32")
 ENGINES = ("ours", "cublas")  # of a GEMV, as gemv.json names them
@@ -251,46 +249,10 @@ def share_note(points: Points) -> str:
     return note
 
 
-# How the picture calls the engines of the table that stands above it.
-ENGINE_LABELS = {
-    "PyTorch step": "PyTorch, compiled",
-    "transformers compiled": "transformers,\ncompiled",
-    "transformers eager": "transformers",
-}
-
-
-def engines_points(found: Found) -> Points:
-    """Tokens/s of each engine of the first table, by size; None where there is no record."""
-    speeds = peer_tables.rates(found)
-    names = [name for name in peer_tables.SHOWN if any(name in of for of in speeds.values())]
-    sizes = [size for size in peer_tables.SIZES if size in speeds]
-    return {size: [[name, speeds[size].get(name)] for name in names] for size in sizes}
-
-
-def draw_engines(figure: Any, points: Points) -> None:
-    panels = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
-    for axes, (size, rows) in zip(panels, points.items(), strict=True):
-        labels = [ENGINE_LABELS.get(name, name) for name, _ in rows]
-        colours = [COLOURS[0] if name == peer_tables.OURS else "#9A9A9A" for name, _ in rows]
-        places = range(len(rows))[::-1]
-        bars = axes.barh(places, [rate or 0 for _, rate in rows], color=colours)
-        shown = [f"{rate:,.0f}" if rate else "not measured" for _, rate in rows]
-        axes.bar_label(bars, labels=shown, padding=2, fontsize=9)
-        axes.set_yticks(places, labels)
-        axes.set(title=f"GPT-2 {size}", xlabel="tokens/s")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.margins(x=0.2)
-        axes.set_xlim(0)
-
-
-def engines_note(points: Points) -> str:
-    return f"One text at a time, float16, {' and '.join(points)}; a longer bar is faster"
-
-
 PICTURES = {
     "picture-engines": Picture(
-        "engines.png", "Tokens per second beside other engines", "peers", peer_tables.USE,
-        engines_points, draw_engines, engines_note,
+        "engines.png", "Tokens per second beside other engines", "peers", peer_picture.USE,
+        peer_picture.points, peer_picture.draw, peer_picture.note,
     ),
     "picture-latency": Picture(
         "decode-latency.png", "Latency against context", "batches", ("peers",),

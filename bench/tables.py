@@ -236,6 +236,34 @@ def ablation(entry: Record) -> str:
     return table(header, lines, 2) + caption(entry, note)
 
 
+# Switch of bench/ablation.py -> the version of docs/notebook/ladder.md that brought it.
+VERSIONS = {"fused-norm": 2, "one-pass-sampling": 4, "graph": 5, "overlap": 6, "gemv": 7}
+
+
+def ladder(entry: Record) -> str:
+    """The versions that can still be switched off: steps in float16 without and with each."""
+    results = entry["results"]
+    steps = {
+        (row["batch"], row["off"].removeprefix("persistent,")): number(row["step"]["median_us"])
+        for row in results["rows"]
+        if row["dtype"] == "float16"
+    }
+    batches = sorted({batch for batch, _ in steps})
+    lines = []
+    for name, version in sorted(VERSIONS.items(), key=lambda each: each[1]):
+        for batch in batches:
+            # Where the persistent step is taken, what it replaces is compared without it.
+            whole = steps.get((batch, "persistent")) or steps.get((batch, ""))
+            if (batch, name) in steps:
+                lines.append([version, f"`{name}`", batch, steps[batch, name], whole])
+    header = ["version", "switch", "rows", "step without it, µs", "step with it, µs"]
+    note = (
+        f"{results['model']}, float16, random weights, {results['tokens']} greedy tokens after "
+        f"{results['prompt']}; medians"
+    )
+    return table(header, lines, 2) + caption(entry, note)
+
+
 # Name of a table -> (the record it is made from, how).
 TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "decode": ("decode", decode),
@@ -256,6 +284,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "invariance": ("invariance", invariance),
     "naive": ("naive", naive),
     "ablation": ("ablation", ablation),
+    "ladder": ("ablation", ladder),
     "validate": ("validate", validate_tables.comparisons),
     "validate-steps": ("validate", validate_tables.steps),
     "profile-operators": ("profile", profile_tables.operators),

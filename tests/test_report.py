@@ -309,6 +309,10 @@ SAYS = {
         "| float16 | graph, gemv (only the KV cache) | 1 | 500 (500 to 500) | 2,000 | 20% |",
         "graph: one captured graph; gemv: our product. Left out: 1558M float32: needs 99 GiB.",
     ],
+    "ladder": [
+        "| 5 | `graph` | 1 | 400 | 100 |",
+        "| 7 | `gemv` | 1 | 125 | 100 |",
+    ],
     "profile-operators": [
         "| `aten::addmm` | 1.50 |",
         "the first 20 of 30 operators and kernels, those of one name added up. Self CPU 653.0 ms "
