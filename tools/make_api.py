@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
 INTRO = """# The Python API
 
-Made from the docstrings by `make docs`; change those, not this page.
+Every public name, the interfaces below them, and the errors. This page is made from the docstrings
+by `make docs`; change those, not this page.
 """
 # The interfaces below the public names, for those who write engines or kernels of their own.
 INTERFACES = (
-    *("Weights", "KVCache", "DecodeState", "decoder", "Engine", "Request", "Token"),
+    *("Weights", "KVCache", "DecodeState", "Engine", "Request", "Token"),
     *("Kernel", "launch"),
 )
 # What the public names hand out, beside them.
@@ -62,14 +63,27 @@ def page() -> str:
     for name, error in package["errors"].members.items():
         if not error.is_alias and error.is_class and name not in gpt2cupy.__all__:
             parts += _object(error, f"gpt2cupy.errors.{name}", 3)
-    return "\n".join(parts)
+    return "\n".join([INTRO, _contents(parts[1:]), *parts[1:]])
+
+
+def _contents(parts: list[str]) -> str:
+    """Links to the headings of the second and third level that name something."""
+    links = []
+    for part in parts:
+        heading = re.fullmatch(r"###? (gpt2cupy\.\S+)\n", part)
+        if heading and "errors." not in heading[1]:
+            anchor = re.sub(r"[^\w-]", "", heading[1].lower())
+            links.append(f"[{heading[1].rpartition('.')[2]}](#{anchor})")
+    return f"{', '.join(links)}.\n"
 
 
 def _defined(module: griffe.Module, name: str) -> griffe.Object:
     """The class or function of this name, wherever in the package it is defined."""
     found = list(_definitions(module, name))
     if len(found) != 1:
-        raise LookupError(f"{len(found)} definitions of {name} in the package")
+        raise LookupError(
+            f"{len(found)} definitions of {name}, which this script lists, in gpt2cupy"
+        )
     return found[0]
 
 
