@@ -1,4 +1,4 @@
-"""Tables of ours beside other engines, from peers.json and, where it is apart, peers-1558M.json."""
+"""Tables and picture of ours beside other engines, from peers.json and, where it is apart, peers-1558M.json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from layout import Record, Row, caption, left_out, number, rate, spread, table
+from picture import COLOURS, Points
 
 Found = dict[str, Record]
 USE = ("peers-1558M",)  # the largest size, where it was measured in a run of its own
@@ -100,3 +101,39 @@ def peers(found: Found) -> str:
     )
     note += "".join(f". {name}: {form}" for name, form in forms.items())
     return table(header, lines, 3) + caption(found["peers"], note)
+
+
+# How the picture calls the engines of the table that stands above it.
+_LABELS = {
+    "PyTorch step": "PyTorch, compiled",
+    "transformers compiled": "transformers,\ncompiled",
+    "transformers eager": "transformers",
+}
+
+
+def picture_points(found: Found) -> Points:
+    """Tokens/s of each engine of the first table, by size; None where there is no record."""
+    speeds = rates(found)
+    names = [name for name in SHOWN if any(name in of for of in speeds.values())]
+    sizes = [size for size in SIZES if size in speeds]
+    return {size: [[name, speeds[size].get(name)] for name in names] for size in sizes}
+
+
+def picture_draw(figure: Any, points: Points) -> None:
+    panels = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
+    for axes, (size, rows) in zip(panels, points.items(), strict=True):
+        labels = [_LABELS.get(name, name) for name, _ in rows]
+        colours = [COLOURS[0] if name == OURS else "#9A9A9A" for name, _ in rows]
+        places = range(len(rows))[::-1]
+        bars = axes.barh(places, [speed or 0 for _, speed in rows], color=colours)
+        shown = [f"{speed:,.0f}" if speed else "not measured" for _, speed in rows]
+        axes.bar_label(bars, labels=shown, padding=2, fontsize=9)
+        axes.set_yticks(places, labels)
+        axes.set(title=f"GPT-2 {size}", xlabel="tokens/s")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.margins(x=0.2)
+        axes.set_xlim(0)
+
+
+def picture_note(points: Points) -> str:
+    return f"One text at a time, float16, {' and '.join(points)}; a longer bar is faster"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import peer_picture
+import peer_tables
 from picture import COLOURS, Found, Picture, Points
 
 MARKERS = "os^Dv<>"
@@ -251,8 +251,8 @@ def share_note(points: Points) -> str:
 
 PICTURES = {
     "picture-engines": Picture(
-        "engines.png", "Tokens per second beside other engines", "peers", peer_picture.USE,
-        peer_picture.points, peer_picture.draw, peer_picture.note,
+        "engines.png", "Tokens per second beside other engines", "peers", peer_tables.USE,
+        peer_tables.picture_points, peer_tables.picture_draw, peer_tables.picture_note,
     ),
     "picture-latency": Picture(
         "decode-latency.png", "Latency against context", "batches", ("peers",),
