@@ -1,4 +1,4 @@
-"""Tables and picture of ours beside other engines, from peers.json and, where it is apart, peers-1558M.json."""
+"""Ours beside other engines: tables and picture, from peers.json and peers-1558M.json, if it is apart."""
 
 from __future__ import annotations
 
