@@ -1,4 +1,4 @@
-"""Ours beside other engines: tables and picture, from peers.json and peers-1558M.json, if it is apart."""
+"""Ours beside other engines: tables and a picture, from peers.json and peers-1558M.json."""
 
 from __future__ import annotations
 
