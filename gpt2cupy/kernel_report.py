@@ -93,8 +93,7 @@ def report(
         arch = device_arch(index)
         rows = []
         for file, defines, entry, found, threads in _entries(arch, elem, source.config):
-            inner = int(defines["K"]) if "K" in defines else None
-            module = launch.load(file, elem, head_size, inner)
+            module = launch.load(file, defines)
             told, resident = _asked(cupy, index, module.get_function(entry), found, threads)
             rows.append(_row(arch, file, defines, entry, told, threads, resident))
         return rows
@@ -106,12 +105,15 @@ def _entries(
     """(source, macros, entry, what its cubin says, threads of a block), compiled if need be."""
     macro = compiler.ELEMENT_TYPES[elem.name]
     sizes = dict.fromkeys((config.n_embd, config.inner_size))
-    for file, defines in compiler.variants((config.head_size,), tuple(sizes)):
-        if defines.get("ELEM", macro) == macro:
-            path = compiler.cubin(file, defines, arch)
-            for entry, found in sorted(occupancy.read_cubin(path).items()):
-                threads = found.max_threads or THREADS.get(_TYPE_SUFFIX.sub("", entry))
-                yield file, defines, entry, found, threads
+    variants = [
+        (file, defines, compiler.request(file, defines, arch))
+        for file, defines in compiler.variants((config.head_size,), tuple(sizes))
+        if defines.get("ELEM", macro) == macro
+    ]
+    for file, defines, cubin in variants:
+        for entry, found in sorted(occupancy.read_cubin(cubin.result()).items()):
+            threads = found.max_threads or THREADS.get(_TYPE_SUFFIX.sub("", entry))
+            yield file, defines, entry, found, threads
 
 
 def _computed(

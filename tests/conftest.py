@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Workers have a core each: threads of their BLAS libraries would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    assert "numpy" not in sys.modules
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # How long an example takes depends on what else the machine does; no test asks for speed.
 hypothesis.settings.register_profile("gpt2cupy", deadline=None)

