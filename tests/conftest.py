@@ -45,14 +45,28 @@ def _gpu_reason() -> str:
     return ""
 
 
-def _narrow_on_numpy(item: pytest.Item) -> bool:
+LARGEST_ON_NUMPY = 1 << 20  # weights of a product
+
+
+def _only_for_gpus(item: pytest.Item) -> bool:
+    """Whether a case on NumPy is like another one.
+
+    The NumPy engine holds float32 only, has no library beside itself to multiply with, and no
+    kernels that large products take and small ones do not.
+    """
     params = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("xp") == "numpy" and params.get("dtype", "float32") != "float32"
+    if params.get("xp") != "numpy":
+        return False
+    weights = params.get("m", 0) * params.get("k", 0)
+    return (
+        params.get("dtype", "float32") != "float32"
+        or params.get("backend") == "cublas"
+        or weights > LARGEST_ON_NUMPY
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The NumPy engine holds float32 only: the other dtypes are the GPU's cases.
-    idle = [item for item in items if _narrow_on_numpy(item)]
+    idle = [item for item in items if _only_for_gpus(item)]
     if idle:
         config.hook.pytest_deselected(items=idle)
         items[:] = [item for item in items if item not in set(idle)]
