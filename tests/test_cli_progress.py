@@ -10,7 +10,7 @@ import pytest
 from command import CPU, cli
 
 from gpt2cupy.cli import progress
-from gpt2cupy.ops import compiler
+from gpt2cupy.ops.core import compiler
 
 
 class Terminal(io.StringIO):

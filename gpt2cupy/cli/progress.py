@@ -46,7 +46,7 @@ def compiling(*, quiet: bool = False) -> Iterator[None]:
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield
         return
-    from ..ops import compiler
+    from ..ops.core import compiler
 
     line = _Line()
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import ops
 from ..model import GPT2
-from ..ops.tape import load, recorded
+from ..ops.core.tape import load, recorded
 from .state import DecodeState
 
 
