@@ -207,8 +207,12 @@ __device__ inline void step(const int* ids,
             L, S, T, P, Vp);                                                                      \
   }
 
+#if BATCH == 1
 DECODE_STEP_ENTRY(decode_step_b1, 1)
+#elif BATCH == 2
 DECODE_STEP_ENTRY(decode_step_b2, 2)
+#elif BATCH == 4
 DECODE_STEP_ENTRY(decode_step_b4, 4)
+#endif
 
 #endif

@@ -23,7 +23,7 @@ _STATIC = 1024  # bytes of its shared memory beside stages and sums, at most
 LONGEST = 8192  # longest row that fits their registers
 
 
-def entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
+def entries(source: str, name: str, signature: str, **options: Any) -> dict[bool, Kernel]:
     """The entry whose output is ELEM, and the one whose output is float32."""
     return {
         False: Kernel(source, name, signature.replace("OUT", "ELEM"), **options),

@@ -17,7 +17,7 @@ from ..decode import persistent as persistent_module
 from ..errors import InputError
 from ..model import GPT2
 from ..ops.core.launch import is_device_array
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from ..ops.gpt2 import step
 from . import counts
 from .counts import Cost
@@ -228,6 +228,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
 
     with observed(around), recorded() as calls:
         path._step(state)
+    load(calls)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.compiler import STEP_ROWS as ROWS
 from ..core.compiler import constants
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
@@ -14,7 +15,6 @@ from ..linear import ACTIVATION_CODES
 
 Array = Any
 
-ROWS = (1, 2, 4)  # of the entries
 
 _SIGNATURE = (
     "ids: int32[N], positions: int32[N], slots: int32[N], wte: ELEM[Vp,K], wpe: ELEM[P,K], "
@@ -26,7 +26,13 @@ _SIGNATURE = (
     "scale: float, by_layer: int, eps: float, activation: int, L, S, T, P, Vp"
 )
 DECODE_STEP = {
-    rows: Kernel("decode_step.cu", f"decode_step_b{rows}", _SIGNATURE, cooperative=True)
+    rows: Kernel(
+        "decode_step.cu",
+        f"decode_step_b{rows}",
+        _SIGNATURE,
+        cooperative=True,
+        macros={"BATCH": str(rows)},
+    )
     for rows in ROWS
 }
 WEIGHTS = (
