@@ -8,6 +8,7 @@ read, so the GPU does not wait for Python.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -94,7 +95,12 @@ class Engine:
     def _on_device(self) -> Iterator[None]:
         """The engine's device and stream, left again before control returns to the caller."""
         with self.device, self.stream:
-            yield
+            if self.model.xp is not np:
+                yield
+                return
+            # NumPy would warn of an overflow; sampling marks what comes of it.
+            with np.errstate(over="ignore", invalid="ignore"):
+                yield
 
     def run(self, requests: Iterable[Request]) -> Iterator[Token]:
         """Generate until every request is finished, yielding tokens as they are chosen.
@@ -245,7 +251,9 @@ class Engine:
         token, logprob = self.state.read(sequence.row, sequence.first + sequence.read)
         sequence.read += 1
         reason = None
-        if token == request.eos:
+        if math.isnan(logprob):  # how sampling marks logits that are not finite
+            reason = "error"
+        elif token == request.eos:
             reason = "eos"
         elif sequence.read >= sequence.limit:
             reason = "length"

@@ -117,6 +117,11 @@ class LanguageModel:
         params : SamplingParams, optional
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
+
+        Raises
+        ------
+        NonFiniteError
+            If logits are not finite, in place of the piece that they would have given.
         """
         self._held.check_open()
         chosen = prompts.with_options(params, options)
@@ -134,6 +139,9 @@ class LanguageModel:
                 now = time.perf_counter()
                 first = first or now
                 text, reason = row.push(token)
+                if reason == "error":
+                    where = f"new token {count + 1}"
+                    raise scoring.non_finite(self.model, where, failed=(token.key,))
                 rate = count / (now - first) if count else 0.0
                 yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
                 if reason:
@@ -169,6 +177,9 @@ class LanguageModel:
         ------
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
+        NonFiniteError
+            If logits are not finite. The others are finished first, and are its
+            ``completions``.
         """
         self._held.check_open()
         chosen = prompts.with_options(params, options)
@@ -182,15 +193,25 @@ class LanguageModel:
         found = self._complete(requests, max_batch)
         grouped = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
         results = [group[0] if chosen.n == 1 else group for group in grouped]
-        return results[0] if single else results
+        result = results[0] if single else results
+        failed = tuple(r.key for r, each in zip(requests, found, strict=True) if each is None)
+        if failed:
+            number, place = failed[0]
+            where = "" if single else prompts.place_of(number, given[number])
+            if chosen.n > 1:
+                where += f"{', ' if where else ''}continuation {place}"
+            raise scoring.non_finite(self.model, where, completions=result, failed=failed)
+        return result
 
-    def _complete(self, requests: list[Request], max_batch: int) -> list[Completion]:
+    def _complete(self, requests: list[Request], max_batch: int) -> list[Completion | None]:
+        """The completion of each request; None where its logits are not finite."""
         rows = {request.key: Collected(self.tokenizer, request) for request in requests}
         with contextlib.closing(self._held.tokens(requests, max_batch)) as tokens:
             for token in tokens:
                 if rows[token.key].push(token):
                     self._held.drop(token.key)
-        return [row.completion() for row in rows.values()]
+        found = [row.completion() for row in rows.values()]
+        return [None if each.finish_reason == "error" else each for each in found]
 
     # -- scoring ---------------------------------------------------------------------------------
 

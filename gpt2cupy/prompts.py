@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .config import GPT2Config
-from .errors import InputError
+from .errors import InputError, shown
 from .ids import check_tokens
 from .request import Request
 from .sampling import SamplingParams
@@ -26,6 +26,11 @@ def is_one(prompt: Any) -> bool:
         return prompt.ndim < 2
     # No prompts at all is an empty list of them; an empty one is written "".
     return len(prompt) > 0 and not (isinstance(prompt[0], str) or _is_sequence(prompt[0]))
+
+
+def place_of(number: int, prompt: Any) -> str:
+    """Which of several prompts: its number and how it begins."""
+    return f"prompt {number}, {shown(prompt, 24)}"
 
 
 def to_ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:

@@ -46,7 +46,8 @@ class Token:
     logprob : float
         Under the raw logits.
     finish_reason : str or None
-        "eos" (``id`` is the end token), "length", or None while it goes on.
+        "eos" (``id`` is an end token), "length", "error" (the logits are not finite, and
+        ``id`` means nothing), or None while it goes on.
     top : list of (int, float)
         The most probable tokens, where ``logprobs`` asks for them.
     """

@@ -109,6 +109,8 @@ class GrowingText:
 
     def push(self, token: Token) -> tuple[str, str | None]:
         """New text that is safe to show, and the finish reason if it has ended."""
+        if token.finish_reason == "error":
+            return "", "error"
         text = self.held
         if token.finish_reason != "eos":
             text += self._decode(token.id)

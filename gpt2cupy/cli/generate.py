@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..sampling import SamplingParams
 from . import options, shell
 
 if TYPE_CHECKING:
     from ..lm import LanguageModel
+    from ..text import Completion
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -159,12 +160,16 @@ def _stream(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool)
 def _several(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool) -> None:
     """Several continuations, each under a heading on stderr."""
     start = time.perf_counter()
-    found = lm.generate(prompt, params)
+    found, failure = _finished(lm, prompt, params)
     seconds = time.perf_counter() - start
     for number, each in enumerate(found, 1):
+        if each is None:
+            continue
         heading = f"[{number} of {params.n}: {len(each.tokens)} tokens ({each.finish_reason})]"
         shell.say(shell.paint(heading, shell.DIM), quiet=quiet)
         shell.write(f"{prompt}{each.text}\n")
+    if failure:
+        raise failure
     count = sum(len(each.tokens) for each in found)
     summary = f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s"
     shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
@@ -174,12 +179,13 @@ def _objects(lm: LanguageModel, prompt: str, params: SamplingParams) -> Iterator
     """What ``--json`` writes, one object per continuation."""
     ids = lm.encode(prompt).tolist()
     start = time.perf_counter()
-    found = lm.generate(prompt, params)
+    found, failure = _finished(lm, prompt, params)
     seconds = time.perf_counter() - start
-    found = [found] if params.n == 1 else found
-    count = sum(len(each.tokens) for each in found)
+    count = sum(len(each.tokens) for each in found if each)
     assert params.seed is not None
     for index, each in enumerate(found):
+        if each is None:
+            continue
         result = {
             "prompt": prompt,
             "text": each.text,
@@ -198,3 +204,16 @@ def _objects(lm: LanguageModel, prompt: str, params: SamplingParams) -> Iterator
         result["seconds"] = seconds
         result["tokens_per_second"] = count / seconds
         yield result
+    if failure:
+        raise failure
+
+
+def _finished(
+    lm: LanguageModel, prompt: str, params: SamplingParams
+) -> tuple[list[Completion | None], NonFiniteError | None]:
+    """The continuations, and the error of those that have none."""
+    try:
+        found = lm.generate(prompt, params)
+    except NonFiniteError as error:
+        return [] if params.n == 1 else error.completions, error
+    return [found] if params.n == 1 else found, None
