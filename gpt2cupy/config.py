@@ -83,7 +83,7 @@ class GPT2Config:
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
@@ -125,17 +125,25 @@ class GPT2Config:
 
     def _check_token(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, list) and len(value) <= 1:
-            value = value[0] if value else None
-        if value is not None and not _is_int(value):
+        several = name == "eos_token_id"
+        ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+        ids = tuple(id_ for id_ in ids if id_ is not None)
+        if not all(map(_is_int, ids)) or (len(ids) > 1 and not several):
             raise ConfigError(
-                f"{name} must be one integer or null, not {value!r}"[:200],
+                f"{name} must be an integer{', several' * several} or null, not {value!r}"[:200],
                 where=name,
-                remedy="Keep one id, and pass the text of others as stop= when generating.",
+                remedy="Correct the value, or leave it out.",
             )
         # Small models keep the default 50256, which they can never produce: it ends nothing.
-        inside = value is not None and 0 <= value < self.vocab_size
-        object.__setattr__(self, name, value if inside else None)
+        inside = tuple(id_ for id_ in ids if 0 <= id_ < self.vocab_size)
+        kept = inside if len(inside) > 1 else inside[0] if inside else None
+        object.__setattr__(self, name, kept)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        value = self.eos_token_id
+        return value if isinstance(value, tuple) else () if value is None else (value,)
 
     @property
     def head_size(self) -> int:

@@ -37,6 +37,7 @@ class _Sequence:
         self.first = 0  # ring step of its first token
         self.queued = 0  # tokens chosen or about to be
         self.read = 0  # tokens handed out
+        self.frees_ends = False  # whether its bias keeps ends back until min_new_tokens
 
 
 class Engine:
@@ -173,9 +174,7 @@ class Engine:
         for row in range(self.slots):
             if row not in self.active and waiting:
                 request = waiting.popleft()
-                room = self.cache.capacity - len(request.prompt) + 1
-                wanted = request.params.max_new_tokens
-                limit = room if wanted is None else min(wanted, room)
+                limit = request.params.limit(self.cache.capacity - len(request.prompt) + 1)
                 sequence = _Sequence(request, row, limit)
                 self.active[row] = sequence
                 self._enter(sequence)
@@ -188,10 +187,14 @@ class Engine:
         request, row = sequence.request, sequence.row
         params = request.params
         self.cache.reset(row)
-        settings = params.row(request.index, len(request.prompt), request.eos)
+        # The kernel keeps one end from being chosen too early, a bias the others.
+        first, *others = request.held_back or (-1,)
+        settings = params.row(request.index, len(request.prompt), first)
         self.state.assign(row, row, settings, params.plain)
         counted = request.prompt if params.counts_tokens else None
-        self.state.set_processors(row, counted, params.logit_bias)
+        bias = {**params.logit_bias, **dict.fromkeys(others, -math.inf)}
+        self.state.set_processors(row, counted, bias)
+        sequence.frees_ends = bool(others)
         self.state.seek(row, len(request.prompt) - 1)
 
     def _prefill_piece(self, rest: dict[int, np.ndarray]) -> None:
@@ -225,6 +228,10 @@ class Engine:
         wanting = [s for s in self.active.values() if s.queued < s.limit]
         if not wanting:
             return
+        for sequence in wanting:
+            params = sequence.request.params
+            if sequence.frees_ends and sequence.queued == params.min_new_tokens:
+                self.state.set_bias(sequence.row, params.logit_bias)
         self.decoder.step(self.state)
         self.row_steps += 1
         for sequence in self.active.values():
@@ -253,8 +260,10 @@ class Engine:
         reason = None
         if math.isnan(logprob):  # how sampling marks logits that are not finite
             reason = "error"
-        elif token == request.eos:
+        elif token in request.ends:
             reason = "eos"
+        elif token in request.params.stop_token_ids:
+            reason = "stop"
         elif sequence.read >= sequence.limit:
             reason = "length"
         if reason:

@@ -17,9 +17,9 @@ def shown(value: object, most: int = 80) -> str:
 
 def kind_of(value: object) -> str:
     """The type of a value with its article, "None" for None."""
-    name = "None" if value is None else type(value).__name__
     if value is None:
-        return name
+        return "None"
+    name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 

@@ -24,8 +24,8 @@ LAYERS = (
     ("ops.blas", "ops"),
     ("workspace", "sampling", "shifts", "model"),
     ("checkpoint", "decode"),
-    ("loading", "request", "engine", "record"),
-    ("text", "prompts", "scoring", "held", "lm", "console"),
+    ("generation_config", "loading", "request", "engine", "record"),
+    ("text", "prompts", "scoring", "held", "continuations", "lm", "console"),
     ("occupancy", "info", "kernel_report", "profile", "validate", "cli", "__main__"),
 )
 _FLAT = [name for layer in LAYERS for name in layer]

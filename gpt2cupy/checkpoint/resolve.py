@@ -18,7 +18,13 @@ ALIASES = {
 }
 # What loading reads; repositories hold other frameworks' weights too.
 _WANTED = [
-    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-*.safetensors",
+        "model.safetensors.index.json",
+    ),
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
 ]
