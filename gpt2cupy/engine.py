@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import ops
+from . import forks, ops
 from .decode import DecodeState, PromptRunner, choose_first, decoder
-from .errors import BusyError
+from .errors import BusyError, ClosedError
 from .model import GPT2
 from .ops.device import memory_error
 from .request import Request, Token
@@ -59,6 +59,8 @@ class Engine:
     ) -> None:
         self.model = model
         self._free = threading.Lock()  # until a run has ended
+        self._forks = 0  # since it was made: a run that began before is the parent's
+        forks.watch(self)
         self.active: dict[int, _Sequence] = {}
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
@@ -92,6 +94,12 @@ class Engine:
     def slots(self) -> int:
         return self.state.batch
 
+    def after_fork(self) -> None:
+        """In a child: the parent's run goes on there, and CUDA is not here."""
+        self._forks += 1
+        self._free = threading.Lock()
+        self.active = {}
+
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
         """The engine's device and stream, left again before control returns to the caller."""
@@ -113,8 +121,15 @@ class Engine:
         BusyError
             If requests of an earlier call are still running, in this thread or
             another. Engines of one model may run side by side.
+        ClosedError
+            If it goes on after a fork, in the child.
+        DeviceError
+            If it begins in a child of the process that has the GPU.
         """
-        if not self._free.acquire(blocking=False):
+        if self._forks and self.model.xp is not np:
+            raise forks.no_gpu_here("Engine.run")
+        free = self._free
+        if not free.acquire(blocking=False):
             raise BusyError(
                 "this engine is running other requests",
                 where="Engine.run",
@@ -123,11 +138,14 @@ class Engine:
         try:
             yield from self._run(requests)
         finally:
-            self._free.release()
+            free.release()
 
     def _run(self, requests: Iterable[Request]) -> Iterator[Token]:
         waiting = deque(requests)
         self.active = {}
+        begun = self._forks
+        if begun:  # it may have come in the middle of a step
+            self.row_steps[:] = self.state.steps
         # NumPy runs a step when it is queued: a token must be out before the next step.
         at_once = self.model.xp is np
         try:
@@ -145,21 +163,34 @@ class Engine:
                 for token in tokens:
                     if token is not None:
                         yield token
+                        self._check_process(begun)
                 if at_once:
                     with self._on_device():
                         self._step()
         except GeneratorExit:
             raise
         except BaseException:
+            if begun != self._forks:
+                raise
             # It may have come between a step and its count, and the next run reads by the count.
             with self._on_device():
                 steps = self.state.steps
                 self.row_steps[:] = steps if self.model.xp is np else steps.get()
             raise
         finally:
-            with self._on_device():
-                for row in list(self.active):
-                    self._release(row)
+            if begun == self._forks:
+                with self._on_device():
+                    for row in list(self.active):
+                        self._release(row)
+
+    def _check_process(self, begun: int) -> None:
+        """Refuse to go on with a run of the parent's in a child."""
+        if begun != self._forks:
+            raise ClosedError(
+                "this run began before the process was forked",
+                where="Engine.run",
+                remedy="Start it again here.",
+            )
 
     def drop(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""

@@ -97,8 +97,11 @@ class LanguageModel:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._held.closed else f"{self.dtype} on {self.device}"
-        if not self._held.closed and self.model.backend == "invariant":
+        if self._held.closed or self._held.lost:
+            state = "closed" if self._held.closed else "of the parent process"
+            return f"<LanguageModel {self.name}, {state}>"
+        state = f"{self.dtype} on {self.device}"
+        if self.model.backend == "invariant":
             state += ", batch-invariant"
         return f"<LanguageModel {self.name}, {state}>"
 
