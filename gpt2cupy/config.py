@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .files import open_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
@@ -107,7 +107,8 @@ class GPT2Config:
                 where="n_head",
                 remedy="Each head takes n_embd / n_head channels; correct one of the two.",
             )
-        if self.activation_function not in list(ACTIVATIONS):
+        known = isinstance(self.activation_function, str)
+        if not known or self.activation_function not in ACTIVATIONS:
             raise ConfigError(
                 f"unknown activation_function {self.activation_function!r}"[:200],
                 where="activation_function",
@@ -190,9 +191,9 @@ class GPT2Config:
         name : str
             ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl`` or ``distilgpt2``.
         """
-        if name not in _SHAPES:
+        if not isinstance(name, str) or name not in _SHAPES:
             raise ConfigError(
-                f"no published GPT-2 is called {name!r}",
+                f"no published GPT-2 is called {shown(name)}",
                 where="from_name",
                 remedy=f"Names: {', '.join(_SHAPES)}.",
             )

@@ -40,6 +40,8 @@ def check_ids(ids: Any, config: GPT2Config) -> np.ndarray:
 def check_tokens(ids: Any, config: GPT2Config) -> np.ndarray:
     """Token ids as int32 [N], each checked to be an integer of the vocabulary."""
     host = _as_array(ids)
+    if host.shape == (0,):
+        return np.zeros(0, np.int32)
     if host.ndim != 1 or host.dtype.kind not in "iu":
         what = f"{host.dtype}{list(host.shape)}"
         if host.ndim == 1 and host.dtype.kind not in "iu":

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import checkpoint
 from .config import GPT2Config
-from .errors import DeviceError, InputError, NoDeviceError
+from .errors import DeviceError, InputError, NoDeviceError, shown
 from .model import GPT2
 from .ops import quantize as quantize_on_device
 from .ops.device import cupy_module, device_arch, device_errors
@@ -44,7 +44,9 @@ def resolve_device(device: str) -> tuple[str, int]:
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device), re.ASCII)
     if match is None:
         raise InputError(
-            f"unknown device {device!r}", where="device", remedy="Use auto, cpu, cuda or cuda:1."
+            f"unknown device {shown(device)}",
+            where="device",
+            remedy="Use auto, cpu, cuda or cuda:1.",
         )
     return "cuda", _usable(int(match[1] or 0))
 
@@ -86,7 +88,7 @@ def _dtype_name(dtype: str) -> str:
     name = _SHORT.get(str(dtype), str(dtype))
     if name not in ("auto", *DTYPES):
         raise InputError(
-            f"unknown dtype {dtype!r}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
+            f"unknown dtype {shown(dtype)}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
         )
     return name
 
@@ -105,7 +107,7 @@ def load_model(
     check_kind(quantize)
     if not isinstance(batch_invariant, bool):
         raise InputError(
-            f"batch_invariant is {batch_invariant!r}",
+            f"batch_invariant is {shown(batch_invariant)}",
             where="batch_invariant",
             remedy="Use True or False.",
         )

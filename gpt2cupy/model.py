@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from . import ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import InputError
+from .errors import InputError, shown
 from .ids import check_ids
 from .ops.quantized import scratch_size
 from .shifts import NormShifts, Pair
@@ -73,6 +74,15 @@ class GPT2:
         ]
         self.gemv = gemv
 
+    def __repr__(self) -> str:
+        config, count = self.config, sum(math.prod(a.shape) for _, a in self.weights.items())
+        where = "cpu" if self.xp is np else f"cuda:{self.weights.wpe.device.id}"
+        return (
+            f"<GPT2 {count / 1e6:.1f}M parameters, {config.n_layer} layers of {config.n_embd} "
+            f"channels and {config.n_head} heads, context {config.n_positions}, "
+            f"{self.dtype} on {where}>"
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -125,7 +135,9 @@ class GPT2:
     def gemv(self, name: str) -> None:
         if name not in ("ours", "cublas"):
             raise InputError(
-                f"unknown GEMV backend {name!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
+                f"unknown GEMV backend {shown(name)}",
+                where="gemv",
+                remedy="Use 'ours' or 'cublas'.",
             )
         if self._batch_invariant and name == "cublas":
             raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class PromptEncoder:
         for known in (self.generation.bos_token_id, self.config.bos_token_id):
             if known is not None:
                 return known
-        return self.tokenizer.eot_token
+        return self._of_tokenizer("bos_token")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -56,10 +56,17 @@ class PromptEncoder:
         if known:
             return known
         try:
-            end = self.tokenizer.eot_token
+            end = self._of_tokenizer("eos_token")
         except Gpt2CupyError:  # it has none
             return ()
         return (end,) if end < self.config.vocab_size else ()
+
+    def _of_tokenizer(self, role: str) -> int:
+        """What the tokenizer's files say of a token, else its end-of-text token."""
+        known: dict[str, int] = getattr(self.tokenizer, "special_tokens", {})
+        if role in known:
+            return known[role]
+        return self.tokenizer.eot_token
 
     def encode(self, prompt: Any) -> np.ndarray:
         """Ids [T] of a prompt, checked; an empty one becomes the beginning-of-text token."""
@@ -255,13 +262,13 @@ def _opened(value: Any) -> Any:
 
 def _unpadded(ids: Any, mask: Any) -> Any:
     """What an attention mask leaves of ids: one list of them, or several."""
-    if len(ids) and isinstance(ids[0], Sequence | np.ndarray):
-        return [_unpadded(row, kept) for row, kept in zip(ids, mask, strict=True)]
-    return list(_kept(ids, mask))
+    if len(ids) and _is_sequence(ids[0]):
+        return [_kept(row, kept) for row, kept in zip(ids, mask, strict=True)]
+    return _kept(ids, mask)
 
 
-def _kept(ids: Any, mask: Any) -> Iterator[Any]:
-    return (id_ for id_, kept in zip(ids, mask, strict=True) if kept)
+def _kept(ids: Any, mask: Any) -> list[Any]:
+    return [id_ for id_, kept in zip(ids, mask, strict=True) if kept]
 
 
 def _is_sequence(value: Any) -> bool:

@@ -123,7 +123,8 @@ class SamplingParams:
         self._check_int("top_k", 0, allowed="0 (off) or more")
         self._check_number("top_p", 0, 1, open_below=True, allowed="above 0 and at most 1 (off)")
         self._check_number("min_p", 0, 1, allowed="from 0 (off) to 1")
-        self._check_number("repetition_penalty", 0, open_below=True, allowed="above 0; 1 is off")
+        # Kernels divide by it in float32.
+        self._check_number("repetition_penalty", SMALLEST_FLOAT, allowed="above 0; 1 is off")
         for name in ("presence_penalty", "frequency_penalty"):
             self._check_number(name, allowed="within float32")
         self._check_bias()
@@ -279,7 +280,8 @@ class SamplingParams:
 
 def _plain(value: Any) -> Any:
     """NumPy's scalar as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
+    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if scalar else value
 
 
 def _is_iterable(value: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import ops
 from .config import GPT2Config
-from .errors import InputError, NonFiniteError
+from .errors import InputError, NonFiniteError, shown
 from .ids import check_ids
 from .model import GPT2
 
@@ -22,11 +22,11 @@ def check_window(window: int | None, stride: int | None, config: GPT2Config) -> 
         stride = max(window // 2, 1) if stride is None else stride
         if 1 <= stride <= window <= config.n_positions:
             return int(window), int(stride)
-    shown = " with ".join(
-        f"{name}={value!r}" for name, value in zip(("window", "stride"), given, strict=False)
+    text = " with ".join(
+        f"{name}={shown(value)}" for name, value in zip(("window", "stride"), given, strict=False)
     )
     raise InputError(
-        f"{shown} is impossible",
+        f"{text} is impossible",
         where="score",
         remedy=f"They are integers, 1 <= stride <= window <= {config.n_positions}.",
     )

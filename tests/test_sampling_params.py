@@ -23,7 +23,7 @@ INVALID = {
     "top_k": (-1, 2.0),
     "top_p": (0, -0.5, 1.01, NAN),
     "min_p": (-0.1, 1.1, NAN),
-    "repetition_penalty": (0, -1.0, NAN, INF),
+    "repetition_penalty": (0, -1.0, 1e-46, NAN, INF),
     "presence_penalty": (NAN, INF, "0"),
     "frequency_penalty": (NAN, -INF),
     "logit_bias": ({-1: 1.0}, {"1": 1.0}, {1: NAN}, {1: INF}, {1: None}, {True: 1.0}, 5),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .stored import unreadable
 
 EMBEDDED = {"shakespeare": Path(__file__).parent.parent / "models" / "shakespeare"}
@@ -41,7 +41,7 @@ def resolve(name: str, revision: str | None) -> Path:
     if path is not None:
         if revision is not None:
             raise CheckpointError(
-                f"revision {revision!r} means nothing for local files",
+                f"revision {shown(revision)} means nothing for local files",
                 where=name,
                 remedy="Only models of the hub have revisions; leave it out.",
             )
