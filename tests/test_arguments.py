@@ -9,7 +9,6 @@ from collections import UserDict
 
 import numpy as np
 import pytest
-
 from builders import small_bpe, write_bpe
 
 import gpt2cupy

@@ -233,3 +233,73 @@ def test_gemv_chooses_the_backend(backend, monkeypatch):
     monkeypatch.setattr(LanguageModel, "stream", watch)
     done("generate", "x", "--device", "cuda", "--max-new-tokens", "3", "--gemv", backend)
     assert seen == [backend]
+
+
+# -- what people type ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [(), ("generate",), ("score",), ("tokenize",), ("info",)])
+def test_help_by_one_letter_and_flags_as_flags(command):
+    shown = done(*command, "-h")
+    assert shown == done(*command, "--help") and "Usage" in shown
+    assert "<bool>" not in shown and "BOOLEAN" not in shown
+
+
+def test_the_prompt_as_an_option(lm):
+    expected = done("generate", "ROMEO:", *SHORT)
+    assert done("generate", "-p", "ROMEO:", *SHORT) == expected
+    assert done("generate", "--prompt", "ROMEO:", *SHORT) == expected
+    assert done("generate", "-p", "-", *SHORT, stdin=b"ROMEO:") == expected
+    code, out, err = call("generate", "ROMEO:", "-p", "JULIET:", *SHORT)
+    assert (code, out) == (2, "") and "once" in err
+    without = done("generate", "ROMEO:", "--no-echo", *SHORT)
+    assert "ROMEO:" + without == expected
+    sampled = ("--temperature", "1", "--seed", "3", *SHORT)
+    several = done("generate", "ROMEO:", "-n", "2", "--no-echo", *sampled)
+    assert several == done("generate", "ROMEO:", "--n", "2", *sampled).replace("ROMEO:", "")
+
+
+def test_special_tokens_of_a_prompt(lm):
+    text = "<|endoftext|>ROMEO:"
+    ids = [lm.tokenizer.eot_token, *lm.tokenizer.encode("ROMEO:")]
+    for flags, expected in ((("--special",), ids), ((), lm.tokenizer.encode(text))):
+        row = json.loads(done("generate", text, *flags, *SHORT, "--json"))
+        assert (row["prompt"], row["prompt_ids"]) == (text, expected)
+        row = json.loads(done("score", text, *flags, *CPU, "--json", "--tokens"))
+        assert row["tokens"] == expected
+
+
+def test_a_bias_from_the_command_line(lm):
+    first = lm.generate("ROMEO:", max_new_tokens=1).tokens[0]
+    for typed in ("7=1e6", "7:1e6", "7=+1000000"):
+        row = json.loads(done("generate", "ROMEO:", *SHORT, "--json", "--logit-bias", typed))
+        assert row["tokens"] == [7] * 5
+    row = json.loads(done("generate", "ROMEO:", *SHORT, "--json", "--logit-bias", f"{first}=-inf"))
+    assert first not in row["tokens"]
+    for wrong in ("7", "x=1", "7=nan", "7=inf", "-1=3", "7=1=2", "="):
+        code, out, err = call("generate", "x", *SHORT, "--logit-bias", wrong)
+        assert (code, out) == (2, "") and "logit" in err
+
+
+@pytest.mark.filterwarnings("default:.*without a temperature")
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--seed", "5"), "--seed 5 does nothing without a temperature"),
+        (("--n", "3"), "--n 3 does nothing without"),
+        (("--top-k", "40", "--top-p", "0.9"), "--top-k 40, --top-p 0.9 do nothing without"),
+    ],
+)
+def test_an_option_that_does_nothing_is_one_line(flags, says):
+    code, _, err = call("generate", "x", *SHORT, *flags)
+    lines = [line for line in err.splitlines() if "nothing" in line]
+    assert code == 0 and len(lines) == 1 and lines[0].startswith(f"gpt2cupy: warning: {says}")
+    assert call("generate", "x", *SHORT, *flags, "-q")[2] == ""
+    assert "nothing" not in call("generate", "x", *SHORT, *flags, "--temperature", "1")[2]
+
+
+def test_numbers_that_json_has_not_are_null():
+    from gpt2cupy.cli import shell
+
+    found = {"a": [float("nan"), (float("-inf"), 1.5)], "b": {"c": float("inf")}, "d": "x"}
+    assert shell._with_nulls(found) == {"a": [None, [None, 1.5]], "b": {"c": None}, "d": "x"}
