@@ -8,14 +8,15 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import continuations, loading, prompts, scoring
+from . import loading
 from .errors import InputError, kind_of, shown
-from .generation_config import GenerationConfig
-from .held import HeldModel
+from .generation import continuations, prompts, scoring
+from .generation.generation_config import GenerationConfig
+from .generation.session import Session
+from .generation.text import Completion, GrowingText, Piece, Score
 from .ids import check_tokens
 from .model import GPT2
 from .sampling import SamplingParams
-from .text import Completion, GrowingText, Piece, Score
 from .tokenizer import Tokenizer
 
 
@@ -54,7 +55,7 @@ class LanguageModel:
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
             )
-        self._held = HeldModel(model, name)
+        self._session = Session(model, name)
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config
@@ -67,12 +68,12 @@ class LanguageModel:
     @property
     def model(self) -> GPT2:
         """The forward pass alone."""
-        return self._held.model
+        return self._session.model
 
     @property
     def device(self) -> str:
         """``cpu``, or ``cuda:0`` with the GPU's name."""
-        xp, gpu = self.model.xp, self._held.gpu
+        xp, gpu = self.model.xp, self._session.gpu
         if gpu is None:
             return "cpu"
         return f"cuda:{gpu} ({xp.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
@@ -88,7 +89,7 @@ class LanguageModel:
         that wait for their turn end with :class:`gpt2cupy.errors.ClosedError`; a
         score or a forward pass under way is finished first.
         """
-        self._held.close()
+        self._session.close()
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -97,8 +98,8 @@ class LanguageModel:
         self.close()
 
     def __repr__(self) -> str:
-        if self._held.closed or self._held.lost:
-            state = "closed" if self._held.closed else "of the parent process"
+        if self._session.closed or self._session.lost:
+            state = "closed" if self._session.closed else "of the parent process"
             return f"<LanguageModel {self.name}, {state}>"
         state = f"{self.dtype} on {self.device}"
         if self.model.backend == "invariant":
@@ -165,7 +166,7 @@ class LanguageModel:
         NonFiniteError
             If logits are not finite, in place of the piece that they would have given.
         """
-        self._held.check_open()
+        self._session.check_open()
         chosen = self._encoder.params(params, options, self._from_file(generation_config))
         if chosen.n != 1:
             raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
@@ -177,7 +178,7 @@ class LanguageModel:
             )
         prompts.warn_of_idle(chosen)
         (request,) = self._encoder.requests([prompt], chosen, single=True)
-        return continuations.pieces(self._held, self.tokenizer, request)
+        return continuations.pieces(self._session, self.tokenizer, request)
 
     @overload
     def generate(
@@ -254,7 +255,7 @@ class LanguageModel:
             If logits are not finite. The others are finished first, and are its
             ``completions``.
         """
-        self._held.check_open()
+        self._session.check_open()
         chosen = self._encoder.params(params, options, self._from_file(generation_config))
         if not isinstance(max_batch, int | np.integer) or max_batch < 1:
             raise InputError(
@@ -267,7 +268,7 @@ class LanguageModel:
         given = [prompt] if single else prompts.several(prompt)
         requests = self._encoder.requests(given, chosen, single=single)
         return continuations.complete(
-            self._held, self.tokenizer, requests, int(max_batch), given, single=single
+            self._session, self.tokenizer, requests, int(max_batch), given, single=single
         )
 
     def _from_file(self, asked: bool | None) -> bool:
@@ -317,13 +318,13 @@ class LanguageModel:
         if len(ids) < 2:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         tokens = check_tokens(ids, self.config)
-        with self._held.turn() as model:
+        with self._session.turn() as model:
             logprobs = scoring.token_logprobs(model, tokens, window, stride)
         return Score(tokens[1:].tolist(), logprobs)
 
     def __call__(self, ids: Any) -> Any:
         """Logits of every position: ids [B, T] -> float32 [B, T, V] on the model's device."""
-        with self._held.turn() as model:
+        with self._session.turn() as model:
             return model(ids)
 
     def hidden_states(self, ids: Any) -> Any:
@@ -331,7 +332,7 @@ class LanguageModel:
 
         See :meth:`GPT2.hidden_states`.
         """
-        with self._held.turn() as model:
+        with self._session.turn() as model:
             return model.hidden_states(ids)
 
 

@@ -246,4 +246,4 @@ def test_overloads_of_generate_are_typed():
         inspect.signature(o).return_annotation for o in typing.get_overloads(LanguageModel.generate)
     ]
     assert returns == ["Completion", "list[Completion]", "Any"]
-    assert Completion.__module__ == "gpt2cupy.text"
+    assert Completion.__module__ == "gpt2cupy.generation.text"

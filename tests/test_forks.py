@@ -15,9 +15,9 @@ import pytest
 from builders import TINY
 
 from gpt2cupy import GPT2, LanguageModel
-from gpt2cupy.engine import Engine
 from gpt2cupy.errors import ClosedError, DeviceError, Gpt2CupyError
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 from gpt2cupy.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -88,7 +88,7 @@ def test_while_a_stream_is_open(lm):
 def test_while_a_thread_generates(lm):
     expected = lm.generate([5, 9], **OPTIONS)
     reached, go_on = threading.Event(), threading.Event()
-    decoder = lm._held._engine.decoder
+    decoder = lm._session._engine.decoder
     step = decoder.step
 
     def slow(state):
@@ -134,7 +134,7 @@ def test_on_a_gpu_the_child_is_told(lm):
     lm.generate([5, 9], **OPTIONS)
     stream = lm.stream([5, 9], **OPTIONS)
     next(stream)
-    held = lm._held
+    held = lm._session
     held.gpu = 0  # as if: what a child does must not reach CUDA
 
     def child():

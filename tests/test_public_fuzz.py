@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, LanguageModel, SamplingParams
 from gpt2cupy.errors import Gpt2CupyError
-from gpt2cupy.generation_config import GenerationConfig
+from gpt2cupy.generation.generation_config import GenerationConfig
 from gpt2cupy.tokenizer import Tokenizer
 
 CONFIG = GPT2Config(vocab_size=270, n_positions=16, n_embd=8, n_layer=1, n_head=1)

@@ -17,8 +17,8 @@ from ..sampling import DEFAULT_NEW_TOKENS, SamplingParams
 from . import options, shell
 
 if TYPE_CHECKING:
+    from ..generation.text import Completion
     from ..lm import LanguageModel
-    from ..text import Completion
 
 
 Gemv = enum.Enum("Gemv", {"ours": "ours", "cublas": "cublas"})
