@@ -15,7 +15,7 @@ from .generation.generation_config import GenerationConfig
 from .generation.session import Session
 from .generation.text import Completion, GrowingText, Piece, Score
 from .ids import check_tokens
-from .model import GPT2
+from .model import GPT2, check_batch_invariant
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -389,8 +389,11 @@ def load(
         )
     if not isinstance(generation_config, bool):
         raise _not_a_flag("generation_config", generation_config)
-    options: Any = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    model, source = loading.load_model(name_or_path, **options, batch_invariant=batch_invariant)
+    check_batch_invariant(batch_invariant)
+    weights, source = loading.load_weights(
+        name_or_path, dtype=dtype, device=device, revision=revision, quantize=quantize
+    )
+    model = GPT2(source.config, weights, batch_invariant=batch_invariant)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
     generation = GenerationConfig.beside(source.path, model.config)

@@ -14,7 +14,7 @@ import typer
 
 from ..errors import InputError, NonFiniteError
 from ..sampling import DEFAULT_NEW_TOKENS, SamplingParams
-from . import options, shell
+from . import options, progress, shell
 
 if TYPE_CHECKING:
     from ..generation.text import Completion
@@ -162,7 +162,7 @@ def generate(
         batch_invariant=batch_invariant, quantize=options.name_of(quantize),
         generation_config=generation_config,
     )  # fmt: skip
-    with lm:
+    with lm, progress.compiling(quiet=quiet):
         if gemv is not None:
             if lm.model.xp is np:
                 raise InputError(
@@ -224,12 +224,12 @@ def _stream(
 ) -> None:
     """One continuation, as it comes."""
     pieces = lm.stream(prompt, **settings)  # refuses what cannot be, before anything is written
-    shell.write(echo)
     piece, count = None, 0
     for piece in pieces:
-        shell.write(piece.text)
+        # The prompt comes with the first token: until then stderr may have its line.
+        shell.write(piece.text if count else echo + piece.text)
         count += 1
-    shell.write("\n")
+    shell.write("\n" if count else f"{echo}\n")
     if piece:
         summary = (
             f"{count} tokens ({piece.finish_reason}), first after "

@@ -14,7 +14,7 @@ from .session import Session
 from .text import Collected, Completion, GrowingText, Piece
 
 
-def pieces(held: Session, tokenizer: Tokenizer, request: Request) -> Iterator[Piece]:
+def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator[Piece]:
     """One continuation, a piece per token.
 
     Raises
@@ -25,23 +25,23 @@ def pieces(held: Session, tokenizer: Tokenizer, request: Request) -> Iterator[Pi
     start = time.perf_counter()
     row, first = GrowingText(tokenizer, request.params.stop), 0.0
     # Closed by name: a traceback may keep this frame, and the turn with it.
-    with contextlib.closing(held.tokens([request], 1)) as tokens:
+    with contextlib.closing(session.tokens([request], 1)) as tokens:
         for count, token in enumerate(tokens):
             now = time.perf_counter()
             first = first or now
             text, reason = row.push(token)
             if reason == "error":
                 raise scoring.non_finite(
-                    held.model, f"new token {count + 1}", failed=(request.key,)
+                    session.model, f"new token {count + 1}", failed=(request.key,)
                 )
             rate = count / (now - first) if count else 0.0
             yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
             if reason:
-                held.drop(token.key)
+                session.drop(token.key)
 
 
 def complete(
-    held: Session,
+    session: Session,
     tokenizer: Tokenizer,
     requests: list[Request],
     max_batch: int,
@@ -53,7 +53,7 @@ def complete(
 
     Parameters
     ----------
-    held : Session
+    session : Session
     tokenizer : Tokenizer
     requests : list of Request
         With keys (number of the prompt, number of the continuation).
@@ -69,10 +69,10 @@ def complete(
         If logits are not finite; the other requests are finished first.
     """
     rows = {request.key: Collected(tokenizer, request) for request in requests}
-    with contextlib.closing(held.tokens(requests, max_batch)) as tokens:
+    with contextlib.closing(session.tokens(requests, max_batch)) as tokens:
         for token in tokens:
             if rows[token.key].push(token):
-                held.drop(token.key)
+                session.drop(token.key)
     failed = tuple(key for key, row in rows.items() if row.done.finish_reason == "error")
     found = [None if key in failed else row.completion() for key, row in rows.items()]
     n = requests[0].params.n if requests else 1
@@ -81,7 +81,7 @@ def complete(
         number, place = failed[0]
         where = [] if single else [prompts.place_of(number, given[number])]
         where += [f"continuation {place}"] if n > 1 else []
-        raise scoring.non_finite(held.model, ", ".join(where), completions=result, failed=failed)
+        raise scoring.non_finite(session.model, ", ".join(where), completions=result, failed=failed)
     return result
 
 

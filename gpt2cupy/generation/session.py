@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import forks
 from ..errors import ClosedError
 from ..model import GPT2
 from ..ops.core.device import device_errors
+from . import forks
 from .engine import Engine
 from .lock import SessionLock
 from .request import Request, Token

@@ -17,7 +17,7 @@ from ..decode import persistent as persistent_module
 from ..errors import InputError
 from ..model import GPT2
 from ..ops.core.launch import is_device_array
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from ..ops.gpt2 import step
 from . import counts
 from .counts import Cost
@@ -231,6 +231,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
         path._step(state)
+    load(calls)
     return found
 
 

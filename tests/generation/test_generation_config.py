@@ -19,6 +19,7 @@ from gpt2cupy.generation.generation_config import GenerationConfig
 CONFIG = GPT2Config(vocab_size=263, n_positions=64, n_embd=32, n_layer=1, n_head=2)
 END = 262  # of the tokenizer
 INF = math.inf
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def load(folder):
             file.write_text(generation if isinstance(generation, str) else json.dumps(generation))
         fields = {**CONFIG.to_dict(), "bos_token_id": None, "eos_token_id": None, **(config or {})}
         (folder / "config.json").write_text(json.dumps(fields))
-        opened.append(gpt2cupy.load(str(folder), device="cpu", **options))
+        opened.append(gpt2cupy.load(str(folder), **{"device": "cpu"} | options))
         return opened[-1]
 
     yield make
@@ -82,9 +83,10 @@ def test_where_files_disagree(load, generation, config, bos, ends):
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("end", [30, 40])
-def test_each_of_several_ends(load, end):
-    lm = load({"eos_token_id": [30, 40]})
+def test_each_of_several_ends(load, end, device):
+    lm = load({"eos_token_id": [30, 40]}, device=device)
     for found in (lm.generate("a", **forced(50, end, 51)), *lm.generate(["a"], **forced(50, end))):
         assert (found.tokens, found.finish_reason) == ([50, end], "eos")
         assert found.text == lm.decode([50])
@@ -98,9 +100,10 @@ def test_each_of_several_ends(load, end):
 
 @pytest.mark.parametrize("least", [1, 3])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_no_end_comes_before_min_new_tokens(load, least, slots):
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_end_comes_before_min_new_tokens(load, least, slots, device):
     """Nor a stop token: the kernel knows one end, the others are banned by bias until then."""
-    lm = load({"eos_token_id": [30, 40]})
+    lm = load({"eos_token_id": [30, 40]}, device=device)
     wanted = {"logit_bias": {30: 1e6, 40: 2e6, 41: 3e6}, "stop_token_ids": [41]}
     options = {"min_new_tokens": least, "max_new_tokens": 6, **wanted}
     for found in lm.generate(["a", "he", "the"][:slots], **options):

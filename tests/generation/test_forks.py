@@ -134,8 +134,8 @@ def test_on_a_gpu_the_child_is_told(lm):
     lm.generate([5, 9], **OPTIONS)
     stream = lm.stream([5, 9], **OPTIONS)
     next(stream)
-    held = lm._session
-    held.gpu = 0  # as if: what a child does must not reach CUDA
+    session = lm._session
+    session.gpu = 0  # as if: what a child does must not reach CUDA
 
     def child():
         calls = (
@@ -158,7 +158,7 @@ def test_on_a_gpu_the_child_is_told(lm):
     try:
         (said,), shown, closed = in_child(child)
     finally:
-        held.gpu = None
+        session.gpu = None
     assert "forked from one that uses the GPU" in said and '"spawn"' in said
     assert (shown, closed) == (
         "<LanguageModel tiny, of the parent process>",

@@ -6,7 +6,7 @@ import os
 import weakref
 from typing import Protocol
 
-from .errors import DeviceError
+from ..errors import DeviceError
 
 
 class Forkable(Protocol):
