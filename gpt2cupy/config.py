@@ -90,14 +90,14 @@ class GPT2Config:
             value = getattr(self, name)
             if not ((_is_int(value) and value >= 1) or (name == "n_inner" and value is None)):
                 raise ConfigError(
-                    f"{name} must be a positive integer, not {value!r}"[:200],
+                    f"{name} must be a positive integer, not {shown(value)}",
                     where=name,
                     remedy="Check that the file belongs to a GPT-2 checkpoint.",
                 )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
-                    f"{name} must be true or false, not {getattr(self, name)!r}"[:200],
+                    f"{name} must be true or false, not {shown(getattr(self, name))}",
                     where=name,
                     remedy="Correct the value; left out, it has Hugging Face's default.",
                 )
@@ -110,14 +110,14 @@ class GPT2Config:
         known = isinstance(self.activation_function, str)
         if not known or self.activation_function not in ACTIVATIONS:
             raise ConfigError(
-                f"unknown activation_function {self.activation_function!r}"[:200],
+                f"unknown activation_function {shown(self.activation_function)}",
                 where="activation_function",
                 remedy=f"Supported: {', '.join(ACTIVATIONS)}.",
             )
         eps = self.layer_norm_epsilon
         if not (_is_int(eps) or isinstance(eps, float)) or not 0 <= eps < math.inf:
             raise ConfigError(
-                f"layer_norm_epsilon must be a number from 0 up, not {eps!r}"[:200],
+                f"layer_norm_epsilon must be a number from 0 up, not {shown(eps)}",
                 where="layer_norm_epsilon",
                 remedy="GPT-2 uses 1e-5.",
             )
@@ -131,7 +131,7 @@ class GPT2Config:
         ids = tuple(id_ for id_ in ids if id_ is not None)
         if not all(map(_is_int, ids)) or (len(ids) > 1 and not several):
             raise ConfigError(
-                f"{name} must be an integer{', several' * several} or null, not {value!r}"[:200],
+                f"{name} must be an integer{', several' * several} or null, not {shown(value)}",
                 where=name,
                 remedy="Correct the value, or leave it out.",
             )
@@ -238,7 +238,7 @@ class GPT2Config:
         kind = fields.get("model_type", "gpt2")
         if kind != "gpt2":
             raise ConfigError(
-                f"this is a {kind!r} checkpoint, not a GPT-2"[:200],
+                f"this is a {shown(kind)} checkpoint, not a GPT-2",
                 where=where,
                 remedy="gpt2cupy runs GPT2LMHeadModel checkpoints only.",
             )

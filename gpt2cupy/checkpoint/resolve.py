@@ -49,7 +49,7 @@ def resolve(name: str, revision: str | None) -> Path:
     repository = ALIASES.get(name, name)
     if not _HUB_ID.fullmatch(repository) or name.startswith("."):
         raise CheckpointError(
-            f"there is no folder or file {name!r} and no model of that name"[:200],
+            f"there is no folder or file {shown(name)} and no model of that name",
             where="name_or_path",
             remedy=f"Known names: {', '.join([*EMBEDDED, *ALIASES])}; or a hub id owner/model.",
         )
@@ -87,7 +87,10 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
         remedy = "Check the name; for a private model run: hf auth login."
         return "the hub has no such model, or it is private", remedy
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"there is no revision {revision!r}", "Give a branch, a tag or a commit, or none."
+        return (
+            f"there is no revision {shown(revision)}",
+            "Give a branch, a tag or a commit, or none.",
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             "the model is not in the cache and the hub cannot be reached",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError, NonFiniteError, shown
 from ..sampling import DEFAULT_NEW_TOKENS, SamplingParams
 from . import options, progress, shell
 
@@ -203,7 +203,7 @@ def _biases(given: list[str]) -> dict[int, float]:
             found[int(match[1])] = float(match[2])  # type: ignore[index]
         except (TypeError, ValueError):
             raise typer.BadParameter(
-                f"--logit-bias {each!r} is not ID=NUMBER, as in 50256=-inf"
+                f"--logit-bias {shown(each)} is not ID=NUMBER, as in 50256=-inf"
             ) from None
     return found
 

@@ -88,8 +88,9 @@ class GenerationConfig:
         """
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         path = folder / NAME
-        # An llm.c file says all by itself; its folder may belong to something else.
-        if checkpoint.suffix == ".bin" or not path.exists():
+        # The folder of another file may belong to something else.
+        known = checkpoint.is_dir() or checkpoint.suffix == ".safetensors"
+        if not known or not path.exists():
             return cls()
         return cls.from_dict(_read(path), config, where=str(path))
 
