@@ -15,7 +15,6 @@ from ..loading import load_weights
 from ..model import GPT2
 from ..ops.core import compiler
 from ..ops.core.device import cupy_module
-from ..ops.gpt2 import step
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
 
@@ -75,7 +74,7 @@ def decode_times(model: GPT2) -> dict[str, dict[str, float]]:
 
     On the current device and stream; measured where they are not remembered.
     """
-    choices = [rows for rows in step.ROWS if "persistent" in decode.usable(model, rows)]
+    choices = [rows for rows in compiler.STEP_ROWS if "persistent" in decode.usable(model, rows)]
     return {str(rows): decode.times(model, rows) for rows in choices}
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from ...digest import digest_cuda
 from ...errors import CompileError
-from ..jobs import Jobs
 from .device import import_cupy
+from .jobs import Jobs
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -156,7 +156,7 @@ def _load(device: int, source: str, defines: tuple[tuple[str, str], ...], cooper
             remedy="Delete the file; it is compiled again at the next start. If that does not "
             "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
         ) from error
-    about = tuple(f"{name}={value}" for name, value in defines.items())
+    about = tuple(f"{name}={value}" for name, value in defines)
     loaded[(source, device_arch(device)) + about] = path  # noqa: RUF005 (Python 3.10 in an index)
     return module
 

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
-from gpt2cupy.ops import jobs
-from gpt2cupy.ops.core import compiler, launch
+from gpt2cupy.ops.core import compiler, jobs, launch
 from gpt2cupy.record import ROOT
 
 pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
@@ -32,7 +31,7 @@ WANTED = [
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
 _SECOND = """
-from gpt2cupy.ops import compiler
+from gpt2cupy.ops.core import compiler
 import gpt2cupy.ops.core.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
