@@ -51,7 +51,9 @@ def reworded(text: str, options: dict[str, str]) -> str:
 def is_usage(error: Gpt2CupyError, options: dict[str, str]) -> bool:
     """Whether the value of an option is at fault, not a text, a file or the machine."""
     named = error.where in options or error.where in options.values()
-    return isinstance(error, InputError) and (named or error.where in ("SamplingParams", "score"))
+    return isinstance(error, InputError) and (
+        named or error.where in ("SamplingParams", "score", "profile")
+    )
 
 
 def in_options(error: Gpt2CupyError, options: dict[str, str]) -> Gpt2CupyError:
