@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .files import open_plain
+from .files import read_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
 ACTIVATIONS = {
@@ -56,7 +56,7 @@ _SHAPES = {  # n_layer, n_head, n_embd of the published checkpoints
 }
 
 
-_MAX_BYTES = 1 << 20  # of a config.json; what a wrong file can cost
+_MAX_BYTES = 16 << 20  # of a config.json, which may name many classes
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ class GPT2Config:
         """
         path = Path(path)
         try:
-            with open_plain(path) as file:
-                fields = json.loads(file.read(_MAX_BYTES))
+            fields = json.loads(read_plain(path, _MAX_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"cannot read the configuration: {error}",

@@ -249,6 +249,8 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     tokenizer: str | Tokenizer | None = None,
     batch_invariant: bool = False,
     quantize: str | None = None,
@@ -259,8 +261,9 @@ def load(
     ----------
     name_or_path : str
         "shakespeare" (embedded), an alias (gpt2, gpt2-medium, gpt2-large,
-        gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, or an
-        llm.c ``.bin`` file.
+        gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, a file of
+        weights beside its config.json, nanoGPT's ``ckpt.pt``, or an llm.c ``.bin``
+        file.
     dtype : {"auto", "float32", "float16", "bfloat16"}
         "auto" keeps the stored one on a GPU; the CPU always computes in float32,
         and warns if another one is asked for.
@@ -268,8 +271,13 @@ def load(
         "auto" (the GPU where one can be used), "cpu", "cuda" or "cuda:1".
     revision : str, optional
         Branch, tag or commit of a hub id.
+    variant : str, optional
+        "fp16" takes ``model.fp16.safetensors`` in place of ``model.safetensors``.
+    adapter : str, optional
+        Folder or hub id of a LoRA adapter of PEFT, which is merged into the weights.
     tokenizer : str or Tokenizer, optional
-        Folder or llm.c tokenizer file; by default the checkpoint's own.
+        Folder or llm.c tokenizer file; by default the checkpoint's own. Without one
+        that can be read the model takes and returns token ids, and text raises.
     batch_invariant : bool
         Make the bits of what comes out for a prompt the same whatever runs beside it and
         in however many slots; see docs/batch-invariance.md for what it costs.
@@ -289,8 +297,10 @@ def load(
             where="tokenizer",
             remedy="Pass a folder, a file or a Tokenizer.",
         )
-    options: Any = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    model, source = loading.load_model(name_or_path, **options, batch_invariant=batch_invariant)
+    model, source = loading.load_model(
+        name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
+        adapter=adapter, quantize=quantize, batch_invariant=batch_invariant,
+    )  # fmt: skip
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
     return LanguageModel(model, tokenizer, source.name)

@@ -97,6 +97,8 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     batch_invariant: bool = False,
     quantize: str | None = None,
 ) -> tuple[GPT2, Any]:
@@ -111,7 +113,7 @@ def load_model(
         )
     kind, index = resolve_device(device)
     _dtype_name(dtype)
-    source = checkpoint.open(name_or_path, revision=revision)
+    source = checkpoint.open(name_or_path, revision=revision, variant=variant, adapter=adapter)
     held = resolve_dtype(dtype, source.dtype, kind)
     tensors = source.tensors(finite=True)
     options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}

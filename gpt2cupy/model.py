@@ -81,6 +81,8 @@ class GPT2:
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
+        variant: str | None = None,
+        adapter: str | None = None,
         batch_invariant: bool = False,
         quantize: str | None = None,
     ) -> GPT2:
@@ -90,8 +92,10 @@ class GPT2:
         """
         from .loading import load_model
 
-        options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
-        return load_model(name_or_path, dtype=dtype, device=device, revision=revision, **options)[0]
+        return load_model(
+            name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
+            adapter=adapter, batch_invariant=batch_invariant, quantize=quantize,
+        )[0]  # fmt: skip
 
     @classmethod
     def random(

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .folder import forms, has_weights
 from .stored import unreadable
 
 EMBEDDED = {"shakespeare": Path(__file__).parent.parent / "models" / "shakespeare"}
@@ -16,16 +17,15 @@ ALIASES = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-# What loading reads; repositories hold other frameworks' weights too.
+# What loading reads beside the weights; repositories hold other frameworks' weights too.
 _WANTED = [
-    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
+    *("special_tokens_map.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
 ]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def resolve(name: str, revision: str | None) -> Path:
+def resolve(name: str, revision: str | None, variant: str | None = None) -> Path:
     """The folder or file that holds the checkpoint, downloaded if it is on the hub.
 
     A folder called like an alias goes before the alias, as in Hugging Face;
@@ -47,7 +47,7 @@ def resolve(name: str, revision: str | None) -> Path:
             where="name_or_path",
             remedy=f"Known names: {', '.join([*EMBEDDED, *ALIASES])}; or a hub id owner/model.",
         )
-    return _download(repository, revision)
+    return _download_model(repository, revision, variant)
 
 
 def _local(name: str) -> Path | None:
@@ -58,12 +58,22 @@ def _local(name: str) -> Path | None:
         raise unreadable(Path(name), error) from error
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download_model(repository: str, revision: str | None, variant: str | None) -> Path:
+    """The model in the one format that is there, safetensors before pytorch_model.bin."""
+    for form in forms(variant):
+        weights = [form.single, form.shards, form.index]
+        folder = _download(repository, revision, [*_WANTED, *weights])
+        if has_weights(folder, form):
+            break
+    return folder
+
+
+def _download(repository: str, revision: str | None, wanted: list[str]) -> Path:
     """A folder of the hub's cache; the hub's own settings (HF_*) decide how it is filled."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:
         # The hub's client lets errors of its HTTP library and of the disk through.
         what, remedy = _explain(error, repository, revision)

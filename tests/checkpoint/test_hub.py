@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from builders import TINY, small_bpe, write_bpe, write_checkpoint
+from safetensors.numpy import load_file
+from torch_writer import write_zip
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 ROOT = Path(__file__).parents[2]
@@ -199,5 +201,20 @@ def test_what_the_hub_does_not_give(hub, tmp_path, name, revision, settings, wha
 
 
 def test_a_repository_without_safetensors(hub, tmp_path):
-    (tmp_path / "hub" / "main" / "model.safetensors").unlink()
-    assert "save_pretrained" in load(hub, tmp_path / "home", "owner/model")["remedy"]
+    folder = tmp_path / "hub" / "main"
+    first = load(hub, tmp_path / "first", "owner/model")
+    write_zip(folder / "pytorch_model.bin", load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    hub.asked.clear()
+    found = load(hub, tmp_path / "home", "owner/model")
+    assert found["total"] == first["total"]
+    fetched = {line.split("/")[-1] for line in hub.asked if line.startswith("GET /owner/")}
+    assert fetched == {"config.json", "pytorch_model.bin", "vocab.json", "merges.txt"}
+    offline = load(hub, tmp_path / "home", "owner/model", HF_HUB_OFFLINE="1")
+    assert offline["total"] == first["total"]
+
+
+def test_a_repository_without_weights(hub, tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / "hub" / "main" / name).unlink()
+    assert "no pytorch_model.bin" in load(hub, tmp_path / "home", "owner/model")["what"]
