@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..config import GPT2Config
 from ..errors import CheckpointError, InputError
+from . import adapter as adapters
 from . import folder, llmc_file, nanogpt, recognise, safetensors_file, torch_file
 from .folder import forms
 from .match import match
-from .resolve import resolve
+from .resolve import resolve, resolve_adapter
 from .stored import StoredTensor, check_finite, exists, views
 
 __all__ = ["Checkpoint", "StoredTensor", "check_finite", "open"]
@@ -36,12 +37,15 @@ class Checkpoint:
         With ``tie_word_embeddings`` as the stored tensors have it.
     stored : tuple of StoredTensor
         Where every tensor of the model lies.
+    pairs : mapping
+        The factors of an adapter, which :meth:`tensors` adds, by name and layer.
     """
 
     name: str
     path: Path
     config: GPT2Config
     stored: tuple[StoredTensor, ...]
+    pairs: adapters.Pairs = field(default_factory=dict)
 
     @property
     def dtype(self) -> np.dtype:
@@ -61,7 +65,7 @@ class Checkpoint:
 
         Arrays are read-only views of the mapped files in rows [out, in]; those
         stored as [in, out] come as transposed views, those in float64 rounded to
-        float32.
+        float32, and those that an adapter changes as new float32 arrays.
 
         Parameters
         ----------
@@ -74,7 +78,7 @@ class Checkpoint:
         CheckpointError
             If a file cannot be mapped, or a value is not finite.
         """
-        for name, layer, array in views(self.stored):
+        for name, layer, array in adapters.merged(views(self.stored), self.pairs):
             if finite:
                 check_finite(name, layer, array)
             yield name, layer, array
@@ -113,15 +117,19 @@ def open(
         If it is not a GPT-2 that this package runs.
     """
     forms(variant)
-    name = _as_name(name_or_path, "checkpoint", "name_or_path")
+    name = _as_name(name_or_path, "a checkpoint", "name_or_path")
     path, config, tensors = _read(resolve(name, revision, variant), variant)
-    return Checkpoint(name, path, config, tuple(tensors))
+    pairs: adapters.Pairs = {}
+    if adapter is not None:
+        place = resolve_adapter(_as_name(adapter, "an adapter", "adapter"))
+        config, tensors, pairs = adapters.read(place, config, tensors)
+    return Checkpoint(name, path, config, tuple(tensors), pairs)
 
 
 def _as_name(given: object, noun: str, where: str) -> str:
     if not isinstance(given, str | os.PathLike):
         raise InputError(
-            f"a {noun} cannot be a {type(given).__name__}",
+            f"{noun} cannot be of type {type(given).__name__}",
             where=where,
             remedy="Pass a name, a hub id or a path.",
         )

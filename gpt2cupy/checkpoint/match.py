@@ -64,12 +64,12 @@ def match(
                 where=str(entry.file),
                 remedy=_OTHER_MODEL,
             )
-        tensors.append(_stored(entry, name, layer, in_out=in_out))
-    _leave_out(found, where)
+        tensors.append(stored(entry, name, layer, in_out=in_out))
+    leave_out(found, where)
     return config, tensors
 
 
-def _stored(entry: Entry, name: str, layer: int | None, *, in_out: bool = False) -> StoredTensor:
+def stored(entry: Entry, name: str, layer: int | None, *, in_out: bool = False) -> StoredTensor:
     """Where the tensor lies; in_out says that the entry's own shape is [in, out]."""
     turned = entry.transposed
     shape = entry.shape[::-1] if turned else entry.shape
@@ -105,7 +105,7 @@ def _wrapper(keys: list[str]) -> str | None:
     return None
 
 
-def _leave_out(rest: Mapping[str, Entry], where: Path) -> None:
+def leave_out(rest: Mapping[str, Entry], where: Path) -> None:
     """Judge the tensors that nothing asked for; name once those of other tasks."""
     named = []
     for key, entry in rest.items():
@@ -150,7 +150,7 @@ def _same_values(one: Entry, other: Entry) -> bool:
         return False
     if dataclasses.replace(one, key=other.key) == other:
         return True  # torch.save stores a shared tensor once
-    first, second = (_stored(entry, "", None).view(map_file(entry.file)) for entry in (one, other))
+    first, second = (stored(entry, "", None).view(map_file(entry.file)) for entry in (one, other))
     # In parts, so that memory stays constant; float64 holds every supported dtype exactly.
     return all(
         np.array_equal(first[i : i + 1024].astype("f8"), second[i : i + 1024].astype("f8"))

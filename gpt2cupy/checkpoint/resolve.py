@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .folder import forms, has_weights
-from .stored import unreadable
+from .stored import exists, unreadable
 
 EMBEDDED = {"shakespeare": Path(__file__).parent.parent / "models" / "shakespeare"}
 ALIASES = {
@@ -22,6 +22,8 @@ _WANTED = [
     *("config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
 ]
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -48,6 +50,31 @@ def resolve(name: str, revision: str | None, variant: str | None = None) -> Path
             remedy=f"Known names: {', '.join([*EMBEDDED, *ALIASES])}; or a hub id owner/model.",
         )
     return _download_model(repository, revision, variant)
+
+
+def resolve_adapter(name: str) -> Path:
+    """The folder of an adapter, downloaded if it is on the hub."""
+    path = _local(name)
+    if path is None and not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"there is no folder {name!r} with an adapter"[:200],
+            where="adapter",
+            remedy="Pass a folder that PEFT saved, or a hub id owner/adapter.",
+        )
+    if path is None:
+        for weights in ADAPTER_WEIGHTS:
+            path = _download(name, None, [ADAPTER_CONFIG, weights])
+            if exists(path / weights):
+                break
+    assert path is not None
+    if not exists(path / ADAPTER_CONFIG):
+        raise CheckpointError(
+            f"the folder has no {ADAPTER_CONFIG}",
+            where=str(path),
+            remedy="Pass a folder that PEFT's save_pretrained wrote; a whole model is loaded by "
+            "its own name.",
+        )
+    return path
 
 
 def _local(name: str) -> Path | None:
