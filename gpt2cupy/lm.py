@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from . import loading, prompts, scoring
-from .errors import InputError
+from .errors import InputError, NoTokenizerError
 from .held import HeldModel
 from .ids import check_tokens
 from .model import GPT2
 from .request import Request
 from .sampling import SamplingParams
 from .text import Collected, Completion, GrowingText, Piece, Score
-from .tokenizer import Tokenizer
+from .tokenizer import NoTokenizer, Tokenizer
 
 
 class LanguageModel:
@@ -37,9 +37,10 @@ class LanguageModel:
     """
 
     def __init__(self, model: GPT2, tokenizer: Tokenizer, name: str) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
+        # Added tokens that the model does not have are errors where they are met.
+        if tokenizer.ordinary_size > model.config.vocab_size:
             raise InputError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"the tokenizer has {tokenizer.ordinary_size} tokens, the model "
                 f"{model.config.vocab_size}",
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
@@ -301,6 +302,11 @@ def load(
         name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
         adapter=adapter, quantize=quantize, batch_invariant=batch_invariant,
     )  # fmt: skip
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
+    if tokenizer is None:
+        try:
+            tokenizer = Tokenizer.from_path(source.path)
+        except NoTokenizerError as reason:
+            tokenizer = NoTokenizer(reason)
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_path(tokenizer)
     return LanguageModel(model, tokenizer, source.name)

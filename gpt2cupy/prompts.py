@@ -87,6 +87,8 @@ def make_requests(
                 where=name,
                 remedy="Use ids of this model.",
             )
+    if params.stop:
+        tokenizer.require()
     requests = []
     for number, prompt in enumerate(prompts):
         ids = encode(prompt, tokenizer, config)

@@ -15,10 +15,11 @@ PACKAGE = ROOT / "gpt2cupy"
 # From the bottom up: a module may import from its own line only what stands left of it (or the
 # same package), and anything from the lines before.
 LAYERS = (
-    ("_version", "errors", "files", "output", "turns"),
+    ("_version", "errors", "file_kinds", "files", "output", "turns"),
     ("config",),
     ("quantize",),
-    ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
+    ("ids", "weights", "cache", "vocabulary", "tokenizer_reading", "tokenizer_json"),
+    ("added_tokens", "merging", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference"),
     ("ops.device", "ops.compiler", "ops.tape", "ops.launch"),
     ("ops.blas", "ops"),

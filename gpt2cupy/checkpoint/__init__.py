@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import GPT2Config
 from ..errors import CheckpointError, InputError
+from ..file_kinds import LLMC, SAFETENSORS, TORCH
 from . import adapter as adapters
 from . import folder, llmc_file, nanogpt, recognise, safetensors_file, torch_file
 from .folder import forms
@@ -150,11 +151,11 @@ def _read(path: Path, variant: str | None) -> tuple[Path, GPT2Config, list[Store
             "variant means nothing for a file", where="variant", remedy="Leave it out."
         )
     found = recognise.kind(path)
-    if found == recognise.LLMC:
+    if found == LLMC:
         return path, *llmc_file.read(path)
-    if found not in (recognise.TORCH, recognise.SAFETENSORS):
+    if found not in (TORCH, SAFETENSORS):
         raise recognise.refused(path, found)
-    if found == recognise.TORCH:
+    if found == TORCH:
         file = torch_file.read(path)
         if nanogpt.is_nanogpt(file.value):
             return path, *nanogpt.read(file)
@@ -165,5 +166,5 @@ def _read(path: Path, variant: str | None) -> tuple[Path, GPT2Config, list[Store
             where=str(path),
             remedy="Copy the config.json of its model into the same folder.",
         )
-    read = safetensors_file.read if found == recognise.SAFETENSORS else folder.read_state_dict
+    read = safetensors_file.read if found == SAFETENSORS else folder.read_state_dict
     return path.parent, *match(read(path), GPT2Config.from_json(beside), path)

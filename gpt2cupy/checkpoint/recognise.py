@@ -8,15 +8,13 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..file_kinds import HEAD, LLMC_TOKENIZER, kind_of
 from ..files import open_plain
 from .stored import exists, unreadable
 
-_HEAD = 512  # bytes that tell formats apart
 _MAX_ADAPTER = 1 << 20
-_LLMC_MODEL, _LLMC_TOKENIZER = 20240326, 20240328
 _TENSORFLOW = re.compile(r"model(?:\.ckpt)?-?\d*\.(?:index|meta|data-\d+-of-\d+)")
 _VARIANT = re.compile(r"(?:model|pytorch_model)\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
-LLMC, SAFETENSORS, TORCH = "llm.c", "safetensors", "torch"
 # Formats that are told apart only to be named: what an error says of them, and the remedy.
 _OTHERS = {
     "lfs": (
@@ -27,7 +25,7 @@ _OTHERS = {
         "this is a GGUF file, the format of llama.cpp, which is not read",
         "Give the checkpoint that it was made of: safetensors or pytorch_model.bin.",
     ),
-    "llm.c tokenizer": (
+    LLMC_TOKENIZER: (
         "this is a tokenizer of llm.c, not a model",
         "Give the model's file, and pass this one as tokenizer=.",
     ),
@@ -49,7 +47,7 @@ _OTHERS = {
 
 
 def kind(path: Path) -> str:
-    """What a file is: ``LLMC``, ``SAFETENSORS`` or ``TORCH``, another format's name, or "".
+    """What a file is, as :mod:`gpt2cupy.file_kinds` names it.
 
     Raises
     ------
@@ -58,41 +56,10 @@ def kind(path: Path) -> str:
     """
     try:
         with open_plain(path) as file:
-            head = file.read(_HEAD)
+            head = file.read(HEAD)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     return kind_of(head)
-
-
-def kind_of(head: bytes) -> str:
-    """The same from the first bytes of a file."""
-    number = int.from_bytes(head[:4], "little")
-    if not head:
-        return "empty"
-    if number in (_LLMC_MODEL, _LLMC_TOKENIZER):
-        return LLMC if number == _LLMC_MODEL else "llm.c tokenizer"
-    if head[:4] == b"PK\3\4" or head[:2] == b"\x80\x02":
-        return TORCH
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
-        return SAFETENSORS
-    if head.startswith(b"version https://git-lfs"):
-        return "lfs"
-    if head[:4] == b"GGUF":
-        return "gguf"
-    if head[:8] == b"\x89HDF\r\n\x1a\n":
-        return "hdf5"
-    start = head.lstrip()[:15].lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "html"
-    if not _is_text(head):
-        return ""
-    return "json" if start[:1] in (b"{", b"[") else "text"
-
-
-def _is_text(head: bytes) -> bool:
-    # The last character may be cut.
-    text = head.decode("utf-8", "replace")[:-1]
-    return not any(c == "\ufffd" or (c < " " and c not in "\t\n\r\f") for c in text)
 
 
 def refused(path: Path, found: str) -> CheckpointError:
