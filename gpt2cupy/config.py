@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .file_kinds import HEAD, LFS, POINTER, kind_of
 from .files import read_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
@@ -202,10 +203,13 @@ class GPT2Config:
             architecture, or sets an option that changes the result and that
             this package does not have.
         """
-        path = Path(path)
+        path, data = Path(path), b""
         try:
-            fields = json.loads(read_plain(path, _MAX_BYTES))
+            data = read_plain(path, _MAX_BYTES)
+            fields = json.loads(data)
         except (OSError, ValueError, RecursionError) as error:
+            if kind_of(data[:HEAD]) == LFS:
+                raise ConfigError(POINTER[0], where=str(path), remedy=POINTER[1]) from None
             raise ConfigError(
                 f"cannot read the configuration: {error}",
                 where=str(path),

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 HEAD = 512  # bytes that tell formats apart
 LLMC, LLMC_TOKENIZER, SAFETENSORS, TORCH = "llm.c", "llm.c tokenizer", "safetensors", "torch"
+LFS = "lfs"
+POINTER = (
+    "this is a pointer of git-lfs, not the file itself",
+    "The clone has no large files yet: run git lfs pull in its folder.",
+)
 LLMC_MAGIC, LLMC_TOKENIZER_MAGIC = 20240326, 20240328
 
 
@@ -19,7 +24,7 @@ def kind_of(head: bytes) -> str:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
         return SAFETENSORS
     if head.startswith(b"version https://git-lfs"):
-        return "lfs"
+        return LFS
     if head[:4] == b"GGUF":
         return "gguf"
     if head[:8] == b"\x89HDF\r\n\x1a\n":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NoTokenizerError, TokenizerError
-from .file_kinds import HEAD
+from .file_kinds import HEAD, LFS, POINTER, kind_of
 from .files import open_plain, read_plain
 
 _MAX_BYTES = 64 << 20  # far above any real tokenizer; bounds what a wrong file can cost
@@ -24,7 +24,10 @@ def is_file(path: Path) -> bool:
 def read_file(path: Path) -> bytes:
     """The bytes of a file."""
     try:
-        return read_plain(path, _MAX_BYTES)
+        data = read_plain(path, _MAX_BYTES)
+        if kind_of(data[:HEAD]) == LFS:
+            raise TokenizerError(POINTER[0], where=str(path), remedy=POINTER[1])
+        return data
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:

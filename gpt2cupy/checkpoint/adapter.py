@@ -165,7 +165,7 @@ def _entries(path: Path) -> list[Entry]:
     readers = (safetensors_file.read, folder.read_state_dict)
     for name, read_file in zip(ADAPTER_WEIGHTS, readers, strict=True):
         if exists(path / name):
-            recognise.refuse_pointers(path / name)
+            recognise.refuse_others(path / name)
             return read_file(path / name)
     raise CheckpointError(
         f"the adapter has no {' or '.join(ADAPTER_WEIGHTS)}",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError
+from ..file_kinds import SAFETENSORS, TORCH
 from ..files import open_plain
 from . import recognise, safetensors_file, torch_file
 from .entries import Entry
@@ -76,6 +77,12 @@ def has_weights(folder: Path, form: Form) -> bool:
     return exists(folder / form.single) or exists(folder / form.index)
 
 
+def read_file(path: Path, form: Form) -> list[Entry]:
+    """Every tensor of a file, by what it holds: some are misnamed, some are no weights."""
+    readers = {SAFETENSORS: safetensors_file.read, TORCH: read_state_dict}
+    return readers.get(recognise.refuse_others(path), form.read)(path)
+
+
 def read(folder: Path, variant: str | None) -> Iterator[Entry]:
     """Every tensor of the folder's weights.
 
@@ -86,11 +93,11 @@ def read(folder: Path, variant: str | None) -> Iterator[Entry]:
     """
     for form in forms(variant):
         if exists(folder / form.single):
-            yield from form.read(folder / form.single)
+            yield from read_file(folder / form.single, form)
             return
         if exists(folder / form.index):
             for file, promised in _shards(folder / form.index).items():
-                entries = form.read(file)
+                entries = read_file(file, form)
                 if lost := promised - {entry.key for entry in entries}:
                     raise CheckpointError(
                         f"the tensor {min(lost)} is not in the shard that the index names",

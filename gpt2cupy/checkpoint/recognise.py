@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..file_kinds import HEAD, LLMC_TOKENIZER, kind_of
-from ..files import open_plain
+from ..file_kinds import HEAD, LFS, LLMC_TOKENIZER, POINTER, kind_of
+from ..files import open_plain, read_plain
 from .stored import exists, unreadable
 
 _MAX_ADAPTER = 1 << 20
@@ -17,10 +17,7 @@ _TENSORFLOW = re.compile(r"model(?:\.ckpt)?-?\d*\.(?:index|meta|data-\d+-of-\d+)
 _VARIANT = re.compile(r"(?:model|pytorch_model)\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 # Formats that are told apart only to be named: what an error says of them, and the remedy.
 _OTHERS = {
-    "lfs": (
-        "this is a pointer of git-lfs, not the file itself",
-        "The clone has no large files yet: run git lfs pull in its folder.",
-    ),
+    LFS: POINTER,
     "gguf": (
         "this is a GGUF file, the format of llama.cpp, which is not read",
         "Give the checkpoint that it was made of: safetensors or pytorch_model.bin.",
@@ -75,36 +72,35 @@ def refused(path: Path, found: str) -> CheckpointError:
     return CheckpointError(what, where=str(path), remedy=remedy)
 
 
-def refuse_pointers(path: Path) -> None:
-    """Raise if the file is what git or a browser leaves in place of a large file."""
+def refuse_others(path: Path) -> str:
+    """What a file is; raise for what is known and holds no tensors, as a pointer of git-lfs."""
     found = kind(path)
-    if found in ("lfs", "html", "empty", "gguf", "text"):
+    if found in _OTHERS:
         raise refused(path, found)
+    return found
 
 
-def base_of_adapter(folder: Path) -> str | None:
-    """The model that an adapter's folder is for; None where it is no adapter."""
+def _refuse_adapter(folder: Path) -> None:
+    """Raise if the folder is an adapter's, naming the model that it is for."""
     path = folder / "adapter_config.json"
-    if not exists(path) or exists(folder / "config.json"):
-        return None
+    if not exists(path):
+        return
     try:
-        with open_plain(path) as file:
-            base = json.loads(file.read(_MAX_ADAPTER))["base_model_name_or_path"]
+        base = json.loads(read_plain(path, _MAX_ADAPTER))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
-    return base if isinstance(base, str) and base else "gpt2"
+    base = base if isinstance(base, str) and base else "gpt2"
+    raise CheckpointError(
+        "this is the folder of an adapter, not of a model",
+        where=str(folder),
+        remedy=f"Load the model with it: gpt2cupy.load({base!r}, adapter={str(folder)!r}).",
+    )
 
 
 def refuse_folder(folder: Path) -> None:
     """Raise if a folder without config.json is something else that is known."""
     names = _names(folder)
-    base = base_of_adapter(folder)
-    if base is not None:
-        raise CheckpointError(
-            "this is the folder of an adapter, not of a model",
-            where=str(folder),
-            remedy=f"Load the model with it: gpt2cupy.load({base!r}, adapter={str(folder)!r}).",
-        )
+    _refuse_adapter(folder)
     if "hparams.json" in names or any(map(_TENSORFLOW.fullmatch, names)):
         raise CheckpointError(
             "this is a TensorFlow checkpoint, as OpenAI published and gpt-2-simple writes, "
@@ -120,6 +116,7 @@ def refuse_folder(folder: Path) -> None:
 def no_weights(folder: Path, variant: str | None) -> CheckpointError:
     """The error for a folder with a config.json and no weights that are read."""
     names = _names(folder)
+    _refuse_adapter(folder)
     single = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
     what = f"the folder has no {single} and no pytorch_model.bin"
     if variant is not None:

@@ -21,6 +21,7 @@ ALIASES = {
 _WANTED = [
     *("config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
+    "adapter_config.json",
     *("vocab.txt", "tokenizer.model", "spiece.model"),  # not read: an error names them
 ]
 ADAPTER_CONFIG = "adapter_config.json"

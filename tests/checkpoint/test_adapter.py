@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_writer import C_ATTN, WIDTH, factors, write_adapter
 from builders import BFLOAT16, TINY, write_checkpoint
 from command import call, done
-from safetensors.numpy import save_file
 from torch_writer import write_legacy
 
 import gpt2cupy
@@ -20,40 +19,6 @@ from gpt2cupy.errors import CheckpointError, InputError
 from gpt2cupy.weights import Weights
 
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
-C_ATTN = "base_model.model.transformer.h.1.attn.c_attn"
-WIDTH = TINY.n_embd
-CONFIG = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": "gpt2",
-    "r": 4,
-    "lora_alpha": 6,
-    "target_modules": ["c_attn"],
-    "fan_in_fan_out": True,
-    "bias": "none",
-    "use_rslora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "init_lora_weights": True,
-    "use_dora": False,
-    "layer_replication": None,
-}
-
-
-def factors(key: str = C_ATTN, rows: int = 3 * WIDTH, rank: int = 4) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(rank)
-    return {
-        f"{key}.lora_A.weight": rng.normal(size=(rank, WIDTH)).astype(np.float32),
-        f"{key}.lora_B.weight": rng.normal(size=(rows, rank)).astype(np.float32),
-    }
-
-
-def write_adapter(folder: Path, tensors: dict | None = None, **changes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | changes))
-    save_file(factors() if tensors is None else tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 @pytest.fixture

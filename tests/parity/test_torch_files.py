@@ -15,6 +15,7 @@ import gpt2cupy
 from gpt2cupy import checkpoint
 
 torch = pytest.importorskip("torch")
+load_file = pytest.importorskip("safetensors.torch").load_file
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 IDS = np.arange(40)[None] * 5 % TINY.vocab_size
 ZIP, LEGACY = {}, {"_use_new_zipfile_serialization": False}
@@ -193,6 +194,32 @@ def test_what_torch_itself_refuses(tmp_path, save):
         (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
         with pytest.raises(gpt2cupy.errors.CheckpointError, match=name):
             checkpoint.open(tmp_path / "file.bin")
+
+
+def test_the_remedies_in_pytorch(tmp_path, save):
+    """Load in PyTorch, save the state dict as safetensors; and .contiguous() before saving."""
+    from safetensors.torch import save_file
+
+    write_checkpoint(tmp_path, TINY)
+    bin_, whole = tmp_path / "pytorch_model.bin", tmp_path / "model.safetensors"
+    state = load_file(whole)
+    whole.unlink()
+    save(state | {"loss": np.float64(3)}, bin_)
+    with pytest.raises(gpt2cupy.errors.CheckpointError, match="load it in PyTorch and save its"):
+        checkpoint.open(tmp_path)
+    state = torch.load(bin_, weights_only=False)
+    save_file({key: value for key, value in state.items() if key != "loss"}, whole)
+    assert checkpoint.open(tmp_path).config == TINY
+    whole.unlink()
+
+    del state["loss"]
+    key = "transformer.wpe.weight"
+    state[key] = torch.zeros(48, 64)[:, ::2]
+    save(state, bin_)
+    with pytest.raises(gpt2cupy.errors.CheckpointError, match=r"call \.contiguous\(\)"):
+        checkpoint.open(tmp_path)
+    save(state | {key: state[key].contiguous()}, bin_)
+    assert checkpoint.open(tmp_path).config == TINY
 
 
 def test_every_kind_of_storage(tmp_path, save):
