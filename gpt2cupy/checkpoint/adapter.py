@@ -234,8 +234,8 @@ def _pair(
                 path,
             )
     scale = alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
-    factors = (stored(entry, module, None, in_out=embedding) for entry in (a, b))
-    return Pair(*factors, scale)
+    first_factor, second_factor = (stored(e, module, None, in_out=embedding) for e in (a, b))
+    return Pair(first_factor, second_factor, scale)
 
 
 def _in_peft(module: str) -> str:

@@ -27,8 +27,8 @@ _EMBEDDINGS = ("wte.weight", "lm_head.weight")
 
 def is_nanogpt(value: Any) -> bool:
     """Whether what was saved has nanoGPT's two parts."""
-    parts = isinstance(value, dict) and (value.get("model"), value.get("model_args"))
-    return bool(parts) and all(isinstance(part, dict) for part in parts)
+    names = ("model", "model_args")
+    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in names)
 
 
 def read(file: TorchFile) -> tuple[GPT2Config, list[StoredTensor]]:

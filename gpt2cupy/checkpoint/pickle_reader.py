@@ -266,8 +266,8 @@ def _is_size(value: Any) -> bool:
 def _opcode(code: int) -> str:
     import pickletools
 
-    found = pickletools.code2op.get(chr(code))
-    return found.name if found else f"0x{code:02x}"
+    names = {known.code: known.name for known in pickletools.opcodes}
+    return names.get(chr(code), f"0x{code:02x}")
 
 
 # Nothing else is read. BUILD drops the one attribute that state dicts have.

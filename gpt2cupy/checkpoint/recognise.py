@@ -127,8 +127,7 @@ def no_weights(folder: Path, variant: str | None) -> CheckpointError:
     elif variant is not None:
         remedy = "Leave variant out."
     else:
-        present = [name for name in ("tf_model.h5", "flax_model.msgpack") if name in names]
-        present += [name for name in names if name.endswith((".gguf", ".onnx"))]
+        present = [name for name in names if name.endswith((".h5", ".msgpack", ".gguf", ".onnx"))]
         had = f"It has {present[0]}, which is not read. " if present else ""
         remedy = f"{had}Put the weights there as safetensors or pytorch_model.bin."
     return CheckpointError(what, where=str(folder), remedy=remedy)

@@ -68,7 +68,7 @@ def read(path: Path) -> TorchFile:
             size = os.fstat(file.fileno()).st_size
             zipped = file.read(4) == b"PK\3\4"
             places = zip_entries.entries(file, size) if zipped else {}
-        data = memoryview(map_file(path))
+        data = map_file(path).data
         return _from_zip(path, data, places) if zipped else _from_stream(path, data)
     except OSError as error:
         raise unreadable(path, error) from error
