@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .tokenizer_reading import broken, other_kind
+from .errors import TokenizerError
+from .tokenizer_reading import broken, is_id, other_kind
 
 # How files spell the pattern that cuts GPT-2's words.
 _WORD = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -28,6 +29,12 @@ def parts(whole: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[Any],
     """Vocabulary, merges and added tokens."""
     model = whole.get("model")
     if not isinstance(model, dict):
+        if whole and all(map(is_id, whole.values())):
+            raise TokenizerError(
+                "this is a vocabulary alone, not a tokenizer",
+                where=str(path),
+                remedy="Pass the folder that holds it and its merges.",
+            )
         raise broken("there is no model in it", path)
     kind = model.get("type", "BPE")
     if kind != "BPE":

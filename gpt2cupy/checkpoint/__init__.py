@@ -143,7 +143,7 @@ def _read(path: Path, variant: str | None) -> tuple[Path, GPT2Config, list[Store
         if not exists(path / "config.json"):
             recognise.refuse_folder(path)
             if exists(path / _NANOGPT):
-                return _read(path / _NANOGPT, variant)
+                return path, *_read(path / _NANOGPT, variant)[1:]
         config = GPT2Config.from_json(path / "config.json")
         return path, *match(folder.read(path, variant), config, path)
     if variant is not None:

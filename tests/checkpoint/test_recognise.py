@@ -208,6 +208,13 @@ def test_the_remedy_for_a_text_file_as_tokenizer(tmp_path):
     assert Tokenizer.from_path(tmp_path).vocab_size == 263
 
 
+def test_the_remedy_for_a_vocabulary_as_tokenizer(tmp_path):
+    write_bpe(tmp_path, *small_bpe())
+    with pytest.raises(TokenizerError, match="a vocabulary alone") as caught:
+        Tokenizer.from_path(tmp_path / "vocab.json")
+    assert "the folder that holds it" in caught.value.remedy
+
+
 def test_the_remedy_for_a_token_before_the_text(tmp_path):
     write_bpe(tmp_path, *small_bpe())
     options = {"add_bos_token": True, "pad_token": "<p>"}

@@ -160,6 +160,7 @@ def test_nanogpt(tmp_path, prefix, bias, write):
         zero = name.endswith("_b") and not bias
         assert np.array_equal(mine[name], np.zeros_like(array) if zero else array), name
     assert loaded(tmp_path).keys() == mine.keys(), "its folder will do"
+    assert checkpoint.open(tmp_path).path == tmp_path, "where a tokenizer may lie"
 
 
 def test_a_bias_missing_from_a_run_with_biases(tmp_path):
