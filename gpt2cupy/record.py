@@ -27,7 +27,7 @@ RESULTS = ROOT / "bench" / "results"
 GPU_SOURCES = (
     "cuda_src/*.cu",
     "cuda_src/*.cuh",
-    "gpt2cupy/ops/*.py",
+    "gpt2cupy/ops/**/*.py",
     "gpt2cupy/decode/*.py",
     "gpt2cupy/weights.py",
     "gpt2cupy/quantize.py",
@@ -35,7 +35,7 @@ GPU_SOURCES = (
     "gpt2cupy/model.py",
     "gpt2cupy/shifts.py",
     "gpt2cupy/workspace.py",
-    "gpt2cupy/engine.py",
+    "gpt2cupy/generation/engine.py",
 )
 CPU_SOURCES = (
     "gpt2cupy/ops/reference*.py",
@@ -45,7 +45,7 @@ CPU_SOURCES = (
     "gpt2cupy/cache.py",
     "gpt2cupy/model.py",
     "gpt2cupy/workspace.py",
-    "gpt2cupy/engine.py",
+    "gpt2cupy/generation/engine.py",
 )
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "torch", "transformers")
@@ -78,7 +78,7 @@ def environment(*, gpu: bool) -> dict[str, Any]:
     if gpu:
         import cupy
 
-        from .ops import compiler
+        from .ops.core import compiler
 
         runtime = cupy.cuda.runtime
         properties = runtime.getDeviceProperties(runtime.getDevice())

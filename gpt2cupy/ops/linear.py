@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..quantize import QuantizedMatrix
-from . import blas, quantized, reference
-from .launch import device_empty, is_device_array, launch
-from .norm import layer_norm
-from .product import (
+from . import quantized, reference
+from .core import blas
+from .core.launch import device_empty, is_device_array, launch
+from .linear_kernels import (
     BIAS_ACT,
     GEMV_SCALAR,
     LONGEST_NORM,
@@ -35,6 +35,7 @@ from .product import (
     takes_skinny,
     takes_skinny_norm,
 )
+from .norm import layer_norm
 
 Array = Any
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .core.launch import Kernel, device_empty, is_device_array, launch
 
 Array = Any
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .device import has_clusters, sm_count
-from .launch import Kernel, device_empty, is_device_array, launch
+from .core.device import has_clusters, sm_count
+from .core.launch import Kernel, device_empty, is_device_array, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any

@@ -8,9 +8,9 @@ import numpy as np
 
 from ..quantize import QuantizedMatrix
 from . import reference
-from .launch import device_empty, is_device_array
+from .core.launch import device_empty, is_device_array
 from .linear import gemv
-from .product import takes_norm_once
+from .linear_kernels import takes_norm_once
 
 Array = Any
 

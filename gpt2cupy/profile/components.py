@@ -16,9 +16,9 @@ from ..decode import eager as eager_module
 from ..decode import persistent as persistent_module
 from ..errors import InputError
 from ..model import GPT2
-from ..ops import step
-from ..ops.launch import is_device_array
-from ..ops.tape import recorded
+from ..ops.core.launch import is_device_array
+from ..ops.core.tape import recorded
+from ..ops.gpt2 import step
 from . import counts
 from .counts import Cost
 

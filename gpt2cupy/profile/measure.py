@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..decode import choose_first, decoder
-from ..engine import Engine
 from ..errors import InputError
+from ..generation.engine import Engine
 from ..model import GPT2
 from ..sampling import SamplingParams
 from . import events
