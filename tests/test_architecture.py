@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gpt2cupy"
 # From the bottom up: a module may import from its own line only what stands left of it (or the
 # same package), and anything from the lines before.
 LAYERS = (
-    ("_version", "errors", "files", "output", "turns"),
+    ("_version", "digest", "errors", "files", "output", "turns"),
     ("config",),
     ("quantize",),
     ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),

@@ -79,9 +79,15 @@ def sources(tmp_path, monkeypatch):
     copy = tmp_path / "cuda_src"
     shutil.copytree(compiler.source_dir(), copy)
     monkeypatch.setattr(compiler, "source_dir", lambda: copy)
-    compiler.source_closure.cache_clear()
+    forget()
     yield copy
+    forget()
+
+
+def forget():
+    """Read the sources anew."""
     compiler.source_closure.cache_clear()
+    compiler.source_digests.cache_clear()
 
 
 def test_every_source_is_known():
@@ -168,8 +174,11 @@ def test_another_nvrtc_changes_the_key(cache, fake, monkeypatch):
 def test_a_changed_include_changes_the_key(cache, fake, sources):
     before = {s: compiler.cubin(s, HALF, ARCH) for s in ("linear.cu", "norm.cu")}
     include = sources / "activation.cuh"
-    include.write_text(include.read_text() + "// changed\n")
-    compiler.source_closure.cache_clear()
+    include.write_text(include.read_text() + "// a comment\n")
+    forget()
+    assert {s: compiler.cubin(s, HALF, ARCH) for s in before} == before
+    include.write_text(include.read_text() + "constexpr int CHANGED = 1;\n")
+    forget()
     assert compiler.cubin("linear.cu", HALF, ARCH) != before["linear.cu"]
     assert compiler.cubin("norm.cu", HALF, ARCH) == before["norm.cu"], "norm.cu does not include it"
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..digest import digest_cuda
 from ..errors import CompileError
 from .device import import_cupy
 
@@ -133,6 +134,12 @@ def source_closure(source: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(texts.items()))
 
 
+@functools.cache
+def source_digests(source: str) -> dict[str, str]:
+    """The digest of each file of :func:`source_closure`, by name."""
+    return {name: digest_cuda(text) for name, text in source_closure(source)}
+
+
 def cache_dir() -> Path:
     """Where cubins are kept: GPT2CUPY_CACHE_DIR, else the user's cache folder."""
     explicit = os.environ.get("GPT2CUPY_CACHE_DIR")
@@ -196,7 +203,7 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
     target = OWN_FEATURES.get(arch, arch)
     options = [f"-arch={target}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     key = hashlib.sha256(
-        repr((source_closure(source), options, nvrtc_version())).encode()
+        repr((source_digests(source), options, nvrtc_version())).encode()
     ).hexdigest()
     name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
     # One thread at a time: what the first compiles, the others find.

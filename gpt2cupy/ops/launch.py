@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ from .tape import Launch, submit
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
+# What this process loaded: source, architecture and macros -> the cubin.
+loaded: dict[tuple[str, ...], Path] = {}
 PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
 
 
@@ -159,6 +162,8 @@ def _load(
             remedy="Delete the file; it is compiled again at the next start. If that does not "
             "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
         ) from error
+    about = tuple(f"{name}={value}" for name, value in defines.items())
+    loaded[(source, device_arch(device)) + about] = path  # noqa: RUF005 (Python 3.10 in an index)
     return module
 
 
