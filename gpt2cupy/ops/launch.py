@@ -129,7 +129,7 @@ def _load(
 ) -> Any:
     import cupy
 
-    macros = compiler.SOURCES[source]
+    macros = compiler.macros(source)
     defines = {}
     if "ELEM" in macros:
         name = np.dtype(elem).name
