@@ -109,19 +109,19 @@ __device__ inline void gemv_body(const elem_t* x,
   }
 }
 
-#define GEMV_ENTRY(name, body, out_t, ...)                                                        \
-  extern "C" __global__ void __VA_ARGS__ name(const elem_t* x, const elem_t* weight,              \
-                                              const out_t* bias, const out_t* residual, out_t* y, \
-                                              int activation, int M, int K) {                     \
-    body(x, weight, bias, residual, y, activation, M, K);                                         \
+#define GEMV_ENTRY(name, bounds, body, out_t)                                                      \
+  extern "C" __global__ void bounds name(const elem_t* x, const elem_t* weight, const out_t* bias, \
+                                         const out_t* residual, out_t* y, int activation, int M,   \
+                                         int K) {                                                  \
+    body(x, weight, bias, residual, y, activation, M, K);                                          \
   }
 
-GEMV_ENTRY(gemv_naive, gemv_naive_body, elem_t)
-GEMV_ENTRY(gemv_scalar, gemv_scalar_body, elem_t, __launch_bounds__(128))
-GEMV_ENTRY(gemv, gemv_body, elem_t)
-GEMV_ENTRY(gemv_naive_f32, gemv_naive_body, float)
-GEMV_ENTRY(gemv_scalar_f32, gemv_scalar_body, float, __launch_bounds__(128))
-GEMV_ENTRY(gemv_f32, gemv_body, float)
+GEMV_ENTRY(gemv_naive, , gemv_naive_body, elem_t)
+GEMV_ENTRY(gemv_scalar, __launch_bounds__(128), gemv_scalar_body, elem_t)
+GEMV_ENTRY(gemv, , gemv_body, elem_t)
+GEMV_ENTRY(gemv_naive_f32, , gemv_naive_body, float)
+GEMV_ENTRY(gemv_scalar_f32, __launch_bounds__(128), gemv_scalar_body, float)
+GEMV_ENTRY(gemv_f32, , gemv_body, float)
 
 // ---------------------------------------------------------------------------------------------
 // y = activation(x + bias) + residual over [N, M], after a product that has no epilogue
