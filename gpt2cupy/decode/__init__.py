@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model import GPT2
-from . import choice
+from . import autotune
 from .eager import EagerDecoder
 from .graph import GraphDecoder
 from .persistent import PersistentDecoder, check, why_not
@@ -54,7 +54,7 @@ def times(model: GPT2, rows: int) -> dict[str, float]:
     found = usable(model, rows)
     if "persistent" not in found:
         return {list(found)[-1]: 0.0}
-    return choice.fastest(model, rows, {name: found[name] for name in ("graph", "persistent")})
+    return autotune.fastest(model, rows, {name: found[name] for name in ("graph", "persistent")})
 
 
 def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> EagerDecoder:

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..cache import KVCache
 from ..model import GPT2
+from ..ops.core.tape import recorded
 from ..ops.quantized import scratch_size
-from ..ops.tape import recorded
 from ..workspace import PackedPrompts, Workspace
 from .eager import choose
 from .graph import captured

@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import attention_decode, attention_prefill
-    from .embedding import embedding, last_rows
+    from .cached_attention import attention_decode, attention_prefill
+    from .gpt2.embedding import embedding, last_rows
     from .linear import bias_act, gemv, linear, norm_linear
     from .norm import add_layer_norm, layer_norm
     from .quantized import dequantize, quantize

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..decode import choose_first, decoder
-from ..engine import Engine
 from ..errors import InputError
+from ..generation.engine import Engine
 from ..model import GPT2
-from ..ops import registry
+from ..ops.core import registry
 from ..sampling import SamplingParams
 from . import events
 from .components import Op, observed, ops_of_step
