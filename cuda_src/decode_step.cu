@@ -198,8 +198,15 @@ __device__ inline void step(const int* ids,
             P, Vp);                                                                                \
   }
 
+#ifndef BATCH
+#define BATCH 1  // rows of a step
+#endif
+#if BATCH == 1
 DECODE_STEP_ENTRY(decode_step_1, 1)
+#elif BATCH == 2
 DECODE_STEP_ENTRY(decode_step_2, 2)
+#elif BATCH == 4
 DECODE_STEP_ENTRY(decode_step_4, 4)
+#endif
 
 #endif

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import ops
 from ..model import GPT2
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from .state import DecodeState
+
+
+@dataclass
+class _Prepared:
+    """A step of one kind."""
+
+    kind: Any  # what must live as long as it
+    calls: list[Callable[[], Any]]  # its launches
+    run: Callable[[], None] | None = None  # what runs them, once their kernels are there
 
 
 class EagerDecoder:
@@ -26,8 +36,12 @@ class EagerDecoder:
     def __init__(self, model: GPT2) -> None:
         self.model = model
         self.calls: list[Callable[[], Any]] = []  # the launches of the step asked for last
-        # By kind of step: what must live as long as it, its launches, and what runs them.
-        self._prepared: dict[tuple[int, ...], tuple[Any, list[Any], Callable[[], None]]] = {}
+        self._prepared: dict[tuple[int, ...], _Prepared] = {}  # by kind of step
+
+    def record(self, state: DecodeState) -> None:
+        """Record the step of ``state``: its kernels are compiled from now on, beside others."""
+        if state.xp is not np:
+            self._recorded(state)
 
     def prepare(self, state: DecodeState) -> None:
         """Make the step of ``state`` ready to run, without running it."""
@@ -46,6 +60,13 @@ class EagerDecoder:
 
     def _run_of(self, state: DecodeState) -> Callable[[], None]:
         """What runs the step of ``state`` as it is now."""
+        prepared = self._recorded(state)
+        if prepared.run is None:
+            prepared.run = self._ready(prepared.calls)
+        self.calls = prepared.calls
+        return prepared.run
+
+    def _recorded(self, state: DecodeState) -> _Prepared:
         kind = self._kind(state)
         # Identities, which stay theirs because what was prepared keeps the objects.
         key = tuple(id(part) for part in kind)
@@ -53,9 +74,8 @@ class EagerDecoder:
             self._prepare_model(state.batch)
             with recorded() as calls:
                 self._step(state)
-            self._prepared[key] = kind, calls, self._ready(calls)
-        _, self.calls, run = self._prepared[key]
-        return run
+            self._prepared[key] = _Prepared(kind, calls)
+        return self._prepared[key]
 
     def _prepare_model(self, rows: int) -> None:
         """Have the model make what its step is faster with."""
@@ -63,6 +83,7 @@ class EagerDecoder:
 
     def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
         """What runs the recorded launches of a step."""
+        load(calls)
 
         def run() -> None:
             for call in calls:

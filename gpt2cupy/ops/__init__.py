@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "add_layer_norm": "norm",
-    "attention_decode": "attention",
-    "attention_prefill": "attention",
+    "attention_decode": "cached_attention",
+    "attention_prefill": "cached_attention",
     "bias_act": "linear",
     "dequantize": "quantized",
-    "embedding": "embedding",
+    "embedding": "gpt2.embedding",
     "gemv": "linear",
-    "last_rows": "embedding",
+    "last_rows": "gpt2.embedding",
     "layer_norm": "norm",
     "linear": "linear",
     "norm_linear": "linear",

@@ -14,7 +14,7 @@ from ..model import GPT2
 from ..ops.core import registry
 from ..ops.core.launch import is_device_array
 from ..ops.core.registry import Cost
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from ..quantize import QuantizedMatrix
 
 # The rows of each table, in the order of the forward pass.
@@ -202,6 +202,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
         path._step(state)
+    load(calls)
     return found
 
 

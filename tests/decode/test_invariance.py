@@ -141,7 +141,8 @@ def test_logits_have_the_same_bits_in_any_batch(xp, dtype, name, batch):
     prompts = [rng.integers(0, config.vocab_size, n).astype(np.int32) for n in lengths]
     alone = logits_of(model, prompts[:1], 0, [])
     assert np.isfinite(alone).all() and len(np.unique(alone)) > 100
-    for cuts in ([], [1], [7, 13, 40], [longest // 2, longest - 1]):
+    every = ([], [1], [7, 13, 40], [longest // 2, longest - 1])
+    for cuts in every if xp is not np else every[::2]:
         place = int(rng.integers(batch))
         order = [*prompts[1 : place + 1], prompts[0], *prompts[place + 1 :]]
         np.testing.assert_array_equal(logits_of(model, order, place, cuts), alone, str(cuts))

@@ -78,7 +78,7 @@ def read(tmp_path, cubin: bytes) -> dict[str, tuple[int, int, int]]:
 def test_cubins_are_read_as_the_compiler_says(source, arch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     code = dict(compiler.source_closure(source))[source]
-    values = {"ELEM": "__half", "HS": "64", "K": "256"}
+    values = {"ELEM": "__half", "HS": "64", "K": "256", "BATCH": "1"}
     macros = [f"-D{macro}={values[macro]}" for macro in compiler.macros(source)]
     cubin, log = compiled(code, source, compiler.OWN_FEATURES.get(arch, arch), *macros)
     assert read(tmp_path, cubin) == told(log)

@@ -87,10 +87,10 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
 ELSEWHERE = {
-    "decode_step": "test_persistent.py",
-    "dequantize": "test_quantized.py",
-    "gemv": "test_ops.py",
-    "quantize": "test_quantized.py",
-    "sample": "test_sampling.py",
-    "top_logprobs": "test_sampling.py",
+    "decode_step": "decode/test_persistent.py",
+    "dequantize": "ops/test_quantized.py",
+    "gemv": "ops/test_ops.py",
+    "quantize": "ops/test_quantized.py",
+    "sample": "ops/test_sampling.py",
+    "top_logprobs": "ops/test_sampling.py",
 }

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..core.compiler import STEP_CHANNELS
 from ..core.compiler import STEP_HEAD_SIZE as HEAD_SIZE
+from ..core.compiler import STEP_ROWS as ROWS
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
 from ..core.registry import Cost, moved, op
@@ -16,7 +17,6 @@ from ..linear import ACTIVATION_CODES
 
 Array = Any
 
-ROWS = (1, 2, 4)  # of the entries
 _WIDE = 4  # inner size over n_embd; WIDE in step_words.cuh, like the next two
 _CONSUMERS, _MOST_PARTS = 8, 8
 _SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in step_product.cuh
@@ -32,7 +32,13 @@ _SIGNATURE = (
     "scale: float, by_layer: int, eps: float, activation: int, L, S, T, P, Vp"
 )
 DECODE_STEP = {
-    rows: Kernel("decode_step.cu", f"decode_step_{rows}", _SIGNATURE, cooperative=True)
+    rows: Kernel(
+        "decode_step.cu",
+        f"decode_step_{rows}",
+        _SIGNATURE,
+        cooperative=True,
+        macros={"BATCH": str(rows)},
+    )
     for rows in ROWS
 }
 WEIGHTS = (
