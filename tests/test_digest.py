@@ -170,7 +170,7 @@ def stripped(tree: ast.AST) -> str:
             first = node.body[0] if node.body else None
             is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
             if is_text and isinstance(first.value.value, str):
-                node.body = node.body[1:] or [ast.Pass()]
+                node.body = node.body[1:] or [ast.Pass()] * (not isinstance(node, ast.Module))
     return ast.dump(tree)
 
 
