@@ -148,7 +148,6 @@ def observed(around: Callable[[registry.Op, tuple, dict[str, Any]], Any]) -> Ite
 def _apart(
     x: Any, weight: Any, bias: Any, eps: float, *product: Any, h: Any = None, **options: Any
 ) -> Any:
-    options.pop("shift", None)  # that of a kernel of both
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *product, **options)
 
 
@@ -199,7 +198,6 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
-    path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
         path._step(state)
     load(calls)

@@ -29,7 +29,6 @@ def test_info_names_what_would_run():
         "device",
         "kernel cache",
         "weights",
-        "norm shifts",
         "cache",
         "decode state",
     ):

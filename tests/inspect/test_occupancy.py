@@ -197,8 +197,9 @@ def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
     matrix = quantize(x)
     dequantize(matrix, half)
     embedding(ids, ids, matrix, np.ones((5, 768), half), out=x)
+    c = compiler.constants("layout.cu")
     for kernel in (*layout.TRANSPOSE.values(), *layout.CONVERT.values()):
-        seen[kernel.source, kernel.entry] = layout._TILE * layout._TILE_ROWS
+        seen[kernel.source, kernel.entry] = c["TILE"] * c["TILE_ROWS"]
     assert len(seen) == 9 + 2 * 3
     for source in {source for source, _ in seen}:
         found = read_cubin(compiler.cubin(source, {"ELEM": "__half"}, "sm_90"))
@@ -212,11 +213,10 @@ def test_skinny_has_the_warps_it_is_launched_with(k):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
     for name, entry in found.items():
-        tiles = 2 if name.startswith(("skinny_add_2", "skinny_norm")) else 1
-        assert entry.max_threads == WARP * linear_kernels._skinny_warps(tiles, k), name
-    evenly = k % (linear_kernels._SPAN * linear_kernels._skinny_warps(2, k)) == 0
-    assert ("skinny_norm" in found) == (k <= linear_kernels.LONGEST_NORM and evenly)
-    assert ("skinny_add_2" in found) == (k <= linear_kernels.LONGEST_NORM)
+        tiles = 2 if name.startswith("skinny_add_t2") else 1
+        c = compiler.constants("skinny.cu", K=k, TILES=tiles)
+        assert entry.max_threads == WARP * c["WARPS"], name
+    assert ("skinny_add_t2" in found) == (k <= linear_kernels.longest_norm())
 
 
 @pytest.mark.gpu

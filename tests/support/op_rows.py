@@ -70,10 +70,6 @@ def norm_linear(rng, dtype):
     return (draw(rng, (1, C)), *_norm(rng, dtype), 1e-5, weight, bias), {"activation": "relu"}
 
 
-def shifted_bias(rng, dtype):
-    return (draw(rng, C, dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)), {}
-
-
 def target_logprobs(rng, dtype):
     return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
 
@@ -82,7 +78,7 @@ ROWS: dict[str, Row] = {
     make.__name__: make
     for make in (
         add_layer_norm, attention_decode, attention_prefill, bias_act, embedding, last_rows,
-        layer_norm, linear, norm_linear, shifted_bias, target_logprobs,
+        layer_norm, linear, norm_linear, target_logprobs,
     )
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
