@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import ops
 from ..decode import DecodeState, EagerDecoder
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..model import GPT2
 from ..ops.core import registry
 from ..ops.core.launch import is_device_array
@@ -76,7 +76,9 @@ def component(name: str) -> str:
     found = covering if len(covering) == 1 else starting
     if len(found) != 1:
         raise InputError(
-            f"unknown component {name!r}", where="--component", remedy=f"Use {', '.join(known)}."
+            f"unknown component {shown(name)}",
+            where="--component",
+            remedy=f"Use {', '.join(known)}.",
         )
     return found[0]
 
