@@ -17,7 +17,7 @@ from .generation.request import Request
 from .generation.session import Session
 from .generation.text import Collected, Completion, GrowingText, Piece, Score
 from .ids import check_tokens
-from .model import GPT2
+from .model import GPT2, check_batch_invariant
 from .sampling import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -290,8 +290,11 @@ def load(
             where="tokenizer",
             remedy="Pass a folder, a file or a Tokenizer.",
         )
-    options: Any = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    model, source = loading.load_model(name_or_path, **options, batch_invariant=batch_invariant)
+    check_batch_invariant(batch_invariant)
+    weights, source = loading.load_weights(
+        name_or_path, dtype=dtype, device=device, revision=revision, quantize=quantize
+    )
+    model = GPT2(source.config, weights, batch_invariant=batch_invariant)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
     return LanguageModel(model, tokenizer, source.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import ops
+from . import loading, ops
 from .cache import KVCache
 from .config import GPT2Config
 from .errors import InputError
@@ -20,6 +21,14 @@ from .workspace import PackedPrompts, Workspace
 Array = Any
 
 _UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
+
+
+def check_batch_invariant(value: bool) -> None:
+    """Raise InputError unless it is True or False; before anything is downloaded."""
+    if not isinstance(value, bool):
+        raise InputError(
+            f"batch_invariant is {value!r}", where="batch_invariant", remedy="Use True or False."
+        )
 
 
 class GPT2:
@@ -59,19 +68,22 @@ class GPT2:
         self.weights = weights
         self._batch_invariant = batch_invariant
         self.decode_path = "auto"
+        on_device: Any = contextlib.nullcontext()
         if isinstance(weights.wpe, np.ndarray):
             self.xp: Any = np
         else:
             import cupy
 
             self.xp = cupy
+            on_device = weights.wpe.device
         stacked = [name for name, array in weights.items() if name not in _UNSTACKED]
         # Indexing a device array costs microseconds: take the layers' views once.
         self.layers = [
             {name: getattr(weights, name)[layer] for name in stacked}
             for layer in range(config.n_layer)
         ]
-        self.gemv = gemv
+        with on_device:  # which kernels there are is asked of the current one
+            self.gemv = gemv
 
     @classmethod
     def from_pretrained(
@@ -88,10 +100,11 @@ class GPT2:
 
         Parameters are those of :func:`gpt2cupy.load`.
         """
-        from .loading import load_model
-
-        options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
-        return load_model(name_or_path, dtype=dtype, device=device, revision=revision, **options)[0]
+        check_batch_invariant(batch_invariant)
+        weights, source = loading.load_weights(
+            name_or_path, dtype=dtype, device=device, revision=revision, quantize=quantize
+        )
+        return cls(source.config, weights, batch_invariant=batch_invariant)
 
     @classmethod
     def random(
@@ -104,9 +117,8 @@ class GPT2:
         quantize: str | None = None,
     ) -> GPT2:
         """A model with random weights in GPT-2's initialisation; the same for every device."""
-        from .loading import random_model
-
-        return random_model(config, seed, dtype=dtype, device=device, quantize=quantize)
+        options: Any = {"dtype": dtype, "device": device, "quantize": quantize}
+        return cls(config, loading.random_weights(config, seed, **options))
 
     @property
     def dtype(self) -> np.dtype:

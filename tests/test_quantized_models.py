@@ -36,7 +36,7 @@ def quantized_weights(config, weights, xp=np):
     """Weights that hold int8 themselves, on the host or the first GPU."""
     if xp is not np:
         tensors = weight_tensors(config, weights)
-        return place(config, tensors, weights.dtype, "cuda", 0, quantize="int8").weights
+        return place(config, tensors, weights.dtype, "cuda", 0, quantize="int8")
     held = Weights.empty(config, weights.dtype, quantize="int8")
     for name, layer, array in weight_tensors(config, weights):
         target = getattr(held, name)
@@ -166,7 +166,7 @@ def test_every_path_agrees_with_float64_of_the_dequantised_weights(dtype, batch,
         if name not in (*MATRICES, *RESIDUAL_BIASES):
             array[...] = array.astype(dtype)
     tensors = weight_tensors(config, copied(config, weights))
-    model = place(config, tensors, dtype, "cuda", 0, quantize="int8")
+    model = GPT2(config, place(config, tensors, dtype, "cuda", 0, quantize="int8"))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 30))
     for prefilled in (0, 20):
         for found in validate(model, ids, prefilled=prefilled, weights=exact):

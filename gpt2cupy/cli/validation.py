@@ -117,14 +117,12 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
     for dtype in dtypes:
         held = loading.resolve_dtype(dtype, source.dtype, kind)
         weights = _host_weights(source, held, settings.quantize)
-        invariant, quantize = settings.batch_invariant, settings.quantize
-        model = GPT2(source.config, weights, batch_invariant=invariant)
+        placed = weights
         if kind != "cpu":
             # From the files again, so that an error of loading would be seen.
             tensors, to = source.tensors(), (held, kind, index)
-            model = loading.place(
-                source.config, tensors, *to, quantize=quantize, batch_invariant=invariant
-            )
+            placed = loading.place(source.config, tensors, *to, quantize=settings.quantize)
+        model = GPT2(source.config, placed, batch_invariant=settings.batch_invariant)
         ids, prefilled = _tokens(settings, source, model)
         paths = settings.path or None
         if theirs is None:

@@ -11,7 +11,7 @@ from .. import decode, record
 from ..decode import autotune
 from ..errors import DeviceError
 from ..generation.engine import Engine
-from ..loading import load_model
+from ..loading import load_weights
 from ..model import GPT2
 from ..ops.core import compiler
 from ..ops.core.device import cupy_module
@@ -29,10 +29,11 @@ def report(
     quantize: str | None = None,
 ) -> dict[str, Any]:
     """What would run for one model on one device, in JSON's types; sizes in bytes."""
-    model, source = load_model(
+    weights, source = load_weights(
         name, dtype=dtype, device=device, revision=revision, quantize=quantize
     )
-    config = model.config
+    config = source.config
+    model = GPT2(config, weights)
     engine = Engine(model)
     facts: dict[str, Any] = {"versions": record.versions(_PACKAGES)}
     if model.xp is np:
