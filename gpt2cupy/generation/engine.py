@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..decode import DecodeState, PromptRunner, choose_first, decoder
+from ..decode import DecodeState, PromptRunner, decoder, sample_first
 from ..errors import BusyError
 from ..model import GPT2
 from ..ops.core.device import memory_error
@@ -208,7 +208,7 @@ class Engine:
                 done.append((row, index))
         for row, index in done:
             if not alone:
-                choose_first(self.model, self.state, x[index : index + 1], row)
+                sample_first(self.model, self.state, x[index : index + 1], row)
             sequence = self.active[row]
             sequence.first = int(self.row_steps[row])
             sequence.queued = 1

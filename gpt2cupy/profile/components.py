@@ -11,9 +11,9 @@ from typing import Any
 
 from .. import model as model_module
 from .. import ops
-from ..decode import DecodeState, EagerDecoder
-from ..decode import eager as eager_module
+from ..decode import Decoder, DecodeState
 from ..decode import persistent as persistent_module
+from ..decode import step as step_module
 from ..errors import InputError
 from ..model import GPT2
 from ..ops.core.launch import is_device_array
@@ -165,7 +165,7 @@ def observed(around: Callable[..., Any]) -> Iterator[None]:
     """
     stand_in = _Observed(around)
     whole = functools.partial(stand_in.call, "decode_step", step.decode_step)
-    modules = model_module, eager_module
+    modules = model_module, step_module
     for module in modules:
         module.ops = stand_in  # type: ignore[attr-defined]
     persistent_module.step = SimpleNamespace(  # type: ignore[assignment, attr-defined]
@@ -202,8 +202,8 @@ class _Places:
         return path, layer
 
 
-def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[Op]:
-    """The ops of one step of a decode path in order, labelled and counted.
+def ops_of_step(decoder: Decoder, state: DecodeState, context: float) -> list[Op]:
+    """The ops of one step of a decoder in order, labelled and counted.
 
     On the GPU the step is only recorded; on NumPy it is run once.
 
@@ -212,7 +212,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     context : float
         Tokens that each row's slot holds before a step, for the cost of attention.
     """
-    places, found = _Places(path.model, state), list[Op]()
+    places, found = _Places(decoder.model, state), list[Op]()
 
     def around(name: str, function: Any, args: tuple, options: dict[str, Any]) -> Any:
         begin = len(calls)
@@ -228,9 +228,9 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
-    path._prepare_model(state.batch)
+    decoder.function.prepare(decoder.model, state)
     with observed(around), recorded() as calls:
-        path._step(state)
+        decoder.function.queue(decoder.model, state)
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from builders import TINY
 
 from gpt2cupy import ops, shifts
-from gpt2cupy.decode import DecodeState, EagerDecoder
+from gpt2cupy.decode import DecodeState, decoder
 from gpt2cupy.model import GPT2
 from gpt2cupy.ops.core.tape import submit
 from gpt2cupy.shifts import NormShifts
@@ -81,9 +81,9 @@ def test_they_are_made_before_a_step_of_one_row_is_recorded(monkeypatch, rows, e
     monkeypatch.setattr(NormShifts, "make", lambda self, xp: submit(lambda: ran.append(1)))
     tiny = model()
     state = DecodeState(tiny, tiny.new_cache(rows), rows)
-    decoder = EagerDecoder(tiny)
-    decoder._run_of(state)
-    assert len(ran) == expected and decoder.calls == []
+    eager = decoder(tiny, "eager")
+    eager._run_of(state)
+    assert len(ran) == expected and eager.calls == []
 
 
 def test_steps_hand_them_to_their_products_and_prompts_do_not(used, monkeypatch):
