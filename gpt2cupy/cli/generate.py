@@ -15,7 +15,7 @@ import typer
 
 from ..errors import InputError
 from ..sampling import SamplingParams
-from . import options, shell
+from . import options, progress, shell
 
 if TYPE_CHECKING:
     from ..lm import LanguageModel
@@ -112,7 +112,7 @@ def generate(
         model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
         batch_invariant=batch_invariant, quantize=options.name_of(quantize),
     )  # fmt: skip
-    with lm:
+    with lm, progress.compiling(quiet=quiet):
         if gemv is not None:
             if lm.model.xp is np:
                 raise InputError(
@@ -142,12 +142,12 @@ def generate(
 def _stream(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool) -> None:
     """One continuation, as it comes."""
     pieces = lm.stream(prompt, params)  # refuses what cannot be, before anything is written
-    shell.write(prompt)
     piece, count = None, 0
     for piece in pieces:
-        shell.write(piece.text)
+        # The prompt comes with the first token: until then stderr may have its line.
+        shell.write(piece.text if count else prompt + piece.text)
         count += 1
-    shell.write("\n")
+    shell.write("\n" if count else f"{prompt}\n")
     if piece:
         summary = (
             f"{count} tokens ({piece.finish_reason}), first after "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, progress
 
 
 def profile(
@@ -35,18 +35,19 @@ def profile(
     from ..profile import Settings
     from . import profiling
 
-    profiling.run(
-        model,
-        dtype,
-        device,
-        Settings(prompt, warmup, runs, tokens, batch, decode),
-        only=component,
-        trace_path=trace,
-        plot_path=plot,
-        as_json=as_json,
-        cupti=cupti,
-        quantize=options.name_of(quantize),
-    )
+    with progress.compiling():
+        profiling.run(
+            model,
+            dtype,
+            device,
+            Settings(prompt, warmup, runs, tokens, batch, decode),
+            only=component,
+            trace_path=trace,
+            plot_path=plot,
+            as_json=as_json,
+            cupti=cupti,
+            quantize=options.name_of(quantize),
+        )
 
 
 def validate(
@@ -83,5 +84,7 @@ def validate(
         tuple(path or ()), against, reference, revision, options.name_of(quantize),
         batch_invariant,
     )  # fmt: skip
-    if not validation.run(settings, as_json=as_json):
+    with progress.compiling():
+        passed = validation.run(settings, as_json=as_json)
+    if not passed:
         raise typer.Exit(1)

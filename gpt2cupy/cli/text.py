@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import options, shell
+from . import options, progress, shell
 
 
 def score(
@@ -48,7 +48,7 @@ def score(
         model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
         batch_invariant=batch_invariant, quantize=options.name_of(quantize),
     )  # fmt: skip
-    with lm:
+    with lm, progress.compiling(quiet=quiet):
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
         if not given:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")

@@ -11,14 +11,12 @@ from ..model import GPT2
 from . import autotune
 from .decoder import Decoder, Replay, launched
 from .graph import captured
-from .persistent import PERSISTENT, check, why_not
+from .persistent import check, persistent_step, why_not
 from .prompt import PromptRunner, sample_first
 from .state import DecodeState
-from .step import OPS, StepFunction
+from .step import StepFunction, ops_step
 
 __all__ = [
-    "OPS",
-    "PERSISTENT",
     "DecodeState",
     "Decoder",
     "PromptRunner",
@@ -26,7 +24,9 @@ __all__ = [
     "captured",
     "decoder",
     "launched",
+    "ops_step",
     "paths",
+    "persistent_step",
     "sample_first",
     "times",
     "usable",
@@ -35,9 +35,9 @@ __all__ = [
 
 # What users name: what a step computes, and how it is replayed. The plainest first.
 _PATHS: dict[str, tuple[StepFunction, Replay]] = {
-    "eager": (OPS, launched),
-    "graph": (OPS, captured),
-    "persistent": (PERSISTENT, captured),
+    "eager": (ops_step, launched),
+    "graph": (ops_step, captured),
+    "persistent": (persistent_step, captured),
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..model import GPT2
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from .state import DecodeState
 from .step import StepFunction
 
@@ -18,12 +19,22 @@ Replay = Callable[[list[Callable[[], Any]]], Callable[[], None]]
 
 def launched(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """Replay of recorded launches one after another: about 4 us of host time each."""
+    load(calls)
 
     def run() -> None:
         for call in calls:
             call()
 
     return run
+
+
+@dataclass
+class _Prepared:
+    """A step of one kind."""
+
+    kind: Any  # what must live as long as it
+    calls: list[Callable[[], Any]]  # its launches
+    run: Callable[[], None] | None = None  # what runs them, once their kernels are there
 
 
 class Decoder:
@@ -37,7 +48,8 @@ class Decoder:
     ----------
     model : GPT2
     function : StepFunction
-        What a step computes: :data:`gpt2cupy.decode.OPS` or :data:`gpt2cupy.decode.PERSISTENT`.
+        What a step computes: :func:`gpt2cupy.decode.ops_step`, or
+        :func:`gpt2cupy.decode.persistent_step`.
     replay : callable
         :func:`launched`, or :func:`gpt2cupy.decode.captured`: one launch of a graph a step.
     name : str
@@ -55,8 +67,12 @@ class Decoder:
         self.replay = replay
         self.name = name
         self.calls: list[Callable[[], Any]] = []
-        # By kind of step: what must live as long as it, its launches, and what runs them.
-        self._prepared: dict[tuple[int, ...], tuple[Any, list[Any], Callable[[], None]]] = {}
+        self._prepared: dict[tuple[int, ...], _Prepared] = {}  # by kind of step
+
+    def record(self, state: DecodeState) -> None:
+        """Record the step of ``state``: its kernels are compiled from now on, beside others."""
+        if state.xp is not np:
+            self._recorded(state)
 
     def prepare(self, state: DecodeState) -> None:
         """Make the step of ``state`` ready to run, without running it."""
@@ -67,7 +83,7 @@ class Decoder:
         """Queue ``n`` steps: feed every row its token and sample the next."""
         if state.xp is np:
             for _ in range(n):
-                self.function.queue(self.model, state)
+                self.function(self.model, state)
             return
         run = self._run_of(state)
         for _ in range(n):
@@ -75,14 +91,19 @@ class Decoder:
 
     def _run_of(self, state: DecodeState) -> Callable[[], None]:
         """What runs the step of ``state`` as it is now."""
+        prepared = self._recorded(state)
+        if prepared.run is None:
+            prepared.run = self.replay(prepared.calls)
+        self.calls = prepared.calls
+        return prepared.run
+
+    def _recorded(self, state: DecodeState) -> _Prepared:
         # Counts and bias appear when the first request needs them.
         kind = state, state.counts, state.bias, state.plain, self.model.backend
         # Identities, which stay theirs because what was prepared keeps the objects.
         key = tuple(id(part) for part in kind)
         if key not in self._prepared:
-            self.function.prepare(self.model, state)
             with recorded() as calls:
-                self.function.queue(self.model, state)
-            self._prepared[key] = kind, calls, self.replay(calls)
-        _, self.calls, run = self._prepared[key]
-        return run
+                self.function(self.model, state)
+            self._prepared[key] = _Prepared(kind, calls)
+        return self._prepared[key]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..ops.core import blas
 from ..ops.core.device import has_clusters
-from ..ops.core.tape import Launch
+from ..ops.core.tape import Launch, load
 
 
 def _may_overlap(before: Any, call: Launch) -> bool:
@@ -30,6 +30,7 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """
     import cupy
 
+    load(calls)  # nothing may be loaded while a stream is being captured
     overlap = has_clusters()  # programmatic edges came with the same chips
     stream = cupy.cuda.Stream(non_blocking=True)
     # Nobody may wait for a stream that is being captured.

@@ -11,7 +11,7 @@ from ..model import GPT2
 from ..ops.gpt2 import step
 from ..quantize import QuantizedMatrix
 from .state import DecodeState
-from .step import StepFunction, sample_next
+from .step import sample_next
 
 
 def why_not(model: GPT2, rows: int) -> str | None:
@@ -39,22 +39,22 @@ def check(model: GPT2, rows: int) -> None:
         )
 
 
-def prepare_persistent(model: GPT2, state: DecodeState) -> None:
-    """Check that the model has the step, and allocate what its blocks tell each other through."""
-    check(model, state.batch)
-    if state.mailboxes is None:
-        size = step.words_size(state.batch, model.config.n_embd)
-        state.mailboxes = model.xp.zeros(size, np.uint8)
-
-
-def queue_persistent(model: GPT2, state: DecodeState) -> None:
-    """Queue a step as two kernels: :func:`gpt2cupy.ops.gpt2.step.decode_step`, and sampling.
+def persistent_step(model: GPT2, state: DecodeState) -> None:
+    """Queue one step as two kernels: :func:`gpt2cupy.ops.gpt2.step.decode_step`, and sampling.
 
     For few rows of fp16 or bf16 on sm_90 and newer. The first kernel takes the whole GPU: one
     block on each multiprocessor, which wait for each other, so it is launched cooperatively and
     refused where they cannot all run.
+
+    Raises
+    ------
+    InputError
+        If the model has no such step for the rows of ``state``.
     """
+    check(model, state.batch)
     config, weights = model.config, model.weights
+    if state.mailboxes is None:
+        state.mailboxes = model.xp.zeros(step.mailboxes_size(state.batch, config.n_embd), np.uint8)
     arrays: dict[str, Any] = {name: getattr(weights, name) for name in step.WEIGHTS}
     step.decode_step(
         state.ids,
@@ -71,6 +71,3 @@ def queue_persistent(model: GPT2, state: DecodeState) -> None:
         out=state.logits,
     )
     sample_next(state, state.logits, state.rows)
-
-
-PERSISTENT = StepFunction(queue_persistent, prepare_persistent)

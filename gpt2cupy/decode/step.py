@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,26 +11,12 @@ from .. import ops
 from ..model import GPT2
 from .state import DecodeState
 
-
-@dataclass(frozen=True)
-class StepFunction:
-    """One way to compute a decode step.
-
-    Attributes
-    ----------
-    queue : callable(model, state)
-        Queues the kernels of one step: feeds every row its token and samples the next.
-    prepare : callable(model, state)
-        Checks and allocates what ``queue`` needs. Called before a step is recorded, and again
-        for each kind of step.
-    """
-
-    queue: Callable[[GPT2, DecodeState], None]
-    prepare: Callable[[GPT2, DecodeState], None]
+# One way to compute a step: queues its kernels, which feed every row its token and sample the next.
+StepFunction = Callable[[GPT2, DecodeState], None]
 
 
-def queue_ops(model: GPT2, state: DecodeState) -> None:
-    """Queue a step as the ops of :meth:`GPT2.decode`, and sampling."""
+def ops_step(model: GPT2, state: DecodeState) -> None:
+    """Queue one step as the ops of :meth:`GPT2.decode`, and sampling."""
     if state.xp is np and (state.slots < 0).any():
         _run_used_rows(model, state)
         return
@@ -58,13 +43,6 @@ def _run_used_rows(model: GPT2, state: DecodeState) -> None:
     )
     state.logits[rows] = logits
     sample_next(state, logits[: len(used)], used)
-
-
-def _prepare_ops(model: GPT2, state: DecodeState) -> None:
-    model.prepare_step(state.batch)
-
-
-OPS = StepFunction(queue_ops, _prepare_ops)
 
 
 def sample_next(state: DecodeState, logits: Any, rows: Any) -> None:

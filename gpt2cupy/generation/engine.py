@@ -8,6 +8,7 @@ read, so the GPU does not wait for Python.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..decode import DecodeState, PromptRunner, decoder, sample_first
+from ..decode import Decoder, DecodeState, PromptRunner, decoder, sample_first
 from ..errors import BusyError
 from ..model import GPT2
-from ..ops.core.device import memory_error
+from ..ops.core.device import device_errors, memory_error
+from ..ops.core.tape import recorded
 from ..sampling import SamplingParams
 from .request import Request, Token
 
@@ -76,15 +78,28 @@ class Engine:
                 raise memory_error(error, f"a cache of {slots} slots") from error
 
     def _allocate(self, path: str, slots: int, capacity: int | None) -> None:
-        self.decoder = decoder(self.model, path, slots)
+        self._path = path
+        if path != "auto":
+            self.decoder = decoder(self.model, path, slots)  # refuses a path that is not there
+        self._started = False  # whether it ever ran a prompt
         self.backend = self.model.backend  # which the decoder was chosen for
         self.cache = self.model.new_cache(slots, capacity)
         self.state = DecodeState(self.model, self.cache, slots)
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)
         self.prefill_work = self.model.new_workspace(rows)
-        graphs = self.decoder.name != "eager"
+        graphs = path != "eager"
         self.prompts = PromptRunner(self.model, self.cache, self.prefill_work, graphs=graphs)
         self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """What runs a step. Which path is the fastest is looked up or measured at first need."""
+        on_gpu = self.model.xp is not np
+        with (
+            self._on_device(),
+            device_errors("a decode path") if on_gpu else contextlib.nullcontext(),
+        ):
+            return decoder(self.model, self._path, self.slots)
 
     @property
     def slots(self) -> int:
@@ -199,6 +214,8 @@ class Engine:
         rows = list(piece)
         # One sequence in an engine for one, to its end: the same graph chooses its first token.
         alone = self.slots == 1 and len(piece[0]) == len(rest[0])
+        if not self._started:
+            self._start(sum(map(len, piece.values())), len(piece), alone)
         x = self.prompts.run(list(piece.values()), rows, self.state if alone else None)
         done = []
         for index, row in enumerate(rows):
@@ -213,6 +230,15 @@ class Engine:
             sequence.first = int(self.row_steps[row])
             sequence.queued = 1
             self.row_steps[row] += 1
+
+    def _start(self, total: int, sequences: int, alone: bool) -> None:
+        """Record all that the first tokens need, so that its kernels are compiled side by side."""
+        self.prompts.record(total, sequences, self.state if alone else None)
+        if self.model.xp is not np and not alone:
+            with recorded():
+                sample_first(self.model, self.state, self.state.work.x[:1], 0)
+        self.decoder.record(self.state)
+        self._started = True
 
     def _step(self) -> None:
         """Queue one step for all rows, unless every sequence has its last token queued."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 
 from .. import ops
@@ -9,6 +11,9 @@ from ..config import GPT2Config
 from ..errors import InputError
 from ..ids import check_ids
 from ..model import GPT2
+from ..ops.core.tape import recorded
+
+_scored: weakref.WeakSet[GPT2] = weakref.WeakSet()  # models that have scored a text
 
 
 def check_window(window: int | None, stride: int | None, config: GPT2Config) -> tuple[int, int]:
@@ -41,6 +46,10 @@ def token_logprobs(model: GPT2, tokens: np.ndarray, window: int, stride: int) ->
         Tokens of a window, and how far each moves. A window scores only tokens
         that the one before did not.
     """
+    if model.xp is not np and model not in _scored:
+        _scored.add(model)
+        with recorded():  # nothing runs, but its kernels are compiled side by side
+            _window(model, tokens[: window + 1])
     parts, scored = [], 1  # tokens before `scored` have their log-probability
     for start in range(0, len(tokens), stride):
         # Inputs start .. end - 1 predict the tokens start + 1 .. end.

@@ -15,7 +15,6 @@ from ..loading import load_weights
 from ..model import GPT2
 from ..ops.core import compiler
 from ..ops.core.device import cupy_module
-from ..ops.gpt2 import step
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
 
@@ -62,7 +61,6 @@ def report(
         },
         "memory": {
             "weights": model.weights.nbytes,
-            "norm shifts": model.shifts.nbytes,
             "cache": engine.cache.nbytes,
             "decode state": engine.state.nbytes,
             "prefill": engine.prompts.nbytes,
@@ -75,7 +73,7 @@ def decode_times(model: GPT2) -> dict[str, dict[str, float]]:
 
     On the current device and stream; measured where they are not remembered.
     """
-    choices = [rows for rows in step.ROWS if "persistent" in decode.usable(model, rows)]
+    choices = [rows for rows in compiler.STEP_ROWS if "persistent" in decode.usable(model, rows)]
     return {str(rows): decode.times(model, rows) for rows in choices}
 
 

@@ -17,7 +17,7 @@ from ..decode import step as step_module
 from ..errors import InputError
 from ..model import GPT2
 from ..ops.core.launch import is_device_array
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from ..ops.gpt2 import step
 from . import counts
 from .counts import Cost
@@ -138,12 +138,10 @@ class _Observed:
     def call(self, name: str, function: Any, *args: Any, **options: Any) -> Any:
         return self._around(name, function, args, options)
 
-    def norm_linear(
-        self, x: Any, *args: Any, h: Any = None, shift: Any = None, **options: Any
-    ) -> Any:
+    def norm_linear(self, x: Any, *args: Any, h: Any = None, **options: Any) -> Any:
         """On NumPy as the two ops it is, so that both are seen; a kernel may be one."""
         if is_device_array(x):
-            options |= {"h": h, "shift": shift}
+            options |= {"h": h}
             return self.call("norm_linear", ops.norm_linear, x, *args, **options)
         norm, product = args[:3], args[3:]
         return self.linear(self.layer_norm(x, *norm, out=h), *product, **options)
@@ -228,9 +226,9 @@ def ops_of_step(decoder: Decoder, state: DecodeState, context: float) -> list[Op
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
-    decoder.function.prepare(decoder.model, state)
     with observed(around), recorded() as calls:
-        decoder.function.queue(decoder.model, state)
+        decoder.function(decoder.model, state)
+    load(calls)
     return found
 
 

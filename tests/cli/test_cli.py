@@ -14,6 +14,7 @@ from command import CLI, CPU, PLAIN_ENV, SHORT, call, cli, on_terminal
 
 import gpt2cupy
 from gpt2cupy.errors import CompileError
+from gpt2cupy.generation.text import Piece
 from gpt2cupy.lm import LanguageModel
 from gpt2cupy.record import ROOT
 
@@ -185,12 +186,12 @@ def test_ctrl_c_while_reading():
 
 def test_ctrl_c_in_the_middle_of_a_text(monkeypatch):
     def stream(self, prompt, params):
-        yield from LanguageModel.generate(self, prompt, max_new_tokens=0).tokens
+        yield Piece(" I", 0, 0.0, None, 0.0, 0.0, [])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LanguageModel, "stream", stream)
     code, out, err = call("generate", "ROMEO:", *SHORT, "--quiet")
-    assert (code, out, err) == (130, "ROMEO:", "")
+    assert (code, out, err) == (130, "ROMEO: I", "")
 
 
 def test_ctrl_c_before_the_command_begins():

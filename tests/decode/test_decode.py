@@ -16,7 +16,6 @@ from gpt2cupy.decode import (
     Decoder,
     DecodeState,
     PromptRunner,
-    StepFunction,
     captured,
     graph,
     launched,
@@ -35,14 +34,14 @@ DEVICE = SimpleNamespace(zeros=np.zeros, empty=np.empty, asarray=np.asarray)  # 
 
 def spelled(model):
     """A decoder whose step is one call, which writes down the kind of step that was recorded."""
-    ran, prepared = [], []
+    ran, recorded_for = [], []
 
-    def queue(model, state):
+    def step(model, state):
         label = (state.plain, model.backend)
+        recorded_for.append(state)
         submit(lambda: ran.append(label))
 
-    function = StepFunction(queue, lambda model, state: prepared.append(state))
-    return Decoder(model, function, launched, "spelled"), ran, prepared
+    return Decoder(model, step, launched, "spelled"), ran, recorded_for
 
 
 def a_model():
@@ -54,7 +53,7 @@ def a_state():
 
 
 def test_the_launches_shown_are_those_of_the_step_asked_for():
-    (decoder, ran, prepared), state = spelled(a_model()), a_state()
+    (decoder, ran, recorded_for), state = spelled(a_model()), a_state()
     for plain, gemv in [(True, "ours"), (False, "ours"), (True, "cublas"), (True, "ours")] * 2:
         state.plain, decoder.model.backend = plain, gemv
         decoder.prepare(state)
@@ -65,7 +64,7 @@ def test_the_launches_shown_are_those_of_the_step_asked_for():
         decoder.step(state, 2)
         assert ran == [(plain, gemv)] * 2
         ran.clear()
-    assert prepared == [state] * 3
+    assert recorded_for == [state] * 3
 
 
 def test_several_steps_look_up_once_what_to_run():
@@ -78,11 +77,11 @@ def test_several_steps_look_up_once_what_to_run():
             return True
 
     state = State(xp=DEVICE, batch=1, counts=None, bias=None)
-    decoder, ran, prepared = spelled(a_model())
+    decoder, ran, recorded_for = spelled(a_model())
     decoder.step(state)  # recorded, which asks too
     asked = state.asked
     decoder.step(state, 5)
-    assert state.asked == asked + 1 and len(ran) == 6 and len(prepared) == 1
+    assert state.asked == asked + 1 and len(ran) == 6 and len(recorded_for) == 1
 
 
 def random_requests(rng, count, capacity):
@@ -318,8 +317,8 @@ def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
         if broken:
             raise ValueError("no such kernel")
 
-    function = StepFunction(lambda model, state: submit(launch), lambda model, state: None)
-    decoder, state = Decoder(a_model(), function, captured, "broken"), a_state()
+    decoder = Decoder(a_model(), lambda model, state: submit(launch), captured, "broken")
+    state = a_state()
     for _ in range(2):
         with pytest.raises(ValueError, match="no such kernel"):
             decoder.step(state)

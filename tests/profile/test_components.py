@@ -11,7 +11,7 @@ from pretended_gpu import PROMPT, SMALL
 
 from gpt2cupy import GPT2, ops, profile
 from gpt2cupy import model as model_module
-from gpt2cupy.decode import PERSISTENT, Decoder, StepFunction, launched, persistent
+from gpt2cupy.decode import Decoder, launched, persistent, persistent_step
 from gpt2cupy.decode import step as step_module
 from gpt2cupy.errors import InputError
 from gpt2cupy.profile import components, result
@@ -140,13 +140,13 @@ def test_a_kernel_that_fuses_a_block_needs_entries_and_nothing_else(model, monke
 
     monkeypatch.setattr(ops, "attention_block", attention_block, raising=False)
 
-    def queue(model, state):
+    def fused_step(model, state):
         for w in model.layers:
             args = w["ln1_w"], w["ln1_b"], 1e-5, w["qkv_w"], w["qkv_b"]
             step_module.ops.attention_block(state.work.x, *args)
         step_module.sample_next(state, state.logits, state.rows)
 
-    fused = Decoder(model, StepFunction(queue, lambda *_: None), launched, "fused")
+    fused = Decoder(model, fused_step, launched, "fused")
 
     session = Session(model, PROMPT, SMALL)
     found = components.ops_of_step(fused, session.state, 4.0)
@@ -172,7 +172,7 @@ def test_a_persistent_step_is_one_op_of_everything(monkeypatch, model):
     monkeypatch.setattr(persistent.step, "decode_step", lambda *_, **options: None)
     session = Session(model, PROMPT, SMALL)
     state, w = session.state, model.weights
-    decoder = Decoder(model, PERSISTENT, launched, "persistent")
+    decoder = Decoder(model, persistent_step, launched, "persistent")
     whole, sampling = components.ops_of_step(decoder, state, 6.0)
     assert (whole.label, sampling.label) == ("blocks", "sampling")
     assert all(whole.touches(name) for name in components.NAMES)

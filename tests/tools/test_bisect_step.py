@@ -12,7 +12,7 @@ from builders import TINY, copied, model_on
 from error_rule import DTYPES
 
 from gpt2cupy import GPT2, GPT2Config, decode
-from gpt2cupy.decode import OPS, Decoder, StepFunction, decoder, launched
+from gpt2cupy.decode import Decoder, decoder, launched, ops_step
 from gpt2cupy.errors import InputError
 from gpt2cupy.record import ROOT
 from gpt2cupy.validate import (
@@ -25,28 +25,24 @@ GPT2_SHAPE = GPT2Config.from_name("gpt2")
 LIMIT = Limit(1e-6, 1e-7, 1e-7)
 
 
-def by(queue, model, prepare=OPS.prepare):
+def by(step, model):
     """An eager decoder whose step is another function."""
-    return Decoder(model, StepFunction(queue, prepare), launched, "broken")
+    return Decoder(model, step, launched, "broken")
 
 
 def broken(model, other):
     """A decoder whose step is another model's, while the prompt is its own model's."""
-    return by(
-        lambda model, state: OPS.queue(other, state),
-        model,
-        lambda model, state: OPS.prepare(other, state),
-    )
+    return by(lambda model, state: ops_step(other, state), model)
 
 
 def forgetful(model):
     """A decoder that loses the first key of one row."""
 
-    def queue(model, state):
+    def step(model, state):
         state.cache.k[1, 1, :, 0] = 0
-        OPS.queue(model, state)
+        ops_step(model, state)
 
-    return by(queue, model)
+    return by(step, model)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +111,7 @@ def test_bisecting_sees_a_wrong_choice_a_wrong_cache_and_other_ops(bisect_step):
 
     def stuck(model, state):
         before = state.steps.copy()
-        OPS.queue(model, state)
+        ops_step(model, state)
         if state.steps.any():
             state.steps[...] = before
 

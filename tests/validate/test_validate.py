@@ -20,7 +20,7 @@ from rich.console import Console
 from gpt2cupy import GPT2, GPT2Config, decode
 from gpt2cupy.cli import validation
 from gpt2cupy.cli.validation import Settings, run
-from gpt2cupy.decode import OPS, Decoder, StepFunction, decoder, launched
+from gpt2cupy.decode import Decoder, decoder, launched, ops_step
 from gpt2cupy.errors import Gpt2CupyError, InputError
 from gpt2cupy.record import ROOT
 from gpt2cupy.validate import Comparison, Limit, continued, random_ids, runs, table, validate
@@ -118,11 +118,11 @@ def test_only_the_steps_after_the_prompt_are_compared(xp):
 def forgetful(model):
     """A decoder that loses the first key of one row."""
 
-    def queue(model, state):
+    def step(model, state):
         state.cache.k[1, 1, :, 0] = 0
-        OPS.queue(model, state)
+        ops_step(model, state)
 
-    return Decoder(model, StepFunction(queue, OPS.prepare), launched, "forgetful")
+    return Decoder(model, step, launched, "forgetful")
 
 
 def test_a_decoder_that_loses_a_key_fails_where_it_matters():

@@ -1,5 +1,6 @@
 """From a file in cuda_src to a cubin on disk: NVRTC, and a cache that a second process only reads.
 
+NVRTC releases the interpreter, so kernels are compiled side by side, a thread on each core.
 Works without a GPU: ``gpt2cupy compile --arch sm_90`` fills the cache ahead of time.
 """
 
@@ -15,11 +16,15 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from ...digest import digest_cuda
 from ...errors import CompileError
+from .constexpr import Constants
 from .device import import_cupy
+from .jobs import Jobs
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -45,7 +50,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention_decode.cu": ("ELEM", "HS"),
     "attention_decode_mma.cu": ("ELEM", "HS"),
     "attention_decode_rows.cu": ("ELEM", "HS"),
-    "decode_step.cu": ("ELEM", "HS", "K"),
+    "decode_step.cu": ("ELEM", "HS", "K", "BATCH"),
     "sampling.cu": (),
     "sample_plain.cu": (),
     "layout.cu": ("ELEM",),
@@ -61,7 +66,7 @@ NEWER_CHIPS = {
 # products of a warpgroup (wgmma).
 OWN_FEATURES = {"sm_90": "sm_90a"}
 
-# Tensor cores multiply halves.
+# Tensor cores multiply fp16 and bf16.
 HALF_ONLY = (
     "skinny.cu",
     "skinny_int8.cu",
@@ -72,11 +77,19 @@ HALF_ONLY = (
     "decode_step.cu",
 )
 
-# decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
-# in shared memory still holds enough.
-STEP_HEAD_SIZE, STEP_CHANNELS = 64, (256, 2048)
+# decode_step.cu is compiled for each number of rows: a run needs one.
+STEP_ROWS = (1, 2, 4)
 
-_compiling = threading.Lock()
+_jobs = Jobs("gpt2cupy-nvrtc")
+watched = _jobs.watched  # with watched(callback): tells it how many are compiled, and of how many
+
+_unwritable = threading.Lock()  # of the thread that makes the folder of this process, and says so
+os.register_at_fork(
+    before=_unwritable.acquire,
+    after_in_parent=_unwritable.release,
+    after_in_child=_unwritable.release,
+)
+
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -88,6 +101,7 @@ def variants(
         "ELEM": tuple(ELEMENT_TYPES.values()),
         "HS": tuple(map(str, head_sizes)),
         "K": tuple(map(str, inner_sizes)),
+        "BATCH": tuple(map(str, STEP_ROWS)),
     }
     for source, macros in SOURCES.items():
         for values in itertools.product(*(choices[macro] for macro in macros)):
@@ -101,9 +115,10 @@ def variants(
 
 def takes_step(defines: Mapping[str, str]) -> bool:
     """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    shortest, longest = STEP_CHANNELS
+    c = constants("decode_step.cu")
     channels, head_size = int(defines["K"]), int(defines["HS"])
-    return head_size == STEP_HEAD_SIZE and shortest <= channels <= longest and not channels % 64
+    fits = c["STEP_FEWEST_CHANNELS"] <= channels <= c["STEP_MOST_CHANNELS"]
+    return head_size == c["STEP_HEAD_SIZE"] and fits and not channels % head_size
 
 
 @functools.cache
@@ -131,6 +146,21 @@ def source_closure(source: str) -> tuple[tuple[str, str], ...]:
             texts[name] = (source_dir() / name).read_text(encoding="utf-8")
             waiting += _INCLUDE.findall(texts[name])
     return tuple(sorted(texts.items()))
+
+
+@functools.cache
+def source_digests(source: str) -> dict[str, str]:
+    """The digest of each file of :func:`source_closure`, by name."""
+    return {name: _digest(text) for name, text in source_closure(source)}
+
+
+_digest = functools.cache(digest_cuda)  # most headers belong to many sources
+
+
+@functools.cache
+def constants(source: str, **sizes: int) -> Constants:
+    """The constants that a source and its includes declare, for some sizes (K, HS)."""
+    return Constants((text for _, text in source_closure(source)), sizes)
 
 
 def cache_dir() -> Path:
@@ -177,7 +207,14 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
-    """Path of the compiled source; compiles at most once per key over all processes.
+    """Path of the compiled source: :func:`request`, waited for."""
+    return request(source, defines, arch).result()
+
+
+def request(source: str, defines: Mapping[str, str], arch: str) -> Future[Path]:
+    """The path of the compiled source, which is compiled meanwhile if there is none yet.
+
+    A key is compiled at most once by a process, and by none that finds it in the cache.
 
     Parameters
     ----------
@@ -188,23 +225,32 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
     arch : str
         ``sm_90`` and the like.
 
+    Returns
+    -------
+    Future of Path
+        Its ``result()`` waits, and raises CompileError if NVRTC does not know the
+        architecture or refuses the source.
+
     Raises
     ------
     CompileError
-        If NVRTC is missing, does not know the architecture, or refuses the source.
+        If NVRTC is missing.
     """
     target = OWN_FEATURES.get(arch, arch)
     options = [f"-arch={target}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     key = hashlib.sha256(
-        repr((source_closure(source), options, nvrtc_version())).encode()
+        repr((source_digests(source), options, nvrtc_version())).encode()
     ).hexdigest()
     name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
-    # One thread at a time: what the first compiles, the others find.
-    with _compiling:
-        return _find_or_compile(name, source, options)
+    if (path := _find(name)) is None:
+        return _jobs.start(name, lambda: _find(name) or _compile(name, source, options))
+    found: Future[Path] = Future()
+    found.set_result(path)
+    return found
 
 
-def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
+def _find(name: str) -> Path | None:
+    """Where a cubin is kept, if it is."""
     folders = [cache_dir()]
     if _process_dir.cache_info().currsize:
         folders.append(Path(_process_dir().name))
@@ -212,24 +258,31 @@ def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
         with contextlib.suppress(OSError):  # out of reach: writing there says so
             if (folder / name).is_file():
                 return folder / name
-    binary = compile_source(source, options)
+    return None
+
+
+def _compile(name: str, source: str, options: list[str]) -> Path:
+    folder, binary = cache_dir(), compile_source(source, options)
     try:
-        return write_atomically(folders[0] / name, binary)
+        return write_atomically(folder / name, binary)
     except OSError as error:
-        warnings.warn(
-            f"kernels cannot be kept in {folders[0]} ({error.strerror}); every process will "
-            "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    try:
-        return write_atomically(Path(_process_dir().name) / name, binary)
-    except OSError as error:
-        raise CompileError(
-            f"there is no place to keep compiled kernels: {error.strerror}",
-            where=str(folders[0]),
-            remedy="Set GPT2CUPY_CACHE_DIR or TMPDIR to a folder that can be written.",
-        ) from error
+        refused = error
+    with _unwritable:
+        if not _process_dir.cache_info().currsize:
+            warnings.warn(
+                f"kernels cannot be kept in {folder} ({refused.strerror}); every process will "
+                "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        try:
+            return write_atomically(Path(_process_dir().name) / name, binary)
+        except OSError as error:
+            raise CompileError(
+                f"there is no place to keep compiled kernels: {error.strerror}",
+                where=str(folder),
+                remedy="Set GPT2CUPY_CACHE_DIR or TMPDIR to a folder that can be written.",
+            ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> Path:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +31,12 @@ from .device import has_mma as has_mma
 from .device import memory_error as memory_error
 from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
-from .tape import Launch, submit
+from .tape import Later, Launch, recording, submit
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
+# What this process loaded: source, architecture and macros -> the cubin.
+loaded: dict[tuple[str, ...], Path] = {}
 PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
 
 
@@ -71,7 +75,7 @@ class Kernel:
     signature : str
         Parameters as the module's docstring shows them.
     overlaps : bool
-        Whether it calls ``wait_for_inputs``: then it may start before its
+        Whether it calls ``griddepcontrol_wait``: then it may start before its
         predecessor ends. A kernel that does not must be launched the plain way.
     writes_weights : bool
         Whether it writes what the next one may load before it waits: then that one
@@ -79,6 +83,9 @@ class Kernel:
     cooperative : bool
         Whether its blocks wait for each other: then the launch is refused where they
         cannot all run at once, and the next kernel starts when it has ended.
+    macros : mapping
+        Those that this entry needs beside element type and sizes, where its source is
+        compiled for each entry.
     """
 
     def __init__(
@@ -90,65 +97,55 @@ class Kernel:
         overlaps: bool = False,
         writes_weights: bool = False,
         cooperative: bool = False,
+        macros: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
         self.entry = entry
         self.overlaps = overlaps
         self.writes_weights = writes_weights
         self.cooperative = cooperative
+        self.macros = macros or {}
         self.parameters = tuple(_parse(part) for part in re.split(r",\s+", signature))
 
-    def function(self, elem: np.dtype | None, head_size: int | None, inner: int | None) -> Any:
-        """The loaded kernel for one element type and size on the current device."""
-        sizes = head_size, inner
-        return load(self.source, elem, *sizes, self.cooperative).get_function(self.entry)
+    def defines(
+        self, elem: np.dtype | None, head_size: int | None, inner: int | None
+    ) -> dict[str, str]:
+        """The macros that its source is compiled with for an element type and sizes."""
+        macros = compiler.SOURCES[self.source]
+        defines = dict(self.macros)
+        if "ELEM" in macros:
+            name = np.dtype(elem).name
+            if name not in compiler.ELEMENT_TYPES:
+                raise InputError(
+                    f"kernels have no element type {name}",
+                    where=self.source,
+                    remedy=f"Use {', '.join(compiler.ELEMENT_TYPES)}.",
+                )
+            defines["ELEM"] = compiler.ELEMENT_TYPES[name]
+        if "HS" in macros:
+            if head_size is None or not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
+                raise InputError(
+                    f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
+                    f"not {head_size}",
+                    where=self.source,
+                    remedy="Run this model with device='cpu'.",
+                )
+            defines["HS"] = str(head_size)
+        if "K" in macros:
+            defines["K"] = str(inner)
+        return defines
 
 
-def load(
-    source: str,
-    elem: np.dtype | None,
-    head_size: int | None = None,
-    inner: int | None = None,
-    cooperative: bool = False,
-) -> Any:
-    """The RawModule of one source, element type and size on the current device."""
-    return _load(current_device(), source, elem, head_size, inner, cooperative)
+def load(source: str, defines: Mapping[str, str], cooperative: bool = False) -> Any:
+    """The RawModule of a source compiled with some macros, on the current device."""
+    return _load(current_device(), source, tuple(sorted(defines.items())), cooperative)
 
 
 @functools.cache
-def _load(
-    device: int,
-    source: str,
-    elem: np.dtype | None,
-    head_size: int | None,
-    inner: int | None,
-    cooperative: bool,
-) -> Any:
+def _load(device: int, source: str, defines: tuple[tuple[str, str], ...], cooperative: bool) -> Any:
     import cupy
 
-    macros = compiler.SOURCES[source]
-    defines = {}
-    if "ELEM" in macros:
-        name = np.dtype(elem).name
-        if name not in compiler.ELEMENT_TYPES:
-            raise InputError(
-                f"kernels have no element type {name}",
-                where=source,
-                remedy=f"Use {', '.join(compiler.ELEMENT_TYPES)}.",
-            )
-        defines["ELEM"] = compiler.ELEMENT_TYPES[name]
-    if "HS" in macros:
-        if head_size is None or not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
-            raise InputError(
-                f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
-                f"not {head_size}",
-                where=source,
-                remedy="Run this model with device='cpu'.",
-            )
-        defines["HS"] = str(head_size)
-    if "K" in macros:
-        defines["K"] = str(inner)
-    path = compiler.cubin(source, defines, device_arch(device))
+    path = compiler.cubin(source, dict(defines), device_arch(device))
     module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
     try:
         module.compile()
@@ -159,6 +156,8 @@ def _load(
             remedy="Delete the file; it is compiled again at the next start. If that does not "
             "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
         ) from error
+    about = tuple(f"{name}={value}" for name, value in defines)
+    loaded[(source, device_arch(device)) + about] = path  # noqa: RUF005 (Python 3.10 in an index)
     return module
 
 
@@ -171,10 +170,25 @@ def _function(
     inner: int | None,
     shared: int,
 ) -> Any:
-    function = kernel.function(elem, head_size, inner)
+    defines = kernel.defines(elem, head_size, inner)
+    function = load(kernel.source, defines, kernel.cooperative).get_function(kernel.entry)
     if shared > PLAIN_SHARED:
         function.max_dynamic_shared_size_bytes = shared_limit() - function.shared_size_bytes
     return function
+
+
+@functools.cache
+def _requested(
+    device: int,
+    kernel: Kernel,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    shared: int,
+) -> Later:
+    """The function of a launch that is recorded: it is compiled meanwhile."""
+    compiler.request(kernel.source, kernel.defines(elem, head_size, inner), device_arch(device))
+    return Later(lambda: _function(device, kernel, elem, head_size, inner, shared))
 
 
 def launch(
@@ -241,7 +255,8 @@ def launch(
         if not array._c_contiguous or misaligned or data.device_id != device:
             _refuse(kernel, parameter, array, elem, bound)
         values.append(array)
-    function = _function(device, kernel, elem, head_size, inner, shared)
+    of = device, kernel, elem, head_size, inner, shared
+    function = _requested(*of) if recording() else _function(*of)
     submit(
         Launch(
             function,
