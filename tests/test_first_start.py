@@ -1,4 +1,4 @@
-"""With an empty kernel cache: all that the first tokens need is compiled at once, and nothing else."""
+"""With an empty kernel cache all that the first tokens need is compiled at once, and no more."""
 
 from __future__ import annotations
 

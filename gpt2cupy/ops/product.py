@@ -31,7 +31,7 @@ _NORM_ONCE_OUTPUTS, _NORM_ONCE_WARPS = 12, 4  # of a block; WARPS * ROWS_ONCE an
 LONGEST = 8192  # longest row that fits their registers
 
 
-def entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
+def entries(source: str, name: str, signature: str, **options: Any) -> dict[bool, Kernel]:
     """The entry whose output is ELEM, and the one whose output is float32."""
     return {
         False: Kernel(source, name, signature.replace("OUT", "ELEM"), **options),

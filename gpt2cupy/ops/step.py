@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .compiler import STEP_CHANNELS
+from .compiler import STEP_CHANNELS, STEP_ROWS
 from .compiler import STEP_HEAD_SIZE as HEAD_SIZE
-from .compiler import STEP_ROWS as ROWS
 from .device import has_clusters, shared_limit, sm_count
 from .launch import Kernel, launch
 from .linear import ACTIVATION_CODES
 
 Array = Any
 
+ROWS = STEP_ROWS  # of the entries
 _WIDE = 4  # inner size over n_embd; WIDE in step_words.cuh, like the next two
 _CONSUMERS, _MOST_PARTS = 8, 8
 _SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in step_product.cuh
