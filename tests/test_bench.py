@@ -387,7 +387,7 @@ def test_a_start_on_a_gpu_says_what_all_kernels_take():
     results["compile"] = {"seconds": 6.25, "cubins": 260, "cores": 16}
     entry = {"date": "2026-01-02", "environment": {"gpu": "NVIDIA H200"}, "results": results}
     made = tables.startup(entry)
-    assert widths(made) == {5} and "| 2.50 | 1.50 (1.50 to 1.50) | 6.2 |" in made
+    assert widths(made) == {6} and "| 2.50 | 1.50 (1.50 to 1.50) | 6.2 |" in made
     assert "260 cubins compiled on 16 cores" in made
 
 
