@@ -28,7 +28,7 @@ struct alignas(16) RingEntry {
   u32 stamp;
   int id;
   u32 stamp_again;
-  float logprob;
+  float logprob;  // NaN: the row's logits are not finite
 };
 
 struct Best {

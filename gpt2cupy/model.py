@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from . import loading, ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import InputError
+from .errors import InputError, shown
 from .ids import check_ids
 from .ops.quantized import scratch_size
 from .weights import Weights
@@ -26,7 +27,9 @@ def check_batch_invariant(value: bool) -> None:
     """Raise InputError unless it is True or False; before anything is downloaded."""
     if not isinstance(value, bool):
         raise InputError(
-            f"batch_invariant is {value!r}", where="batch_invariant", remedy="Use True or False."
+            f"batch_invariant is {shown(value)}",
+            where="batch_invariant",
+            remedy="Use True or False.",
         )
 
 
@@ -82,6 +85,15 @@ class GPT2:
         with on_device:  # which kernels there are is asked of the current one
             self.gemv = gemv
 
+    def __repr__(self) -> str:
+        config, count = self.config, sum(math.prod(a.shape) for _, a in self.weights.items())
+        where = "cpu" if self.xp is np else f"cuda:{self.weights.wpe.device.id}"
+        return (
+            f"<GPT2 {count / 1e6:.1f}M parameters, {config.n_layer} layers of {config.n_embd} "
+            f"channels and {config.n_head} heads, context {config.n_positions}, "
+            f"{self.dtype} on {where}>"
+        )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -134,7 +146,9 @@ class GPT2:
     def gemv(self, name: str) -> None:
         if name not in ("ours", "cublas"):
             raise InputError(
-                f"unknown GEMV backend {name!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
+                f"unknown GEMV backend {shown(name)}",
+                where="gemv",
+                remedy="Use 'ours' or 'cublas'.",
             )
         if self._batch_invariant and name == "cublas":
             raise InputError(

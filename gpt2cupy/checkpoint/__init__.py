@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import GPT2Config
-from ..errors import InputError
+from ..errors import InputError, kind_of
 from . import llmc_file, safetensors_file
 from .resolve import resolve
 from .stored import StoredTensor, check_finite, views
@@ -97,7 +97,7 @@ def open(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise InputError(
-            f"a checkpoint cannot be a {type(name_or_path).__name__}",
+            f"a checkpoint cannot be {kind_of(name_or_path)}",
             where="name_or_path",
             remedy="Pass a name, a hub id or a path.",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .stored import unreadable
 
 EMBEDDED = {"shakespeare": Path(__file__).parent.parent / "models" / "shakespeare"}
@@ -18,7 +18,13 @@ ALIASES = {
 }
 # What loading reads; repositories hold other frameworks' weights too.
 _WANTED = [
-    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-*.safetensors",
+        "model.safetensors.index.json",
+    ),
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
 ]
@@ -35,7 +41,7 @@ def resolve(name: str, revision: str | None) -> Path:
     if path is not None:
         if revision is not None:
             raise CheckpointError(
-                f"revision {revision!r} means nothing for local files",
+                f"revision {shown(revision)} means nothing for local files",
                 where=name,
                 remedy="Only models of the hub have revisions; leave it out.",
             )
@@ -43,7 +49,7 @@ def resolve(name: str, revision: str | None) -> Path:
     repository = ALIASES.get(name, name)
     if not _HUB_ID.fullmatch(repository) or name.startswith("."):
         raise CheckpointError(
-            f"there is no folder or file {name!r} and no model of that name"[:200],
+            f"there is no folder or file {shown(name)} and no model of that name",
             where="name_or_path",
             remedy=f"Known names: {', '.join([*EMBEDDED, *ALIASES])}; or a hub id owner/model.",
         )
@@ -81,7 +87,10 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
         remedy = "Check the name; for a private model run: hf auth login."
         return "the hub has no such model, or it is private", remedy
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"there is no revision {revision!r}", "Give a branch, a tag or a commit, or none."
+        return (
+            f"there is no revision {shown(revision)}",
+            "Give a branch, a tag or a commit, or none.",
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             "the model is not in the cache and the hub cannot be reached",

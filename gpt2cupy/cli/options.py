@@ -30,6 +30,9 @@ Tokenizer = Annotated[
 File = Annotated[
     Path | None, typer.Option("--file", "-f", help="Read the text from a file, as it is.")
 ]
+Special = Annotated[
+    bool, typer.Option("--special", help="Special tokens in the text stand for themselves.")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON, one object per line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
 

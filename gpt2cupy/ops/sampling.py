@@ -83,7 +83,9 @@ def sample(
         Tokens chosen so far in each row; advanced.
     ring : array of uint8 [B, Q, 16]
         ``RING_ENTRY`` of the last Q tokens of each row: id, log-probability
-        under the raw logits, and the step count as a stamp of either half.
+        under the raw logits, and the step count as a stamp of either half. The
+        log-probability is NaN where, and only where, the raw logits are not finite: one
+        is NaN or positive infinity, or none is a number above negative infinity.
     counts : array of int32 [B, V], optional
         How often each token was generated, plus ``PROMPT_BIT``; advanced.
     bias : array of float32 [B, V], optional
@@ -146,6 +148,8 @@ def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Arr
 
 def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     """Log-probability of one given token per row; 0 where the target is no token.
+
+    It is NaN where, and only where, the row's logits are not finite, as in :func:`sample`.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from .. import ops
 from ..decode import DecodeState, EagerDecoder
 from ..decode import eager as eager_module
 from ..decode import persistent as persistent_module
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..model import GPT2
 from ..ops.core.launch import is_device_array
 from ..ops.core.tape import load, recorded
@@ -81,7 +81,9 @@ def component(name: str) -> str:
     found = covering if len(covering) == 1 else starting
     if len(found) != 1:
         raise InputError(
-            f"unknown component {name!r}", where="--component", remedy=f"Use {', '.join(known)}."
+            f"unknown component {shown(name)}",
+            where="--component",
+            remedy=f"Use {', '.join(known)}.",
         )
     return found[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiktoken
 
-from ..errors import InputError, TokenizerError
+from ..errors import InputError, TokenizerError, kind_of, shown
 from .files import is_file, read_folder, read_llmc, read_tokenizer_json
 from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, Vocabulary
 
@@ -53,6 +53,9 @@ class Tokenizer:
         self._end = vocabulary.end
         self.specials = dict(vocabulary.added)
         self.vocab_size = max(texts) + 1
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {len(self._texts)} tokens, special {', '.join(self.specials)}>"
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
@@ -106,6 +109,12 @@ class Tokenizer:
         InputError
             If ``allowed_special`` names a token that does not exist.
         """
+        if not isinstance(text, str):
+            raise InputError(
+                f"a text cannot be {kind_of(text)}",
+                where="text",
+                remedy="Pass a string; decode bytes first.",
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -126,12 +135,19 @@ class Tokenizer:
         return found if self._ids is None else [self._ids[rank] for rank in found]
 
     def _allowed(self, names: str | Collection[str]) -> frozenset[str]:
-        if names == "all":
+        if isinstance(names, str) and names == "all":
             return frozenset(self.specials)
-        chosen = frozenset() if names == "none" else frozenset(names)
-        if (isinstance(names, str) and chosen) or not chosen <= self.specials.keys():
+        try:
+            chosen = frozenset() if isinstance(names, str) else frozenset(names)
+        except TypeError:  # no collection, or not of strings
+            chosen = frozenset([""])
+        if (
+            names not in ("", "none")
+            if isinstance(names, str)
+            else not chosen <= self.specials.keys()
+        ):
             raise InputError(
-                f"no special tokens {names!r}",
+                f"no special tokens {shown(names)}",
                 where="allowed_special",
                 remedy=f"Use 'none', 'all', or some of {sorted(self.specials)}.",
             )
@@ -141,6 +157,12 @@ class Tokenizer:
         """Bytes of ids, which need not be whole characters."""
         try:
             return b"".join([self._texts[id_] for id_ in ids])
+        except TypeError as error:
+            raise TokenizerError(
+                f"token ids must be integers, not {shown(ids)}",
+                where="decode",
+                remedy="Pass a list of integers.",
+            ) from error
         except KeyError as error:
             raise TokenizerError(
                 f"token id {error} is not in the vocabulary",
