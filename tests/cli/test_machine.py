@@ -182,7 +182,7 @@ def test_compile_counts_what_it_made(monkeypatch, tmp_path):
 
 def test_compile_for_one_model(monkeypatch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
-    from gpt2cupy.ops import compiler
+    from gpt2cupy.ops.core import compiler
 
     seen = []
     monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path))
@@ -200,7 +200,7 @@ def test_compile_for_one_model(monkeypatch, tmp_path):
 def test_compile_stops_at_an_error_and_drops_the_rest(monkeypatch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     from gpt2cupy.errors import CompileError
-    from gpt2cupy.ops import compiler, jobs
+    from gpt2cupy.ops.core import compiler, jobs
 
     seen = []
 
