@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, shown
-from .files import open_plain
+from .file_kinds import HEAD, LFS, POINTER, kind_of
+from .files import read_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
 ACTIVATIONS = {
@@ -56,7 +57,7 @@ _SHAPES = {  # n_layer, n_head, n_embd of the published checkpoints
 }
 
 
-_MAX_BYTES = 1 << 20  # of a config.json; what a wrong file can cost
+_MAX_BYTES = 16 << 20  # of a config.json, which may name many classes
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,13 @@ class GPT2Config:
             architecture, or sets an option that changes the result and that
             this package does not have.
         """
-        path = Path(path)
+        path, data = Path(path), b""
         try:
-            with open_plain(path) as file:
-                fields = json.loads(file.read(_MAX_BYTES))
+            data = read_plain(path, _MAX_BYTES)
+            fields = json.loads(data)
         except (OSError, ValueError, RecursionError) as error:
+            if kind_of(data[:HEAD]) == LFS:
+                raise ConfigError(POINTER[0], where=str(path), remedy=POINTER[1]) from None
             raise ConfigError(
                 f"cannot read the configuration: {error}",
                 where=str(path),

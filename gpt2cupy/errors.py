@@ -62,6 +62,10 @@ class TokenizerError(Gpt2CupyError):
     """Tokenizer files that are missing, broken or do not fit the model."""
 
 
+class NoTokenizerError(TokenizerError):
+    """There is no tokenizer, or one of another kind than GPT-2's: only token ids can be used."""
+
+
 class InputError(Gpt2CupyError, ValueError):
     """An argument of a call: a prompt too long, an id out of range, a wrong shape or dtype."""
 

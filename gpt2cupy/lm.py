@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from . import loading
-from .errors import InputError, kind_of, shown
+from .errors import InputError, NoTokenizerError, kind_of, shown
 from .generation import continuations, prompts, scoring
 from .generation.generation_config import GenerationConfig
 from .generation.session import Session
@@ -17,7 +17,7 @@ from .generation.text import Completion, GrowingText, Piece, Score
 from .ids import check_tokens
 from .model import GPT2, check_batch_invariant
 from .sampling import SamplingParams
-from .tokenizer import Tokenizer
+from .tokenizer import NoTokenizer, Tokenizer
 
 
 class LanguageModel:
@@ -48,9 +48,10 @@ class LanguageModel:
         *,
         defaults_from_file: bool = False,
     ) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
+        # Added tokens that the model does not have are errors where they are met.
+        if tokenizer.ordinary_size > model.config.vocab_size:
             raise InputError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"the tokenizer has {tokenizer.ordinary_size} tokens, the model "
                 f"{model.config.vocab_size}",
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
@@ -342,6 +343,8 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     tokenizer: str | Tokenizer | None = None,
     batch_invariant: bool = False,
     quantize: str | None = None,
@@ -353,8 +356,9 @@ def load(
     ----------
     name_or_path : str
         "shakespeare" (embedded), an alias (gpt2, gpt2-medium, gpt2-large,
-        gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, or an
-        llm.c ``.bin`` file.
+        gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, a file of
+        weights beside its config.json, nanoGPT's ``ckpt.pt``, or an llm.c ``.bin``
+        file.
     dtype : {"auto", "float32", "float16", "bfloat16"}
         "auto" keeps the stored one on a GPU; the CPU always computes in float32,
         and warns if another one is asked for.
@@ -362,8 +366,13 @@ def load(
         "auto" (the GPU where one can be used), "cpu", "cuda" or "cuda:1".
     revision : str, optional
         Branch, tag or commit of a hub id.
+    variant : str, optional
+        "fp16" takes ``model.fp16.safetensors`` in place of ``model.safetensors``.
+    adapter : str, optional
+        Folder or hub id of a LoRA adapter of PEFT, which is merged into the weights.
     tokenizer : str or Tokenizer, optional
-        Folder or llm.c tokenizer file; by default the checkpoint's own.
+        Folder or llm.c tokenizer file; by default the checkpoint's own. Without one
+        that can be read the model takes and returns token ids, and text raises.
     batch_invariant : bool
         Make the bits of what comes out for a prompt the same whatever runs beside it and
         in however many slots; see docs/batch-invariance.md for what it costs.
@@ -391,11 +400,17 @@ def load(
         raise _not_a_flag("generation_config", generation_config)
     check_batch_invariant(batch_invariant)
     weights, source = loading.load_weights(
-        name_or_path, dtype=dtype, device=device, revision=revision, quantize=quantize
-    )
+        name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
+        adapter=adapter, quantize=quantize,
+    )  # fmt: skip
     model = GPT2(source.config, weights, batch_invariant=batch_invariant)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
+    if tokenizer is None:
+        try:
+            tokenizer = Tokenizer.from_path(source.path)
+        except NoTokenizerError as reason:
+            tokenizer = NoTokenizer(reason)
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_path(tokenizer)
     generation = GenerationConfig.beside(source.path, model.config)
     return LanguageModel(
         model, tokenizer, source.name, generation, defaults_from_file=generation_config

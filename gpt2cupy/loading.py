@@ -98,6 +98,8 @@ def load_weights(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     quantize: str | None = None,
 ) -> tuple[Weights, checkpoint.Checkpoint]:
     """The weights and the checkpoint they came from, which has their config.
@@ -108,7 +110,7 @@ def load_weights(
     check_kind(quantize)
     kind, index = resolve_device(device)
     _dtype_name(dtype)
-    source = checkpoint.open(name_or_path, revision=revision)
+    source = checkpoint.open(name_or_path, revision=revision, variant=variant, adapter=adapter)
     held = resolve_dtype(dtype, source.dtype, kind)
     tensors = source.tensors(finite=True)
     return place(source.config, tensors, held, kind, index, quantize=quantize), source

@@ -102,6 +102,8 @@ class GPT2:
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
+        variant: str | None = None,
+        adapter: str | None = None,
         batch_invariant: bool = False,
         quantize: str | None = None,
     ) -> GPT2:
@@ -111,8 +113,9 @@ class GPT2:
         """
         check_batch_invariant(batch_invariant)
         weights, source = loading.load_weights(
-            name_or_path, dtype=dtype, device=device, revision=revision, quantize=quantize
-        )
+            name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
+            adapter=adapter, quantize=quantize,
+        )  # fmt: skip
         return cls(source.config, weights, batch_invariant=batch_invariant)
 
     @classmethod

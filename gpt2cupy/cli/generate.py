@@ -38,6 +38,8 @@ def generate(
     device: options.Device = "auto",
     quantize: options.Quantize = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
     tokenizer: options.Tokenizer = None,
     gemv: Annotated[
         Gemv | None,
@@ -158,8 +160,8 @@ def generate(
     from ..lm import load
 
     lm = load(
-        model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
-        batch_invariant=batch_invariant, quantize=options.name_of(quantize),
+        model, dtype=dtype, device=device, revision=revision, variant=variant, adapter=adapter,
+        tokenizer=tokenizer, batch_invariant=batch_invariant, quantize=options.name_of(quantize),
         generation_config=generation_config,
     )  # fmt: skip
     with lm, progress.compiling(quiet=quiet):

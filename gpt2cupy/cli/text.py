@@ -23,6 +23,8 @@ def score(
     quantize: options.Quantize = None,
     batch_invariant: options.BatchInvariant = False,
     revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
     tokenizer: options.Tokenizer = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a window; by default the context.")
@@ -49,8 +51,8 @@ def score(
     from ..lm import load
 
     lm = load(
-        model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
-        batch_invariant=batch_invariant, quantize=options.name_of(quantize),
+        model, dtype=dtype, device=device, revision=revision, variant=variant, adapter=adapter,
+        tokenizer=tokenizer, batch_invariant=batch_invariant, quantize=options.name_of(quantize),
     )  # fmt: skip
     with lm, progress.compiling(quiet=quiet):
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)

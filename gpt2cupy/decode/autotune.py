@@ -75,7 +75,7 @@ def _kept(file: Path, key: str, paths: dict[str, type[EagerDecoder]]) -> dict[st
 
 def _digests(sources: Iterable[str]) -> dict[str, dict[str, str]]:
     """The digests of those sources that there are, and of what they include."""
-    known = {source for source in sources if source in compiler.SOURCES}
+    known = {source for source in sources if source in compiler.sources()}
     return {source: compiler.source_digests(source) for source in sorted(known)}
 
 

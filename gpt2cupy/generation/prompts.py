@@ -128,6 +128,8 @@ class PromptEncoder:
             If prompt and new tokens do not fit the context, or an id is unknown.
         """
         ends = self._ends(params)
+        if params.stop:
+            self.tokenizer.require()
         requests = []
         for number, prompt in enumerate(prompts):
             try:

@@ -54,7 +54,8 @@ class Completion:
     Attributes
     ----------
     text : str
-        Without the prompt; U+FFFD where ``tokens`` are no text.
+        Without the prompt; U+FFFD where ``tokens`` are no text, "" where the model has
+        no tokenizer.
     tokens : list of int
     logprobs : list of float
         Of each token under the raw logits.
