@@ -53,10 +53,9 @@ def _norm_then_linear(
     eps: float,
     *args: Any,
     h: Any = None,
-    shift: Any = None,
     **options: Any,
 ) -> Any:
-    """What ops.norm_linear computes, as two ops, which have no use for a shift."""
+    """What ops.norm_linear computes, as two ops."""
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *args, **options)
 
 

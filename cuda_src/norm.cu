@@ -6,16 +6,18 @@
 // Dtypes    the residual stream is float, weight, bias and y are ELEM; x of add_layer_norm is ELEM
 // Bytes     layer_norm       N C (4 + sizeof ELEM), parameters stay in cache
 //           add_layer_norm   N C (8 + 2 sizeof ELEM)
-// Work      one warp per row. The mean is taken before the squares, so that an outlier channel in
+// Work      one warp per row. The mean is computed before the squares, so that an outlier channel
+// in
 //           the thousands cancels nothing: a one-pass E[x^2] - E[x]^2 loses half the digits there.
-//           A row of up to MOST float4 a lane is loaded at once and stays in registers; the
-//           parameters are loaded before the kernel waits for its predecessor. With a load inside
-//           each of three passes, a row costs three round trips to memory instead of one.
+//           A row of up to MOST float4 a lane is normalised in registers: loaded once, its
+//           parameters before griddepcontrol.wait. A longer row, or one of an odd size, takes three
+//           passes over memory.
 // Source    Ba, Kiros, Hinton, "Layer Normalization", 2016
 //
 // The ladder
 //   layer_norm_naive   one thread per row: the formula, for readers and for tests
-//   layer_norm         one warp per row; in registers, or in three passes of which two hit L1
+//   layer_norm         one warp per row; in registers, or multi-pass, where two of three passes hit
+//   L1
 #include "common.cuh"
 
 extern "C" __global__ void layer_norm_naive(
@@ -35,11 +37,11 @@ extern "C" __global__ void layer_norm_naive(
 }
 
 // ---------------------------------------------------------------------------------------------
-// rows of up to 128 STEPS channels, a multiple of 4: one load, then registers
+// in registers: rows of up to 128 STEPS channels, a multiple of 4
 
 constexpr int MOST = 16;  // float4 of a lane: 2048 channels
 
-// Calls use(step, channel) for every float4 of the lane.
+// Call use(step, channel) for every float4 of the lane.
 template <int STEPS, typename Use>
 __device__ inline void each(int C, Use use) {
 #pragma unroll
@@ -50,13 +52,13 @@ __device__ inline void each(int C, Use use) {
 }
 
 template <int STEPS, bool ADD>
-__device__ inline void held_row(const elem_t* x,
-                                float* residual,
-                                const elem_t* weight,
-                                const elem_t* bias,
-                                elem_t* y,
-                                float eps,
-                                int C) {
+__device__ inline void row_in_registers(const elem_t* x,
+                                        float* residual,
+                                        const elem_t* weight,
+                                        const elem_t* bias,
+                                        elem_t* y,
+                                        float eps,
+                                        int C) {
   // Both the row and the parameters fit the registers of the shorter one only.
   constexpr bool AHEAD = STEPS < MOST;
   Vec<elem_t, 4> w[STEPS], b[STEPS];
@@ -66,7 +68,7 @@ __device__ inline void held_row(const elem_t* x,
   };
   if constexpr (AHEAD) each<STEPS>(C, load_parameters);
   float share = 1.0f / C;
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float values[STEPS][4] = {};
   each<STEPS>(C, [&](int s, int c) { load_floats(residual + c, values[s]); });
@@ -101,7 +103,7 @@ __device__ inline void held_row(const elem_t* x,
 }
 
 // ---------------------------------------------------------------------------------------------
-// any row
+// multi-pass: any row
 
 template <int VEC>
 __device__ inline void normalise_row(
@@ -135,7 +137,7 @@ __device__ inline void normalise_row(
   }
 }
 
-// residual += x. Each lane later re-reads only what it wrote itself.
+// residual += x. Each lane later reads only what it wrote itself.
 template <int VEC>
 __device__ inline void add_row(const elem_t* x, float* residual, int C) {
   float values[VEC], addend[VEC];
@@ -149,19 +151,19 @@ __device__ inline void add_row(const elem_t* x, float* residual, int C) {
 }
 
 template <int VEC, bool ADD>
-__device__ inline void passed_row(const elem_t* x,
-                                  float* residual,
-                                  const elem_t* weight,
-                                  const elem_t* bias,
-                                  elem_t* y,
-                                  float eps,
-                                  int C) {
-  wait_for_inputs();
+__device__ inline void row_in_passes(const elem_t* x,
+                                     float* residual,
+                                     const elem_t* weight,
+                                     const elem_t* bias,
+                                     elem_t* y,
+                                     float eps,
+                                     int C) {
+  griddepcontrol_wait();
   if constexpr (ADD) add_row<VEC>(x, residual, C);
   normalise_row<VEC>(residual, weight, bias, y, eps, C);
 }
 
-// y = layer_norm(residual), which x is added to before if ADD.
+// y = layer_norm(residual), to which x is added first if ADD.
 template <bool ADD>
 __device__ inline void norm_rows(const elem_t* x,
                                  float* residual,
@@ -171,7 +173,7 @@ __device__ inline void norm_rows(const elem_t* x,
                                  float eps,
                                  int N,
                                  int C) {
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
   if (row >= N) return;
   size_t start = (size_t)row * C;
@@ -179,13 +181,13 @@ __device__ inline void norm_rows(const elem_t* x,
   residual += start;
   y += start;
   if (C % 4)
-    passed_row<1, ADD>(x, residual, weight, bias, y, eps, C);
+    row_in_passes<1, ADD>(x, residual, weight, bias, y, eps, C);
   else if (C <= MOST / 2 * WARP * 4)
-    held_row<MOST / 2, ADD>(x, residual, weight, bias, y, eps, C);
+    row_in_registers<MOST / 2, ADD>(x, residual, weight, bias, y, eps, C);
   else if (C <= MOST * WARP * 4)
-    held_row<MOST, ADD>(x, residual, weight, bias, y, eps, C);
+    row_in_registers<MOST, ADD>(x, residual, weight, bias, y, eps, C);
   else
-    passed_row<4, ADD>(x, residual, weight, bias, y, eps, C);
+    row_in_passes<4, ADD>(x, residual, weight, bias, y, eps, C);
 }
 
 extern "C" __global__ void layer_norm(

@@ -1,5 +1,5 @@
-// The next token of each row, by everything that can be asked for, chosen on the device and handed
-// to the host through a mapped ring; and log-probabilities.
+// The next token of each row, by every sampling parameter, sampled on the device and pushed to the
+// host through a mapped token ring; and log-probabilities.
 //
 //   x      = processed logits: bias, penalties, minimum length, temperature, top-k, top-p, min-p
 //   token  = argmax(x)                     temperature 0
@@ -8,20 +8,22 @@
 // Shapes    logits, scratch [R, Vp] float; rows [R]: the state row of each line of logits;
 //           params, ids, positions, steps [B]; ring [B, ring_size]; counts [B, V] int and
 //           bias [B, V] float may be null
-// Bytes     4 V per pass over a row: `sample` makes up to 10, top_logprobs 2 and one for each token
+// Bytes     4 V per pass over a row: `sample` makes up to 13 (two for the log-probability, one for
+//           the processed logits, four for top-k, five for top-p, one for the draw), top_logprobs 2
+//           and one for each token
 // Work      one block per row. Top-k and top-p need no sort: a radix descent over the bits of the
 //           logits finds the smallest value kept. Masses are summed as 2^-40 fixed-point integers,
 //           whose sum does not depend on the order in which atomics arrive. Equal logits are kept
 //           or dropped together.
 //
-// Entries   sample           the choice; greedy and temperature alone: see sample_plain.cu
+// Entries   sample           the next token; greedy and temperature alone: see sample_plain.cu
 //           top_logprobs     the most probable tokens of each row
 //           target_logprobs  the log-probability of one given token of each row
 //
 // gpt2cupy/ops/reference_sampling.py is the specification.
 #include "sampling.cuh"
 
-constexpr int THREADS = 1024;  // also in gpt2cupy/ops/sampling.py
+constexpr int THREADS = 1024;  // of a block
 constexpr int PROMPT_BIT = 1 << 30;
 
 // ---------------------------------------------------------------------------------------------
@@ -55,8 +57,8 @@ __device__ inline float block_sum(float own, float* shared) {
 // ---------------------------------------------------------------------------------------------
 // thresholds
 
-// The largest x such that the tokens of value >= x weigh at least `target`: eight bits of it a
-// pass.
+// The largest x such that the tokens of value >= x weigh at least `target`; a pass finds eight bits
+// of it.
 template <typename Weight>
 __device__ inline float threshold(const float* x, int V, u64 target, Weight weight, u64* bins) {
   __shared__ u32 chosen;
@@ -87,7 +89,7 @@ __device__ inline float threshold(const float* x, int V, u64 target, Weight weig
 
 // ---------------------------------------------------------------------------------------------
 
-// log sum exp of the logits, and the best of them.
+// The log sum exp of the logits, and the best of them.
 __device__ inline float log_sum_exp(const float* x, int V, Best* best, Best* bests, float* sums) {
   Best own = {MINUS_INFINITY, V};
   for (int v = threadIdx.x; v < V; v += THREADS) own = better(own, Best{x[v], v});
@@ -187,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
     if (counts) counts[id] += 1;
     ids[row] = id;
     positions[row] = position;
-    hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
+    push_token(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
   }
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import checkpoint
 from .config import GPT2Config
-from .errors import DeviceError, InputError, NoDeviceError
+from .errors import DeviceError, InputError, NoDeviceError, shown
 from .ops import quantize as quantize_on_device
 from .ops.core.device import cupy_module, device_arch, device_errors
 from .ops.layout import Uploader
@@ -43,7 +43,9 @@ def resolve_device(device: str) -> tuple[str, int]:
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device), re.ASCII)
     if match is None:
         raise InputError(
-            f"unknown device {device!r}", where="device", remedy="Use auto, cpu, cuda or cuda:1."
+            f"unknown device {shown(device)}",
+            where="device",
+            remedy="Use auto, cpu, cuda or cuda:1.",
         )
     return "cuda", _usable(int(match[1] or 0))
 
@@ -85,7 +87,7 @@ def _dtype_name(dtype: str) -> str:
     name = _SHORT.get(str(dtype), str(dtype))
     if name not in ("auto", *DTYPES):
         raise InputError(
-            f"unknown dtype {dtype!r}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
+            f"unknown dtype {shown(dtype)}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
         )
     return name
 
@@ -96,6 +98,8 @@ def load_weights(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     quantize: str | None = None,
 ) -> tuple[Weights, checkpoint.Checkpoint]:
     """The weights and the checkpoint they came from, which has their config.
@@ -106,7 +110,7 @@ def load_weights(
     check_kind(quantize)
     kind, index = resolve_device(device)
     _dtype_name(dtype)
-    source = checkpoint.open(name_or_path, revision=revision)
+    source = checkpoint.open(name_or_path, revision=revision, variant=variant, adapter=adapter)
     held = resolve_dtype(dtype, source.dtype, kind)
     tensors = source.tensors(finite=True)
     return place(source.config, tensors, held, kind, index, quantize=quantize), source

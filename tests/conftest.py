@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--chip", help="run the GPU tests as this older chip would (tests/support/chips.py)"
     )
+    parser.addoption("--gpu", type=int, default=0, help="the GPU that tests take as the first one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
         if name not in CHIPS:
             raise pytest.UsageError(f"--chip {name}: known are {', '.join(CHIPS)}")
         pretend(name)
+    if number := config.getoption("--gpu"):
+        _take_gpu(number)
+
+
+def _take_gpu(number: int) -> None:
+    """Let GPU ``number`` stand for the first one, and hold the arrays of this thread."""
+    from gpt2cupy import loading
+    from gpt2cupy.ops.core.device import cupy_module
+
+    usable = loading._usable
+    loading._usable = lambda index: usable(index or number)
+    cupy_module().cuda.Device(number).use()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -14,14 +14,14 @@ from gpt2cupy.record import ROOT
 PACKAGE = ROOT / "gpt2cupy"
 # From the bottom up: a module may import from the lines before its own, and from its own package.
 LAYERS = (
-    ("_version", "digest", "errors", "files"),
+    ("_version", "digest", "errors", "file_kinds", "files"),
     ("config", "output", "quantize"),
     ("ids", "timing", "tokenizer", "weights"),
     ("cache", "checkpoint", "ops.reference_sampling"),
     ("ops.core", "ops.reference", "sampling", "workspace"),
     ("ops", "record"),
     ("ops.gpt2",),
-    ("loading", "shifts", "torch"),
+    ("loading", "torch"),
     ("model",),
     ("decode",),
     ("generation",),

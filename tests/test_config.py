@@ -111,7 +111,8 @@ def test_one_end(value):
             )
             for value in ("true", 1, None)
         ),
-        *({"eos_token_id": value} for value in ([1, 2], "7", 7.0, True)),
+        *({"eos_token_id": value} for value in ([1, "2"], "7", 7.0, True)),
+        {"bos_token_id": [1, 2]},
         {"model_type": "llama"},
         {"model_type": None},
         {"add_cross_attention": True},

@@ -29,11 +29,14 @@ INTERFACES = (
     *("Kernel", "launch"),
 )
 # What the public names hand out, beside them.
-FURTHER = ("Tokenizer", "StreamDecoder")
+FURTHER = ("GenerationConfig", "Tokenizer", "StreamDecoder")
 # Members that other modules of the package call and no user does.
 INTERNAL = {
     "GPT2": {"backend", "forward", "hidden", "prepare_step", "run_packed"},
-    "SamplingParams": {"counts_tokens", "plain"},
+    "SamplingParams": {
+        *("banned", "counts_tokens", "greedy", "limit", "must_fit", "plain", "without_effect"),
+    },
+    "GenerationConfig": {"beside", "described", "from_dict"},
     "DecodeState": {"plain", "shaped"},
 }
 WIDTH = 88

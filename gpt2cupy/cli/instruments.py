@@ -15,9 +15,9 @@ def profile(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
-    prompt: Annotated[str, typer.Option(help="Text fed before the measured tokens.")] = (
-        "What is your name"
-    ),
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text fed before the measured tokens.")
+    ] = ("What is your name"),
     warmup: Annotated[int, typer.Option(help="Runs before measuring.")] = 20,
     runs: Annotated[int, typer.Option(help="Runs measured.")] = 20,
     tokens: Annotated[int, typer.Option(help="Tokens of a run.")] = 30,
@@ -57,7 +57,9 @@ def validate(
     ] = None,
     steps: Annotated[int, typer.Option(help="Decode steps compared.")] = 128,
     batch: Annotated[int, typer.Option(help="Rows.")] = 2,
-    prompt: Annotated[str | None, typer.Option(help="Instead of random ids.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Instead of random ids.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random ids, or of the continuation.")] = 0,
     dtype: Annotated[str, typer.Option(help="One dtype; auto is all the device has.")] = "auto",
     device: options.Device = "auto",

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import shown
 from . import options, shell
 
 
@@ -77,7 +78,8 @@ def compile(
     for name in arch or ():
         if not _is_architecture(name):
             raise typer.BadParameter(
-                f"{name!r} is no architecture; it is one of {', '.join(compiler.ARCHITECTURES)}"
+                f"{shown(name)} is no architecture; it is one of "
+                f"{', '.join(compiler.ARCHITECTURES)}"
             )
     if not arch:
         device.cupy_module()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import checkpoint, loading, output
-from ..errors import Gpt2CupyError, InputError
+from ..errors import Gpt2CupyError, InputError, shown
 from ..ids import check_tokens
 from ..model import GPT2
 from ..quantize import MATRICES, through_int8
@@ -94,7 +94,7 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
     """The comparisons of one dtype after another."""
     if settings.against not in AGAINST:
         raise InputError(
-            f"unknown reference {settings.against!r}",
+            f"unknown reference {shown(settings.against)}",
             where="--against",
             remedy=f"Use {' or '.join(AGAINST)}.",
         )

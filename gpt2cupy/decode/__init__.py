@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..model import GPT2
 from . import autotune
 from .eager import EagerDecoder
@@ -71,7 +71,7 @@ def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> EagerDe
         name = next(iter(times(model, rows))) if rows else plain
     if name not in known:
         raise InputError(
-            f"there is no decode path {name!r} here",
+            f"there is no decode path {shown(name)} here",
             where="decode",
             remedy=f"Use {', '.join(known)} or auto. Graphs need a GPU.",
         )

@@ -71,15 +71,10 @@ class EagerDecoder:
         # Identities, which stay theirs because what was prepared keeps the objects.
         key = tuple(id(part) for part in kind)
         if key not in self._prepared:
-            self._prepare_model(state.batch)
             with recorded() as calls:
                 self._step(state)
             self._prepared[key] = _Prepared(kind, calls)
         return self._prepared[key]
-
-    def _prepare_model(self, rows: int) -> None:
-        """Have the model make what its step is faster with."""
-        self.model.prepare_step(rows)
 
     def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
         """What runs the recorded launches of a step."""

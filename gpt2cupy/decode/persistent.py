@@ -50,13 +50,10 @@ class PersistentDecoder(GraphDecoder):
 
     name = "persistent"
 
-    def _prepare_model(self, rows: int) -> None:
-        """The weights are all that it reads."""
-
     def _step(self, state: DecodeState) -> None:
         model, config, weights = self.model, self.model.config, self.model.weights
         check(model, state.batch)
-        words = model.xp.zeros(step.words_size(state.batch, config.n_embd), np.uint8)
+        mailboxes = model.xp.zeros(step.mailboxes_size(state.batch, config.n_embd), np.uint8)
         arrays: dict[str, Any] = {name: getattr(weights, name) for name in step.WEIGHTS}
         step.decode_step(
             state.ids,
@@ -65,7 +62,7 @@ class PersistentDecoder(GraphDecoder):
             arrays,
             state.cache.k,
             state.cache.v,
-            words,
+            mailboxes,
             scale=config.attention_scale(0),
             by_layer=config.scale_attn_by_inverse_layer_idx,
             eps=config.layer_norm_epsilon,

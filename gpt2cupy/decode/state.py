@@ -104,16 +104,19 @@ class DecodeState:
 
     def set_processors(self, row: int, counted: Any | None, bias: Any | None) -> None:
         """Start a row's token counts from its prompt's ids, and its logit bias; None clears."""
-        shape = (self.batch, self.vocab_size)
         if counted is not None and self.counts is None:
-            self.counts = self.xp.zeros(shape, np.int32)
-        if bias and self.bias is None:
-            self.bias = self.xp.zeros(shape, np.float32)
+            self.counts = self.xp.zeros((self.batch, self.vocab_size), np.int32)
         if self.counts is not None:
             line = np.zeros(self.vocab_size, np.int32)
             if counted is not None:
                 line[counted] = PROMPT_BIT
             self._write(self.counts, row, line[None])
+        self.set_bias(row, bias)
+
+    def set_bias(self, row: int, bias: Any | None) -> None:
+        """Give a row its logit bias, a mapping of token ids; None clears it."""
+        if bias and self.bias is None:
+            self.bias = self.xp.zeros((self.batch, self.vocab_size), np.float32)
         if self.bias is not None:
             values = np.zeros(self.vocab_size, np.float32)
             for token, value in (bias or {}).items():

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import checkpoint
 from ..config import GPT2Config
-from ..errors import InputError, NoDeviceError
+from ..errors import InputError, NoDeviceError, shown
 from ..loading import resolve_device, resolve_dtype
 from ..ops.core import compiler, launch
 from ..ops.core.device import device_arch
@@ -67,7 +67,7 @@ def report(
     if arch is not None:
         if arch not in occupancy.LIMITS:
             raise InputError(
-                f"unknown architecture {arch!r}",
+                f"unknown architecture {shown(arch)}",
                 where="--arch",
                 remedy=f"Use {', '.join(occupancy.LIMITS)}.",
             )

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .norm import add_layer_norm, layer_norm
     from .quantized import dequantize, quantize
     from .sampling import sample, target_logprobs, top_logprobs
-    from .shift import shifted_bias
 
 _MODULES = {
     "add_layer_norm": "norm",
@@ -34,7 +33,6 @@ _MODULES = {
     "norm_linear": "linear",
     "quantize": "quantized",
     "sample": "sampling",
-    "shifted_bias": "shift",
     "target_logprobs": "sampling",
     "top_logprobs": "sampling",
 }
@@ -53,7 +51,6 @@ __all__ = [
     "norm_linear",
     "quantize",
     "sample",
-    "shifted_bias",
     "target_logprobs",
     "top_logprobs",
 ]

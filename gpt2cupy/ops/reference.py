@@ -27,7 +27,6 @@ __all__ = [
     "linear",
     "norm_linear",
     "sample",
-    "shifted_bias",
     "target_logprobs",
     "top_logprobs",
 ]
@@ -184,17 +183,9 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
-    shift: Array | None = None,
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
     return linear(h, weight, bias, activation=activation, out=out, backend=backend)
-
-
-def shifted_bias(
-    norm_bias: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
-) -> Array:
-    y = linear(_wide(norm_bias)[None], weight, bias)[0]
-    return _store(y, out, y.dtype)
 
 
 def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:

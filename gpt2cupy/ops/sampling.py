@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
+from .core.compiler import constants
 from .core.device import has_clusters, sm_count
 from .core.launch import Kernel, device_empty, is_device_array, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
@@ -14,9 +15,6 @@ from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 Array = Any
 
 __all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
-
-_THREADS = 1024  # THREADS in sampling.cu
-_PLAIN_THREADS = 512  # THREADS in sample_plain.cu
 
 SAMPLE = Kernel(
     "sampling.cu",
@@ -34,7 +32,7 @@ SAMPLE_PLAIN = {
         "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
         overlaps=True,
     )
-    for parts, ending in ((1, ""), (2, "_2"), (4, "_4"), (8, "_8"))
+    for parts, ending in ((1, ""), (2, "_c2"), (4, "_c4"), (8, "_c8"))
 }
 TOP_LOGPROBS = Kernel(
     "sampling.cu",
@@ -85,7 +83,9 @@ def sample(
         Tokens chosen so far in each row; advanced.
     ring : array of uint8 [B, Q, 16]
         ``RING_ENTRY`` of the last Q tokens of each row: id, log-probability
-        under the raw logits, and the step count as a stamp of either half.
+        under the raw logits, and the step count as a stamp of either half. The
+        log-probability is NaN where, and only where, the raw logits are not finite: one
+        is NaN or positive infinity, or none is a number above negative infinity.
     counts : array of int32 [B, V], optional
         How often each token was generated, plus ``PROMPT_BIT``; advanced.
     bias : array of float32 [B, V], optional
@@ -105,11 +105,17 @@ def sample(
     if plain:
         parts = _parts(len(logits))
         grid = (len(logits) * parts,)
-        launch(SAMPLE_PLAIN[parts], grid, (_PLAIN_THREADS,), (logits, *state, vocab_size))
+        launch(SAMPLE_PLAIN[parts], grid, _block(SAMPLE_PLAIN[parts]), (logits, *state, vocab_size))
         return
     if scratch is None:
         scratch = device_empty(logits.shape, logits.dtype)
-    launch(SAMPLE, (len(logits),), (_THREADS,), (logits, *state, counts, bias, scratch, vocab_size))
+    launch(
+        SAMPLE, (len(logits),), _block(SAMPLE), (logits, *state, counts, bias, scratch, vocab_size)
+    )
+
+
+def _block(kernel: Kernel) -> tuple[int]:
+    return (constants(kernel.source)["THREADS"],)
 
 
 def _parts(rows: int) -> int:
@@ -136,12 +142,14 @@ def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Arr
         return reference.top_logprobs(logits, vocab_size, count)
     shape = (len(logits), count)
     ids, logprobs = device_empty(shape, np.int32), device_empty(shape, np.float32)
-    launch(TOP_LOGPROBS, (len(logits),), (_THREADS,), (logits, ids, logprobs, vocab_size))
+    launch(TOP_LOGPROBS, (len(logits),), _block(TOP_LOGPROBS), (logits, ids, logprobs, vocab_size))
     return ids, logprobs
 
 
 def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     """Log-probability of one given token per row; 0 where the target is no token.
+
+    It is NaN where, and only where, the row's logits are not finite, as in :func:`sample`.
 
     Parameters
     ----------
@@ -156,5 +164,10 @@ def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     if not is_device_array(logits):
         return reference.target_logprobs(logits, vocab_size, targets)
     logprobs = device_empty((len(logits),), np.float32)
-    launch(TARGET_LOGPROBS, (len(logits),), (_THREADS,), (logits, targets, logprobs, vocab_size))
+    launch(
+        TARGET_LOGPROBS,
+        (len(logits),),
+        _block(TARGET_LOGPROBS),
+        (logits, targets, logprobs, vocab_size),
+    )
     return logprobs

@@ -14,7 +14,7 @@ from .. import ops
 from ..decode import DecodeState, EagerDecoder
 from ..decode import eager as eager_module
 from ..decode import persistent as persistent_module
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..model import GPT2
 from ..ops.core.launch import is_device_array
 from ..ops.core.tape import load, recorded
@@ -81,7 +81,9 @@ def component(name: str) -> str:
     found = covering if len(covering) == 1 else starting
     if len(found) != 1:
         raise InputError(
-            f"unknown component {name!r}", where="--component", remedy=f"Use {', '.join(known)}."
+            f"unknown component {shown(name)}",
+            where="--component",
+            remedy=f"Use {', '.join(known)}.",
         )
     return found[0]
 
@@ -138,12 +140,10 @@ class _Observed:
     def call(self, name: str, function: Any, *args: Any, **options: Any) -> Any:
         return self._around(name, function, args, options)
 
-    def norm_linear(
-        self, x: Any, *args: Any, h: Any = None, shift: Any = None, **options: Any
-    ) -> Any:
+    def norm_linear(self, x: Any, *args: Any, h: Any = None, **options: Any) -> Any:
         """On NumPy as the two ops it is, so that both are seen; a kernel may be one."""
         if is_device_array(x):
-            options |= {"h": h, "shift": shift}
+            options |= {"h": h}
             return self.call("norm_linear", ops.norm_linear, x, *args, **options)
         norm, product = args[:3], args[3:]
         return self.linear(self.layer_norm(x, *norm, out=h), *product, **options)
@@ -228,7 +228,6 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
-    path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
         path._step(state)
     load(calls)

@@ -94,13 +94,11 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
-    shift: Array | None = None,
 ) -> Cost:
     """The norm once and the product, with nothing written between them."""
     n, m = len(x), len(weight)
     written = n * m * weight.dtype.itemsize if out is None else out.nbytes
-    biases = (norm_bias, bias) if shift is None else (shift,)
-    moved = _size(x, norm_weight, weight, *biases) + written
+    moved = _size(x, norm_weight, weight, norm_bias, bias) + written
     return Cost(moved, 8 * x.size + 2 * n * m * weight.shape[1])
 
 
@@ -153,7 +151,7 @@ def decode_step(
     weights: Mapping[str, Array],
     k: Array,
     v: Array,
-    words: Array,
+    mailboxes: Array,
     *,
     scale: float,
     by_layer: bool,

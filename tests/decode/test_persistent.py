@@ -192,7 +192,7 @@ def against_numpy(dtype_name, rows, channels):
         arrays,
         k,
         v,
-        cupy.zeros(step.words_size(rows, channels), np.uint8),
+        cupy.zeros(step.mailboxes_size(rows, channels), np.uint8),
         scale=config.attention_scale(0),
         by_layer=False,
         eps=config.layer_norm_epsilon,
@@ -274,8 +274,8 @@ def steps(model, state, count=4, epoch=None):
     decoder = decode.PersistentDecoder(model)
     decoder.prepare(state)
     if epoch is not None:
-        (words,) = (v for v in decoder.calls[0].values if getattr(v, "dtype", None) == np.uint8)
-        words[:4].view(np.uint32)[...] = epoch
+        (mailboxes,) = (v for v in decoder.calls[0].values if getattr(v, "dtype", None) == np.uint8)
+        mailboxes[:4].view(np.uint32)[...] = epoch
     found = []
     for _ in range(count):
         decoder.step(state)

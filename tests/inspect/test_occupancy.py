@@ -162,7 +162,6 @@ def test_blocks_per_sm_keep_within_the_limits(arch, threads, registers, shared):
 
 def test_threads_are_those_that_ops_launches(monkeypatch):
     from gpt2cupy.ops.gpt2.embedding import embedding
-    from gpt2cupy.ops.layout import _TILE, _TILE_ROWS
     from gpt2cupy.ops.linear import bias_act, gemv
     from gpt2cupy.ops.norm import add_layer_norm, layer_norm
 
@@ -185,9 +184,10 @@ def test_threads_are_those_that_ops_launches(monkeypatch):
     # A size that the fused kernels, which have their bounds, cannot take.
     gemv(np.ones((1, 59), half), np.ones((8, 59), half), out=np.empty((1, 8), half))
     bias_act(out, bias, out=out)
+    c = compiler.constants("layout.cu")
     launched = {entry: n for entry, n in kernel_report.THREADS.items() if entry in seen}
     assert launched == seen and len(seen) == 5
-    assert kernel_report.THREADS["transpose"] == _TILE * _TILE_ROWS
+    assert kernel_report.THREADS["transpose"] == c["TILE"] * c["TILE_ROWS"]
 
 
 @pytest.mark.parametrize("k", [8, 768, 1024, 1152, 1280, 1312, 1600, 2048, 3200, 8000])
@@ -196,11 +196,10 @@ def test_skinny_has_the_warps_it_is_launched_with(k):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
     for name, entry in found.items():
-        tiles = 2 if name.startswith(("skinny_add_2", "skinny_norm")) else 1
-        assert entry.max_threads == WARP * linear_kernels._skinny_warps(tiles, k), name
-    evenly = k % (linear_kernels._SPAN * linear_kernels._skinny_warps(2, k)) == 0
-    assert ("skinny_norm" in found) == (k <= linear_kernels.LONGEST_NORM and evenly)
-    assert ("skinny_add_2" in found) == (k <= linear_kernels.LONGEST_NORM)
+        tiles = 2 if name.startswith("skinny_add_t2") else 1
+        c = compiler.constants("skinny.cu", K=k, TILES=tiles)
+        assert entry.max_threads == WARP * c["WARPS"], name
+    assert ("skinny_add_t2" in found) == (k <= linear_kernels.longest_norm())
 
 
 @pytest.mark.gpu

@@ -162,6 +162,10 @@ def test_any_number_of_blocks_chooses_the_same_beside_nan(temperature, parts, vo
     plain = choose(cupy, logits, rows, positions, plain=True)
     np.testing.assert_array_equal(plain[0], full[0])
     np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=4e-6)
+    # The mark that the engine reads: NaN where logits are not finite, and nowhere else.
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(logits.max(axis=-1))
+    assert np.isnan(plain[2]["logprob"]).tolist() == (~finite).tolist()
 
 
 @pytest.mark.gpu
@@ -397,3 +401,11 @@ def test_target_logprobs(xp):
     ours = ours if xp is np else ours.get()
     exact = reference_sampling.token_logprobs(logits[:, :V].astype(np.float64))
     np.testing.assert_allclose(ours, [exact[0, 0], exact[1, V - 1], 0], atol=5e-6)
+
+
+def test_a_target_in_a_row_that_is_not_finite_has_no_logprob(xp):
+    logits = np.full((12, VP), np.nan, np.float32)
+    logits[:, :V] = rows_that_are_not_all_numbers()
+    ours = ops.target_logprobs(xp.asarray(logits), V, xp.zeros(12, np.int32))
+    ours = ours if xp is np else ours.get()
+    assert np.isnan(ours).tolist() == [i not in (6, 7, 9) for i in range(12)]

@@ -33,7 +33,6 @@ class Broken(EagerDecoder):
     def __init__(self, model, other):
         super().__init__(model)
         self.other = other
-        other.prepare_step(1)  # as its own decoder would
 
     def _step(self, state):
         good, self.model = self.model, self.other

@@ -288,7 +288,7 @@ def test_exit_codes(tmp_path):
     good = command_line("--steps", "3", "--json")
     assert good.returncode == 0 and json.loads(good.stdout)["passed"]
     wrong = command_line("--steps", "3", "--dtype", "float8")
-    assert wrong.returncode == 1 and "unknown dtype" in wrong.stderr
+    assert wrong.returncode == 2 and "unknown dtype" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     # Weights so large that float32 overflows: not what the checkpoint says, so a failure.
     weights = Weights.random(TINY, 0)

@@ -22,6 +22,7 @@ from typing import Any
 
 from ...digest import digest_cuda
 from ...errors import CompileError
+from .constexpr import Constants
 from .device import import_cupy
 from .jobs import Jobs
 
@@ -65,7 +66,7 @@ NEWER_CHIPS = {
 # products of a warpgroup (wgmma).
 OWN_FEATURES = {"sm_90": "sm_90a"}
 
-# Tensor cores multiply halves.
+# Tensor cores multiply fp16 and bf16.
 HALF_ONLY = (
     "skinny.cu",
     "skinny_int8.cu",
@@ -76,9 +77,7 @@ HALF_ONLY = (
     "decode_step.cu",
 )
 
-# decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
-# in shared memory still holds enough. It is compiled for each number of rows: a run needs one.
-STEP_HEAD_SIZE, STEP_CHANNELS = 64, (256, 2048)
+# decode_step.cu is compiled for each number of rows: a run needs one.
 STEP_ROWS = (1, 2, 4)
 
 _jobs = Jobs("gpt2cupy-nvrtc")
@@ -116,9 +115,10 @@ def variants(
 
 def takes_step(defines: Mapping[str, str]) -> bool:
     """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    shortest, longest = STEP_CHANNELS
+    c = constants("decode_step.cu")
     channels, head_size = int(defines["K"]), int(defines["HS"])
-    return head_size == STEP_HEAD_SIZE and shortest <= channels <= longest and not channels % 64
+    fits = c["STEP_FEWEST_CHANNELS"] <= channels <= c["STEP_MOST_CHANNELS"]
+    return head_size == c["STEP_HEAD_SIZE"] and fits and not channels % head_size
 
 
 @functools.cache
@@ -155,6 +155,12 @@ def source_digests(source: str) -> dict[str, str]:
 
 
 _digest = functools.cache(digest_cuda)  # most headers belong to many sources
+
+
+@functools.cache
+def constants(source: str, **sizes: int) -> Constants:
+    """The constants that a source and its includes declare, for some sizes (K, HS)."""
+    return Constants((text for _, text in source_closure(source)), sizes)
 
 
 def cache_dir() -> Path:

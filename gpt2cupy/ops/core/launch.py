@@ -75,7 +75,7 @@ class Kernel:
     signature : str
         Parameters as the module's docstring shows them.
     overlaps : bool
-        Whether it calls ``wait_for_inputs``: then it may start before its
+        Whether it calls ``griddepcontrol_wait``: then it may start before its
         predecessor ends. A kernel that does not must be launched the plain way.
     writes_weights : bool
         Whether it writes what the next one may load before it waits: then that one

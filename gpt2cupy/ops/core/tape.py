@@ -39,7 +39,7 @@ class Launch:
         CuPy arrays and NumPy scalars, as the kernel takes them.
     overlaps : bool
         Whether the kernel waits for its predecessor by itself, so that it may
-        start before that one ends (``wait_for_inputs`` in common.cuh).
+        start before that one ends (``griddepcontrol_wait`` in common.cuh).
     shared : int
         Bytes of dynamic shared memory of a block.
     writes_weights : bool

@@ -168,7 +168,7 @@ def test_another_nvrtc_changes_the_key(cache, fake, monkeypatch):
 
 def test_a_changed_include_changes_the_key(cache, fake, sources):
     before = {s: compiler.cubin(s, HALF, ARCH) for s in ("linear.cu", "norm.cu")}
-    include = sources / "activation.cuh"
+    include = sources / "epilogue.cuh"
     include.write_text(include.read_text() + "// a comment\n")
     forget()
     assert {s: compiler.cubin(s, HALF, ARCH) for s in before} == before
