@@ -190,19 +190,19 @@ __device__ inline void norm_rows(const elem_t* x,
     row_in_passes<4, ADD>(x, residual, weight, bias, y, eps, C);
 }
 
-extern "C" __global__ void layer_norm(
+extern "C" __global__ void __launch_bounds__(128) layer_norm(
     const float* x, const elem_t* weight, const elem_t* bias, elem_t* y, float eps, int N, int C) {
   // Not written without ADD.
   norm_rows<false>(nullptr, const_cast<float*>(x), weight, bias, y, eps, N, C);
 }
 
-extern "C" __global__ void add_layer_norm(const elem_t* x,
-                                          float* residual,
-                                          const elem_t* weight,
-                                          const elem_t* bias,
-                                          elem_t* y,
-                                          float eps,
-                                          int N,
-                                          int C) {
+extern "C" __global__ void __launch_bounds__(128) add_layer_norm(const elem_t* x,
+                                                                 float* residual,
+                                                                 const elem_t* weight,
+                                                                 const elem_t* bias,
+                                                                 elem_t* y,
+                                                                 float eps,
+                                                                 int N,
+                                                                 int C) {
   norm_rows<true>(x, residual, weight, bias, y, eps, N, C);
 }

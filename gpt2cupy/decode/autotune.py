@@ -75,7 +75,7 @@ def _kept(file: Path, key: str, paths: dict[str, type[EagerDecoder]]) -> dict[st
 
 def _digests(sources: Iterable[str]) -> dict[str, dict[str, str]]:
     """The digests of those sources that there are, and of what they include."""
-    known = {source for source in sources if source in compiler.SOURCES}
+    known = {source for source in sources if source in compiler.sources()}
     return {source: compiler.source_digests(source) for source in sorted(known)}
 
 
@@ -98,8 +98,6 @@ def _measure(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> di
     for row in range(rows):
         state.assign(row, row, SamplingParams().row(0, 0, -1))
     decoders = {name: path(model) for name, path in paths.items()}
-    for decoder in decoders.values():  # the kernels of all are compiled side by side
-        decoder.record(state)
     times: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(WARM + ROUNDS):
         for name, decoder in decoders.items():
