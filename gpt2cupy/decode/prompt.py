@@ -13,9 +13,9 @@ from ..model import GPT2
 from ..ops.core.tape import recorded
 from ..ops.quantized import scratch_size
 from ..workspace import PackedPrompts, Workspace
-from .eager import choose
 from .graph import captured
 from .state import DecodeState
+from .step import sample_next
 
 # Tokens of a graph; a prompt takes the next larger one, at most half as many again.
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -56,7 +56,7 @@ class PromptRunner:
         rows = self._sequences(cache.slots)
         self._last = Workspace(model.config, rows, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
-        self._buckets: dict[tuple[Any, ...], _Bucket] = {}  # by rows, backend, kind of choice
+        self._buckets: dict[tuple[Any, ...], _Bucket] = {}  # by rows, backend, kind of sampling
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +92,7 @@ class PromptRunner:
         tokens, slots
             As in :meth:`GPT2.prefill`.
         state : DecodeState, optional
-            For one sequence in a cache of one slot: choose its first token too, in the same
+            For one sequence in a cache of one slot: sample its first token too, in the same
             graph, so that these kernels need no launch of their own and load their weights
             while the prompt's last ones run. Where the logits need a matrix that has to be
             dequantised, behind the graph: each bucket would keep memory for all of it.
@@ -111,7 +111,7 @@ class PromptRunner:
             return self._queue(packed, max(len(t) for t in tokens), state)
         if state is not None and self._dequantises():
             x = self.run(tokens, slots)
-            choose_first(self.model, state, x[:1], 0)
+            sample_first(self.model, state, x[:1], 0)
             return x
         bucket = self._bucket(rows, state)
         if bucket.launch is None:
@@ -139,7 +139,7 @@ class PromptRunner:
         work, last = self.work.first(packed.rows), self._last.first(len(packed.slots))
         x = self.model.run_packed(packed, longest, self.cache, work, last=last)
         if state is not None:
-            choose_first(self.model, state, x[:1], 0)
+            sample_first(self.model, state, x[:1], 0)
         return x
 
     def _bucket(self, rows: int, state: DecodeState | None) -> _Bucket:
@@ -155,8 +155,8 @@ class PromptRunner:
         return self._buckets[key]
 
 
-def choose_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
-    """Queue the choice of a row's first token, given the residual stream [1, C] before it."""
+def sample_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
+    """Queue the sampling of a row's first token, given the residual stream [1, C] before it."""
     logits = state.logits[row : row + 1]
     model.logits(x, state.work.first(1), logits)
-    choose(state, logits, state.rows[row : row + 1])
+    sample_next(state, logits, state.rows[row : row + 1])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..decode import DecodeState, EagerDecoder, PromptRunner, choose_first, decoder
+from ..decode import Decoder, DecodeState, PromptRunner, decoder, sample_first
 from ..errors import BusyError, ClosedError
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
@@ -97,7 +97,7 @@ class Engine:
         self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
 
     @functools.cached_property
-    def decoder(self) -> EagerDecoder:
+    def decoder(self) -> Decoder:
         """What runs a step. Which path is the fastest is looked up or measured at first need."""
         on_gpu = self.model.xp is not np
         with (
@@ -266,7 +266,7 @@ class Engine:
                 done.append((row, index))
         for row, index in done:
             if not alone:
-                choose_first(self.model, self.state, x[index : index + 1], row)
+                sample_first(self.model, self.state, x[index : index + 1], row)
             sequence = self.active[row]
             sequence.first = int(self.row_steps[row])
             sequence.queued = 1
@@ -277,7 +277,7 @@ class Engine:
         self.prompts.record(total, sequences, self.state if alone else None)
         if self.model.xp is not np and not alone:
             with recorded():
-                choose_first(self.model, self.state, self.state.work.x[:1], 0)
+                sample_first(self.model, self.state, self.state.work.x[:1], 0)
         self.decoder.record(self.state)
         self._started = True
 

@@ -86,7 +86,11 @@ def variants_of(config: GPT2Config, name: str) -> list[tuple[str, dict[str, str]
             remedy="This model runs on the CPU only.",
         )
     inner_sizes = tuple(dict.fromkeys((config.n_embd, config.inner_size)))
-    return list(compiler.variants((config.head_size,), inner_sizes))
+    return [
+        (source, defines)
+        for source, defines in compiler.variants((config.head_size,), inner_sizes)
+        if source != "decode_step.cu" or defines["K"] == str(config.n_embd)
+    ]
 
 
 def _entries(

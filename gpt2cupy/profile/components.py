@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import ops
-from ..decode import DecodeState, EagerDecoder
+from ..decode import Decoder, DecodeState
 from ..errors import InputError, shown
 from ..model import GPT2
 from ..ops.core import registry
@@ -176,8 +176,8 @@ class _Places:
         return path, layer
 
 
-def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[Op]:
-    """The ops of one step of a decode path in order, labelled and counted.
+def ops_of_step(decoder: Decoder, state: DecodeState, context: float) -> list[Op]:
+    """The ops of one step of a decoder in order, labelled and counted.
 
     On the GPU the step is only recorded; on NumPy it is run once.
 
@@ -186,7 +186,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     context : float
         Tokens that each row's slot holds before a step, for the cost of attention.
     """
-    places, found = _Places(path.model, state), list[Op]()
+    places, found = _Places(decoder.model, state), list[Op]()
 
     def around(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
         begin, name = len(calls), op.__name__
@@ -201,7 +201,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
         return result
 
     with observed(around), recorded() as calls:
-        path._step(state)
+        decoder.function(decoder.model, state)
     load(calls)
     return found
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.compiler import STEP_ROWS as ROWS
-from ..core.compiler import constants
+from ..core.compiler import STEP_ROWS, constants
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
 from ..core.registry import Cost, moved, op
@@ -16,6 +15,7 @@ from ..linear import ACTIVATION_CODES
 
 Array = Any
 
+ROWS = STEP_ROWS  # of the entries
 
 _SIGNATURE = (
     "ids: int32[N], positions: int32[N], slots: int32[N], wte: ELEM[Vp,K], wpe: ELEM[P,K], "
