@@ -178,7 +178,7 @@ def test_missing_files(tmp_path, base):
     refused(base, adapter, "no adapter_config.json")
     refused(base, base, "no adapter_config.json")
     refused(base, tmp_path / "nowhere", "no folder")
-    with pytest.raises(InputError, match="an adapter cannot be of type int"):
+    with pytest.raises(InputError, match="an adapter cannot be an int"):
         checkpoint.open(base, adapter=5)
 
 

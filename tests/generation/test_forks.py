@@ -27,7 +27,7 @@ OPTIONS = {"max_new_tokens": 4, "eos_token_id": -1}
 class Ids:
     """A tokenizer for prompts of ids."""
 
-    vocab_size, eot_token, specials = TINY.vocab_size, 0, {}
+    ordinary_size, eot_token, specials = TINY.vocab_size, 0, {}
 
     def stream(self):
         return SimpleNamespace(push=lambda id_: f"{id_} ", flush=str)
