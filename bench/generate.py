@@ -21,8 +21,8 @@ from shared import DTYPES, Kept, config_of, prompts, write_checkpoint
 
 import gpt2cupy
 from gpt2cupy import LanguageModel, SamplingParams
-from gpt2cupy.engine import Engine
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 from gpt2cupy.timing import Timing
 
 

@@ -7,8 +7,7 @@
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
 // Work      one block per (head, row), or a cluster of blocks that share the keys. A key is read by
-// a
-//           group of LANES lanes, VEC elements each; the groups stride over the keys, each with a
+//           a group of LANES lanes, VEC elements each; the groups stride over the keys, each with a
 //           softmax state of its own. States are merged once at the end: within a warp by shuffles,
 //           across warps through shared memory, across the blocks of a cluster through distributed
 //           shared memory. Each group has the loads of AHEAD keys and values in flight, the first

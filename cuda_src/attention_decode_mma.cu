@@ -6,16 +6,15 @@
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
 // Work      a warp multiplies a tile of 16 keys at a time by mma.m16n8k16, whose left operand is
-// the
-//           query in every row: most of the products are wasted, on units that would be idle, but a
-//           key takes a fraction of the instructions. That is what counts with one row, where each
-//           instruction is on the step's critical path, and with many, which have to keep up with
-//           the memory. Keys go from global memory into the right operand as they lie: which
+//           the query in every row: most of the products are wasted, on units that would be idle,
+//           but a key takes a fraction of the instructions. That is what counts with one row, where
+//           each instruction is on the step's critical path, and with many, which have to keep up
+//           with the memory. Keys go from global memory into the right operand as they lie: which
 //           channels a fragment calls k = 0 .. 15 does not matter as long as both operands agree.
-//           Of the values, two keys are interleaved by byte permutes, and which channels it calls
-//           n = 0 .. 7 does not matter either. The first tile is loaded before
-//           griddepcontrol.wait. The warps' softmax states are merged through shared memory, with
-//           few rows those of a cluster of blocks through the first block's.
+//           Of the values, two keys are interleaved by byte permutes, and which channels it calls n
+//           = 0 .. 7 does not matter either. The first tile is loaded before griddepcontrol.wait.
+//           The warps' softmax states are merged through shared memory, with few rows those of a
+//           cluster of blocks through the first block's.
 //
 // Entries   attention_decode_mma              one block of 8 warps per head
 //           attention_decode_mma_c2, _c4, _c8   as many blocks per head: few rows, to fill the chip

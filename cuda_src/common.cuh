@@ -5,6 +5,7 @@
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
 //   K      inner size of the product (norm_gemv, skinny and their int8 counterparts)
+//   BATCH  rows of the batch (decode_step only)
 //
 // Letters: B rows, T tokens, C channels, NH heads, HS head size, V vocabulary, L layers.
 #pragma once

@@ -207,6 +207,9 @@ __device__ inline void step(const int* ids,
             L, S, T, P, Vp);                                                                      \
   }
 
+#ifndef BATCH
+#define BATCH 1  // rows of a step
+#endif
 #if BATCH == 1
 DECODE_STEP_ENTRY(decode_step_b1, 1)
 #elif BATCH == 2

@@ -11,9 +11,8 @@
 // Bytes     M K (1 + 2 / GROUP); everything else is small and read from L2
 // FLOPs     2 M K
 // Work      the threads of a block share K, CHUNKS pieces of 16 a thread, and compute ROWS outputs
-// at
-//           a time; the block strides by the whole grid. Weights and scales of the first ROWS are
-//           loaded before griddepcontrol.wait.
+//           at a time; the block strides by the whole grid. Weights and scales of the first ROWS
+//           are loaded before griddepcontrol.wait.
 //
 // A byte of weight leaves no time for a conversion to float and a multiplication of its own. So the
 // 16 inputs of a piece are written as whole numbers: x = step (256 d1 + d0), digits of a byte

@@ -78,18 +78,19 @@ __device__ inline void gemv_body(
   }
 }
 
-#define GEMV_ENTRY(name, body, out_t)                                                              \
-  extern "C" __global__ void name(const elem_t* x, const elem_t* weight, const out_t* bias,        \
-                                  const out_t* residual, out_t* y, int activation, int M, int K) { \
+#define GEMV_ENTRY(name, bounds, body, out_t)                                                      \
+  extern "C" __global__ void bounds name(const elem_t* x, const elem_t* weight, const out_t* bias, \
+                                         const out_t* residual, out_t* y, int activation, int M,   \
+                                         int K) {                                                  \
     body<out_t>(x, weight, {bias, residual, y, activation}, M, K);                                 \
   }
 
-GEMV_ENTRY(gemv_naive, gemv_naive_body, elem_t)
-GEMV_ENTRY(gemv_scalar, gemv_scalar_body, elem_t)
-GEMV_ENTRY(gemv, gemv_body, elem_t)
-GEMV_ENTRY(gemv_naive_f32, gemv_naive_body, float)
-GEMV_ENTRY(gemv_scalar_f32, gemv_scalar_body, float)
-GEMV_ENTRY(gemv_f32, gemv_body, float)
+GEMV_ENTRY(gemv_naive, , gemv_naive_body, elem_t)
+GEMV_ENTRY(gemv_scalar, __launch_bounds__(128), gemv_scalar_body, elem_t)
+GEMV_ENTRY(gemv, , gemv_body, elem_t)
+GEMV_ENTRY(gemv_naive_f32, , gemv_naive_body, float)
+GEMV_ENTRY(gemv_scalar_f32, __launch_bounds__(128), gemv_scalar_body, float)
+GEMV_ENTRY(gemv_f32, , gemv_body, float)
 
 // ---------------------------------------------------------------------------------------------
 // y = activation(x + bias) + residual over [N, M], after a product that has no epilogue
@@ -105,22 +106,22 @@ __device__ inline void bias_act_body(const out_t* x,
     epilogue.apply(i, i % M, to_float(x[i]));
 }
 
-extern "C" __global__ void bias_act(const elem_t* x,
-                                    const elem_t* bias,
-                                    const elem_t* residual,
-                                    elem_t* y,
-                                    int activation,
-                                    int N,
-                                    int M) {
+extern "C" __global__ void __launch_bounds__(256) bias_act(const elem_t* x,
+                                                           const elem_t* bias,
+                                                           const elem_t* residual,
+                                                           elem_t* y,
+                                                           int activation,
+                                                           int N,
+                                                           int M) {
   bias_act_body(x, {bias, residual, y, activation}, N, M);
 }
 
-extern "C" __global__ void bias_act_f32(const float* x,
-                                        const float* bias,
-                                        const float* residual,
-                                        float* y,
-                                        int activation,
-                                        int N,
-                                        int M) {
+extern "C" __global__ void __launch_bounds__(256) bias_act_f32(const float* x,
+                                                               const float* bias,
+                                                               const float* residual,
+                                                               float* y,
+                                                               int activation,
+                                                               int N,
+                                                               int M) {
   bias_act_body(x, {bias, residual, y, activation}, N, M);
 }

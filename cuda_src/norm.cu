@@ -7,17 +7,15 @@
 // Bytes     layer_norm       N C (4 + sizeof ELEM), parameters stay in cache
 //           add_layer_norm   N C (8 + 2 sizeof ELEM)
 // Work      one warp per row. The mean is computed before the squares, so that an outlier channel
-// in
-//           the thousands cancels nothing: a one-pass E[x^2] - E[x]^2 loses half the digits there.
-//           A row of up to MOST float4 a lane is normalised in registers: loaded once, its
+//           in the thousands cancels nothing: a one-pass E[x^2] - E[x]^2 loses half the digits
+//           there. A row of up to MOST float4 a lane is normalised in registers: loaded once, its
 //           parameters before griddepcontrol.wait. A longer row, or one of an odd size, takes three
 //           passes over memory.
 // Source    Ba, Kiros, Hinton, "Layer Normalization", 2016
 //
 // The ladder
 //   layer_norm_naive   one thread per row: the formula, for readers and for tests
-//   layer_norm         one warp per row; in registers, or multi-pass, where two of three passes hit
-//   L1
+//   layer_norm         one warp per row; in registers, or multi-pass (two of three passes hit L1)
 #include "common.cuh"
 
 extern "C" __global__ void layer_norm_naive(
@@ -190,19 +188,19 @@ __device__ inline void norm_rows(const elem_t* x,
     row_in_passes<4, ADD>(x, residual, weight, bias, y, eps, C);
 }
 
-extern "C" __global__ void layer_norm(
+extern "C" __global__ void __launch_bounds__(128) layer_norm(
     const float* x, const elem_t* weight, const elem_t* bias, elem_t* y, float eps, int N, int C) {
   // Not written without ADD.
   norm_rows<false>(nullptr, const_cast<float*>(x), weight, bias, y, eps, N, C);
 }
 
-extern "C" __global__ void add_layer_norm(const elem_t* x,
-                                          float* residual,
-                                          const elem_t* weight,
-                                          const elem_t* bias,
-                                          elem_t* y,
-                                          float eps,
-                                          int N,
-                                          int C) {
+extern "C" __global__ void __launch_bounds__(128) add_layer_norm(const elem_t* x,
+                                                                 float* residual,
+                                                                 const elem_t* weight,
+                                                                 const elem_t* bias,
+                                                                 elem_t* y,
+                                                                 float eps,
+                                                                 int N,
+                                                                 int C) {
   norm_rows<true>(x, residual, weight, bias, y, eps, N, C);
 }

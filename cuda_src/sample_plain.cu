@@ -6,15 +6,12 @@
 // Shapes    as in sampling.cu, without counts, bias and scratch
 // Bytes     4 V a row
 // Work      PARTS blocks of a cluster share a row; their states (maximum, sum, best token) are
-// merged
-//           in the shared memory of the first. A thread loads QUADS quads of tokens at a time.
-//           Noise costs ten times a bound of it, so it is computed only for tokens that it could
-//           make the best.
+//           merged in the shared memory of the first. A thread loads QUADS quads of tokens at a
+//           time. Noise costs ten times a bound of it, so it is computed only for tokens that it
+//           could make the best.
 //
-// Entries   sample_plain                    one block a row, where there are enough rows to fill
-// the
-//                                           chip, or no clusters
-//           sample_plain_c2, _c4, _c8       as many blocks of a cluster a row
+// Entries   sample_plain                one block a row: rows that fill the chip, or no clusters
+//           sample_plain_c2, _c4, _c8   as many blocks of a cluster a row
 //
 // gpt2cupy/ops/reference_sampling.py is the specification, the kernel of sampling.cu the baseline.
 #include "dsmem.cuh"

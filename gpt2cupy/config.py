@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class GPT2Config:
     eos_token_id: int | tuple[int, ...] | None = 50256
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            object.__setattr__(self, name, _plain(value))
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
             if not ((_is_int(value) and value >= 1) or (name == "n_inner" and value is None)):
@@ -260,6 +263,17 @@ class GPT2Config:
         except ConfigError as error:
             # The file is more use than the field, which the sentence names already.
             raise ConfigError(error.what, where=where, remedy=error.remedy) from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of another kind, as NumPy's scalars are, as Python's."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+        return float(value)
+    return value
 
 
 def _is_int(value: Any) -> bool:

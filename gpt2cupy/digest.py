@@ -75,7 +75,12 @@ def digest_python(text: str) -> str:
 
 
 def digest_cuda(text: str) -> str:
-    """SHA-256 in hex of a CUDA source without comments and layout.
+    """SHA-256 in hex of a CUDA source without comments and layout."""
+    return _hash(cuda_code(text))
+
+
+def cuda_code(text: str) -> str:
+    """A CUDA source without comments, blanks folded.
 
     Lines of the preprocessor stay lines; other line ends are blanks.
     """
@@ -96,7 +101,7 @@ def digest_cuda(text: str) -> str:
             kept.append(_joined(code, lambda a, b: not {a[-1], b[0]} & _PUNCTUATION))
         kept.append(_joined(line, lambda a, b: True))
         code = []
-    return _hash("\n".join(kept[:-1]))
+    return "\n".join(kept[:-1])
 
 
 def _hash(text: str) -> str:

@@ -13,7 +13,7 @@ from error_rule import DTYPES
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, checkpoint
 from gpt2cupy.cli import validation
-from gpt2cupy.decode import DecodeState, EagerDecoder
+from gpt2cupy.decode import DecodeState, decoder
 from gpt2cupy.errors import InputError
 from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.quantize import (
@@ -190,8 +190,8 @@ def test_a_batch_needs_scratch_only_where_no_kernel_reads_int8():
     assert float32.new_workspace(2).scratch.dtype == np.float32
     # A step of one row allocates nothing once it is prepared.
     cache = model.new_cache(1)
-    state, decoder = DecodeState(model, cache, 1), EagerDecoder(model)
-    decoder.prepare(state)
+    state, eager = DecodeState(model, cache, 1), decoder(model, "eager")
+    eager.prepare(state)
     before = cupy.get_default_memory_pool().used_bytes()
-    decoder.step(state)
+    eager.step(state)
     assert cupy.get_default_memory_pool().used_bytes() == before

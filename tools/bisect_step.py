@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from gpt2cupy import GPT2, decode, ops
-from gpt2cupy.decode import DecodeState, EagerDecoder
+from gpt2cupy import GPT2, decode
+from gpt2cupy.decode import Decoder, DecodeState
 from gpt2cupy.errors import Gpt2CupyError, InputError
+from gpt2cupy.ops.core import registry
 from gpt2cupy.validate import random_ids, runs
 
 # Of the workspace. Not h: fused kernels do not write it, and what is made of it follows at once.
 ACTIVATIONS = ("x", "qkv", "attended", "inner")
 CHOSEN = ("ids", "positions", "steps")  # what the choice of the next token writes
-MakeDecoder = Callable[[], EagerDecoder]
+MakeDecoder = Callable[[], Decoder]
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,13 @@ class Departure:
 def first_ops(count: int, state: DecodeState) -> Iterator[list[Op]]:
     """Let only the first ``count`` ops of a step run; yields the list of all that it asks for."""
     asked: list[Op] = []
-    originals = {name: getattr(ops, name) for name in ops.__all__}
 
-    def limited(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            asked.append(_describe(name, options.get("out"), state, asked))
-            return originals[name](*args, **options) if len(asked) <= count else options.get("out")
+    def limited(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
+        asked.append(_describe(op.__name__, options.get("out"), state, asked))
+        return op(*args, **options) if len(asked) <= count else options.get("out")
 
-        return call
-
-    try:
-        for name in originals:
-            setattr(ops, name, limited(name))
+    with registry.observed(limited):
         yield asked
-    finally:
-        for name, function in originals.items():
-            setattr(ops, name, function)
 
 
 def _describe(name: str, out: Any, state: DecodeState, before: list[Op]) -> Op:
@@ -202,7 +194,7 @@ def main() -> int:
         model = GPT2.from_pretrained(args.model, dtype=args.dtype, device=args.device)
         other = GPT2(model.config, model.weights, gemv=args.gemv)
         name = decode.decoder(other, args.path).name
-        if name == EagerDecoder.name and (model.xp is np or other.gemv == model.gemv):
+        if name == "eager" and (model.xp is np or other.gemv == model.gemv):
             raise InputError(
                 f"there is nothing to compare: both paths are {name}",
                 where=f"--path {args.path}, --device {args.device}",
@@ -210,7 +202,7 @@ def main() -> int:
             )
         ids = random_ids(model, args.batch, args.position + 1, args.seed)
         departure, count = bisect(
-            lambda: EagerDecoder(model),
+            lambda: decode.decoder(model, "eager"),
             lambda: decode.decoder(other, args.path),
             ids,
             tolerance=args.tolerance,

@@ -32,7 +32,7 @@ INTERFACES = (
 FURTHER = ("GenerationConfig", "Tokenizer", "StreamDecoder")
 # Members that other modules of the package call and no user does.
 INTERNAL = {
-    "GPT2": {"backend", "forward", "hidden", "prepare_step", "run_packed"},
+    "GPT2": {"backend", "forward", "hidden", "run_packed"},
     "SamplingParams": {
         *("banned", "counts_tokens", "greedy", "limit", "must_fit", "plain", "without_effect"),
     },

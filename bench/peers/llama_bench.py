@@ -92,10 +92,13 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
         return prefill / 1e9, steps / 1e9
 
     def batched(tokens: int) -> tuple[float, float]:
-        sizes = ["-npp", str(prompt), "-ntg", str(tokens - 1), "-npl", str(batch)]
+        # Twice: the program may end before its log has written the last line.
+        sizes = ["-npp", str(prompt), "-ntg", str(tokens - 1), "-npl", f"{batch},{batch}"]
         room = ["-c", str(batch * (prompt + tokens)), "-fa", "on", "--output-format", "jsonl"]
         lines = [line for line in output(model + sizes + room).splitlines() if line[:1] == "{"]
-        found = json.loads(lines[-1])
+        if not lines:
+            raise ValueError(f"{program} wrote no result")
+        found = json.loads(lines[0])
         return found["t_pp"], found["t_tg"]
 
     def run(tokens: int) -> tuple[list[int], float, float, float]:

@@ -78,9 +78,17 @@ def startup(entry: Record) -> str:
     results = entry["results"]
     warm = results["warm"]
     row = [results["model"], results["device"], number(results["first_s"], 2)]
+    row.append(spread(warm, 1e6, 2))
     header = ["model", "device", "first run, s", "warm, s (p10 to p90)"]
     note = f"From starting a process to its first token; warm is the median of {warm['runs']}"
-    return table(header, [[*row, spread(warm, 1e6, 2)]]) + caption(entry, note)
+    if compiled := results.get("compile"):
+        header.append("gpt2cupy compile, s")
+        row.append(number(compiled["seconds"], 1))
+        note += (
+            f"; first with an empty kernel cache, median of {results['empty']['runs']}; "
+            f"{compiled['cubins']} cubins compiled on {compiled['cores']} cores"
+        )
+    return table(header, [row]) + caption(entry, note)
 
 
 def soak(entry: Record) -> str:

@@ -12,7 +12,7 @@ _ERASE = "\r\033[K"
 
 
 class _Line:
-    """Shows how far the compiler is; called as :data:`gpt2cupy.ops.jobs.Watcher`."""
+    """Shows how far the compiler is; called as :data:`gpt2cupy.ops.core.jobs.Watcher`."""
 
     def __init__(self) -> None:
         self._since = 0.0

@@ -46,6 +46,9 @@ class DecodeState:
     logits, scratch : array of float32 [B, Vp]
     counts, bias : array [B, V] or None
         Allocated when the first request asks for a penalty or a bias.
+    mailboxes : array of uint8 or None
+        What the blocks of a persistent step tell each other through; allocated when one is
+        prepared.
     ring : array of uint8 [B, RING, 16]
         Where chosen tokens reach the host; on the GPU, mapped pinned memory.
     """
@@ -66,10 +69,11 @@ class DecodeState:
         wide = self.work.x.dtype
         self.logits = xp.zeros((batch, config.padded_vocab_size), wide)
         self.scratch = xp.zeros((batch, config.padded_vocab_size), wide)
-        self.shaped: set[int] = set()  # rows whose choice needs more than a temperature
-        self._one_kernel = model.batch_invariant  # chooses, whatever the rows ask for
+        self.shaped: set[int] = set()  # rows whose sampling needs more than a temperature
+        self._one_kernel = model.batch_invariant  # samples, whatever the rows ask for
         self.counts: Any = None
         self.bias: Any = None
+        self.mailboxes: Any = None
         shape = (batch, RING, RING_ENTRY.itemsize)
         if xp is np:
             self.ring = np.zeros(shape, np.uint8)
@@ -91,7 +95,7 @@ class DecodeState:
 
     @property
     def plain(self) -> bool:
-        """Whether the kernel for no more than a temperature may choose."""
+        """Whether the kernel for no more than a temperature may sample."""
         return not (self.shaped or self._one_kernel)
 
     def assign(self, row: int, slot: int, params: np.ndarray, plain: bool = True) -> None:

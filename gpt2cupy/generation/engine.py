@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decode import DecodeState, PromptRunner
+from ..decode import Decoder, DecodeState, PromptRunner
 from ..errors import BusyError, ClosedError, InputError, shown
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
@@ -114,7 +114,7 @@ class Engine:
         return self.rows.state
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> Decoder:
         """What runs a step of all rows; the fastest path is looked up or measured at first need."""
         on_gpu = self.model.xp is not np
         with (
@@ -298,7 +298,7 @@ class Engine:
             return
         rows = slice(done[0].row, done[-1].row + 1)
         if not alone:
-            self.rows.choose_first(x[: len(done)], rows.start)
+            self.rows.sample_first(x[: len(done)], rows.start)
         self._ask(rows)
 
     def _start(self, piece: Piece, done: int, alone: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class Results:
         self.requests[number] = request
         return number
 
-    def _set_row(self, name: str, number: int, ids: tuple[int, ...]) -> None:
+    def _set_row(self, name: str, number: int, ids: Sequence[int]) -> None:
         table = getattr(self, name)
         if len(ids) > table.shape[1]:
             more = np.full((len(table), len(ids) - table.shape[1]), -1, np.int32)
@@ -163,7 +163,7 @@ class Results:
             reason = "error" if failed[index] else "eos" if ended[index] else reason
             finished.append(self._finish(int(numbers[index]), reason))
         requests = self.requests
-        keys = [requests[number].key for number in numbers.tolist()]  # type: ignore[union-attr]
+        keys = [requests[number].key for number in numbers.tolist()]
         return Block(keys, ids, logprobs, top, finished)
 
     def ask(self, numbers: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import ops
 from ..cache import KVCache
-from ..decode import DecodeState, choose_first, decoder
+from ..decode import Decoder, DecodeState, decoder, sample_first
 from ..model import GPT2
 from ..ops.core.tape import recorded
 from .scheduler import Sequence, bucket
@@ -62,7 +62,7 @@ class Rows:
         self.path = path
         self.state = DecodeState(model, cache, cache.slots)
         self.steps = 0
-        self._decoders: dict[int, Any] = {}
+        self._decoders: dict[int, Decoder] = {}
         if path != "auto":
             self.decoder(cache.slots)  # refuses a path that is not there
         self._counts = np.zeros(cache.slots, np.int64)  # the host's count of state.steps
@@ -92,13 +92,13 @@ class Rows:
         """Record a step, and the choice of first tokens, so that kernels compile side by side."""
         if self.model.xp is not np and first:
             with recorded():
-                choose_first(self.model, self.state, self.state.work.x[:running], 0)
+                sample_first(self.model, self.state, self.state.work.x[:running], 0)
         count = self._count(running)
         self.decoder(count).record(self.state.first(count))
 
-    def choose_first(self, x: Any, row: int) -> None:
-        """Queue the first tokens of neighbouring rows; ``x`` as in :func:`decode.choose_first`."""
-        choose_first(self.model, self.state, x, row)
+    def sample_first(self, x: Any, row: int) -> None:
+        """Queue the first tokens of neighbouring rows; ``x`` as in :func:`decode.sample_first`."""
+        sample_first(self.model, self.state, x, row)
 
     def step(self, running: int) -> None:
         """Queue a decode step of the first ``running`` rows."""
@@ -112,7 +112,7 @@ class Rows:
         batch = self.state.batch
         return batch if self.model.xp is np else bucket(running, batch)
 
-    def decoder(self, rows: int) -> Any:
+    def decoder(self, rows: int) -> Decoder:
         """What runs steps of so many rows.
 
         Which path is the fastest is looked up or measured for all slots alone: fewer rows take

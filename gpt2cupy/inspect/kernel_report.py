@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,23 +15,6 @@ from ..ops.core import compiler, launch
 from ..ops.core.device import device_arch
 from . import occupancy
 from .info import why_cpu
-
-# Threads of a block as ops launches the entries that have no __launch_bounds__, without the
-# suffix of their type. Those of the ladders, which only tests and readers launch, are not here.
-THREADS = {
-    "embedding": 256,
-    "last_rows": 256,
-    "layer_norm": 128,
-    "add_layer_norm": 128,
-    "gemv_scalar": 128,
-    "bias_act": 256,
-    "transpose": 256,
-    "convert": 256,
-    "quantize": 256,
-    "dequantize": 256,
-    "embedding_int8": 256,
-}
-_TYPE_SUFFIX = re.compile(r"_(f32|float32|float16|bfloat16)$")
 
 
 def report(
@@ -104,7 +86,11 @@ def variants_of(config: GPT2Config, name: str) -> list[tuple[str, dict[str, str]
             remedy="This model runs on the CPU only.",
         )
     inner_sizes = tuple(dict.fromkeys((config.n_embd, config.inner_size)))
-    return list(compiler.variants((config.head_size,), inner_sizes))
+    return [
+        (source, defines)
+        for source, defines in compiler.variants((config.head_size,), inner_sizes)
+        if source != "decode_step.cu" or defines["K"] == str(config.n_embd)
+    ]
 
 
 def _entries(
@@ -119,8 +105,8 @@ def _entries(
     ]
     for file, defines, cubin in requested:
         for entry, found in sorted(occupancy.read_cubin(cubin.result()).items()):
-            threads = found.max_threads or THREADS.get(_TYPE_SUFFIX.sub("", entry))
-            yield file, defines, entry, found, threads
+            # An entry without __launch_bounds__ is a step of a ladder, for tests and readers.
+            yield file, defines, entry, found, found.max_threads
 
 
 def _computed(

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
 from .core.compiler import constants
 from .core.device import has_clusters, has_mma, sm_count
-from .core.launch import Kernel, device_empty, is_device_array, launch
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
 
 Array = Any
 
@@ -46,6 +46,22 @@ ATTENTION_DECODE_MANY = _decode_kernel("attention_decode.cu", "_many")
 ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_w{n}") for n in (2, 4)}
 
 
+def _decode_cost(
+    qkv: Array, slots: Array, positions: Array, out: Array | None, context: float
+) -> Cost:
+    """Keys and values of ``context`` earlier tokens per row, and the new ones written.
+
+    The context is what each row's slot holds before the step; a mean over steps is right too,
+    for the cost grows in proportion.
+    """
+    batch, channels = len(qkv), qkv.shape[1] // 3
+    size = batch * channels
+    cache = 2 * size * qkv.dtype.itemsize * (context + 1)
+    read = moved(qkv, slots, positions) + cache
+    return Cost(read + written(out, size, qkv.dtype), 4 * size * (context + 1))
+
+
+@op(reference="reference.attention_prefill")
 def attention_prefill(
     qkv: Array,
     k: Array,
@@ -91,10 +107,6 @@ def attention_prefill(
     -----
     Dao et al., "FlashAttention", 2022.
     """
-    if not is_device_array(qkv):
-        return reference.attention_prefill(
-            qkv, k, v, starts, slots, past, longest, scale, out=out, batch_invariant=batch_invariant
-        )
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
@@ -111,6 +123,7 @@ def attention_prefill(
     return out
 
 
+@op(reference="reference.attention_decode", cost=_decode_cost)
 def attention_decode(
     qkv: Array,
     k: Array,
@@ -150,10 +163,6 @@ def attention_decode(
     -----
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
-    if not is_device_array(qkv):
-        return reference.attention_decode(
-            qkv, k, v, slots, positions, scale, out=out, batch_invariant=batch_invariant
-        )
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)

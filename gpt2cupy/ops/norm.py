@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import reference
-from .core.launch import Kernel, device_empty, is_device_array, launch
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
 
 Array = Any
 
@@ -27,6 +27,20 @@ def _grid(rows: int) -> tuple[int, ...]:
     return (-(-rows // _WARPS),)
 
 
+def _norm_cost(x: Array, weight: Array, bias: Array, out: Array | None) -> Cost:
+    """Mean (1), variance (3), normalise (2), weight and bias (2): 8 per value."""
+    return Cost(moved(x, weight, bias) + written(out, x.size, weight.dtype), 8 * x.size)
+
+
+def _add_norm_cost(
+    x: Array, residual: Array, weight: Array, bias: Array, out: Array | None
+) -> Cost:
+    """Layer norm of the sum, which is written too."""
+    norm = _norm_cost(residual, weight, bias, out)
+    return Cost(norm.bytes + moved(x, residual), norm.flops + x.size)
+
+
+@op(reference="reference.layer_norm", cost=_norm_cost)
 def layer_norm(
     x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
 ) -> Array:
@@ -56,8 +70,6 @@ def layer_norm(
     -----
     Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    if not is_device_array(x):
-        return reference.layer_norm(x, weight, bias, eps, out=out)
     if out is None:
         out = device_empty(x.shape, weight.dtype)
     launch(
@@ -66,6 +78,7 @@ def layer_norm(
     return out
 
 
+@op(reference="reference.add_layer_norm", cost=_add_norm_cost)
 def add_layer_norm(
     x: Array,
     residual: Array,
@@ -98,8 +111,6 @@ def add_layer_norm(
     InputError
         On the GPU, for a wrong dtype, shape or layout.
     """
-    if not is_device_array(x):
-        return reference.add_layer_norm(x, residual, weight, bias, eps, out=out)
     if out is None:
         out = device_empty(x.shape, weight.dtype)
     args = (x, residual, weight, bias, out, eps)

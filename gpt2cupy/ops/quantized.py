@@ -13,10 +13,10 @@ import numpy as np
 
 from .. import quantize as host
 from ..quantize import SCALE_DTYPE, QuantizedMatrix
-from . import reference
 from .core.compiler import constants
 from .core.device import has_mma, sm_count
 from .core.launch import Kernel, device_empty, is_device_array, launch
+from .core.registry import op
 from .linear_kernels import LONGEST, WARP, entries, longest_norm
 
 Array = Any
@@ -151,6 +151,7 @@ def _launch_gemv(kernel: Kernel, m: int, k: int, args: tuple[Any, ...], elem: np
     launch(kernel, (blocks,), (c["THREADS"],), args, elem=elem, inner=k)
 
 
+@op(reference="reference.dequantize")
 def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = None) -> Array:
     """``values * scales``: the matrix [M, K] in full, rounded to ``dtype``.
 
@@ -163,8 +164,6 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
         Where it goes, if it is large enough; else to memory of its own.
     """
     m, k = matrix.shape
-    if not is_device_array(matrix.values):
-        return host.dequantize(matrix, dtype)
     if scratch is not None and scratch.dtype == dtype and scratch.size >= m * k:
         out = scratch[: m * k].reshape(m, k)
     else:
@@ -175,6 +174,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
     return out
 
 
+@op(reference="reference.quantize")
 def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) -> QuantizedMatrix:
     """Round a matrix to int8, with a scale for every 64 weights of a row.
 
@@ -189,13 +189,6 @@ def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) ->
     -------
     QuantizedMatrix
     """
-    if not is_device_array(x):
-        made = host.quantize(x)
-        if out is None:
-            return made
-        rows = slice(first, first + len(x))
-        out.values[rows], out.scales[:, rows] = made.values, made.scales
-        return out
     if out is None:
         scales = device_empty(host.scale_shape(x.shape), SCALE_DTYPE)
         out = QuantizedMatrix(device_empty(x.shape, np.int8), scales)
@@ -209,8 +202,6 @@ def embedding(
     ids: Array, positions: Array, wte: QuantizedMatrix, wpe: Array, *, out: Array | None = None
 ) -> Array:
     """``wte[ids] + wpe[positions]`` with the token embedding in int8."""
-    if not is_device_array(wpe):
-        return reference.embedding(ids, positions, host.dequantize(wte), wpe, out=out)
     if out is None:
         out = device_empty((len(ids), wpe.shape[1]), np.float32)
     threads = min(256, -(-wpe.shape[1] // 32) * 32)

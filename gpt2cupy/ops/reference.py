@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import quantize as host
+from ..quantize import QuantizedMatrix
 from .reference_sampling import sample, target_logprobs, top_logprobs
 
 Array = Any
@@ -22,10 +24,13 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "bias_act",
+    "dequantize",
     "embedding",
+    "last_rows",
     "layer_norm",
     "linear",
     "norm_linear",
+    "quantize",
     "sample",
     "target_logprobs",
     "top_logprobs",
@@ -37,6 +42,11 @@ def _wide(array: Array) -> Array:
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
+def _dense(matrix: Array | QuantizedMatrix, dtype: Any = np.float32) -> Array:
+    """A matrix that may be in int8 as an array."""
+    return host.dequantize(matrix, dtype) if isinstance(matrix, QuantizedMatrix) else matrix
+
+
 def _store(value: Array, out: Array | None, dtype: Any) -> Array:
     if out is None:
         return value.astype(dtype, copy=False)
@@ -45,9 +55,14 @@ def _store(value: Array, out: Array | None, dtype: Any) -> Array:
 
 
 def embedding(
-    ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
+    ids: Array,
+    positions: Array,
+    wte: Array | QuantizedMatrix,
+    wpe: Array,
+    *,
+    out: Array | None = None,
 ) -> Array:
-    x = _wide(wte[ids]) + _wide(wpe[positions])
+    x = _wide(_dense(wte)[ids]) + _wide(wpe[positions])
     return _store(x, out, x.dtype)
 
 
@@ -160,7 +175,7 @@ def linear(
     backend: str = "ours",
     scratch: Array | None = None,
 ) -> Array:
-    wide, matrix = _wide(x), _wide(weight)
+    wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
     y = _product(wide, matrix, backend)
     if bias is not None:
         y += bias
@@ -186,6 +201,19 @@ def norm_linear(
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
     return linear(h, weight, bias, activation=activation, out=out, backend=backend)
+
+
+def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = None) -> Array:
+    return host.dequantize(matrix, dtype)
+
+
+def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) -> QuantizedMatrix:
+    made = host.quantize(x)
+    if out is None:
+        return made
+    rows = slice(first, first + len(x))
+    out.values[rows], out.scales[:, rows] = made.values, made.scales
+    return out
 
 
 def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
 from .core.compiler import constants
 from .core.device import has_clusters, sm_count
-from .core.launch import Kernel, device_empty, is_device_array, launch
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, op
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any
@@ -46,6 +46,27 @@ TARGET_LOGPROBS = Kernel(
 )
 
 
+def _cost(
+    logits: Array,
+    vocab_size: int,
+    rows: Array,
+    params: Array,
+    ids: Array,
+    positions: Array,
+    steps: Array,
+    ring: Array,
+    counts: Array | None,
+    bias: Array | None,
+) -> Cost:
+    """One pass over V logits (counts, bias) per row; maximum, exponential and sum: 3 per logit."""
+    n, read = len(logits), [each for each in (logits, counts, bias) if each is not None]
+    per_row = params.shape[1] + ring.shape[2] + 2 * (ids.itemsize + positions.itemsize)
+    per_row += rows.itemsize + 2 * steps.itemsize
+    per_row += vocab_size * sum(each.itemsize for each in read)
+    return Cost(n * per_row, 3 * n * vocab_size)
+
+
+@op(reference="reference.sample", cost=_cost)
 def sample(
     logits: Array,
     vocab_size: int,
@@ -96,11 +117,6 @@ def sample(
         The caller's word that no row asks for more than a temperature (no counts,
         bias, top-k, top-p, min-p or minimum length): a faster kernel for that.
     """
-    if not is_device_array(logits):
-        reference.sample(
-            logits, vocab_size, rows, params, ids, positions, steps, ring, counts=counts, bias=bias
-        )
-        return
     state = (rows, params, ids, positions, steps, ring)
     if plain:
         parts = _parts(len(logits))
@@ -125,6 +141,7 @@ def _parts(rows: int) -> int:
     return max(parts for parts in SAMPLE_PLAIN if parts == 1 or rows * parts <= sm_count())
 
 
+@op(reference="reference.top_logprobs")
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
     """The ``count`` most probable tokens of each row, best first, and their log-probabilities.
 
@@ -138,14 +155,13 @@ def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Arr
     ids : array of int32 [N, count]
     logprobs : array of float32 [N, count]
     """
-    if not is_device_array(logits):
-        return reference.top_logprobs(logits, vocab_size, count)
     shape = (len(logits), count)
     ids, logprobs = device_empty(shape, np.int32), device_empty(shape, np.float32)
     launch(TOP_LOGPROBS, (len(logits),), _block(TOP_LOGPROBS), (logits, ids, logprobs, vocab_size))
     return ids, logprobs
 
 
+@op(reference="reference.target_logprobs")
 def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     """Log-probability of one given token per row; 0 where the target is no token.
 
@@ -161,8 +177,6 @@ def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     -------
     array of float32 [N]
     """
-    if not is_device_array(logits):
-        return reference.target_logprobs(logits, vocab_size, targets)
     logprobs = device_empty((len(logits),), np.float32)
     launch(
         TARGET_LOGPROBS,

@@ -176,7 +176,7 @@ def test_llama_bench_is_read(tmp_path, monkeypatch):
     tests = [{"n_prompt": 2, "n_gen": 0, "avg_ns": 5e6}, {"n_prompt": 0, "n_gen": 4, "avg_ns": 8e6}]
     program.write_text(f"#!/bin/sh\necho noise >&2\necho '{json.dumps(tests)}'\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
     (tmp_path / "gguf.py").write_text("")
     package = tmp_path / "gguf-1.0.dist-info"
     package.mkdir()

@@ -178,8 +178,18 @@ def test_missing_files(tmp_path, base):
     refused(base, adapter, "no adapter_config.json")
     refused(base, base, "no adapter_config.json")
     refused(base, tmp_path / "nowhere", "no folder")
-    with pytest.raises(InputError, match="an adapter cannot be of type int"):
+    with pytest.raises(InputError, match="an adapter cannot be an int"):
         checkpoint.open(base, adapter=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_on_a_gpu(tmp_path, base, quantize):
+    adapter = write_adapter(tmp_path / "adapter")
+    options = {"adapter": adapter, "dtype": "float32", "quantize": quantize}
+    ours = gpt2cupy.GPT2.from_pretrained(base, device="cuda", **options)([[1, 2, 3]]).get()
+    expected = gpt2cupy.GPT2.from_pretrained(base, device="cpu", **options)([[1, 2, 3]])
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_loaded_by_the_library_and_by_the_command(tmp_path):

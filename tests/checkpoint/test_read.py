@@ -491,9 +491,9 @@ def test_a_pipe_in_place_of_a_checkpoint(tmp_path):
     assert "not a plain file" in refused(tmp_path / "pipe").what
 
 
-@pytest.mark.parametrize("name", [None, 5, ["gpt2"]])
-def test_what_is_no_name(name):
-    with pytest.raises(InputError, match=type(name).__name__):
+@pytest.mark.parametrize("name, said", [(None, "None"), (5, "an int"), (["gpt2"], "a list")])
+def test_what_is_no_name(name, said):
+    with pytest.raises(InputError, match=f"a checkpoint cannot be {said}"):
         checkpoint.open(name)
 
 

@@ -15,7 +15,7 @@ import pytest
 from adapter_writer import write_adapter
 from builders import TINY, small_bpe, write_bpe, write_checkpoint, write_llmc_tokenizer
 from command import call
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch_writer import write_zip
 
 import gpt2cupy
@@ -173,6 +173,16 @@ def test_a_file_of_weights_alone(tmp_path, name):
     assert "no config.json beside it" in error.what
     shutil.copy(tmp_path / "model" / "config.json", tmp_path)
     assert "is missing" in refused(tmp_path / name).what, "the remedy leads on"
+
+
+@pytest.mark.filterwarnings("default")
+def test_tensors_left_out_are_named_once_on_stderr(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"v_head.weight": np.zeros(3)}, tmp_path / "model.safetensors")
+    code, out, err = call("info", "-m", str(tmp_path), "--device", "cpu")
+    assert code == 0 and err.count("v_head.weight") == 1 and "v_head" not in out
+    assert "gpt2cupy: warning: left out, since they do not enter the logits" in err
 
 
 def test_a_tokenizer_in_place_of_a_model(tmp_path):

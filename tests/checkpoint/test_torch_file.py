@@ -144,6 +144,20 @@ def test_reading_maps_and_does_not_load(tmp_path):
     assert peak < 4 << 20
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_on_a_gpu(tmp_path, dtype):
+    """Tensors at odd addresses of the old container, and transposed ones, reach the device."""
+    _, tensors = folder_of(tmp_path, TINY, DTYPES[dtype])
+    key = "transformer.h.0.mlp.c_fc.weight"
+    tensors[key] = np.ascontiguousarray(tensors[key].T).T
+    write_legacy(tmp_path / "pytorch_model.bin", tensors)
+    expected = loaded(tmp_path)
+    model = gpt2cupy.GPT2.from_pretrained(tmp_path, device="cuda", dtype=dtype)
+    for name, array in model.weights.items():
+        assert np.array_equal(array.get(), expected[name].astype(array.dtype.name)), name
+
+
 # -- nanoGPT -------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def test_info_kernels_without_a_gpu():
     arguments = ("info", "--kernels", "--arch", "sm_90", "--dtype", "float16")
     rows = [json.loads(line) for line in done(*arguments, "--json").splitlines()]
     assert {"embedding", "layer_norm", "sample"} <= {row["entry"] for row in rows}
-    assert {row["source"] for row in rows} == set(compiler.SOURCES)
+    assert {row["source"] for row in rows} == set(compiler.sources())
     assert {row["macros"].get("HS", "64") for row in rows} == {"64"}
     assert {row["macros"].get("K", "256") for row in rows} == {"256", "1024"}
     for row in rows:
@@ -178,3 +178,40 @@ def test_compile_counts_what_it_made(monkeypatch, tmp_path):
     made = len(list(tmp_path.iterdir()))
     assert shown == f"{made} cubins for sm_80, sm_90 in {tmp_path}\n"
     assert made == 2 * len(list(compiler.variants()))
+
+
+def test_compile_for_one_model(monkeypatch, tmp_path):
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.ops.core import compiler
+
+    seen = []
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        compiler, "compile_source", lambda source, options: seen.append(options) or b"cubin"
+    )
+    shown = done("compile", "--model", "shakespeare", "--arch", "sm_90")
+    assert shown.startswith(f"{len(seen)} cubins for sm_90 in")
+    macros = {option for options in seen for option in options if option.startswith("-D")}
+    assert {m for m in macros if m[2:4] in ("HS", "K=")} == {"-DHS=64", "-DK=256", "-DK=1024"}
+    code, _, err = call("compile", "--model", str(tmp_path / "nothing"), "--arch", "sm_90")
+    assert code == 1 and "nothing" in err
+
+
+def test_compile_stops_at_an_error_and_drops_the_rest(monkeypatch, tmp_path):
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.errors import CompileError
+    from gpt2cupy.ops.core import compiler, jobs
+
+    seen = []
+
+    def refuse(source, options):
+        seen.append(source)
+        raise CompileError("refused", where=source, remedy="none")
+
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "compile_source", refuse)
+    monkeypatch.setattr(jobs, "threads", lambda: 1)
+    monkeypatch.setattr(compiler._jobs, "_pool", None)
+    code, _, err = call("compile", "--arch", "sm_90")
+    assert code == 1 and "refused" in err and not compiler._jobs._under_way
+    assert len(seen) < len(list(compiler.variants())), "what had not begun was left"

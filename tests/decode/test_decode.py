@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from gpt2cupy import GPT2, SamplingParams, decode
 from gpt2cupy.cache import KVCache
-from gpt2cupy.decode import DecodeState, EagerDecoder, GraphDecoder, PromptRunner, graph, prompt
+from gpt2cupy.decode import (
+    Decoder,
+    DecodeState,
+    PromptRunner,
+    captured,
+    graph,
+    launched,
+    prompt,
+)
+from gpt2cupy.decode import step as step_module
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
 from gpt2cupy.ops.core import blas
@@ -23,20 +32,16 @@ from gpt2cupy.workspace import Workspace
 DEVICE = SimpleNamespace(zeros=np.zeros, empty=np.empty, asarray=np.asarray)  # stands for CuPy
 
 
-class Spelled(EagerDecoder):
-    """Its step is one call, which writes down the kind of step that was recorded."""
+def spelled(model):
+    """A decoder whose step is one call, which writes down the kind of step that was recorded."""
+    ran, recorded_for = [], []
 
-    def __init__(self, model):
-        super().__init__(model)
-        self.ran, self.kinds = [], 0
+    def step(model, state):
+        label = (state.plain, model.backend)
+        recorded_for.append(state)
+        submit(lambda: ran.append(label))
 
-    def _kind(self, state):
-        self.kinds += 1
-        return super()._kind(state)
-
-    def _step(self, state):
-        label = (state.plain, self.model.backend)
-        submit(lambda: self.ran.append(label))
+    return Decoder(model, step, launched, "spelled"), ran, recorded_for
 
 
 def a_model():
@@ -48,25 +53,35 @@ def a_state():
 
 
 def test_the_launches_shown_are_those_of_the_step_asked_for():
-    decoder, state = Spelled(a_model()), a_state()
+    (decoder, ran, recorded_for), state = spelled(a_model()), a_state()
     for plain, gemv in [(True, "ours"), (False, "ours"), (True, "cublas"), (True, "ours")] * 2:
         state.plain, decoder.model.backend = plain, gemv
         decoder.prepare(state)
-        assert decoder.ran == []
+        assert ran == []
         (call,) = decoder.calls
         call()
-        assert decoder.ran.pop() == (plain, gemv)
+        assert ran.pop() == (plain, gemv)
         decoder.step(state, 2)
-        assert decoder.ran == [(plain, gemv)] * 2
-        decoder.ran.clear()
-    assert len(decoder._prepared) == 3
+        assert ran == [(plain, gemv)] * 2
+        ran.clear()
+    assert recorded_for == [state] * 3
 
 
-def test_a_step_looks_up_what_to_run_once():
-    decoder, state = Spelled(a_model()), a_state()
+def test_several_steps_look_up_once_what_to_run():
+    class State(SimpleNamespace):
+        asked = 0
+
+        @property
+        def plain(self):
+            self.asked += 1
+            return True
+
+    state = State(xp=DEVICE, batch=1, counts=None, bias=None)
+    decoder, ran, recorded_for = spelled(a_model())
+    decoder.step(state)  # recorded, which asks too
+    asked = state.asked
     decoder.step(state, 5)
-    decoder.step(state)
-    assert decoder.kinds == 2 and len(decoder.ran) == 6
+    assert state.asked == asked + 1 and len(ran) == 6 and len(recorded_for) == 1
 
 
 def random_requests(rng, count, capacity):
@@ -101,17 +116,22 @@ def test_leaving_idle_rows_out_changes_no_bit_of_the_others(seed, slots):
     """Where the product of a row does not depend on how many there are, as BLAS's may."""
     weights = GPT2.random(TINY, 1, device="cpu").weights
     model, found = GPT2(TINY, weights, batch_invariant=True), []
-    step_used_rows = EagerDecoder._step_used_rows
+    run_used_rows = step_module._run_used_rows
+
+    def run_all_rows(model, state):
+        model.decode(state.ids, state.positions, state.slots, state.cache, state.work, state.logits)
+        step_module.sample_next(state, state.logits, state.rows)
+
     with pytest.MonkeyPatch.context() as patch:
         rows = rows_of_steps(patch)
-        for way in (EagerDecoder._step, step_used_rows):
-            patch.setattr(EagerDecoder, "_step_used_rows", way)
+        for way in (run_all_rows, run_used_rows):
+            patch.setattr(step_module, "_run_used_rows", way)
             rows.clear()
             # A capacity below n_positions: idle rows that were left running stay in the table.
             engine = Engine(model, slots, 24)
             requests = list(random_requests(np.random.default_rng(seed), 2 * slots, 24))
             found.append([(t.key, t.id, t.logprob) for t in engine.run(requests)])
-            if way is step_used_rows:
+            if way is run_used_rows:
                 assert 2 <= min(rows) <= max(rows) <= slots
     assert found[0] == found[1]
 
@@ -173,7 +193,7 @@ def test_a_prompts_graph_is_kept_by_what_chooses_its_token(monkeypatch):
 
     captures, chosen = [], []
     monkeypatch.setattr(prompt, "captured", lambda calls: captures.append(calls) or list)
-    monkeypatch.setattr(prompt, "choose_first", lambda model, state, x, row: chosen.append(state))
+    monkeypatch.setattr(prompt, "sample_first", lambda model, state, x, row: chosen.append(state))
     cache = KVCache(TINY, 1, 32, np.float32)
     runner = PromptRunner(Model(), cache, Workspace(TINY, 32, np.float32))
     state = SimpleNamespace(counts=None, bias=None, plain=True)
@@ -208,12 +228,12 @@ def test_logits_that_need_a_dequantised_matrix_are_no_part_of_a_prompts_graph(mo
         captures.append(calls)
         return lambda: order.append("prompt")
 
-    def choose_first(model, state, x, row):
+    def sample_first(model, state, x, row):
         assert x.shape == (1, TINY.n_embd)
         submit(lambda: order.append("choice"))
 
     monkeypatch.setattr(prompt, "captured", captured)
-    monkeypatch.setattr(prompt, "choose_first", choose_first)
+    monkeypatch.setattr(prompt, "sample_first", sample_first)
     monkeypatch.setattr("gpt2cupy.ops.quantized.is_device_array", lambda array: True)
     monkeypatch.setattr("gpt2cupy.ops.quantized.has_mma", lambda: True)
     state = SimpleNamespace(counts=None, bias=None, plain=True)
@@ -291,21 +311,18 @@ def test_a_capture_that_fails_is_ended(streams, monkeypatch, error, spoilt):
 
 
 def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
-    class Broken(GraphDecoder):
-        broken = True
+    broken = [True]
 
-        def _step(self, state):
-            submit(self._launch)
+    def launch():
+        if broken:
+            raise ValueError("no such kernel")
 
-        def _launch(self):
-            if self.broken:
-                raise ValueError("no such kernel")
-
-    decoder, state = Broken(a_model()), a_state()
+    decoder = Decoder(a_model(), lambda model, state: submit(launch), captured, "broken")
+    state = a_state()
     for _ in range(2):
         with pytest.raises(ValueError, match="no such kernel"):
             decoder.step(state)
-    decoder.broken = False
+    broken.clear()
     decoder.step(state)
     assert Stream.capturing is None
 
@@ -360,7 +377,7 @@ def test_a_graph_with_the_choice_of_the_first_token_changes_no_bit(asked):
                 state.seek(0, length - 1)
                 x = engine.prompts.run([tokens], [0], state if together else None)
                 if not together:
-                    decode.choose_first(model, state, x[:1], 0)
+                    decode.sample_first(model, state, x[:1], 0)
                 found[together].append((*state.read(0, step), state.logits.get().tolist()))
     assert found[True] == found[False]
     assert len({str(logits) for _, _, logits in found[True]}) == 3  # the last prompt is the second

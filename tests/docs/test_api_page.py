@@ -32,7 +32,7 @@ def test_every_public_name_and_field_is_there(tool):
         assert f"## gpt2cupy.{name}\n" in text
     for name in ("Engine", "KVCache", "DecodeState", "Weights", "launch"):
         assert re.search(rf"^### gpt2cupy\.[\w.]+\.{name}$", text, re.MULTILINE)
-    for internal in ("GPT2.run_packed", "GPT2.prepare_step", "SamplingParams.plain"):
+    for internal in ("GPT2.run_packed", "SamplingParams.plain"):
         assert f"### {internal}\n" not in text
     for field in vars(gpt2cupy.SamplingParams()):
         assert f"- `{field}` (" in text

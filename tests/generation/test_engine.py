@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2cupy import GPT2, SamplingParams
-from gpt2cupy.engine import Engine, tokens_of
 from gpt2cupy.errors import InputError
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
+from gpt2cupy.generation.results import tokens_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -27,7 +27,7 @@ OPTIONS = {"max_new_tokens": 4, "eos_token_id": -1}
 class Ids:
     """A tokenizer for prompts of ids."""
 
-    vocab_size, eot_token, specials = TINY.vocab_size, 0, {}
+    ordinary_size, eot_token, specials = TINY.vocab_size, 0, {}
 
     def stream(self):
         return SimpleNamespace(push=lambda id_: f"{id_} ", flush=str)
@@ -177,3 +177,27 @@ def test_an_engine_of_a_gpu_is_told_too(monkeypatch):
             next(engine.run([request]))
 
     assert in_child(child) is None
+
+
+@pytest.mark.gpu
+def test_a_child_of_a_process_with_a_gpu():
+    with LanguageModel(GPT2.random(TINY, device="cuda"), Ids(), "tiny") as lm:
+        expected = lm.generate([5, 9], **OPTIONS)
+        stream = lm.stream([5, 9], **OPTIONS)
+        tokens = [next(stream).token]
+
+        def child():
+            for call in (
+                lambda: lm.generate([5], **OPTIONS),
+                lambda: next(stream),
+                lambda: lm.score([5, 6]),
+            ):
+                with pytest.raises(DeviceError, match="forked from one that uses the GPU"):
+                    call()
+            lm.close()
+            return repr(lm)
+
+        assert in_child(child) == "<LanguageModel tiny, closed>"
+        tokens += [piece.token for piece in stream]
+        assert tokens == expected.tokens
+        assert lm.generate([5, 9], **OPTIONS) == expected

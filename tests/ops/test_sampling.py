@@ -162,10 +162,23 @@ def test_any_number_of_blocks_chooses_the_same_beside_nan(temperature, parts, vo
     plain = choose(cupy, logits, rows, positions, plain=True)
     np.testing.assert_array_equal(plain[0], full[0])
     np.testing.assert_allclose(plain[2]["logprob"], full[2]["logprob"], atol=4e-6)
-    # The mark that the engine reads: NaN where logits are not finite, and nowhere else.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [V, 20000, 50257])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_logits_that_are_not_finite_are_marked(parts, vocabulary, of_parts):
+    """The mark that the engine reads: a log-probability of NaN there, and nowhere else."""
+    import cupy
+
+    logits = rows_that_are_not_all_numbers(vocabulary)
+    row = SamplingParams(seed=5, temperature=0.7).row(0, 0, 7)
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(logits.max(axis=-1))
-    assert np.isnan(plain[2]["logprob"]).tolist() == (~finite).tolist()
+    for plain in (False, True):
+        rows, positions = [row] * len(logits), np.arange(len(logits))
+        found = choose(cupy, logits, rows, positions, plain=plain)
+        assert np.isnan(found[2]["logprob"]).tolist() == (~finite).tolist()
 
 
 @pytest.mark.gpu

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2cupy import load
-from gpt2cupy import tokenizer as module
 from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.errors import Gpt2CupyError, InputError, TokenizerError
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT, Tokenizer
+from gpt2cupy.tokenizer import tokenizer as module
 
 TEXTS = [
     "",

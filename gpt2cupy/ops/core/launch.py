@@ -111,7 +111,7 @@ class Kernel:
         self, elem: np.dtype | None, head_size: int | None, inner: int | None
     ) -> dict[str, str]:
         """The macros that its source is compiled with for an element type and sizes."""
-        macros = compiler.SOURCES[self.source]
+        macros = compiler.macros(self.source)
         defines = dict(self.macros)
         if "ELEM" in macros:
             name = np.dtype(elem).name

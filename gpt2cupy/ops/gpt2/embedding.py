@@ -8,8 +8,9 @@ import numpy as np
 
 from ...errors import InputError
 from ...quantize import QuantizedMatrix
-from .. import quantized, reference
-from ..core.launch import Kernel, device_empty, is_device_array, launch
+from .. import quantized
+from ..core.launch import Kernel, device_empty, launch
+from ..core.registry import Cost, moved, op, written
 
 Array = Any
 
@@ -27,6 +28,14 @@ LAST_ROWS = Kernel(
 )
 
 
+def _cost(ids: Array, positions: Array, wte: Array, wpe: Array, out: Array | None) -> Cost:
+    """A row of each table per token, and one written of the residual stream's dtype."""
+    size = len(ids) * wte.shape[1]
+    rows = size * (wte.dtype.itemsize + wpe.dtype.itemsize)
+    return Cost(moved(ids, positions) + rows + written(out, size, np.float32), size)
+
+
+@op(reference="reference.embedding", cost=_cost)
 def embedding(
     ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
 ) -> Array:
@@ -47,8 +56,6 @@ def embedding(
     """
     if isinstance(wte, QuantizedMatrix):
         return quantized.embedding(ids, positions, wte, wpe, out=out)
-    if not is_device_array(wte):
-        return reference.embedding(ids, positions, wte, wpe, out=out)
     if out is None:
         out = device_empty((len(ids), wte.shape[1]), np.float32)
     threads = _threads(wte.shape[1])
@@ -56,6 +63,16 @@ def embedding(
     return out
 
 
+def _check(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
+    if len(starts) != len(out[0]) + 1:
+        raise InputError(
+            f"{len(starts)} starts do not fit {len(out[0])} rows",
+            where="last_rows",
+            remedy="Give one start more than rows.",
+        )
+
+
+@op(reference="reference.last_rows", check=_check)
 def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
     """Copy the row of each packed sequence's last token.
 
@@ -74,15 +91,6 @@ def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Arr
     InputError
         If there are not as many sequences as rows of ``out``.
     """
-    if len(starts) != len(out[0]) + 1:
-        raise InputError(
-            f"{len(starts)} starts do not fit {len(out[0])} rows",
-            where="last_rows",
-            remedy="Give one start more than rows.",
-        )
-    if not is_device_array(x):
-        reference.last_rows(x, attended, starts, out=out)
-        return
     arrays = (x, attended, starts, *out)
     launch(LAST_ROWS, (len(out[0]),), (_threads(x.shape[1]),), arrays, elem=attended.dtype)
 

@@ -76,16 +76,38 @@ def sources(tmp_path, monkeypatch):
 
 def forget():
     """Read the sources anew."""
-    compiler.source_closure.cache_clear()
-    compiler.source_digests.cache_clear()
+    for cached in (compiler.source_closure, compiler.source_digests, compiler.macros):
+        cached.cache_clear()
 
 
-def test_every_source_is_known():
-    there = {path.name for path in compiler.source_dir().glob("*.cu")}
-    assert set(compiler.SOURCES) == there
+@pytest.mark.parametrize(
+    ("source", "macros"),
+    [
+        ("norm.cu", ("ELEM",)),
+        ("sampling.cu", ()),
+        ("linear.cu", ("ELEM",)),  # K is a parameter there
+        ("skinny.cu", ("ELEM", "K")),
+        ("attention_decode.cu", ("ELEM", "HS")),
+        ("decode_step.cu", ("ELEM", "HS", "K", "BATCH")),
+    ],
+)
+def test_a_source_says_its_macros(source, macros):
+    assert compiler.macros(source) == macros
 
 
-@pytest.mark.parametrize("source", compiler.SOURCES)
+def test_a_new_source_is_compiled_without_a_table(sources):
+    (sources / "toy.cu").write_text('#include "common.cuh"\n// K\n__device__ elem_t one;\n')
+    assert [d["ELEM"] for s, d in compiler.variants() if s == "toy.cu"] == [
+        *compiler.ELEMENT_TYPES.values()
+    ]
+
+
+def test_tensor_cores_take_no_float():
+    with_float = {s for s, d in compiler.variants() if d.get("ELEM") == "float"}
+    assert "skinny.cu" not in with_float and {"norm.cu", "linear_fixed.cu"} <= with_float
+
+
+@pytest.mark.parametrize("source", compiler.sources())
 def test_every_kernel_compiles_and_has_its_entries(source):
     half = np.dtype(np.float16)
     kernels = [kernel for kernel in every_kernel() if kernel.source == source]
@@ -106,7 +128,7 @@ def every_kernel() -> list[launch.Kernel]:
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
     found = [value for value in values if isinstance(value, launch.Kernel)]
-    assert {kernel.source for kernel in found} == set(compiler.SOURCES)
+    assert {kernel.source for kernel in found} == set(compiler.sources())
     return found
 
 
@@ -309,7 +331,7 @@ def test_threads_that_cannot_keep_kernels_share_one_folder_and_warn_once(
     compiler._process_dir.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        asked = [compiler.request(source, HALF, ARCH) for source in compiler.SOURCES]
+        asked = [compiler.request(source, HALF, ARCH) for source in compiler.sources()]
         paths = [cubin.result(60) for cubin in asked]
     assert len(said) == 1 and "GPT2CUPY_CACHE_DIR" in str(said[0].message)
     assert len({path.parent for path in paths}) == 1 and all(path.is_file() for path in paths)

@@ -1,0 +1,92 @@
+"""A row for each op: what it is called with, on NumPy and on the GPU (test_registry.py).
+
+A new op needs one here. What it is called with must reach every branch of its kernel that the
+shape does not choose; sizes of real models and awkward ones have tests of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from op_cases import draw
+
+# Given random numbers and the dtype of a model: the op's arguments, and those with a keyword.
+Row = Callable[[np.random.Generator, np.dtype], tuple[tuple, dict[str, Any]]]
+INT = np.int32
+N, C, M = 3, 64, 96
+
+
+def _norm(rng, dtype):
+    return draw(rng, C, dtype), draw(rng, C, dtype)
+
+
+def _cache(rng, dtype):
+    """Keys and values of 3 slots, 2 heads of 32 and 16 tokens."""
+    return draw(rng, (3, 2, 16, 32), dtype), draw(rng, (3, 2, 16, 32), dtype)
+
+
+def add_layer_norm(rng, dtype):
+    return (draw(rng, (N, C), dtype), draw(rng, (N, C)), *_norm(rng, dtype)), {}
+
+
+def attention_decode(rng, dtype):
+    rows = np.array([2, 0], INT), np.array([15, 0], INT)
+    return (draw(rng, (2, 3 * C), dtype), *_cache(rng, dtype), *rows, 0.125), {}
+
+
+def attention_prefill(rng, dtype):
+    rows = np.array([0, 4, 5], INT), np.array([1, 0], INT), np.array([3, 0], INT)
+    return (draw(rng, (5, 3 * C), dtype), *_cache(rng, dtype), *rows, 4, 0.125), {}
+
+
+def bias_act(rng, dtype):
+    x, bias = draw(rng, (N, M), dtype), draw(rng, M, dtype)
+    return (x, bias, "gelu_tanh"), {"residual": draw(rng, (N, M), dtype)}
+
+
+def embedding(rng, dtype):
+    ids, positions = np.array([4, 0, 4], INT), np.array([1, 0, 6], INT)
+    return (ids, positions, draw(rng, (5, C), dtype), draw(rng, (7, C), dtype)), {}
+
+
+def last_rows(rng, dtype):
+    out = np.zeros((2, C), np.float32), np.zeros((2, C), dtype)
+    return (draw(rng, (5, C)), draw(rng, (5, C), dtype), np.array([0, 4, 5], INT)), {"out": out}
+
+
+def layer_norm(rng, dtype):
+    return (draw(rng, (N, C)), *_norm(rng, dtype)), {}
+
+
+def linear(rng, dtype):
+    x, weight, bias = draw(rng, (N, C), dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)
+    return (x, weight, bias), {"activation": "gelu_tanh"}
+
+
+def norm_linear(rng, dtype):
+    weight, bias = draw(rng, (M, C), dtype), draw(rng, M, dtype)
+    return (draw(rng, (1, C)), *_norm(rng, dtype), 1e-5, weight, bias), {"activation": "relu"}
+
+
+def target_logprobs(rng, dtype):
+    return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
+
+
+ROWS: dict[str, Row] = {
+    make.__name__: make
+    for make in (
+        add_layer_norm, attention_decode, attention_prefill, bias_act, embedding, last_rows,
+        layer_norm, linear, norm_linear, target_logprobs,
+    )
+}  # fmt: skip
+# Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
+ELSEWHERE = {
+    "decode_step": "decode/test_persistent.py",
+    "dequantize": "ops/test_quantized.py",
+    "gemv": "ops/test_ops.py",
+    "quantize": "ops/test_quantized.py",
+    "sample": "ops/test_sampling.py",
+    "top_logprobs": "ops/test_sampling.py",
+}
