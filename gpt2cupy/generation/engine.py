@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,7 @@ class Engine:
 
     # -- loops over step() -------------------------------------------------------------------------
 
-    def blocks(self, requests: Iterable[Request]) -> Iterator[Block]:
+    def blocks(self, requests: Iterable[Request]) -> Generator[Block, None, None]:
         """Run requests to their ends; an iterator is read as slots become free.
 
         Raises
@@ -225,9 +225,12 @@ class Engine:
 
     def run(self, requests: Iterable[Request]) -> Iterator[Token]:
         """:meth:`blocks`, token by token."""
-        with contextlib.closing(self.blocks(requests)) as blocks:  # type: ignore[type-var]
+        begun = self._forks
+        with contextlib.closing(self.blocks(requests)) as blocks:
             for block in blocks:
-                yield from tokens_of(block)
+                for token in tokens_of(block):
+                    yield token
+                    self._check_process(begun)
 
     @property
     def idle(self) -> bool:
