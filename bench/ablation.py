@@ -63,6 +63,11 @@ def _graphs(device: str, dtype: str, batch: int) -> bool:
     return "graph" in paths(device)
 
 
+def _decoder(engine: Engine, path: str) -> Any:
+    """Steps of all rows by another path; "auto" without a number of rows is a graph."""
+    return patch.dict(engine.rows.decoders, {engine.slots: decode.decoder(engine.model, path)})
+
+
 @contextmanager
 def _cublas(engine: Engine) -> Iterator[None]:
     before, engine.model.gemv = engine.model.gemv, "cublas"
@@ -77,12 +82,12 @@ SWITCHES = {
     "persistent": Switch(
         "the decode step is one kernel, where that is the fastest; off: a captured graph",
         lambda device, dtype, batch: device != "cpu" and dtype != "float32" and batch in step.ROWS,
-        lambda engine: patch.object(engine, "decoder", decode.decoder(engine.model)),
+        lambda engine: _decoder(engine, "auto"),
     ),
     "graph": Switch(
         "the decode step is one captured graph; off: a launch from Python for each kernel",
         _graphs,
-        lambda engine: patch.object(engine, "decoder", decode.decoder(engine.model, "eager")),
+        lambda engine: _decoder(engine, "eager"),
     ),
     "overlap": Switch(
         "kernels of the graph load weights before the one ahead ends; off: one after another",

@@ -29,7 +29,7 @@ from report.layout import device, read
 from shared import DTYPES, config_of, paths, random_model
 
 from gpt2cupy import GPT2, decode, output, record
-from gpt2cupy.errors import InputError
+from gpt2cupy.errors import Gpt2CupyError, InputError
 from gpt2cupy.profile import Settings, equation_text, plot, profile, trace
 
 # "What is your name" in GPT-2's tokens: random weights have no tokenizer.
@@ -89,7 +89,7 @@ def draw(results: dict[str, Any], device: str, record_at: Path) -> None:
     folder = PICTURES if record_at.resolve() == RECORD else record_at.parent
     try:
         plot.matplotlib_figure()
-    except InputError as error:
+    except Gpt2CupyError as error:
         print(error)
         return
     for each in results["ours"]:

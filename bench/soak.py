@@ -122,15 +122,19 @@ class Load:
         style = dict(STYLES[self.rng.integers(len(STYLES))])
         if tokens < 2:
             style.pop("min_new_tokens", None)
+        # Drawn for every request, so that the others do not depend on who uses it.
         seed = int(self.rng.integers(2**31))
-        return SamplingParams(**{"max_new_tokens": tokens, "seed": seed} | style | more)
+        wanted: dict[str, Any] = {"max_new_tokens": tokens, "seed": seed} | style | more
+        if not wanted.get("temperature"):  # greedy: there is nothing to draw
+            del wanted["seed"]
+            wanted.pop("n", None)
+        return SamplingParams(**wanted)
 
     def as_list(self) -> int:
         prompts = [self.prompt() for _ in range(self.rng.integers(1, SLOTS + 5))]
-        n = int(self.rng.integers(1, 3))
-        params = self.params(max(map(len, prompts)), n=n)
+        params = self.params(max(map(len, prompts)), n=int(self.rng.integers(1, 3)))
         self.lm.generate(prompts, params, max_batch=int(self.rng.integers(1, SLOTS + 1)))
-        return n * len(prompts)
+        return params.n * len(prompts)
 
     def as_stream(self) -> int:
         prompt = self.prompt()

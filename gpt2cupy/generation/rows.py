@@ -55,6 +55,8 @@ class Rows:
         Of all rows.
     steps : int
         Decode steps queued so far.
+    decoders : dict of int to Decoder
+        What runs steps of so many rows, made when first needed.
     """
 
     def __init__(self, model: GPT2, cache: KVCache, path: str) -> None:
@@ -62,7 +64,7 @@ class Rows:
         self.path = path
         self.state = DecodeState(model, cache, cache.slots)
         self.steps = 0
-        self._decoders: dict[int, Decoder] = {}
+        self.decoders: dict[int, Decoder] = {}
         if path != "auto":
             self.decoder(cache.slots)  # refuses a path that is not there
         self._counts = np.zeros(cache.slots, np.int64)  # the host's count of state.steps
@@ -118,10 +120,10 @@ class Rows:
         Which path is the fastest is looked up or measured for all slots alone: fewer rows take
         the captured graph, so that no run depends on a measurement in it.
         """
-        if rows not in self._decoders:
+        if rows not in self.decoders:
             partial = self.path == "auto" and rows < self.state.batch
-            self._decoders[rows] = decoder(self.model, "graph" if partial else self.path, rows)
-        return self._decoders[rows]
+            self.decoders[rows] = decoder(self.model, "graph" if partial else self.path, rows)
+        return self.decoders[rows]
 
     def asked(self, rows: slice, numbers: np.ndarray, top: int) -> Queued:
         """Note that the device was asked for a token of each of some rows.
