@@ -20,7 +20,7 @@ LAYERS = (
     ("quantize",),
     ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference"),
-    ("ops.device", "ops.compiler", "ops.tape", "ops.launch"),
+    ("ops.device", "ops.compiler", "ops.tape", "ops.signature", "ops.launch"),
     ("ops.blas", "ops"),
     ("workspace", "sampling", "shifts", "model"),
     ("checkpoint", "decode"),

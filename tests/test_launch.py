@@ -22,6 +22,7 @@ class DeviceArray:
     def __init__(self, shape, dtype, *, ptr=4096, device=0, contiguous=True):
         host = np.empty(shape, dtype)
         self.shape, self.dtype, self.itemsize = host.shape, host.dtype, host.itemsize
+        self.strides = host.strides if contiguous else tuple(2 * s for s in host.strides)
         self.data = Memory(ptr, device)
         self._c_contiguous = contiguous
         self.flags = type("Flags", (), {"c_contiguous": contiguous})

@@ -114,6 +114,7 @@ def plain_sm_90(monkeypatch):
     def forget():
         launch._function.cache_clear()
         launch._load.cache_clear()
+        launch.THREAD.known.clear()
 
     monkeypatch.setattr(compiler, "OWN_FEATURES", {})
     forget()
