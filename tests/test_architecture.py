@@ -19,7 +19,7 @@ LAYERS = (
     ("config",),
     ("quantize",),
     ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
-    ("ops.reference_sampling", "ops.reference"),
+    ("ops.reference_sampling", "ops.reference_rows", "ops.reference"),
     ("ops.device", "ops.compiler", "ops.tape", "ops.signature", "ops.launch"),
     ("ops.blas", "ops"),
     ("workspace", "sampling", "shifts", "model"),

@@ -32,6 +32,13 @@ FAST_INNER_SIZES = (256, 768, 1024, 1280, 1600, 3072, 4096, 5120, 6400)
 SOURCES: dict[str, tuple[str, ...]] = {
     "embedding.cu": ("ELEM",),
     "norm.cu": ("ELEM",),
+    "rms_norm.cu": ("ELEM",),
+    "norm_backward.cu": ("ELEM",),
+    "elementwise.cu": ("ELEM",),
+    "rope.cu": ("ELEM",),
+    "softmax_rows.cu": ("ELEM",),
+    "lookup.cu": ("ELEM",),
+    "sample_logits.cu": ("ELEM",),
     "linear.cu": ("ELEM",),
     "norm_gemv.cu": ("ELEM", "K"),
     "skinny.cu": ("ELEM", "K"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,19 @@ from .device import has_mma as has_mma
 from .device import memory_error as memory_error
 from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
-from .signature import ALIGNMENT, Refusal, bind, facts_reader, overlap, parse, refusal, shared_spans
+from .signature import (
+    ALIGNMENT,
+    Neighbours,
+    Refusal,
+    bind,
+    facts_reader,
+    foreign,
+    meet,
+    neighbours,
+    overlap,
+    parse,
+    refusal,
+)
 from .signature import NULL as NULL
 from .tape import THREAD, Launch, Prepared, submit
 
@@ -188,18 +201,21 @@ def launch(
     """
     device = current_device()
     recording = THREAD.calls is not None
-    key, pointers, bits = kernel.facts(
-        kernel, device, grid, block, elem, head_size, inner, shared, *args
-    )
+    try:
+        key, pointers, bits = kernel.facts(
+            kernel, device, grid, block, elem, head_size, inner, shared, *args
+        )
+    except AttributeError:
+        raise foreign(kernel.parameters, args, _where(kernel)) from None
     prepared = THREAD.known.get(key)
-    if prepared is not None and not bits & 15 and not recording:
-        for written, other, low, high, in_place in prepared.overlaps:
-            distance = pointers[written] - pointers[other]
-            if low < distance < high and (distance or not in_place):
-                raise overlap(kernel.parameters, written, other, _where(kernel))
+    if prepared is not None and not bits % ALIGNMENT and not recording:
+        for pair in prepared.pairs:
+            # Most are told apart here; meet() looks closer.
+            if pair[2] < pointers[pair[0]] - pointers[pair[1]] < pair[3]:
+                _refuse_meeting(kernel, pair, pointers)
         prepared.run(pointers)
         return
-    call, overlaps = _checked(
+    call, pairs = _checked(
         kernel, grid, block, args, pointers, device, elem, head_size, inner, shared
     )
     if 0 in grid:  # nothing to do, which the driver would refuse
@@ -208,7 +224,12 @@ def launch(
     if not recording and not kernel.cooperative and hasattr(call.function, "kernel"):
         if len(THREAD.known) >= _KNOWN:
             THREAD.known.clear()
-        THREAD.known[key] = Prepared(call, device, overlaps)
+        THREAD.known[key] = Prepared(call, device, pairs)
+
+
+def _refuse_meeting(kernel: Kernel, pair: Neighbours, pointers: Sequence[int]) -> None:
+    if meet(pair, pointers[pair.written] - pointers[pair.other]):
+        raise overlap(kernel.parameters, pair, _where(kernel))
 
 
 def _where(kernel: Kernel) -> str:
@@ -220,14 +241,14 @@ def _checked(
     grid: tuple[int, ...],
     block: tuple[int, ...],
     args: tuple[Any, ...],
-    pointers: list[int],
+    pointers: Sequence[int],
     device: int,
     elem: np.dtype | None,
     head_size: int | None,
     inner: int | None,
     shared: int,
-) -> tuple[Launch, Any]:
-    """The launch, and which distances between its arrays are overlaps, or an error."""
+) -> tuple[Launch, tuple[Neighbours, ...]]:
+    """The launch, and the arrays in it that may not overlap, or an error."""
     bound: dict[str, int] = {} if head_size is None else {"HS": head_size}
     if inner is not None:
         bound["K"] = inner
@@ -235,14 +256,12 @@ def _checked(
         values = bind(kernel.parameters, args, elem, bound, device)
     except Refusal as refused:
         raise refusal(refused, _where(kernel), elem, bound, device) from None
-    overlaps = shared_spans(kernel.parameters, args)
-    for written, other, low, high, in_place in overlaps:
-        distance = pointers[written] - pointers[other]
-        if low < distance < high and (distance or not in_place):
-            raise overlap(kernel.parameters, written, other, _where(kernel))
+    pairs = neighbours(kernel.parameters, args)
+    for pair in pairs:
+        _refuse_meeting(kernel, pair, pointers)
     function = _function(device, kernel, elem, head_size, inner, shared)
     alone = kernel.writes_weights or kernel.cooperative
-    return Launch(function, grid, block, values, kernel.overlaps, shared, alone), overlaps
+    return Launch(function, grid, block, values, kernel.overlaps, shared, alone), pairs
 
 
 def is_device_array(array: Any) -> bool:

@@ -162,7 +162,7 @@ def bind(
 
 
 def rows(array: Any, kept: int) -> tuple[int, ...] | None:
-    """Rows, the last ``kept`` sizes, and the row stride in elements; None if there is no one stride.
+    """Rows, the last ``kept`` sizes, and the row stride in elements; None without one stride.
 
     A row is the last ``kept`` dimensions, which must lie together.
     """
@@ -174,6 +174,8 @@ def rows(array: Any, kept: int) -> tuple[int, ...] | None:
     count = math.prod(leading)
     if array._c_contiguous:
         return (count, *row, length)
+    if not kept:  # kernels read single values one after the other
+        return None
     strides = [stride // array.itemsize for stride in array.strides]
     expected = 1
     for size, stride in zip(reversed(row), reversed(strides), strict=False):
@@ -220,17 +222,19 @@ def span(array: Any) -> int:
     return last + array.itemsize
 
 
-def shared_spans(
-    parameters: tuple[Parameter, ...], args: tuple[Any, ...]
-) -> tuple[tuple[int, int, int, int, bool], ...]:
-    """For each written array and each other one: what distances between their starts overlap.
+class Neighbours(NamedTuple):
+    """Two arrays of a launch, by their places among its arrays, of which one is written."""
 
-    Returns
-    -------
-    tuple of (written, other, low, high, in_place)
-        Places among the arrays. They share memory if ``low < written - other < high``;
-        where ``in_place``, a distance of 0 is allowed.
-    """
+    written: int
+    other: int
+    low: int  # at distances from here to `high` between their starts their spans meet
+    high: int
+    in_place: bool  # a distance of 0 is allowed
+    rows: tuple[int, int, int]  # their common row stride in bytes, or 0, and their rows' lengths
+
+
+def neighbours(parameters: tuple[Parameter, ...], args: tuple[Any, ...]) -> tuple[Neighbours, ...]:
+    """Each written array with each other one."""
     taken = [p for p in parameters if p.dims is not None or p.cast is not None]
     arrays = [(p, a) for p, a in zip(taken, args, strict=True) if p.dims is not None]
     found = []
@@ -240,16 +244,37 @@ def shared_spans(
         for j, (theirs, other) in enumerate(arrays):
             if i == j or other is None or (theirs.written and j > i):
                 continue
-            alike = array.dtype == other.dtype and array.shape == other.shape
-            alike = alike and (array._c_contiguous, other._c_contiguous) == (True, True)
-            alike = alike or (array.dtype == other.dtype and _layout(array) == _layout(other))
-            in_place = parameter.in_place and not theirs.written and alike
-            found.append((i, j, -span(array), span(other), in_place))
+            alike = array.dtype == other.dtype and _layout(array) == _layout(other)
+            in_place = parameter.in_place and theirs.leads and not theirs.written and alike
+            (stride, row), (their_stride, their_row) = (
+                _rows_of(parameter, array),
+                _rows_of(theirs, other),
+            )
+            rows = (stride if stride == their_stride else 0, row, their_row)
+            found.append(Neighbours(i, j, -span(array), span(other), in_place, rows))
     return tuple(found)
 
 
+def _rows_of(parameter: Parameter, array: Any) -> tuple[int, int]:
+    """Row stride and row length in bytes; no stride where nothing lies between rows."""
+    if not parameter.leads or array._c_contiguous:
+        return 0, 0
+    assert parameter.dims is not None
+    *sizes, stride = rows(array, len(parameter.dims) - 1) or (0,)
+    return stride * array.itemsize, math.prod(sizes[1:]) * array.itemsize
+
+
+def meet(pair: Neighbours, distance: int) -> bool:
+    """Whether the two share memory at this distance, and may not."""
+    if not pair.low < distance < pair.high or (pair.in_place and not distance):
+        return False
+    stride, written, other = pair.rows
+    # Rows of one stride can lie between each other, as the two sides of one array do.
+    return not stride or distance % stride < other or -distance % stride < written
+
+
 def _layout(array: Any) -> Any:
-    return array.shape, getattr(array, "strides", None)
+    return array.shape, None if array._c_contiguous else array.strides
 
 
 def refusal(
@@ -277,14 +302,28 @@ def refusal(
     )
 
 
-def overlap(
-    parameters: tuple[Parameter, ...], written: int, other: int, where: str
-) -> InputError:
+def overlap(parameters: tuple[Parameter, ...], pair: Neighbours, where: str) -> InputError:
     """The error for an output that lies in the memory of another array."""
     names = [p.name for p in parameters if p.dims is not None]
     return InputError(
-        f"{names[written]} shares memory with {names[other]}",
+        f"{names[pair.written]} shares memory with {names[pair.other]}",
         where=where,
-        remedy="Give an output of its own memory, or, where the op works in place, the very "
+        remedy="Give an output memory of its own, or, where the op works in place, the very "
         "same array.",
     )
+
+
+def foreign(parameters: tuple[Parameter, ...], args: tuple[Any, ...], where: str) -> InputError:
+    """The error for what is no array of a GPU."""
+    taken = [p for p in parameters if p.dims is not None or p.cast is not None]
+    for parameter, given in zip(taken, args, strict=False):
+        data = getattr(given, "data", None)
+        absent = given is None and parameter.optional
+        if parameter.dims is not None and not absent and not hasattr(data, "device_id"):
+            kind = f"{type(given).__module__}.{type(given).__qualname__}"
+            return InputError(
+                f"{parameter.name} is a {kind}, not an array on the GPU",
+                where=where,
+                remedy="Nothing is copied silently: move it there first, by cupy.asarray.",
+            )
+    return InputError("arguments are missing", where=where, remedy="Give one for each parameter.")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 
-
 class _Thread(threading.local):
     """What belongs to one thread: the tape being recorded, and launches known by their facts."""
 
@@ -109,16 +108,16 @@ class Prepared:
     call : Launch
         Checked, and run once: the thread has a context.
     device : int
-    overlaps : tuple
-        As ``signature.shared_spans`` returns them.
+    pairs : tuple
+        The arrays that may not overlap, as ``signature.neighbours`` returns them.
     """
 
-    def __init__(self, call: Launch, device: int, overlaps: Any = ()) -> None:
+    def __init__(self, call: Launch, device: int, pairs: Any = ()) -> None:
         import cupy
 
         self.call = call  # keeps the module loaded
         self.device = device
-        self.overlaps = overlaps
+        self.pairs = pairs
         arrays = [isinstance(value, (cupy.ndarray, np.uintp)) for value in call.values]
         count = sum(arrays)
         # Arrays come first in every signature, so one call writes all pointers.

@@ -1,0 +1,136 @@
+"""GELU and the gate of SwiGLU. Kernels: cuda_src/elementwise.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import InputError
+from . import reference
+from .launch import Kernel, device_empty, is_device_array, launch
+
+Array = Any
+
+_THREADS, _PIECES = 256, 2  # PIECES in elementwise.cu
+_GELU = "x: ELEM[*N,C], bias: ELEM[C]?, out: ELEM[*N,C]~, N, C, x_stride, out_stride"
+GELU = {
+    "none": Kernel("elementwise.cu", "gelu_erf", _GELU),
+    "tanh": Kernel("elementwise.cu", "gelu_tanh", _GELU),
+}
+SILU_MUL = Kernel(
+    "elementwise.cu",
+    "silu_mul",
+    "gate: ELEM[*N,C], up: ELEM[*N,C], out: ELEM[*N,C]~, N, C, gate_stride, up_stride, out_stride",
+)
+
+
+def _grid(*arrays: Array) -> tuple[int, ...]:
+    """Blocks for all elements, which the kernel takes one by one where pieces do not fit."""
+    elements = 16 // arrays[0].itemsize
+    for array in arrays:
+        # What lies between the rows of a view may be no multiple of a piece.
+        if not array._c_contiguous or not array.ndim or array.shape[-1] % elements:
+            elements = 1
+    return (-(-arrays[0].size // (elements * _THREADS * _PIECES)),)
+
+
+def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Array:
+    """``x Phi(x)``, with Phi the normal distribution function.
+
+    Parameters
+    ----------
+    x : array [..., C]
+        On the GPU it may be a view whose rows lie one stride apart.
+    approximate : {"none", "tanh"}
+        As PyTorch names them: Phi by erf, or by
+        ``(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2``. In fp16 and bf16 that tanh is the
+        hardware's approximation, whose relative error of 2^-11 is that of rounding to fp16.
+    out : array [..., C], optional
+        Of x's dtype; may be x.
+
+    Returns
+    -------
+    array [..., C]
+        Of x's dtype; computed in float32.
+
+    Raises
+    ------
+    InputError
+        For another ``approximate``; on the GPU also for a dtype, layout, alignment or device that
+        the kernel does not take, and for an ``out`` that overlaps x.
+
+    Notes
+    -----
+    Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
+    """
+    return bias_gelu(x, None, approximate, out=out)
+
+
+def bias_gelu(
+    x: Array, bias: Array | None, approximate: str = "none", *, out: Array | None = None
+) -> Array:
+    """:func:`gelu` of ``x + bias``.
+
+    Parameters
+    ----------
+    x : array [..., C]
+    bias : array [C] or None
+        Of x's dtype.
+    approximate : {"none", "tanh"}
+    out : array [..., C], optional
+        Of x's dtype; may be x.
+
+    Returns
+    -------
+    array [..., C]
+        Of x's dtype; computed in float32.
+
+    Raises
+    ------
+    InputError
+        As :func:`gelu`, and for a bias of another width or dtype.
+    """
+    if approximate not in GELU:
+        raise InputError(
+            f"unknown approximation {approximate!r}",
+            where="gelu: approximate",
+            remedy=f"Use {' or '.join(map(repr, GELU))}.",
+        )
+    if not is_device_array(x):
+        return reference.bias_gelu(x, bias, approximate, out=out)
+    if out is None:
+        out = device_empty(x.shape, x.dtype)
+    launch(GELU[approximate], _grid(x, out), (_THREADS,), (x, bias, out), elem=x.dtype)
+    return out
+
+
+def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
+    """``gate / (1 + exp(-gate)) * up``: the inner activation of SwiGLU.
+
+    Parameters
+    ----------
+    gate, up : array [..., C]
+        Of one dtype; on the GPU each may be a view whose rows lie one stride apart: the two
+        sides of one array [..., 2 C].
+    out : array [..., C], optional
+        Of that dtype; may be either.
+
+    Returns
+    -------
+    array [..., C]
+        Of that dtype; computed in float32.
+
+    Raises
+    ------
+    InputError
+        If the two differ in shape; on the GPU as :func:`gelu`.
+
+    Notes
+    -----
+    Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    if not is_device_array(gate):
+        return reference.silu_mul(gate, up, out=out)
+    if out is None:
+        out = device_empty(gate.shape, gate.dtype)
+    launch(SILU_MUL, _grid(gate, up, out), (_THREADS,), (gate, up, out), elem=gate.dtype)
+    return out

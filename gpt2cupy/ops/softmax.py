@@ -1,0 +1,75 @@
+"""Softmax over the last dimension. Kernels: cuda_src/softmax_rows.cu."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import reference
+from .device import current_device, has_clusters
+from .launch import Kernel, device_empty, is_device_array, launch
+
+Array = Any
+
+_WARPS = 4  # rows of a block where a row has a warp
+_BLOCKS = 8  # BLOCKS in softmax_rows.cu: of a cluster
+_WIDE = 8192  # channels from which on a row has a cluster
+_SOFTMAX = "x: ELEM[*N,C], out: ELEM[*N,C]~, N, C, x_stride, out_stride"
+# By whether the blocks of a cluster share a row.
+SOFTMAX = {
+    False: Kernel("softmax_rows.cu", "softmax", _SOFTMAX),
+    True: Kernel("softmax_rows.cu", "softmax_c8", _SOFTMAX),
+}
+
+
+@functools.lru_cache(4096)
+def _blocks(
+    device: int, size: int, channels: int, itemsize: int
+) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
+    """Whether clusters share a row, grid and block; they follow from the row alone."""
+    rows = size // channels if channels else 0
+    elements = 16 // itemsize
+    # Pieces of a row, and how many of them a thread keeps in registers.
+    pieces, most = (channels, 8) if channels % elements else (channels // elements, 4)
+    if pieces <= most * 32:
+        return False, (-(-rows // _WARPS),), (32, _WARPS)
+    clustered = channels >= _WIDE and has_clusters()
+    share = -(-pieces // _BLOCKS) if clustered else pieces
+    each = most // 2 if share <= most // 2 * 512 else most
+    threads = min(1024, -(-share // (32 * each)) * 32)
+    return clustered, (rows * (_BLOCKS if clustered else 1),), (threads,)
+
+
+def softmax(x: Array, *, out: Array | None = None) -> Array:
+    """``exp(x - max) / sum(exp(x - max))`` over the last dimension.
+
+    Parameters
+    ----------
+    x : array [..., C]
+        On the GPU it may be a view whose rows lie one stride apart.
+    out : array [..., C], optional
+        Of x's dtype; may be x.
+
+    Returns
+    -------
+    array [..., C]
+        Of x's dtype; computed in float32. A row of -inf alone gives NaN.
+
+    Raises
+    ------
+    InputError
+        On the GPU, for a dtype, layout, alignment or device that the kernel does not take, and
+        for an ``out`` that overlaps x.
+
+    Notes
+    -----
+    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    if not is_device_array(x):
+        return reference.softmax(x, out=out)
+    if out is None:
+        out = device_empty(x.shape, x.dtype)
+    channels = x.shape[-1] if x.ndim else 0
+    clustered, grid, block = _blocks(current_device(), x.size, channels, x.itemsize)
+    launch(SOFTMAX[clustered], grid, block, (x, out), elem=x.dtype)
+    return out
