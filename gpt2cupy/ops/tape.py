@@ -119,7 +119,7 @@ class Prepared:
         self.device = device
         self.pairs = pairs
         arrays = [isinstance(value, (cupy.ndarray, np.uintp)) for value in call.values]
-        count = sum(arrays)
+        count = self.arrays = sum(arrays)
         # Arrays come first in every signature, so one call writes all pointers.
         assert all(arrays[:count]), call.function
         cells = array("Q", bytes(8 * len(call.values)))
