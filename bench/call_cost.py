@@ -8,14 +8,19 @@ Arrays are small, so the host is what is timed: calls back to back, then one wai
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arguments import chosen, main, names, parsed, parser
-from op_cases import CASES
 from shared import Kept
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
+from op_cases import CASES
 
 SHAPES = {"rope": (4, 8, 64)}
 SHAPE = (4, 768)

@@ -22,6 +22,7 @@ LAYERS = (
     ("ops.reference_sampling", "ops.reference_rows", "ops.reference"),
     ("ops.device", "ops.compiler", "ops.tape", "ops.signature", "ops.launch"),
     ("ops.blas", "ops"),
+    ("torch",),
     ("workspace", "sampling", "shifts", "model"),
     ("checkpoint", "decode"),
     ("loading", "request", "engine", "record"),
