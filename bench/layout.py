@@ -17,7 +17,7 @@ _VERSIONS = (
     "driver", "CUDA", "nvrtc", "cupy-cuda12x", "cupy-cuda13x", "numpy", "torch", "transformers",
 )  # fmt: skip
 
-_FIELDS = {"command", "date", "environment", "results", "source_hash", "sources"}
+_FIELDS = {"command", "date", "environment", "results"}
 
 Record = dict[str, Any]
 Row = dict[str, Any]

@@ -3,7 +3,7 @@
     python bench/report.py               rewrite the tables of README.md and docs/*.md
     python bench/report.py --draw        and draw the pictures anew (extra bench: matplotlib)
     python bench/report.py --check       exit 1 if a document or a picture differs from its records
-    python bench/report.py --records     one line per record: current, stale, cut off or missing
+    python bench/report.py --records     one line per record: current, stale (by what) or missing
     python bench/report.py --records --strict    and exit 1 unless all are current
     python bench/report.py --compare A.json B.json    what changed beyond the noise
 
@@ -156,6 +156,8 @@ def list_records(root: Path, results: Path) -> int:
             word = "current" if record.is_current(entry) else "stale"
             word = word if record.is_complete(entry) else "cut off"
             about = f"{device(entry)}, {entry['date']}"
+            if differs := record.changes(entry):
+                about += f": {', '.join(differs)}"
         bad += word != "current"
         print(f"{name:<16} {word:<8} {about}")
     return bad

@@ -10,12 +10,11 @@ passes some steps of the first row too.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import traced
 from arguments import main, parsed, parser
 from shared import SIZES, config_of, write_checkpoint
 
@@ -42,9 +41,9 @@ def shortened(comparison: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def validated(model: str, args: Any) -> dict[str, Any]:
     """What the command says about a model, as JSON."""
-    command = [sys.executable, "-m", "gpt2cupy", "validate", "--json", "--model", model]
-    command += ["--steps", str(args.steps), "--batch", str(args.batch), "--device", args.device]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT)
+    command = ["validate", "--json", "--model", model, "--device", args.device]
+    command += ["--steps", str(args.steps), "--batch", str(args.batch)]
+    done = traced.run("gpt2cupy", *command, cwd=record.ROOT)
     try:
         return json.loads(done.stdout)  # a check that failed is a result too
     except ValueError:

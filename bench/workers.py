@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpt2cupy import record
 from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.record import ROOT
 from gpt2cupy.timing import Timing
@@ -159,6 +160,8 @@ class Comparison:
                 except EngineError as error:
                     skipped[name] = str(error)
                     del runs[name]
+        for name in runs:
+            record.add_loaded(self.workers[name].ask({"do": "loaded"}))
         engines = {name: figures(ready[name], runs[name]) for name in runs}
         count_same_tokens(engines, runs)
         return {"engines": engines, "skipped": skipped}

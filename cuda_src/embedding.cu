@@ -13,14 +13,14 @@
 // rows of a decode batch run on past the context, and nothing reads them.
 #include "common.cuh"
 
-extern "C" __global__ void embedding(const int* ids,
-                                     const int* positions,
-                                     const elem_t* wte,
-                                     const elem_t* wpe,
-                                     float* x,
-                                     int Vp,
-                                     int P,
-                                     int C) {
+extern "C" __global__ void __launch_bounds__(256) embedding(const int* ids,
+                                                            const int* positions,
+                                                            const elem_t* wte,
+                                                            const elem_t* wpe,
+                                                            float* x,
+                                                            int Vp,
+                                                            int P,
+                                                            int C) {
   release_dependents();  // it does not wait itself: it must be launched the plain way
   int row = blockIdx.x;
   int id = ids[row], position = positions[row];
@@ -32,7 +32,7 @@ extern "C" __global__ void embedding(const int* ids,
   }
 }
 
-extern "C" __global__ void last_rows(
+extern "C" __global__ void __launch_bounds__(256) last_rows(
     const float* x, const elem_t* attended, const int* starts, float* y, elem_t* out, int C) {
   release_dependents();
   // A sequence without tokens has the last row of another, and no row comes before the first.

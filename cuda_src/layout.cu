@@ -34,12 +34,14 @@ __device__ inline void convert_body(const in_t* in, elem_t* out, long long N) {
     out[i] = from_float<elem_t>(to_float(in[i]));
 }
 
-#define LAYOUT_ENTRIES(suffix, in_t)                                                         \
-  extern "C" __global__ void transpose_##suffix(const in_t* in, elem_t* out, int K, int M) { \
-    transpose_body(in, out, K, M);                                                           \
-  }                                                                                          \
-  extern "C" __global__ void convert_##suffix(const in_t* in, elem_t* out, long long N) {    \
-    convert_body(in, out, N);                                                                \
+#define LAYOUT_ENTRIES(suffix, in_t)                                  \
+  extern "C" __global__ void __launch_bounds__(256)                   \
+      transpose_##suffix(const in_t* in, elem_t* out, int K, int M) { \
+    transpose_body(in, out, K, M);                                    \
+  }                                                                   \
+  extern "C" __global__ void __launch_bounds__(256)                   \
+      convert_##suffix(const in_t* in, elem_t* out, long long N) {    \
+    convert_body(in, out, N);                                         \
   }
 
 LAYOUT_ENTRIES(float32, float)

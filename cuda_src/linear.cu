@@ -109,17 +109,18 @@ __device__ inline void gemv_body(const elem_t* x,
   }
 }
 
-#define GEMV_ENTRY(name, body, out_t)                                                              \
-  extern "C" __global__ void name(const elem_t* x, const elem_t* weight, const out_t* bias,        \
-                                  const out_t* residual, out_t* y, int activation, int M, int K) { \
-    body(x, weight, bias, residual, y, activation, M, K);                                          \
+#define GEMV_ENTRY(name, body, out_t, ...)                                                        \
+  extern "C" __global__ void __VA_ARGS__ name(const elem_t* x, const elem_t* weight,              \
+                                              const out_t* bias, const out_t* residual, out_t* y, \
+                                              int activation, int M, int K) {                     \
+    body(x, weight, bias, residual, y, activation, M, K);                                         \
   }
 
 GEMV_ENTRY(gemv_naive, gemv_naive_body, elem_t)
-GEMV_ENTRY(gemv_scalar, gemv_scalar_body, elem_t)
+GEMV_ENTRY(gemv_scalar, gemv_scalar_body, elem_t, __launch_bounds__(128))
 GEMV_ENTRY(gemv, gemv_body, elem_t)
 GEMV_ENTRY(gemv_naive_f32, gemv_naive_body, float)
-GEMV_ENTRY(gemv_scalar_f32, gemv_scalar_body, float)
+GEMV_ENTRY(gemv_scalar_f32, gemv_scalar_body, float, __launch_bounds__(128))
 GEMV_ENTRY(gemv_f32, gemv_body, float)
 
 // ---------------------------------------------------------------------------------------------
@@ -144,22 +145,22 @@ __device__ inline void bias_act_body(const out_t* x,
   }
 }
 
-extern "C" __global__ void bias_act(const elem_t* x,
-                                    const elem_t* bias,
-                                    const elem_t* residual,
-                                    elem_t* y,
-                                    int activation,
-                                    int N,
-                                    int M) {
+extern "C" __global__ void __launch_bounds__(256) bias_act(const elem_t* x,
+                                                           const elem_t* bias,
+                                                           const elem_t* residual,
+                                                           elem_t* y,
+                                                           int activation,
+                                                           int N,
+                                                           int M) {
   bias_act_body(x, bias, residual, y, activation, N, M);
 }
 
-extern "C" __global__ void bias_act_f32(const float* x,
-                                        const float* bias,
-                                        const float* residual,
-                                        float* y,
-                                        int activation,
-                                        int N,
-                                        int M) {
+extern "C" __global__ void __launch_bounds__(256) bias_act_f32(const float* x,
+                                                               const float* bias,
+                                                               const float* residual,
+                                                               float* y,
+                                                               int activation,
+                                                               int N,
+                                                               int M) {
   bias_act_body(x, bias, residual, y, activation, N, M);
 }

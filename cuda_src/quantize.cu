@@ -18,8 +18,8 @@
 // position outside its table gives zeros, as in embedding.cu.
 #include "int8.cuh"
 
-extern "C" __global__ void quantize(
-    const float* w, signed char* values, scale_t* scales, int first, int N, int M, int K) {
+extern "C" __global__ void __launch_bounds__(256)
+    quantize(const float* w, signed char* values, scale_t* scales, int first, int N, int M, int K) {
   int groups = (K + GROUP - 1) / GROUP;
   int lane = threadIdx.x % WARP;
   long long warps = (long long)gridDim.x * (blockDim.x / WARP);
@@ -46,8 +46,8 @@ extern "C" __global__ void quantize(
   }
 }
 
-extern "C" __global__ void dequantize(
-    const signed char* values, const scale_t* scales, elem_t* w, int M, int K) {
+extern "C" __global__ void __launch_bounds__(256)
+    dequantize(const signed char* values, const scale_t* scales, elem_t* w, int M, int K) {
   long long stride = (long long)gridDim.x * blockDim.x;
   long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (K % PIECE) {
@@ -70,15 +70,15 @@ extern "C" __global__ void dequantize(
   }
 }
 
-extern "C" __global__ void embedding_int8(const int* ids,
-                                          const int* positions,
-                                          const signed char* values,
-                                          const scale_t* scales,
-                                          const elem_t* wpe,
-                                          float* x,
-                                          int Vp,
-                                          int P,
-                                          int C) {
+extern "C" __global__ void __launch_bounds__(256) embedding_int8(const int* ids,
+                                                                 const int* positions,
+                                                                 const signed char* values,
+                                                                 const scale_t* scales,
+                                                                 const elem_t* wpe,
+                                                                 float* x,
+                                                                 int Vp,
+                                                                 int P,
+                                                                 int C) {
   release_dependents();  // as in embedding.cu
   int row = blockIdx.x;
   int id = ids[row], position = positions[row];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,23 +14,6 @@ from .info import why_cpu
 from .loading import resolve_device, resolve_dtype
 from .ops import compiler, launch
 from .ops.device import device_arch
-
-# Threads of a block as ops launches the entries that have no __launch_bounds__, without the
-# suffix of their type. Those of the ladders, which only tests and readers launch, are not here.
-THREADS = {
-    "embedding": 256,
-    "last_rows": 256,
-    "layer_norm": 128,
-    "add_layer_norm": 128,
-    "gemv_scalar": 128,
-    "bias_act": 256,
-    "transpose": 256,
-    "convert": 256,
-    "quantize": 256,
-    "dequantize": 256,
-    "embedding_int8": 256,
-}
-_TYPE_SUFFIX = re.compile(r"_(f32|float32|float16|bfloat16)$")
 
 
 def report(
@@ -110,8 +92,8 @@ def _entries(
         if defines.get("ELEM", macro) == macro:
             path = compiler.cubin(file, defines, arch)
             for entry, found in sorted(occupancy.read_cubin(path).items()):
-                threads = found.max_threads or THREADS.get(_TYPE_SUFFIX.sub("", entry))
-                yield file, defines, entry, found, threads
+                # An entry without __launch_bounds__ is a step of a ladder, for tests and readers.
+                yield file, defines, entry, found, found.max_threads
 
 
 def _computed(

@@ -1,7 +1,8 @@
 """Records: what was measured, on what, by which command, and from which sources.
 
-A record is JSON in bench/results. It holds the hash of the files it depends on,
-so that a document can tell whether its figures still belong to the code.
+A record is JSON in bench/results. It holds a digest of the meaning of each file that the
+measured processes loaded, so that a document can tell whether its figures still belong to the
+code: a comment, a docstring or a file that was not used makes no record stale.
 """
 
 from __future__ import annotations
@@ -18,46 +19,64 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .digest import digest_cuda, digest_python
 from .output import file_errors
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-# What speed and numbers on the GPU depend on; not the command line, not documents.
-GPU_SOURCES = (
-    "cuda_src/*.cu",
-    "cuda_src/*.cuh",
-    "gpt2cupy/ops/*.py",
-    "gpt2cupy/decode/*.py",
-    "gpt2cupy/weights.py",
-    "gpt2cupy/quantize.py",
-    "gpt2cupy/cache.py",
-    "gpt2cupy/model.py",
-    "gpt2cupy/shifts.py",
-    "gpt2cupy/workspace.py",
-    "gpt2cupy/engine.py",
-)
-CPU_SOURCES = (
-    "gpt2cupy/ops/reference*.py",
-    "gpt2cupy/decode/*.py",
-    "gpt2cupy/weights.py",
-    "gpt2cupy/quantize.py",
-    "gpt2cupy/cache.py",
-    "gpt2cupy/model.py",
-    "gpt2cupy/workspace.py",
-    "gpt2cupy/engine.py",
-)
+# The modules that speed and numbers depend on, with those below them; not the command line.
+MEASURED = (
+    "cache", "decode", "engine", "generation", "model", "ops", "quantize", "request", "sampling",
+    "shifts", "torch", "weights", "workspace",
+)  # fmt: skip
+# A door that fetches by name: what is fetched stands in a file of its own.
+_DOORS = ("gpt2cupy.ops",)
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "torch", "transformers")
 
 
-def source_hash(patterns: tuple[str, ...] | list[str]) -> str:
-    """SHA-256 over the names and contents of the files that the patterns match."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in patterns for p in ROOT.glob(pattern)}):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()
+# What other processes of this measurement loaded, as loaded() says it.
+_elsewhere: list[dict[str, dict[str, str]]] = []
+
+
+def loaded() -> dict[str, dict[str, str]]:
+    """What this process loaded so far, and what others told :func:`add_loaded`.
+
+    Returns
+    -------
+    dict
+        ``files``: path in the repository -> digest of its meaning (digest.py), of the modules
+        of :data:`MEASURED` and of the kernels with all they include. ``cubins``: source,
+        architecture and macros of a kernel -> SHA-256 of its machine code.
+    """
+    files, cubins = {}, {}
+    for name, module in sorted(sys.modules.items()):
+        package, _, inner = name.partition(".")
+        if package == "gpt2cupy" and inner.split(".")[0] in MEASURED and name not in _DOORS:
+            path = Path(module.__file__ or "")
+            files[path.relative_to(ROOT).as_posix()] = digest_file(path)
+    # Only a process that imported it can have launched a kernel.
+    if launch := sys.modules.get("gpt2cupy.ops.launch"):
+        for (source, *about), path in launch.loaded.items():
+            digests = launch.compiler.source_digests(source)
+            files |= {f"cuda_src/{name}": digest for name, digest in digests.items()}
+            cubins[" ".join([source, *about])] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for each in _elsewhere:
+        files |= each["files"]
+        cubins |= each["cubins"]
+    return {"files": dict(sorted(files.items())), "cubins": dict(sorted(cubins.items()))}
+
+
+def add_loaded(found: dict[str, dict[str, str]]) -> None:
+    """Add what another process of this measurement loaded, as its :func:`loaded` said it."""
+    _elsewhere.append(found)
+
+
+def digest_file(path: Path) -> str:
+    """The digest of a source by its meaning, CUDA or Python by the file's name."""
+    digest = digest_cuda if path.suffix in (".cu", ".cuh") else digest_python
+    return digest(path.read_text(encoding="utf-8"))
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -143,7 +162,7 @@ def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -
     results : JSON value
         What was measured, with units in the names.
     gpu : bool
-        Whether it was measured on a GPU, and so depends on the kernels.
+        Whether it was measured on a GPU, which is then described.
     complete : bool
         Whether all that was asked for was measured, or skipped with a reason.
 
@@ -152,13 +171,11 @@ def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -
     Gpt2CupyError
         If the file cannot be written.
     """
-    sources = list(GPU_SOURCES if gpu else CPU_SOURCES)
     record = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *map(_portable, sys.argv)]),
         "environment": environment(gpu=gpu),
-        "sources": sources,
-        "source_hash": source_hash(sources),
+        **loaded(),
         "complete": complete,
         "results": results,
     }
@@ -169,8 +186,22 @@ def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -
 
 
 def is_current(record: dict[str, Any]) -> bool:
-    """Whether the sources are still those that the record was measured with."""
-    return record["source_hash"] == source_hash(record["sources"])
+    """Whether what the record was measured with is what the sources say today."""
+    return not changes(record)
+
+
+def changes(record: dict[str, Any]) -> list[str]:
+    """Why a record is stale: the files whose meaning is another now; none if it is current."""
+    if "files" not in record:
+        return ["it does not say which files it depends on: measure anew"]
+    found = []
+    for name, digest in record["files"].items():
+        path = ROOT / name
+        if not path.is_file():
+            found.append(f"{name} (gone)")
+        elif digest_file(path) != digest:
+            found.append(name)
+    return found
 
 
 def is_complete(record: dict[str, Any]) -> bool:

@@ -28,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
         pretend(name)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # What a worker of xdist loaded, for the record that its controller writes (tools/gpu_test.py).
+    if hasattr(session.config, "workeroutput"):
+        from gpt2cupy import record
+
+        session.config.workeroutput["loaded"] = record.loaded()
+
+
 def _gpu_reason() -> str:
     """Why there is no usable GPU, or nothing."""
     try:

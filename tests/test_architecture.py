@@ -15,12 +15,12 @@ PACKAGE = ROOT / "gpt2cupy"
 # From the bottom up: a module may import from its own line only what stands left of it (or the
 # same package), and anything from the lines before.
 LAYERS = (
-    ("_version", "errors", "files", "output", "turns"),
+    ("_version", "digest", "errors", "files", "output", "turns"),
     ("config",),
     ("quantize",),
     ("ids", "weights", "cache", "vocabulary", "tokenizer_files", "tokenizer", "timing"),
     ("ops.reference_sampling", "ops.reference_rows", "ops.reference"),
-    ("ops.device", "ops.compiler", "ops.tape", "ops.signature", "ops.launch"),
+    ("ops.device", "ops.compiler", "ops.tape", "ops.signature", "ops.launch", "ops.registry"),
     ("ops.blas", "ops"),
     ("torch",),
     ("workspace", "sampling", "shifts", "model"),

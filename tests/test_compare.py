@@ -20,8 +20,7 @@ def timing(median, width=5.0):
 
 
 def entry(results):
-    made = {"command": "python bench/decode.py", "date": "2026-01-02", "sources": []}
-    made |= {"source_hash": record.source_hash([])}
+    made = {"command": "python bench/decode.py", "date": "2026-01-02", "files": {}}
     return made | {"environment": {"gpu": "NVIDIA H200", "driver": "580.1"}, "results": results}
 
 

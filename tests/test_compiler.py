@@ -79,19 +79,47 @@ def sources(tmp_path, monkeypatch):
     copy = tmp_path / "cuda_src"
     shutil.copytree(compiler.source_dir(), copy)
     monkeypatch.setattr(compiler, "source_dir", lambda: copy)
-    compiler.source_closure.cache_clear()
+    forget()
     yield copy
-    compiler.source_closure.cache_clear()
+    forget()
 
 
-def test_every_source_is_known():
-    there = {path.name for path in compiler.source_dir().glob("*.cu")}
-    assert set(compiler.SOURCES) == there
+def forget():
+    """Read the sources anew."""
+    for cached in (compiler.source_closure, compiler.source_digests, compiler.macros):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("source", "macros"),
+    [
+        ("norm.cu", ("ELEM",)),
+        ("sampling.cu", ()),
+        ("linear.cu", ("ELEM",)),  # K is a parameter there
+        ("skinny.cu", ("ELEM", "K")),
+        ("attention_decode.cu", ("ELEM", "HS")),
+        ("decode_step.cu", ("ELEM", "HS", "K")),
+    ],
+)
+def test_a_source_says_its_macros(source, macros):
+    assert compiler.macros(source) == macros
+
+
+def test_a_new_source_is_compiled_without_a_table(sources):
+    (sources / "toy.cu").write_text('#include "common.cuh"\n// K\n__device__ elem_t one;\n')
+    assert [d["ELEM"] for s, d in compiler.variants() if s == "toy.cu"] == [
+        *compiler.ELEMENT_TYPES.values()
+    ]
+
+
+def test_tensor_cores_take_no_float():
+    with_float = {s for s, d in compiler.variants() if d.get("ELEM") == "float"}
+    assert "skinny.cu" not in with_float and {"norm.cu", "linear_fixed.cu"} <= with_float
 
 
 def test_every_kernel_compiles_and_has_its_entries(filled):
     cubins = sorted(filled.glob("*.cubin"))
-    assert len(cubins) == len(WANTED) == len(compiler.SOURCES)
+    assert len(cubins) == len(WANTED) == len(compiler.sources())
     for path in cubins:
         assert path.read_bytes()[:4] == b"\x7fELF", path
     by_source = {path.name.split("-")[0] + ".cu": path.read_bytes() for path in cubins}
@@ -108,7 +136,7 @@ def every_kernel() -> list[launch.Kernel]:
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
     found = [value for value in values if isinstance(value, launch.Kernel)]
-    assert {kernel.source for kernel in found} == set(compiler.SOURCES)
+    assert {kernel.source for kernel in found} == set(compiler.sources())
     return found
 
 
@@ -168,8 +196,11 @@ def test_another_nvrtc_changes_the_key(cache, fake, monkeypatch):
 def test_a_changed_include_changes_the_key(cache, fake, sources):
     before = {s: compiler.cubin(s, HALF, ARCH) for s in ("linear.cu", "norm.cu")}
     include = sources / "activation.cuh"
-    include.write_text(include.read_text() + "// changed\n")
-    compiler.source_closure.cache_clear()
+    include.write_text(include.read_text() + "// a comment\n")
+    forget()
+    assert {s: compiler.cubin(s, HALF, ARCH) for s in before} == before
+    include.write_text(include.read_text() + "constexpr int CHANGED = 1;\n")
+    forget()
     assert compiler.cubin("linear.cu", HALF, ARCH) != before["linear.cu"]
     assert compiler.cubin("norm.cu", HALF, ARCH) == before["norm.cu"], "norm.cu does not include it"
 

@@ -75,6 +75,16 @@ def test_what_did_not_run_is_counted(suite, spread, options, passed, not_run):
 
 
 @pytest.mark.parametrize("spread", [(), ("-n", "1")], ids=["one process", "xdist"])
+def test_the_record_depends_on_what_the_tests_loaded(suite, spread):
+    conftest = (record.ROOT / "tests" / "conftest.py").read_text()
+    hook = conftest[conftest.index("def pytest_sessionfinish") :].partition("\n\n\n")[0]
+    (suite / "conftest.py").write_text("import pytest\n" + hook)
+    uses = "from gpt2cupy import cache\n"
+    (suite / "tests" / "test_model.py").write_text(uses + SUITE.replace("BROKEN", "True"))
+    assert "gpt2cupy/cache.py" in recorded(suite, *spread)["files"]
+
+
+@pytest.mark.parametrize("spread", [(), ("-n", "1")], ids=["one process", "xdist"])
 def test_a_run_that_stopped_at_a_failure_was_cut_off(suite, spread):
     (suite / "tests" / "test_model.py").write_text(SUITE.replace("BROKEN", "False"))
     entry = recorded(suite, *spread, "--maxfail=1")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from gpt2cupy import kernel_report
 from gpt2cupy.errors import CompileError
 from gpt2cupy.occupancy import LIMITS, REGISTERS, WARP, blocks_per_sm, read_cubin
-from gpt2cupy.ops import compiler, product
+from gpt2cupy.ops import compiler, product, registry
+from gpt2cupy.quantize import QuantizedMatrix
 
 # Needs more registers than it may have, and an array that cannot stay in registers.
 SPILLING = """
@@ -38,7 +39,7 @@ extern "C" __global__ void calls(float* x, int n) { x[threadIdx.x] = apart(x[0],
 def compiled(code: str, name: str, arch: str, *options: str) -> tuple[bytes, str]:
     """The cubin of a source, and what the compiler says about it."""
     binding = compiler.nvrtc()
-    texts = dict(compiler.source_closure(name)) if name in compiler.SOURCES else {}
+    texts = dict(compiler.source_closure(name)) if name in compiler.sources() else {}
     texts.pop(name, None)
     program = binding.createProgram(
         code, name, compiler._encoded(texts.values()), compiler._encoded(texts)
@@ -71,13 +72,13 @@ def read(tmp_path, cubin: bytes) -> dict[str, tuple[int, int, int]]:
     }
 
 
-@pytest.mark.parametrize("source", compiler.SOURCES)
+@pytest.mark.parametrize("source", compiler.sources())
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_120"])
 def test_cubins_are_read_as_the_compiler_says(source, arch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     code = dict(compiler.source_closure(source))[source]
     values = {"ELEM": "__half", "HS": "64", "K": "256"}
-    macros = [f"-D{macro}={values[macro]}" for macro in compiler.SOURCES[source]]
+    macros = [f"-D{macro}={values[macro]}" for macro in compiler.macros(source)]
     cubin, log = compiled(code, source, compiler.OWN_FEATURES.get(arch, arch), *macros)
     assert read(tmp_path, cubin) == told(log)
     if arch != "sm_75":  # which has not the instructions of every source
@@ -159,21 +160,28 @@ def test_blocks_per_sm_keep_within_the_limits(arch, threads, registers, shared):
 # -- the table of blocks -------------------------------------------------------------------------
 
 
-def test_threads_are_those_that_ops_launches(monkeypatch):
-    from gpt2cupy.ops.embedding import embedding
-    from gpt2cupy.ops.layout import _TILE, _TILE_ROWS
+def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
+    """What ops launches with is what __launch_bounds__ says, so that a report is true."""
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.ops import layout
+    from gpt2cupy.ops.embedding import embedding, last_rows
     from gpt2cupy.ops.linear import bias_act, gemv
     from gpt2cupy.ops.norm import add_layer_norm, layer_norm
+    from gpt2cupy.ops.quantized import dequantize, quantize
 
-    seen: dict[str, int] = {}
+    seen: dict[tuple[str, str], int] = {}
 
     def launch(kernel, grid, block, args, **options):
-        seen[kernel_report._TYPE_SUFFIX.sub("", kernel.entry)] = int(np.prod(block))
+        seen[kernel.source, kernel.entry] = int(np.prod(block))
 
     # The launcher is replaced, so NumPy's arrays do for the GPU's.
-    for function in (embedding, bias_act, layer_norm):
-        monkeypatch.setitem(function.__globals__, "launch", launch)
-        monkeypatch.setitem(function.__globals__, "is_device_array", lambda array: True)
+    for function in (embedding, bias_act, layer_norm, quantize):
+        inside = function.__wrapped__.__globals__
+        monkeypatch.setitem(inside, "launch", launch)
+        if "device_empty" in inside:
+            monkeypatch.setitem(inside, "device_empty", np.empty)
+    monkeypatch.setitem(quantize.__wrapped__.__globals__, "sm_count", lambda: 132)
+    monkeypatch.setattr(registry, "_device_types", {np.ndarray, QuantizedMatrix})
     half, single = np.float16, np.float32
     x, weight, bias = np.ones((2, 768), single), np.ones(768, half), np.ones(768, half)
     out = np.empty((2, 768), half)
@@ -181,12 +189,20 @@ def test_threads_are_those_that_ops_launches(monkeypatch):
     add_layer_norm(out, x, weight, bias, out=out)
     ids = np.zeros(2, np.int32)
     embedding(ids, ids, np.ones((5, 768), half), np.ones((5, 768), half), out=x)
-    # A size that the fused kernels, which have their bounds, cannot take.
+    last_rows(x, out, np.arange(3, dtype=np.int32), out=(x, out))
+    # A size that the fused kernels cannot take.
     gemv(np.ones((1, 59), half), np.ones((8, 59), half), out=np.empty((1, 8), half))
     bias_act(out, bias, out=out)
-    launched = {entry: n for entry, n in kernel_report.THREADS.items() if entry in seen}
-    assert launched == seen and len(seen) == 5
-    assert kernel_report.THREADS["transpose"] == _TILE * _TILE_ROWS
+    matrix = quantize(x)
+    dequantize(matrix, half)
+    embedding(ids, ids, matrix, np.ones((5, 768), half), out=x)
+    for kernel in (*layout.TRANSPOSE.values(), *layout.CONVERT.values()):
+        seen[kernel.source, kernel.entry] = layout._TILE * layout._TILE_ROWS
+    assert len(seen) == 9 + 2 * 3
+    for source in {source for source, _ in seen}:
+        found = read_cubin(compiler.cubin(source, {"ELEM": "__half"}, "sm_90"))
+        for entry in (entry for at, entry in seen if at == source):
+            assert found[entry].max_threads == seen[source, entry], entry
 
 
 @pytest.mark.parametrize("k", [8, 768, 1024, 1152, 1280, 1312, 1600, 2048, 3200, 8000])

@@ -18,7 +18,7 @@ from gpt2cupy.decode import graph
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import quantized, reference, tape
 from gpt2cupy.ops.tape import recorded
-from gpt2cupy.profile import counts
+from gpt2cupy.profile import components
 from gpt2cupy.quantize import (
     GROUP,
     QuantizedMatrix,
@@ -299,9 +299,9 @@ def test_a_group_is_the_kernels_group(source):
 
 def test_a_product_is_counted_with_a_byte_per_weight():
     x, w = np.zeros((1, 128), np.float16), quantize(np.ones((24, 128), np.float32))
-    cost = counts.linear(x, w)
+    cost = ops.linear.cost(x, w)
     assert cost.bytes == x.nbytes + 24 * 128 + 24 * 2 * 2 + 24 * 2
     assert cost.flops == 2 * 24 * 128
     # Dequantised and multiplied: the bytes stand at the first of the launches.
-    parts = counts.of_parts("linear", (x, w), {"out": np.zeros((1, 24), np.float16)}, 2)
+    parts = components.costs_of(ops.linear, (x, w), {"out": np.zeros((1, 24), np.float16)}, 2)
     assert parts[0] is not None and parts[1] is None

@@ -121,7 +121,18 @@ def test_noise_is_no_reason_for_other_bits(chip, measured):
 
 
 @pytest.mark.parametrize(
-    "kept", ["{}", "[]", '{"warp": 1.0}', '"fast"', '{"graph": null, "persistent": 1.0}']
+    "kept",
+    [
+        "{}",
+        "[]",
+        '"fast"',
+        '{"graph": 2.0, "persistent": 1.0}',
+        '{"us": {"warp": 1.0}, "sources": {}}',
+        '{"us": {"graph": null, "persistent": 1.0}, "sources": {}}',
+        '{"us": {"graph": 1.0, "persistent": 2.0}, "sources": []}',
+        '{"us": {"graph": 1.0, "persistent": 2.0}, "sources": {"no_more.cu": {}}}',
+        '{"us": {"graph": 1.0, "persistent": 2.0}, "sources": {"norm.cu": {"norm.cu": "0"}}}',
+    ],
 )
 def test_what_is_kept_is_not_trusted(chip, measured, tmp_path, kept):
     folder = tmp_path / "cache"

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt2cupy import GPT2, decode, ops
+from gpt2cupy import GPT2, decode
 from gpt2cupy.decode import DecodeState, EagerDecoder
 from gpt2cupy.errors import Gpt2CupyError, InputError
+from gpt2cupy.ops import registry
 from gpt2cupy.validate import random_ids, runs
 
 # Of the workspace. Not h: fused kernels do not write it, and what is made of it follows at once.
@@ -55,22 +56,13 @@ class Departure:
 def first_ops(count: int, state: DecodeState) -> Iterator[list[Op]]:
     """Let only the first ``count`` ops of a step run; yields the list of all that it asks for."""
     asked: list[Op] = []
-    originals = {name: getattr(ops, name) for name in ops.__all__}
 
-    def limited(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            asked.append(_describe(name, options.get("out"), state, asked))
-            return originals[name](*args, **options) if len(asked) <= count else options.get("out")
+    def limited(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
+        asked.append(_describe(op.__name__, options.get("out"), state, asked))
+        return op(*args, **options) if len(asked) <= count else options.get("out")
 
-        return call
-
-    try:
-        for name in originals:
-            setattr(ops, name, limited(name))
+    with registry.observed(limited):
         yield asked
-    finally:
-        for name, function in originals.items():
-            setattr(ops, name, function)
 
 
 def _describe(name: str, out: Any, state: DecodeState, before: list[Op]) -> Op:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,11 @@ class Tally:
             self.skipped[report.nodeid] = str(reason)
         elif report.when == "call":
             self.passed += 1
+
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        # A worker of xdist says what it loaded (tests/conftest.py); one that crashed does not.
+        if "loaded" in (said := getattr(node, "workeroutput", {})):
+            record.add_loaded(said["loaded"])
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         # By --maxfail: an interrupt where xdist runs the tests.

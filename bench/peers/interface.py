@@ -8,9 +8,12 @@ each line on stdin with one line:
         -> {"load_s": ..., "first_run_s": ..., ...}
     {"do": "run", "tokens": ...}
         -> {"prefill_ms": ..., "us_per_step": ..., "ids": [...]}
+    {"do": "loaded"}
+        -> {"files": {...}, "cubins": {...}}
 
 ``prepare`` loads the checkpoint, compiles, and runs once for each number in
 ``warmup``. A run continues all prompts greedily; ``ids`` are those of the first.
+``loaded`` is asked after the runs: what of gpt2cupy a record depends on, nothing in other engines.
 What cannot be done is answered with {"error": why}.
 """
 
@@ -48,11 +51,21 @@ def serve(packages: tuple[str, ...], prepare: Callable[[Job], tuple[Run, dict[st
                 run = None  # frees what the last job held
                 run, reply = _prepare(job, prepare)
                 answer(reply)
+            elif job["do"] == "loaded":
+                answer(_loaded())
             else:
                 assert run, "prepare first"
                 answer(_figures(run, job["tokens"]))
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+
+
+def _loaded() -> dict[str, dict[str, str]]:
+    if "gpt2cupy" not in sys.modules:
+        return {"files": {}, "cubins": {}}
+    from gpt2cupy import record
+
+    return record.loaded()
 
 
 def _prepare(job: Job, prepare: Callable[[Job], Any]) -> tuple[Run, dict[str, Any]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .._version import __version__
 from ..model import GPT2
-from ..ops import compiler
+from ..ops import compiler, launch
 from ..sampling import SamplingParams
 from .eager import EagerDecoder
 from .state import DecodeState
@@ -44,7 +44,8 @@ def fastest(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> dic
         found = _kept(file, key, paths)
         if found is None:
             found = _measure(model, rows, paths)
-            kept = json.dumps(_read(file) | {key: found}, indent=1)
+            entry = {"us": found, "sources": _digests(source for source, *_ in launch.loaded)}
+            kept = json.dumps(_read(file) | {key: entry}, indent=1)
             # Where it cannot be kept, each process measures again.
             with contextlib.suppress(OSError):
                 compiler.write_atomically(file, kept.encode())
@@ -60,22 +61,32 @@ def context_of(model: GPT2) -> int:
 
 
 def _kept(file: Path, key: str, paths: dict[str, type[EagerDecoder]]) -> dict[str, float] | None:
-    """What was measured before; None if that is not known for all of the paths."""
-    found = _read(file).get(key)
+    """What was measured before; None if that is not known for all paths and today's kernels."""
+    entry = _read(file).get(key)
+    if not isinstance(entry, dict):
+        return None
+    found, sources = entry.get("us"), entry.get("sources")
     if not isinstance(found, dict) or set(found) != set(paths):
+        return None
+    if not isinstance(sources, dict) or sources != _digests(sources):
         return None
     return found if all(isinstance(us, float) for us in found.values()) else None
 
 
+def _digests(sources: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The digests of those sources that there are, and of what they include."""
+    known = {source for source in sources if source in compiler.sources()}
+    return {source: compiler.source_digests(source) for source in sorted(known)}
+
+
 def _key(model: GPT2, rows: int, paths: dict[str, type[EagerDecoder]]) -> str:
-    """What the times depend on: the GPU, the kernels, the shape."""
+    """What the times depend on beside the kernels: the GPU, the shape."""
     properties = model.xp.cuda.runtime.getDeviceProperties(model.weights.wte.device.id)
-    sources = [compiler.source_closure(name) for name in compiler.SOURCES]
-    kernels = hashlib.sha256(repr((sources, compiler.nvrtc_version())).encode()).hexdigest()[:16]
+    nvrtc = ".".join(map(str, compiler.nvrtc_version()))
     config = model.config
     shape = [config.n_layer, config.n_embd, config.n_head, config.padded_vocab_size]
     shape += [config.n_positions, rows]
-    parts = [properties["name"].decode(), __version__, kernels, model.dtype.name, *shape, *paths]
+    parts = [properties["name"].decode(), __version__, nvrtc, model.dtype.name, *shape, *paths]
     return " ".join(map(str, parts))
 
 

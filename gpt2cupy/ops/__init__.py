@@ -1,16 +1,59 @@
-"""Array functions of transformers: NumPy in -> reference.py, CuPy in -> the CUDA kernel."""
+"""Array functions of transformers: NumPy in -> reference.py, CuPy in -> the CUDA kernel.
 
-from .activation import bias_gelu, gelu, silu_mul
-from .attention import attention_decode, attention_prefill
-from .embedding import embedding, last_rows, lookup
-from .linear import bias_act, gemv, linear, norm_linear
-from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .norm_backward import layer_norm_backward, rms_norm_backward
-from .quantized import dequantize, quantize
-from .rope import rope, rope_tables
-from .sampling import sample, sample_logits, target_logprobs, top_logprobs
-from .shift import shifted_bias
-from .softmax import softmax
+A function's module is imported when the function is first used, so what was imported says what
+was used (record.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .activation import bias_gelu, gelu, silu_mul
+    from .attention import attention_decode, attention_prefill
+    from .embedding import embedding, last_rows, lookup
+    from .linear import bias_act, gemv, linear, norm_linear
+    from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+    from .norm_backward import layer_norm_backward, rms_norm_backward
+    from .quantized import dequantize, quantize
+    from .rope import rope, rope_tables
+    from .sampling import sample, sample_logits, target_logprobs, top_logprobs
+    from .shift import shifted_bias
+    from .softmax import softmax
+
+_MODULES = {
+    "add_layer_norm": "norm",
+    "add_rms_norm": "norm",
+    "attention_decode": "attention",
+    "attention_prefill": "attention",
+    "bias_act": "linear",
+    "bias_gelu": "activation",
+    "dequantize": "quantized",
+    "embedding": "embedding",
+    "gelu": "activation",
+    "gemv": "linear",
+    "last_rows": "embedding",
+    "layer_norm": "norm",
+    "layer_norm_backward": "norm_backward",
+    "linear": "linear",
+    "lookup": "embedding",
+    "norm_linear": "linear",
+    "quantize": "quantized",
+    "rms_norm": "norm",
+    "rms_norm_backward": "norm_backward",
+    "rope": "rope",
+    "rope_tables": "rope",
+    "sample": "sampling",
+    "sample_logits": "sampling",
+    "shifted_bias": "shift",
+    "silu_mul": "activation",
+    "softmax": "softmax",
+    "target_logprobs": "sampling",
+    "top_logprobs": "sampling",
+}
 
 __all__ = [
     "add_layer_norm",
@@ -42,3 +85,29 @@ __all__ = [
     "target_logprobs",
     "top_logprobs",
 ]
+
+
+class _Lazy(ModuleType):
+    """A module whose functions keep their names, also from modules that are named like them.
+
+    The import of ``ops.linear`` sets the attribute of that name, which is a function's.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = function  # the next access finds it without this
+    return function
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Lazy

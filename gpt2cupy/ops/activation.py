@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op, written
 
 Array = Any
 
@@ -33,6 +33,43 @@ def _grid(*arrays: Array) -> tuple[int, ...]:
     return (-(-arrays[0].size // (elements * _THREADS * _PIECES)),)
 
 
+def _check_gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> None:
+    if approximate not in GELU:
+        raise InputError(
+            f"unknown approximation {approximate!r}",
+            where="gelu: approximate",
+            remedy=f"Use {' or '.join(map(repr, GELU))}.",
+        )
+
+
+def _check_bias_gelu(
+    x: Array, bias: Array | None, approximate: str = "none", *, out: Array | None = None
+) -> None:
+    _check_gelu(x, approximate)
+
+
+def _gelu(x: Array, bias: Array | None, approximate: str, out: Array | None) -> Array:
+    if out is None:
+        out = device_empty(x.shape, x.dtype)
+    launch(GELU[approximate], _grid(x, out), (_THREADS,), (x, bias, out), elem=x.dtype)
+    return out
+
+
+def _cost(x: Array, bias: Array | None, out: Array | None) -> Cost:
+    """One addition, and 8 operations beside the function of Phi."""
+    return Cost(moved(x, bias) + written(out, x.size, x.dtype), 9 * x.size)
+
+
+def _gelu_cost(x: Array, out: Array | None) -> Cost:
+    return Cost(moved(x) + written(out, x.size, x.dtype), 8 * x.size)
+
+
+def _silu_cost(gate: Array, up: Array, out: Array | None) -> Cost:
+    """Negation, exponential, addition, division and product: 5 per value."""
+    return Cost(moved(gate, up) + written(out, gate.size, gate.dtype), 5 * gate.size)
+
+
+@op(reference="reference.gelu", cost=_gelu_cost, check=_check_gelu)
 def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Array:
     """``x Phi(x)``, with Phi the normal distribution function.
 
@@ -62,9 +99,10 @@ def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Ar
     -----
     Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    return bias_gelu(x, None, approximate, out=out)
+    return _gelu(x, None, approximate, out)
 
 
+@op(reference="reference.bias_gelu", cost=_cost, check=_check_bias_gelu)
 def bias_gelu(
     x: Array, bias: Array | None, approximate: str = "none", *, out: Array | None = None
 ) -> Array:
@@ -89,20 +127,10 @@ def bias_gelu(
     InputError
         As :func:`gelu`, and for a bias of another width or dtype.
     """
-    if approximate not in GELU:
-        raise InputError(
-            f"unknown approximation {approximate!r}",
-            where="gelu: approximate",
-            remedy=f"Use {' or '.join(map(repr, GELU))}.",
-        )
-    if not is_device_array(x):
-        return reference.bias_gelu(x, bias, approximate, out=out)
-    if out is None:
-        out = device_empty(x.shape, x.dtype)
-    launch(GELU[approximate], _grid(x, out), (_THREADS,), (x, bias, out), elem=x.dtype)
-    return out
+    return _gelu(x, bias, approximate, out)
 
 
+@op(reference="reference.silu_mul", cost=_silu_cost)
 def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
     """``gate / (1 + exp(-gate)) * up``: the inner activation of SwiGLU.
 
@@ -128,8 +156,6 @@ def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
     -----
     Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    if not is_device_array(gate):
-        return reference.silu_mul(gate, up, out=out)
     if out is None:
         out = device_empty(gate.shape, gate.dtype)
     launch(SILU_MUL, _grid(gate, up, out), (_THREADS,), (gate, up, out), elem=gate.dtype)

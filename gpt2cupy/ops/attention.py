@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
 from .device import has_clusters, has_mma, sm_count
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op, written
 
 Array = Any
 
@@ -72,6 +72,22 @@ def _stream_shared(warps: int, head_size: int) -> int:
     return warps * _STREAM_STAGES * 2 * keys * _pitch(head_size)
 
 
+def _decode_cost(
+    qkv: Array, slots: Array, positions: Array, out: Array | None, context: float
+) -> Cost:
+    """Keys and values of ``context`` earlier tokens per row, and the new ones written.
+
+    The context is what each row's slot holds before the step; a mean over steps is right too,
+    for the cost grows in proportion.
+    """
+    batch, channels = len(qkv), qkv.shape[1] // 3
+    size = batch * channels
+    cache = 2 * size * qkv.dtype.itemsize * (context + 1)
+    read = moved(qkv, slots, positions) + cache
+    return Cost(read + written(out, size, qkv.dtype), 4 * size * (context + 1))
+
+
+@op(reference="reference.attention_prefill")
 def attention_prefill(
     qkv: Array,
     k: Array,
@@ -117,10 +133,6 @@ def attention_prefill(
     -----
     Dao et al., "FlashAttention", 2022.
     """
-    if not is_device_array(qkv):
-        return reference.attention_prefill(
-            qkv, k, v, starts, slots, past, longest, scale, out=out, batch_invariant=batch_invariant
-        )
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
@@ -136,6 +148,7 @@ def attention_prefill(
     return out
 
 
+@op(reference="reference.attention_decode", cost=_decode_cost)
 def attention_decode(
     qkv: Array,
     k: Array,
@@ -175,10 +188,6 @@ def attention_decode(
     -----
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
-    if not is_device_array(qkv):
-        return reference.attention_decode(
-            qkv, k, v, slots, positions, scale, out=out, batch_invariant=batch_invariant
-        )
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..digest import cuda_code, digest_cuda
 from ..errors import CompileError
 from .device import import_cupy
 
@@ -28,36 +29,6 @@ MAX_HEAD_SIZE = 128
 # n_embd and inner size of GPT-2's four sizes and of the embedded model; others compile on demand.
 FAST_INNER_SIZES = (256, 768, 1024, 1280, 1600, 3072, 4096, 5120, 6400)
 
-# Every source and the macros it is compiled with.
-SOURCES: dict[str, tuple[str, ...]] = {
-    "embedding.cu": ("ELEM",),
-    "norm.cu": ("ELEM",),
-    "rms_norm.cu": ("ELEM",),
-    "norm_backward.cu": ("ELEM",),
-    "elementwise.cu": ("ELEM",),
-    "rope.cu": ("ELEM",),
-    "softmax_rows.cu": ("ELEM",),
-    "lookup.cu": ("ELEM",),
-    "sample_logits.cu": ("ELEM",),
-    "linear.cu": ("ELEM",),
-    "norm_gemv.cu": ("ELEM", "K"),
-    "skinny.cu": ("ELEM", "K"),
-    "linear_rows.cu": ("ELEM",),
-    "linear_fixed.cu": ("ELEM",),
-    "quantize.cu": ("ELEM",),
-    "gemv_int8.cu": ("ELEM", "K"),
-    "skinny_int8.cu": ("ELEM", "K"),
-    "attention_prefill.cu": ("ELEM", "HS"),
-    "attention_prefill_mma.cu": ("ELEM", "HS"),
-    "attention_decode.cu": ("ELEM", "HS"),
-    "attention_decode_mma.cu": ("ELEM", "HS"),
-    "attention_decode_rows.cu": ("ELEM", "HS"),
-    "decode_step.cu": ("ELEM", "HS", "K"),
-    "sampling.cu": (),
-    "sample_plain.cu": (),
-    "layout.cu": ("ELEM",),
-}
-
 # The first NVRTC to know them, for chips newer than the oldest NVRTC that CuPy loads.
 NEWER_CHIPS = {
     "sm_100": "12.8", "sm_120": "12.8", "sm_103": "12.9", "sm_121": "12.9", "sm_88": "13.0",
@@ -67,17 +38,6 @@ NEWER_CHIPS = {
 # By what name NVRTC compiles for a chip with instructions that only that one has: of sm_90 the
 # products of a warpgroup (wgmma).
 OWN_FEATURES = {"sm_90": "sm_90a"}
-
-# Tensor cores multiply halves.
-HALF_ONLY = (
-    "skinny.cu",
-    "skinny_int8.cu",
-    "linear_rows.cu",
-    "attention_prefill_mma.cu",
-    "attention_decode_mma.cu",
-    "attention_decode_rows.cu",
-    "decode_step.cu",
-)
 
 # decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
 # in shared memory still holds enough.
@@ -96,10 +56,11 @@ def variants(
         "HS": tuple(map(str, head_sizes)),
         "K": tuple(map(str, inner_sizes)),
     }
-    for source, macros in SOURCES.items():
-        for values in itertools.product(*(choices[macro] for macro in macros)):
-            defines = dict(zip(macros, values, strict=True))
-            if source in HALF_ONLY and "float" in values:
+    for source in sources():
+        needed = macros(source)
+        for values in itertools.product(*(choices[macro] for macro in needed)):
+            defines = dict(zip(needed, values, strict=True))
+            if "float" in values and _on_tensor_cores(source):
                 continue
             if source == "decode_step.cu" and not takes_step(defines):
                 continue
@@ -138,6 +99,37 @@ def source_closure(source: str) -> tuple[tuple[str, str], ...]:
             texts[name] = (source_dir() / name).read_text(encoding="utf-8")
             waiting += _INCLUDE.findall(texts[name])
     return tuple(sorted(texts.items()))
+
+
+def sources() -> tuple[str, ...]:
+    """Every source that is compiled by itself."""
+    return tuple(sorted(path.name for path in source_dir().glob("*.cu")))
+
+
+@functools.cache
+def macros(source: str) -> tuple[str, ...]:
+    """The macros that a source is compiled with, as its text says.
+
+    ELEM if it names the element type; HS and K if it, or what it includes, gives them a value
+    where there is none (``#ifndef K``).
+    """
+    code = {name: cuda_code(text) for name, text in source_closure(source)}
+    found = ["ELEM"] if re.search(r"\b(ELEM|elem_t)\b", code[source]) else []
+    for macro in ("HS", "K"):
+        if any(re.search(rf"^# ?ifndef {macro}$", text, re.MULTILINE) for text in code.values()):
+            found.append(macro)
+    return tuple(found)
+
+
+def _on_tensor_cores(source: str) -> bool:
+    """Whether a source multiplies on tensor cores, which take fp16 and bf16 alone."""
+    return any(name == "mma.cuh" for name, _ in source_closure(source))
+
+
+@functools.cache
+def source_digests(source: str) -> dict[str, str]:
+    """The digest of each file of :func:`source_closure`, by name."""
+    return {name: digest_cuda(text) for name, text in source_closure(source)}
 
 
 def cache_dir() -> Path:
@@ -203,7 +195,7 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
     target = OWN_FEATURES.get(arch, arch)
     options = [f"-arch={target}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
     key = hashlib.sha256(
-        repr((source_closure(source), options, nvrtc_version())).encode()
+        repr((source_digests(source), options, nvrtc_version())).encode()
     ).hexdigest()
     name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
     # One thread at a time: what the first compiles, the others find.

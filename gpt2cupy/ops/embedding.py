@@ -8,8 +8,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
-from . import quantized, reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from . import quantized
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op, written
 
 Array = Any
 
@@ -33,6 +34,14 @@ LOOKUP = {
 }
 
 
+def _cost(ids: Array, positions: Array, wte: Array, wpe: Array, out: Array | None) -> Cost:
+    """A row of each table per token, and one written of the residual stream's dtype."""
+    size = len(ids) * wte.shape[1]
+    rows = size * (wte.dtype.itemsize + wpe.dtype.itemsize)
+    return Cost(moved(ids, positions) + rows + written(out, size, np.float32), size)
+
+
+@op(reference="reference.embedding", cost=_cost)
 def embedding(
     ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
 ) -> Array:
@@ -53,8 +62,6 @@ def embedding(
     """
     if isinstance(wte, QuantizedMatrix):
         return quantized.embedding(ids, positions, wte, wpe, out=out)
-    if not is_device_array(wte):
-        return reference.embedding(ids, positions, wte, wpe, out=out)
     if out is None:
         out = device_empty((len(ids), wte.shape[1]), np.float32)
     threads = _threads(wte.shape[1])
@@ -62,6 +69,21 @@ def embedding(
     return out
 
 
+def _check_lookup(ids: Array, table: Array, *, out: Array | None = None) -> None:
+    if ids.dtype not in (np.int32, np.int64) or table.ndim != 2:
+        raise InputError(
+            f"ids are {ids.dtype.name}, and the table is of shape {list(table.shape)}",
+            where="lookup",
+            remedy="Give ids as int32 or int64, and a table of shape [V, C].",
+        )
+
+
+def _lookup_cost(ids: Array, table: Array, out: Array | None) -> Cost:
+    size = ids.size * table.shape[1]
+    return Cost(moved(ids) + size * table.itemsize + written(out, size, table.dtype), 0)
+
+
+@op(reference="reference.lookup", cost=_lookup_cost, check=_check_lookup)
 def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     """``table[ids]``: an embedding alone.
 
@@ -84,14 +106,6 @@ def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
         If ``ids`` are no integers or the table is no matrix; on the GPU also for a dtype, layout,
         alignment or device that the kernel does not take, and for an ``out`` that overlaps.
     """
-    if ids.dtype not in (np.int32, np.int64) or table.ndim != 2:
-        raise InputError(
-            f"ids are {ids.dtype.name}, and the table is of shape {list(table.shape)}",
-            where="lookup",
-            remedy="Give ids as int32 or int64, and a table of shape [V, C].",
-        )
-    if not is_device_array(table):
-        return reference.lookup(ids, table, out=out)
     channels = table.shape[1]
     if out is None:
         out = device_empty((*ids.shape, channels), table.dtype)
@@ -100,6 +114,16 @@ def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     return out
 
 
+def _check(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
+    if len(starts) != len(out[0]) + 1:
+        raise InputError(
+            f"{len(starts)} starts do not fit {len(out[0])} rows",
+            where="last_rows",
+            remedy="Give one start more than rows.",
+        )
+
+
+@op(reference="reference.last_rows", check=_check)
 def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
     """Copy the row of each packed sequence's last token.
 
@@ -118,15 +142,6 @@ def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Arr
     InputError
         If there are not as many sequences as rows of ``out``.
     """
-    if len(starts) != len(out[0]) + 1:
-        raise InputError(
-            f"{len(starts)} starts do not fit {len(out[0])} rows",
-            where="last_rows",
-            remedy="Give one start more than rows.",
-        )
-    if not is_device_array(x):
-        reference.last_rows(x, attended, starts, out=out)
-        return
     arrays = (x, attended, starts, *out)
     launch(LAST_ROWS, (len(out[0]),), (_threads(x.shape[1]),), arrays, elem=attended.dtype)
 

@@ -11,6 +11,7 @@ import functools
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ from .signature import (
 from .signature import NULL as NULL
 from .tape import THREAD, Launch, Prepared, submit
 
+# What this process loaded: source, architecture and macros -> the cubin.
+loaded: dict[tuple[str, ...], Path] = {}
 PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
 _KNOWN = 4096  # signatures that a thread remembers
 
@@ -111,7 +114,7 @@ def _load(
 ) -> Any:
     import cupy
 
-    macros = compiler.SOURCES[source]
+    macros = compiler.macros(source)
     defines = {}
     if "ELEM" in macros:
         name = np.dtype(elem).name
@@ -144,6 +147,8 @@ def _load(
             remedy="Delete the file; it is compiled again at the next start. If that does not "
             "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
         ) from error
+    about = tuple(f"{name}={value}" for name, value in defines.items())
+    loaded[(source, device_arch(device)) + about] = path  # noqa: RUF005 (Python 3.10 in an index)
     return module
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..quantize import QuantizedMatrix
-from . import blas, quantized, reference
-from .launch import device_empty, is_device_array, launch
+from . import blas, quantized
+from .launch import device_empty, launch
 from .norm import layer_norm
 from .product import (
     BIAS_ACT,
@@ -35,6 +35,7 @@ from .product import (
     takes_skinny,
     takes_skinny_norm,
 )
+from .registry import Cost, moved, op, written
 
 Array = Any
 
@@ -42,6 +43,47 @@ ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4
 _SCALAR_OUTPUTS = 4  # of a block of gemv_scalar, a warp each
 
 
+def _cost(
+    x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None
+) -> Cost:
+    """The product, 2 N M K; the epilogue is not counted, except for its bytes.
+
+    A matrix in int8 is read as it is: a byte per weight, and the scales.
+    """
+    (n, k), m = x.shape, len(weight)
+    size = written(out, n * m, (x if residual is None else residual).dtype)
+    return Cost(moved(x, weight, bias, residual) + size, 2 * n * m * k)
+
+
+def _norm_cost(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array,
+    weight: Array,
+    bias: Array | None,
+    out: Array | None,
+    shift: Array | None,
+) -> Cost:
+    """The norm once and the product, with nothing written between them."""
+    (m, k), n = weight.shape, len(x)
+    biases = (norm_bias, bias) if shift is None else (shift,)
+    size = written(out, n * m, norm_weight.dtype)
+    return Cost(moved(x, norm_weight, weight, *biases) + size, 8 * x.size + 2 * n * m * k)
+
+
+def _epilogue_cost(
+    x: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None,
+) -> Cost:
+    """An addition per bias and residual, and one operation per activated value."""
+    parts = sum(each is not None for each in (bias, residual, activation))
+    return Cost(moved(x, bias, residual) + written(out, x.size, x.dtype), parts * x.size)
+
+
+@op(reference=None, cost=_cost)
 def gemv(
     x: Array,
     weight: Array,
@@ -87,6 +129,7 @@ def gemv(
     return out
 
 
+@op(reference="reference.norm_linear", cost=_norm_cost)
 def norm_linear(
     x: Array,
     norm_weight: Array,
@@ -149,11 +192,6 @@ def norm_linear(
         return linear(
             h, weight, bias, activation=activation, out=out, backend=backend, scratch=scratch
         )
-    if not is_device_array(x):
-        norm = (x, norm_weight, norm_bias, eps)
-        return reference.norm_linear(
-            *norm, weight, bias, activation=activation, out=out, h=h, backend=backend
-        )
     fused = fused_block(weight, backend) if len(x) == 1 else None
     if fused is None or weight.shape[1] > LONGEST_NORM:
         h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
@@ -173,6 +211,7 @@ def norm_linear(
     return out
 
 
+@op(reference="reference.linear", cost=_cost)
 def linear(
     x: Array,
     weight: Array,
@@ -225,10 +264,6 @@ def linear(
             code = ACTIVATION_CODES[activation]
             return quantized.product(x, weight, bias, code, residual, out, backend)
         weight = quantized.dequantize(weight, x.dtype, scratch=scratch)
-    if not is_device_array(x):
-        return reference.linear(
-            x, weight, bias, activation=activation, residual=residual, out=out, backend=backend
-        )
     if out is None:
         out = _output(x, weight, residual)
     code = ACTIVATION_CODES[activation]
@@ -260,6 +295,7 @@ def linear(
     return bias_act(product, bias, activation, residual=residual, out=out)
 
 
+@op(reference="reference.bias_act", cost=_epilogue_cost)
 def bias_act(
     x: Array,
     bias: Array | None = None,
@@ -283,8 +319,6 @@ def bias_act(
     -------
     array [N, M]
     """
-    if not is_device_array(x):
-        return reference.bias_act(x, bias, activation, residual=residual, out=out)
     if out is None:
         out = device_empty(x.shape, x.dtype)
     blocks = min(-(-x.size // THREADS), 4096)

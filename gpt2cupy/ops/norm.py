@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op, written
 
 Array = Any
 Pair = tuple[Array | None, Array | None]
@@ -65,6 +65,34 @@ def _launch(kernel: Kernel, x: Array, itemsize: int, elem: Any, args: tuple[Any,
     launch(kernel, grid, block, args, elem=elem)
 
 
+def _norm_cost(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Cost:
+    """Mean (1), variance (3), normalise (2), weight and bias (2): 8 per value."""
+    kind = x.dtype if weight is None else weight.dtype
+    return Cost(moved(x, weight, bias) + written(out, x.size, kind), 8 * x.size)
+
+
+def _rms_cost(x: Array, weight: Array | None, out: Array | None) -> Cost:
+    """Squares (2), normalise (1), weight (1): 4 per value."""
+    kind = x.dtype if weight is None else weight.dtype
+    return Cost(moved(x, weight) + written(out, x.size, kind), 4 * x.size)
+
+
+def _add_norm_cost(
+    x: Array, residual: Array, weight: Array | None, bias: Array | None, out: Pair | None
+) -> Cost:
+    """Layer norm of the sum, which is written too."""
+    kind = x.dtype if weight is None else weight.dtype
+    y, total = (None, None) if out is None else out
+    sums = written(y, x.size, kind) + written(total, x.size, residual.dtype)
+    return Cost(moved(x, residual, weight, bias) + sums, 9 * x.size)
+
+
+def _add_rms_cost(x: Array, residual: Array, weight: Array | None, out: Pair | None) -> Cost:
+    """RMS norm of the sum, which is written too."""
+    return Cost(_add_norm_cost(x, residual, weight, None, out).bytes, 5 * x.size)
+
+
+@op(reference="reference.layer_norm", cost=_norm_cost)
 def layer_norm(
     x: Array,
     weight: Array | None,
@@ -102,8 +130,6 @@ def layer_norm(
     -----
     Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
-    if not is_device_array(x):
-        return reference.layer_norm(x, weight, bias, eps, out=out)
     elem = x.dtype if weight is None else weight.dtype
     if out is None:
         out = device_empty(x.shape, elem)
@@ -112,6 +138,7 @@ def layer_norm(
     return out
 
 
+@op(reference="reference.rms_norm", cost=_rms_cost)
 def rms_norm(
     x: Array, weight: Array | None, eps: float = 1e-6, *, out: Array | None = None
 ) -> Array:
@@ -143,8 +170,6 @@ def rms_norm(
     -----
     Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    if not is_device_array(x):
-        return reference.rms_norm(x, weight, eps, out=out)
     elem = x.dtype if weight is None else weight.dtype
     if out is None:
         out = device_empty(x.shape, elem)
@@ -152,6 +177,7 @@ def rms_norm(
     return out
 
 
+@op(reference="reference.add_layer_norm", cost=_add_norm_cost)
 def add_layer_norm(
     x: Array,
     residual: Array,
@@ -187,8 +213,6 @@ def add_layer_norm(
     InputError
         As :func:`layer_norm`.
     """
-    if not is_device_array(x):
-        return reference.add_layer_norm(x, residual, weight, bias, eps, out=out)
     elem = x.dtype if weight is None else weight.dtype
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_LAYER_NORM[residual.dtype == elem]
@@ -197,6 +221,7 @@ def add_layer_norm(
     return y, total
 
 
+@op(reference="reference.add_rms_norm", cost=_add_rms_cost)
 def add_rms_norm(
     x: Array,
     residual: Array,
@@ -231,8 +256,6 @@ def add_rms_norm(
     InputError
         As :func:`layer_norm`.
     """
-    if not is_device_array(x):
-        return reference.add_rms_norm(x, residual, weight, eps, out=out)
     elem = x.dtype if weight is None else weight.dtype
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_RMS_NORM[residual.dtype == elem]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op
 
 Array = Any
 
@@ -34,6 +34,17 @@ TOTAL = Kernel(
 )
 
 
+def _cost(dy: Array, x: Array, weight: Array | None) -> Cost:
+    """Inputs, dx, dweight, dbias; statistics (4), two sums (5), dx (5), dweight (2) per value."""
+    return Cost(moved(dy, x, weight, x) + 2 * x.shape[-1] * x.itemsize, 16 * x.size)
+
+
+def _rms_cost(dy: Array, x: Array, weight: Array | None) -> Cost:
+    """Both inputs once, dx and dweight; statistics (2), a sum (3), dx (4), dweight (2)."""
+    return Cost(moved(dy, x, weight, x) + x.shape[-1] * x.itemsize, 11 * x.size)
+
+
+@op(reference="reference.layer_norm_backward", cost=_cost)
 def layer_norm_backward(
     dy: Array, x: Array, weight: Array | None, eps: float = 1e-5
 ) -> tuple[Array, Array, Array]:
@@ -64,11 +75,10 @@ def layer_norm_backward(
     InputError
         As :func:`.layer_norm`.
     """
-    if not is_device_array(x):
-        return reference.layer_norm_backward(dy, x, weight, eps)
     return _backward(dy, x, weight, eps, True)
 
 
+@op(reference="reference.rms_norm_backward", cost=_rms_cost)
 def rms_norm_backward(
     dy: Array, x: Array, weight: Array | None, eps: float = 1e-6
 ) -> tuple[Array, Array]:
@@ -98,8 +108,6 @@ def rms_norm_backward(
     InputError
         As :func:`.layer_norm`.
     """
-    if not is_device_array(x):
-        return reference.rms_norm_backward(dy, x, weight, eps)
     return _backward(dy, x, weight, eps, False)[:2]
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from .. import quantize as host
 from ..quantize import SCALE_DTYPE, QuantizedMatrix
-from . import reference
 from .device import has_mma, sm_count
 from .launch import Kernel, device_empty, is_device_array, launch
 from .product import LONGEST, LONGEST_NORM, WARP, entries
+from .registry import op
 
 Array = Any
 
@@ -154,6 +154,7 @@ def _launch_gemv(kernel: Kernel, m: int, k: int, args: tuple[Any, ...], elem: np
     launch(kernel, (blocks,), (threads,), args, elem=elem, inner=k)
 
 
+@op(reference="reference.dequantize")
 def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = None) -> Array:
     """``values * scales``: the matrix [M, K] in full, rounded to ``dtype``.
 
@@ -166,8 +167,6 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
         Where it goes, if it is large enough; else to memory of its own.
     """
     m, k = matrix.shape
-    if not is_device_array(matrix.values):
-        return host.dequantize(matrix, dtype)
     if scratch is not None and scratch.dtype == dtype and scratch.size >= m * k:
         out = scratch[: m * k].reshape(m, k)
     else:
@@ -178,6 +177,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
     return out
 
 
+@op(reference="reference.quantize")
 def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) -> QuantizedMatrix:
     """Round a matrix to int8, with a scale for every 64 weights of a row.
 
@@ -192,13 +192,6 @@ def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) ->
     -------
     QuantizedMatrix
     """
-    if not is_device_array(x):
-        made = host.quantize(x)
-        if out is None:
-            return made
-        rows = slice(first, first + len(x))
-        out.values[rows], out.scales[:, rows] = made.values, made.scales
-        return out
     if out is None:
         scales = device_empty(host.scale_shape(x.shape), SCALE_DTYPE)
         out = QuantizedMatrix(device_empty(x.shape, np.int8), scales)
@@ -212,8 +205,6 @@ def embedding(
     ids: Array, positions: Array, wte: QuantizedMatrix, wpe: Array, *, out: Array | None = None
 ) -> Array:
     """``wte[ids] + wpe[positions]`` with the token embedding in int8."""
-    if not is_device_array(wpe):
-        return reference.embedding(ids, positions, host.dequantize(wte), wpe, out=out)
     if out is None:
         out = device_empty((len(ids), wpe.shape[1]), np.float32)
     threads = min(256, -(-wpe.shape[1] // 32) * 32)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import quantize as host
+from ..quantize import QuantizedMatrix
 from .reference_rows import (
     activate,
     add_layer_norm,
@@ -40,13 +42,16 @@ __all__ = [
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "dequantize",
     "embedding",
     "gelu",
+    "last_rows",
     "layer_norm",
     "layer_norm_backward",
     "linear",
     "lookup",
     "norm_linear",
+    "quantize",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -60,10 +65,20 @@ __all__ = [
 ]
 
 
+def _dense(matrix: Array | QuantizedMatrix, dtype: Any = np.float32) -> Array:
+    """A matrix that may be in int8 as an array."""
+    return host.dequantize(matrix, dtype) if isinstance(matrix, QuantizedMatrix) else matrix
+
+
 def embedding(
-    ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
+    ids: Array,
+    positions: Array,
+    wte: Array | QuantizedMatrix,
+    wpe: Array,
+    *,
+    out: Array | None = None,
 ) -> Array:
-    x = _wide(wte[ids]) + _wide(wpe[positions])
+    x = _wide(_dense(wte)[ids]) + _wide(wpe[positions])
     return _store(x, out, x.dtype)
 
 
@@ -117,7 +132,7 @@ def linear(
     backend: str = "ours",
     scratch: Array | None = None,
 ) -> Array:
-    wide, matrix = _wide(x), _wide(weight)
+    wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
     y = _product(wide, matrix, backend)
     if bias is not None:
         y += bias
@@ -144,6 +159,19 @@ def norm_linear(
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
     return linear(h, weight, bias, activation=activation, out=out, backend=backend)
+
+
+def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = None) -> Array:
+    return host.dequantize(matrix, dtype)
+
+
+def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) -> QuantizedMatrix:
+    made = host.quantize(x)
+    if out is None:
+        return made
+    rows = slice(first, first + len(x))
+    out.values[rows], out.scales[:, rows] = made.values, made.scales
+    return out
 
 
 def shifted_bias(

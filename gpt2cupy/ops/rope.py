@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from . import reference
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op, written
 
 Array = Any
 
@@ -54,6 +54,38 @@ def rope_tables(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def _check(
+    x: Array,
+    cosines: Array,
+    sines: Array,
+    positions: Array | None = None,
+    *,
+    interleaved: bool = False,
+    out: Array | None = None,
+) -> None:
+    if x.ndim < 2 or cosines.ndim != 2 or 2 * cosines.shape[1] > x.shape[-1]:
+        raise InputError(
+            f"x of shape {list(x.shape)} does not fit tables of shape {list(cosines.shape)}",
+            where="rope",
+            remedy="Give x as [..., heads, channels] and tables as [positions, pairs], with at "
+            "most as many pairs as a head has.",
+        )
+    if cosines.shape != sines.shape:
+        raise InputError(
+            f"sines of shape {list(sines.shape)} do not fit cosines of {list(cosines.shape)}",
+            where="rope: sines",
+            remedy="Take both from one call of rope_tables.",
+        )
+
+
+def _cost(x: Array, cosines: Array, positions: Array | None, out: Array | None) -> Cost:
+    """A row of both tables per token; a multiplication and an addition, twice, per value."""
+    tokens = x.size // max(x.shape[-1] * x.shape[-2], 1)
+    tables = 2 * tokens * cosines.shape[1] * cosines.itemsize
+    return Cost(moved(x, positions) + tables + written(out, x.size, x.dtype), 3 * x.size)
+
+
+@op(reference="reference.rope", cost=_cost, check=_check)
 def rope(
     x: Array,
     cosines: Array,
@@ -95,21 +127,6 @@ def rope(
     -----
     Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
-    if x.ndim < 2 or cosines.ndim != 2 or 2 * cosines.shape[1] > x.shape[-1]:
-        raise InputError(
-            f"x of shape {list(x.shape)} does not fit tables of shape {list(cosines.shape)}",
-            where="rope",
-            remedy="Give x as [..., heads, channels] and tables as [positions, pairs], with at "
-            "most as many pairs as a head has.",
-        )
-    if cosines.shape != sines.shape:
-        raise InputError(
-            f"sines of shape {list(sines.shape)} do not fit cosines of {list(cosines.shape)}",
-            where="rope: sines",
-            remedy="Take both from one call of rope_tables.",
-        )
-    if not is_device_array(x):
-        return reference.rope(x, cosines, sines, positions, interleaved=interleaved, out=out)
     if out is None:
         out = device_empty(x.shape, x.dtype)
     pairs = cosines.shape[1]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from . import reference
 from .device import has_clusters, sm_count
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
+from .registry import Cost, op
 
 Array = Any
 
@@ -63,6 +63,27 @@ TARGET_LOGPROBS = Kernel(
 )
 
 
+def _cost(
+    logits: Array,
+    vocab_size: int,
+    rows: Array,
+    params: Array,
+    ids: Array,
+    positions: Array,
+    steps: Array,
+    ring: Array,
+    counts: Array | None,
+    bias: Array | None,
+) -> Cost:
+    """One pass over V logits (counts, bias) per row; maximum, exponential and sum: 3 per logit."""
+    n, read = len(logits), [each for each in (logits, counts, bias) if each is not None]
+    per_row = params.shape[1] + ring.shape[2] + 2 * (ids.itemsize + positions.itemsize)
+    per_row += rows.itemsize + 2 * steps.itemsize
+    per_row += vocab_size * sum(each.itemsize for each in read)
+    return Cost(n * per_row, 3 * n * vocab_size)
+
+
+@op(reference="reference.sample", cost=_cost)
 def sample(
     logits: Array,
     vocab_size: int,
@@ -111,11 +132,6 @@ def sample(
         The caller's word that no row asks for more than a temperature (no counts,
         bias, top-k, top-p, min-p or minimum length): a faster kernel for that.
     """
-    if not is_device_array(logits):
-        reference.sample(
-            logits, vocab_size, rows, params, ids, positions, steps, ring, counts=counts, bias=bias
-        )
-        return
     state = (rows, params, ids, positions, steps, ring)
     if plain:
         parts = _parts(len(logits))
@@ -134,6 +150,45 @@ def _parts(rows: int) -> int:
     return max(parts for parts in SAMPLE_PLAIN if parts == 1 or rows * parts <= sm_count())
 
 
+def _check(
+    logits: Array,
+    positions: Array | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    out: Array | None = None,
+    scratch: Array | None = None,
+) -> None:
+    wrong = [
+        name
+        for name, fine in (
+            ("logits", logits.ndim == 2 and (logits.shape[1] > 0 or not len(logits))),
+            ("temperature", 0 <= temperature < float("inf")),
+            ("top_k", top_k >= 0),
+            ("top_p", 0 < top_p <= 1),
+            ("min_p", 0 <= min_p <= 1),
+            ("seed", 0 <= seed < 1 << 64),
+        )
+        if not fine
+    ]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]} is outside its range",
+            where=f"sample_logits: {wrong[0]}",
+            remedy="Give logits as [B, V], temperature and top_k from 0, top_p above 0 up to 1, "
+            "min_p from 0 to 1, and a seed of 64 bits.",
+        )
+
+
+def _logits_cost(logits: Array) -> Cost:
+    """The logits once, and an id per row; scale, maximum, exponential and sum: 4 per logit."""
+    return Cost(logits.nbytes + 4 * len(logits), 4 * logits.size)
+
+
+@op(reference="reference.sample_logits", cost=_logits_cost, check=_check)
 def sample_logits(
     logits: Array,
     positions: Array | None = None,
@@ -184,30 +239,6 @@ def sample_logits(
     -----
     Gumbel-max: Maddison, Tarlow, Minka, "A* Sampling", 2014.
     """
-    wrong = [
-        name
-        for name, fine in (
-            ("logits", logits.ndim == 2 and (logits.shape[1] > 0 or not len(logits))),
-            ("temperature", 0 <= temperature < float("inf")),
-            ("top_k", top_k >= 0),
-            ("top_p", 0 < top_p <= 1),
-            ("min_p", 0 <= min_p <= 1),
-            ("seed", 0 <= seed < 1 << 64),
-        )
-        if not fine
-    ]
-    if wrong:
-        raise InputError(
-            f"{wrong[0]} is outside its range",
-            where=f"sample_logits: {wrong[0]}",
-            remedy="Give logits as [B, V], temperature and top_k from 0, top_p above 0 up to 1, "
-            "min_p from 0 to 1, and a seed of 64 bits.",
-        )
-    if not is_device_array(logits):
-        return reference.sample_logits(
-            logits, positions, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            seed=seed, out=out,
-        )  # fmt: skip
     if out is None:
         out = device_empty((len(logits),), np.int32)
     if scratch is None:
@@ -219,6 +250,7 @@ def sample_logits(
     return out
 
 
+@op(reference="reference.top_logprobs")
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
     """The ``count`` most probable tokens of each row, best first, and their log-probabilities.
 
@@ -232,14 +264,13 @@ def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Arr
     ids : array of int32 [N, count]
     logprobs : array of float32 [N, count]
     """
-    if not is_device_array(logits):
-        return reference.top_logprobs(logits, vocab_size, count)
     shape = (len(logits), count)
     ids, logprobs = device_empty(shape, np.int32), device_empty(shape, np.float32)
     launch(TOP_LOGPROBS, (len(logits),), (_THREADS,), (logits, ids, logprobs, vocab_size))
     return ids, logprobs
 
 
+@op(reference="reference.target_logprobs")
 def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     """Log-probability of one given token per row; 0 where the target is no token.
 
@@ -253,8 +284,6 @@ def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     -------
     array of float32 [N]
     """
-    if not is_device_array(logits):
-        return reference.target_logprobs(logits, vocab_size, targets)
     logprobs = device_empty((len(logits),), np.float32)
     launch(TARGET_LOGPROBS, (len(logits),), (_THREADS,), (logits, targets, logprobs, vocab_size))
     return logprobs

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..quantize import QuantizedMatrix
-from . import reference
 from .launch import device_empty, is_device_array
 from .linear import gemv
 from .product import takes_norm_once
+from .registry import op
 
 Array = Any
 
@@ -20,6 +20,7 @@ def takes_shift(weight: Array | QuantizedMatrix, backend: str = "ours") -> bool:
     return is_device_array(weight) and takes_norm_once(weight, backend)
 
 
+@op(reference="reference.shifted_bias")
 def shifted_bias(
     norm_bias: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
 ) -> Array:
@@ -44,8 +45,6 @@ def shifted_bias(
     InputError
         On the GPU, for a wrong dtype, shape or layout.
     """
-    if not is_device_array(weight):
-        return reference.shifted_bias(norm_bias, weight, bias, out=out)
     if out is None:
         out = device_empty((len(weight),), np.float32)
     gemv(norm_bias[None], weight, None if bias is None else _float32(bias), out=out[None])

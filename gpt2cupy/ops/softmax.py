@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from . import reference
 from .device import current_device, has_clusters
-from .launch import Kernel, device_empty, is_device_array, launch
+from .launch import Kernel, device_empty, launch
+from .registry import Cost, moved, op, written
 
 Array = Any
 
@@ -40,6 +40,12 @@ def _blocks(
     return clustered, (rows * (_BLOCKS if clustered else 1),), (threads,)
 
 
+def _cost(x: Array, out: Array | None) -> Cost:
+    """Maximum, difference, exponential, sum and product: 5 per value."""
+    return Cost(moved(x) + written(out, x.size, x.dtype), 5 * x.size)
+
+
+@op(reference="reference.softmax", cost=_cost)
 def softmax(x: Array, *, out: Array | None = None) -> Array:
     """``exp(x - max) / sum(exp(x - max))`` over the last dimension.
 
@@ -65,8 +71,6 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
     -----
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
-    if not is_device_array(x):
-        return reference.softmax(x, out=out)
     if out is None:
         out = device_empty(x.shape, x.dtype)
     channels = x.shape[-1] if x.ndim else 0

@@ -12,6 +12,7 @@ from .compiler import STEP_HEAD_SIZE as HEAD_SIZE
 from .device import has_clusters, shared_limit, sm_count
 from .launch import Kernel, launch
 from .linear import ACTIVATION_CODES
+from .registry import Cost, moved, op
 
 Array = Any
 
@@ -75,6 +76,30 @@ def words_size(rows: int, channels: int) -> int:
     return 16 + rows * (8 * floats + 4 * elements)
 
 
+def _cost(
+    ids: Array,
+    positions: Array,
+    slots: Array,
+    weights: Mapping[str, Array],
+    k: Array,
+    out: Array,
+    context: float,
+) -> Cost:
+    """Every weight once but the embeddings, of which a row each; keys and values as attention.
+
+    What blocks tell each other is no input and no output.
+    """
+    rows, layers, channels = len(ids), len(k), weights["wpe"].shape[1]
+    layered = [each for name, each in weights.items() if name not in ("wte", "wpe", "lm_head")]
+    embedded = 2 * rows * channels * k.dtype.itemsize
+    cache = embedded * layers * (context + 1)
+    products = sum(each.size for each in layered if each.ndim == 3) + weights["lm_head"].size
+    flops = 2 * rows * products + 4 * layers * rows * channels * (context + 1)
+    read = moved(ids, positions, slots, weights["lm_head"], *layered)
+    return Cost(read + embedded + cache + out.nbytes, flops)
+
+
+@op(reference=None, cost=_cost)
 def decode_step(
     ids: Array,
     positions: Array,

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-from .. import model as model_module
 from .. import ops
 from ..decode import DecodeState, EagerDecoder
-from ..decode import eager as eager_module
-from ..decode import persistent as persistent_module
 from ..errors import InputError
 from ..model import GPT2
-from ..ops import step
+from ..ops import registry
 from ..ops.launch import is_device_array
+from ..ops.registry import Cost
 from ..ops.tape import recorded
-from . import counts
-from .counts import Cost
+from ..quantize import QuantizedMatrix
 
 # The rows of each table, in the order of the forward pass.
 TABLES: dict[str, tuple[str, ...]] = {
@@ -54,7 +49,7 @@ CACHE = ("blocks", "attention", "attention over the cache")
 SAMPLING = ("sampling",)
 # Ops with a place of their own, whatever weights they read first, and the other components that
 # they make. A kernel that fuses several rows of a table is an entry here, a row of the table,
-# what it covers, and its bytes and operations in counts.py.
+# and what it covers.
 OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "embedding": (("embeddings",), ()),
     "sample": (SAMPLING, ()),
@@ -129,54 +124,32 @@ class Op:
         return "/".join([first if self.layer is None else f"{first}.{self.layer}", *rest])
 
 
-class _Observed:
-    """Stands where :mod:`gpt2cupy.ops` stood and tells ``around`` of every call."""
-
-    def __init__(self, around: Callable[..., Any]) -> None:
-        self._around = around
-
-    def call(self, name: str, function: Any, *args: Any, **options: Any) -> Any:
-        return self._around(name, function, args, options)
-
-    def norm_linear(
-        self, x: Any, *args: Any, h: Any = None, shift: Any = None, **options: Any
-    ) -> Any:
-        """On NumPy as the two ops it is, so that both are seen; a kernel may be one."""
-        if is_device_array(x):
-            options |= {"h": h, "shift": shift}
-            return self.call("norm_linear", ops.norm_linear, x, *args, **options)
-        norm, product = args[:3], args[3:]
-        return self.linear(self.layer_norm(x, *norm, out=h), *product, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        function = functools.partial(self.call, name, getattr(ops, name))
-        setattr(self, name, function)  # the next look-up costs nothing
-        return function
-
-
 @contextlib.contextmanager
-def observed(around: Callable[..., Any]) -> Iterator[None]:
-    """Within, every op that the model or the sampler calls goes through ``around``.
+def observed(around: Callable[[registry.Op, tuple, dict[str, Any]], Any]) -> Iterator[None]:
+    """Within, every op that this thread calls goes through ``around``, a norm before its product.
 
     Parameters
     ----------
-    around : callable(name, function, args, options)
-        Has to call ``function(*args, **options)`` and return its result.
+    around : callable(op, args, options)
+        Has to call ``op(*args, **options)`` and return its result.
     """
-    stand_in = _Observed(around)
-    whole = functools.partial(stand_in.call, "decode_step", step.decode_step)
-    modules = model_module, eager_module
-    for module in modules:
-        module.ops = stand_in  # type: ignore[attr-defined]
-    persistent_module.step = SimpleNamespace(  # type: ignore[assignment, attr-defined]
-        **(vars(step) | {"decode_step": whole})
-    )
-    try:
+
+    def see(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
+        if op is not ops.norm_linear or is_device_array(args[0]):
+            return around(op, args, options)
+        # On NumPy it is two ops; a kernel may be one.
+        with registry.observed(see):
+            return _apart(*args, **options)
+
+    with registry.observed(see):
         yield
-    finally:
-        for module in modules:
-            module.ops = ops  # type: ignore[attr-defined]
-        persistent_module.step = step  # type: ignore[attr-defined]
+
+
+def _apart(
+    x: Any, weight: Any, bias: Any, eps: float, *product: Any, h: Any = None, **options: Any
+) -> Any:
+    options.pop("shift", None)  # that of a kernel of both
+    return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *product, **options)
 
 
 class _Places:
@@ -214,16 +187,14 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     """
     places, found = _Places(path.model, state), list[Op]()
 
-    def around(name: str, function: Any, args: tuple, options: dict[str, Any]) -> Any:
-        begin = len(calls)
-        result = function(*args, **options)
+    def around(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
+        begin, name = len(calls), op.__name__
+        result = op(*args, **options)
         launches = calls[begin:]
         if name == "norm_linear":
             found.extend(_norm_linear(places, args, options, launches))
         else:
-            attends = name in ("attention_decode", "decode_step")
-            given = options | ({"context": context} if attends else {})
-            costs = counts.of_parts(name, args, given, max(1, len(launches)))
+            costs = costs_of(op, args, options, max(1, len(launches)), context)
             fused = OPS[name][1] if name in OPS else ()
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
@@ -234,6 +205,29 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     return found
 
 
+def costs_of(
+    op: registry.Op, args: tuple, options: dict[str, Any], parts: int, context: float = 0.0
+) -> list[Cost | None]:
+    """The cost of each of the launches that an op was made of.
+
+    A product that the library ends without our epilogue is two launches; of any
+    other op with several, and of a product with a matrix in int8, which may be dequantised
+    first, the whole cost stands at the first.
+    """
+    in_int8 = op is ops.linear and isinstance(args[1], QuantizedMatrix)
+    if op is ops.linear and parts == 2 and not in_int8:
+        x, weight, bias = (*args, None)[:3]
+        bias, out = options.get("bias", bias), options["out"]
+        epilogue = {key: options.get(key) for key in ("activation", "residual")}
+        return [
+            ops.linear.cost(x, weight, out=out),
+            ops.bias_act.cost(out, bias, **epilogue, out=out),
+        ]
+    given = options | {"context": context} if "context" in op.cost.extras else options
+    whole = op.cost(*args, **given) if op.cost.known else None
+    return [whole, *[None] * (parts - 1)]
+
+
 def _norm_linear(
     places: _Places, args: tuple, options: dict[str, Any], launches: list[Any]
 ) -> list[Op]:
@@ -241,9 +235,9 @@ def _norm_linear(
     x, *norm, weight, bias = (*args, None)[:6]
     product_at, norm_at = places("linear", (weight,)), places("layer_norm", tuple(norm[:2]))
     if len(launches) == 1:
-        cost = counts.norm_linear(*args, **options)
+        cost = ops.norm_linear.cost(*args, **options)
         return [Op("norm_linear", *product_at, launches, [cost], fused=(norm_at[0][-1],))]
     h, rest = options["h"], {key: options.get(key) for key in ("activation", "out")}
-    first = Op("layer_norm", *norm_at, launches[:1], [counts.layer_norm(x, *norm, out=h)])
-    costs = counts.of_parts("linear", (h, weight, bias), rest, len(launches) - 1)
+    first = Op("layer_norm", *norm_at, launches[:1], [ops.layer_norm.cost(x, *norm, out=h)])
+    costs = costs_of(ops.linear, (h, weight, bias), rest, len(launches) - 1)
     return [first, Op("linear", *product_at, launches[1:], costs)]

@@ -17,6 +17,7 @@ from ..decode import choose_first, decoder
 from ..engine import Engine
 from ..errors import InputError
 from ..model import GPT2
+from ..ops import registry
 from ..sampling import SamplingParams
 from . import events
 from .components import Op, observed, ops_of_step
@@ -159,9 +160,9 @@ class Session:
         times: list[tuple[float, float]] = []
         clock = time.perf_counter
 
-        def around(name: str, function: Any, args: tuple, options: dict[str, Any]) -> Any:
+        def around(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
             start = clock()
-            result = function(*args, **options)
+            result = op(*args, **options)
             times.append((start, clock()))
             return result
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..ops.registry import Cost
 from ..timing import Timing
 from .components import COVERS, TABLES, Op
-from .counts import Cost
 from .limits import Limits
 from .timeline import Timeline
 

@@ -11,9 +11,9 @@ from pretended_gpu import PROMPT, SMALL
 
 import gpt2cupy
 from gpt2cupy import GPT2, ops, profile
-from gpt2cupy import model as model_module
 from gpt2cupy.decode import PersistentDecoder, persistent
 from gpt2cupy.errors import InputError
+from gpt2cupy.ops import registry
 from gpt2cupy.profile import components, result
 from gpt2cupy.profile.limits import Limits
 from gpt2cupy.profile.measure import Session
@@ -46,13 +46,6 @@ def test_the_cost_of_attention_is_that_of_the_mean_step(model):
     # The steps find 3, 4, 5, 6 and 7 tokens in the cache.
     cache = np.mean([2 * rows * c * 4 * (before + 1) for before in (3, 4, 5, 6, 7)])
     assert mine[0].bytes == cache + rows * (4 * c * 4 + 8)
-
-
-def test_observing_ends_with_its_block():
-    with pytest.raises(ZeroDivisionError), components.observed(lambda *_: None):
-        assert model_module.ops is not ops
-        raise ZeroDivisionError
-    assert model_module.ops is ops and gpt2cupy.decode.eager.ops is ops
 
 
 def test_profiling_changes_no_value():
@@ -133,8 +126,8 @@ def test_a_kernel_that_fuses_a_block_needs_entries_and_nothing_else(model, monke
     monkeypatch.setitem(components.OPS, "attention_block", place)
     monkeypatch.setitem(components.COVERS, "attention block", rows)
     cost = components.Cost(1000.0, 10.0)
-    monkeypatch.setitem(components.counts.COUNTS, "attention_block", lambda *_: cost)
 
+    @registry.op(reference=None, cost=lambda: cost)
     def attention_block(x, ln_w, ln_b, eps, qkv_w, qkv_b, *rest):
         return x
 
@@ -169,7 +162,9 @@ def test_a_kernel_that_fuses_a_block_needs_entries_and_nothing_else(model, monke
 def test_a_persistent_step_is_one_op_of_everything(monkeypatch, model):
     """Its bytes are those of the arrays: weights once, the past, a row of either embedding."""
     monkeypatch.setattr(persistent, "check", lambda *_: None)
-    monkeypatch.setattr(persistent.step, "decode_step", lambda *_, **options: None)
+    monkeypatch.setattr(persistent.step, "blocks", lambda channels: 1)
+    monkeypatch.setattr(persistent.step, "DECODE_STEP", {SMALL.batch: None})
+    monkeypatch.setattr(persistent.step, "launch", lambda *_, **options: None)
     session = Session(model, PROMPT, SMALL)
     state, w = session.state, model.weights
     whole, sampling = components.ops_of_step(PersistentDecoder(model), state, 6.0)

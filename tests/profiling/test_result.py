@@ -13,7 +13,7 @@ from pretended_gpu import PROMPT, SMALL
 
 from gpt2cupy import profile
 from gpt2cupy.errors import InputError
-from gpt2cupy.profile import components, counts, result
+from gpt2cupy.profile import components, result
 from gpt2cupy.profile.limits import Limits
 from gpt2cupy.profile.measure import Settings
 from gpt2cupy.profile.timeline import Timeline
@@ -140,7 +140,7 @@ def test_events_have_no_residual():
 
 
 def test_rates_and_the_share_of_the_limit():
-    op = components.Op("linear", ("lm_head",), None, [], [counts.Cost(2000.0, 500.0)])
+    op = components.Op("linear", ("lm_head",), None, [], [components.Cost(2000.0, 500.0)])
     seen = timeline([[0.0], [10.0]], [[4.0], [14.0]])
     (row,) = result.kernel_table([op], seen, LIMITS, 2)
     assert row["calls"] == 2 and row["avg_us"] == 4.0 and row["total_ms"] == 0.008

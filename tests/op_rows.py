@@ -1,0 +1,142 @@
+"""A row for each op: what it is called with, on NumPy and on the GPU (test_registry.py).
+
+A new op needs one here. What it is called with must reach every branch of its kernel that the
+shape does not choose; sizes of real models and awkward ones have tests of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from op_cases import draw
+
+from gpt2cupy import ops
+
+# Given random numbers and the dtype of a model: the op's arguments, and those with a keyword.
+Row = Callable[[np.random.Generator, np.dtype], tuple[tuple, dict[str, Any]]]
+INT = np.int32
+N, C, M = 3, 64, 96
+
+
+def _norm(rng, dtype):
+    return draw(rng, C, dtype), draw(rng, C, dtype)
+
+
+def _cache(rng, dtype):
+    """Keys and values of 3 slots, 2 heads of 32 and 16 tokens."""
+    return draw(rng, (3, 2, 16, 32), dtype), draw(rng, (3, 2, 16, 32), dtype)
+
+
+def add_layer_norm(rng, dtype):
+    return (draw(rng, (N, C), dtype), draw(rng, (N, C)), *_norm(rng, dtype)), {}
+
+
+def add_rms_norm(rng, dtype):
+    return (draw(rng, (2, N, C), dtype), draw(rng, (2, N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def attention_decode(rng, dtype):
+    rows = np.array([2, 0], INT), np.array([15, 0], INT)
+    return (draw(rng, (2, 3 * C), dtype), *_cache(rng, dtype), *rows, 0.125), {}
+
+
+def attention_prefill(rng, dtype):
+    rows = np.array([0, 4, 5], INT), np.array([1, 0], INT), np.array([3, 0], INT)
+    return (draw(rng, (5, 3 * C), dtype), *_cache(rng, dtype), *rows, 4, 0.125), {}
+
+
+def bias_act(rng, dtype):
+    x, bias = draw(rng, (N, M), dtype), draw(rng, M, dtype)
+    return (x, bias, "gelu_tanh"), {"residual": draw(rng, (N, M), dtype)}
+
+
+def bias_gelu(rng, dtype):
+    return (draw(rng, (N, M), dtype), draw(rng, M, dtype)), {}
+
+
+def embedding(rng, dtype):
+    ids, positions = np.array([4, 0, 4], INT), np.array([1, 0, 6], INT)
+    return (ids, positions, draw(rng, (5, C), dtype), draw(rng, (7, C), dtype)), {}
+
+
+def gelu(rng, dtype):
+    return (draw(rng, (2, N, M), dtype), "tanh"), {}
+
+
+def last_rows(rng, dtype):
+    out = np.zeros((2, C), np.float32), np.zeros((2, C), dtype)
+    return (draw(rng, (5, C)), draw(rng, (5, C), dtype), np.array([0, 4, 5], INT)), {"out": out}
+
+
+def layer_norm(rng, dtype):
+    return (draw(rng, (N, C)), *_norm(rng, dtype)), {}
+
+
+def layer_norm_backward(rng, dtype):
+    return (draw(rng, (N, C), dtype), draw(rng, (N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def linear(rng, dtype):
+    x, weight, bias = draw(rng, (N, C), dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)
+    return (x, weight, bias), {"activation": "gelu_tanh"}
+
+
+def lookup(rng, dtype):
+    return (np.array([[4, 0, -1], [5, 2, 2]], INT), draw(rng, (5, C), dtype)), {}
+
+
+def norm_linear(rng, dtype):
+    weight, bias = draw(rng, (M, C), dtype), draw(rng, M, dtype)
+    return (draw(rng, (1, C)), *_norm(rng, dtype), 1e-5, weight, bias), {"activation": "relu"}
+
+
+def rms_norm(rng, dtype):
+    return (draw(rng, (2, N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def rms_norm_backward(rng, dtype):
+    return layer_norm_backward(rng, dtype)
+
+
+def rope(rng, dtype):
+    tables = ops.rope_tables(16, 24)
+    positions = np.array([[3, 0, 15], [9, 16, -1]], INT)
+    return (draw(rng, (2, N, 4, 32), dtype), *tables, positions), {"interleaved": True}
+
+
+def shifted_bias(rng, dtype):
+    return (draw(rng, C, dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)), {}
+
+
+def silu_mul(rng, dtype):
+    return (draw(rng, (2, N, M), dtype), draw(rng, (2, N, M), dtype)), {}
+
+
+def softmax(rng, dtype):
+    return (draw(rng, (2, N, M), dtype),), {}
+
+
+def target_logprobs(rng, dtype):
+    return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
+
+
+ROWS: dict[str, Row] = {
+    make.__name__: make
+    for make in (
+        add_layer_norm, add_rms_norm, attention_decode, attention_prefill, bias_act, bias_gelu,
+        embedding, gelu, last_rows, layer_norm, layer_norm_backward, linear, lookup, norm_linear,
+        rms_norm, rms_norm_backward, rope, shifted_bias, silu_mul, softmax, target_logprobs,
+    )
+}  # fmt: skip
+# Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
+ELSEWHERE = {
+    "decode_step": "test_step.py",
+    "dequantize": "test_quantized.py",
+    "gemv": "test_ops.py",
+    "quantize": "test_quantized.py",
+    "sample": "test_sampling_ops.py",
+    "sample_logits": "test_row_ops.py",
+    "top_logprobs": "test_sampling_ops.py",
+}
