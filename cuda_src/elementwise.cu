@@ -35,10 +35,18 @@ __device__ inline float gelu_of(float x) {
     return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
 }
 
-__device__ inline float silu_of(float x) { return x / (1.0f + expf(-x)); }
+// Exact to float's precision takes more instructions than a result in fp16 leaves time for: the
+// hardware's exponential and division are off by a few units of float's last place.
+__device__ inline float silu_of(float x) {
+  if constexpr (sizeof(elem_t) == sizeof(float))
+    return x / (1.0f + expf(-x));
+  else
+    return __fdividef(x, 1.0f + __expf(-x));
+}
 
-// Calls use(p, row, channel) for each piece p of this thread.
-template <int VEC, typename Use>
+// Calls use(p, row, channel) for each piece p of this thread. Rows without gaps are FLAT: one row,
+// and no division.
+template <int VEC, bool FLAT, typename Use>
 __device__ inline void each_piece(int N, int C, Use use) {
   unsigned per_row = C / VEC;
   size_t pieces = (size_t)N * per_row;
@@ -47,34 +55,47 @@ __device__ inline void each_piece(int N, int C, Use use) {
   for (int p = 0; p < PIECES; p++) {
     size_t piece = first + (size_t)p * blockDim.x;
     if (piece >= pieces) continue;
-    // A division of 64 bits takes several times as long.
-    size_t row = piece >> 32 ? piece / per_row : (unsigned)piece / per_row;
-    use(p, row, (int)(piece - row * per_row) * VEC);
+    if constexpr (FLAT) {
+      use(p, (size_t)0, piece * VEC);
+    } else {
+      // A division of 64 bits takes several times as long.
+      size_t row = piece >> 32 ? piece / per_row : (unsigned)piece / per_row;
+      use(p, row, (piece - row * per_row) * VEC);
+    }
   }
 }
 
-template <int VEC, bool TANH>
+template <int VEC>
+__device__ inline Vec<elem_t, VEC> piece_at(const elem_t* source) {
+  return *reinterpret_cast<const Vec<elem_t, VEC>*>(source);
+}
+
+template <int VEC, bool FLAT, bool TANH>
 __device__ inline void gelu_pieces(
     const elem_t* x, const elem_t* bias, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  float values[PIECES][VEC];
-  each_piece<VEC>(
-      N, C, [&](int p, size_t row, int c) { load_floats(x + row * x_stride + c, values[p]); });
-  each_piece<VEC>(N, C, [&](int p, size_t row, int c) {
-    float addend[VEC] = {};
-    if (bias) load_floats(bias + c, addend);
+  Vec<elem_t, VEC> values[PIECES];
+  each_piece<VEC, FLAT>(N, C, [&](int p, size_t row, size_t c) {
+    values[p] = piece_at<VEC>(x + row * x_stride + c);
+  });
+  each_piece<VEC, FLAT>(N, C, [&](int p, size_t row, size_t c) {
+    float addend[VEC] = {}, result[VEC];
+    if (!FLAT && bias) load_floats(bias + c, addend);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) values[p][i] = gelu_of<TANH>(values[p][i] + addend[i]);
-    store_floats(y + row * y_stride + c, values[p]);
+    for (int i = 0; i < VEC; i++)
+      result[i] = gelu_of<TANH>(to_float(values[p].value[i]) + addend[i]);
+    store_floats(y + row * y_stride + c, result);
   });
 }
 
 template <bool TANH>
 __device__ inline void gelu_rows(
     const elem_t* x, const elem_t* bias, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  if ((C | x_stride | y_stride) % WIDEST<elem_t> == 0)
-    gelu_pieces<WIDEST<elem_t>, TANH>(x, bias, y, N, C, x_stride, y_stride);
+  if ((C | x_stride | y_stride) % WIDEST<elem_t> != 0)
+    gelu_pieces<1, false, TANH>(x, bias, y, N, C, x_stride, y_stride);
+  else if (!bias && x_stride == C && y_stride == C)
+    gelu_pieces<WIDEST<elem_t>, true, TANH>(x, bias, y, N, C, x_stride, y_stride);
   else
-    gelu_pieces<1, TANH>(x, bias, y, N, C, x_stride, y_stride);
+    gelu_pieces<WIDEST<elem_t>, false, TANH>(x, bias, y, N, C, x_stride, y_stride);
 }
 
 extern "C" __global__ void __launch_bounds__(256) gelu_erf(
@@ -87,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256) gelu_tanh(
   gelu_rows<true>(x, bias, y, N, C, x_stride, y_stride);
 }
 
-template <int VEC>
+template <int VEC, bool FLAT>
 __device__ inline void silu_mul_pieces(const elem_t* gate,
                                        const elem_t* up,
                                        elem_t* y,
@@ -96,15 +117,17 @@ __device__ inline void silu_mul_pieces(const elem_t* gate,
                                        int gate_stride,
                                        int up_stride,
                                        int y_stride) {
-  float gates[PIECES][VEC], ups[PIECES][VEC];
-  each_piece<VEC>(N, C, [&](int p, size_t row, int c) {
-    load_floats(gate + row * gate_stride + c, gates[p]);
-    load_floats(up + row * up_stride + c, ups[p]);
+  Vec<elem_t, VEC> gates[PIECES], ups[PIECES];
+  each_piece<VEC, FLAT>(N, C, [&](int p, size_t row, size_t c) {
+    gates[p] = piece_at<VEC>(gate + row * gate_stride + c);
+    ups[p] = piece_at<VEC>(up + row * up_stride + c);
   });
-  each_piece<VEC>(N, C, [&](int p, size_t row, int c) {
+  each_piece<VEC, FLAT>(N, C, [&](int p, size_t row, size_t c) {
+    float result[VEC];
 #pragma unroll
-    for (int i = 0; i < VEC; i++) gates[p][i] = silu_of(gates[p][i]) * ups[p][i];
-    store_floats(y + row * y_stride + c, gates[p]);
+    for (int i = 0; i < VEC; i++)
+      result[i] = silu_of(to_float(gates[p].value[i])) * to_float(ups[p].value[i]);
+    store_floats(y + row * y_stride + c, result);
   });
 }
 
@@ -116,8 +139,11 @@ extern "C" __global__ void __launch_bounds__(256) silu_mul(const elem_t* gate,
                                                            int gate_stride,
                                                            int up_stride,
                                                            int y_stride) {
-  if ((C | gate_stride | up_stride | y_stride) % WIDEST<elem_t> == 0)
-    silu_mul_pieces<WIDEST<elem_t>>(gate, up, y, N, C, gate_stride, up_stride, y_stride);
+  constexpr int VEC = WIDEST<elem_t>;
+  if ((C | gate_stride | up_stride | y_stride) % VEC != 0)
+    silu_mul_pieces<1, false>(gate, up, y, N, C, gate_stride, up_stride, y_stride);
+  else if (gate_stride == C && up_stride == C && y_stride == C)
+    silu_mul_pieces<VEC, true>(gate, up, y, N, C, gate_stride, up_stride, y_stride);
   else
-    silu_mul_pieces<1>(gate, up, y, N, C, gate_stride, up_stride, y_stride);
+    silu_mul_pieces<VEC, false>(gate, up, y, N, C, gate_stride, up_stride, y_stride);
 }

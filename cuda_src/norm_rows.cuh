@@ -9,10 +9,11 @@
 // Work      the threads along x of a block share a row, in pieces of 16 bytes of the wider type;
 //           narrow rows have a warp each, several to a block (along y). How many threads share a
 //           row follows from C alone, so that the order of a row's additions does not depend on
-//           the other rows. A row of up to four pieces a thread is loaded once and stays in
-//           registers. The mean is taken before the squares, so that an outlier channel in the
-//           thousands cancels nothing: E[x^2] - E[x]^2 loses half the digits there.
-//           Where they fit, weight and bias are loaded before the kernel waits for its predecessor.
+//           the other rows. Where there are more rows than blocks at once, a block goes from row
+//           to row, and the next is loaded while this one is summed. The mean is taken before the
+//           squares, so that an outlier channel in the thousands cancels nothing: E[x^2] - E[x]^2
+//           loses half the digits there. Where a block has one row, weight and bias are loaded
+//           before the kernel waits for its predecessor.
 // Alignment a row is read in pieces if C and all strides are multiples of a piece, else by
 // elements.
 #pragma once
@@ -33,15 +34,23 @@ struct NormRows {
   int x_stride, residual_stride, total_stride, y_stride;  // elements from row to row
 };
 
-// The sum over the threads of a row, the same in all of them; `shared` is used by no other sum.
+__device__ inline float sum_of(float4 x) { return (x.x + x.y) + (x.z + x.w); }
+
+// The sum over the threads of a row, the same in all of them. Between two uses of `shared` there
+// must be a sum by way of another.
 __device__ inline float row_sum(float x, float* shared) {
   x = warp_sum(x);
   int warps = blockDim.x / WARP;
   if (warps == 1) return x;
   if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
+  if (threadIdx.x < WARP && threadIdx.x >= warps) shared[threadIdx.x] = 0.0f;
   __syncthreads();
-  int lane = threadIdx.x % WARP;
-  return warp_sum(lane < warps ? shared[lane] : 0.0f);
+  // Every thread adds all: shuffles would take several times as long.
+  const float4* sums = reinterpret_cast<const float4*>(shared);
+  float sum = sum_of(sums[0]) + sum_of(sums[1]);
+  if (warps > 8) sum += sum_of(sums[2]) + sum_of(sums[3]);
+  if (warps > 16) sum += (sum_of(sums[4]) + sum_of(sums[5])) + (sum_of(sums[6]) + sum_of(sums[7]));
+  return sum;
 }
 
 template <int VEC>
@@ -51,6 +60,115 @@ __device__ inline void load_or(const elem_t* source, int c, float missing, float
   } else {
 #pragma unroll
     for (int i = 0; i < VEC; i++) values[i] = missing;
+  }
+}
+
+// x^-1/2. The hardware's is off by up to two units of the last place, of which a channel of
+// thousands makes much; float gets a step of Newton's method, with the product's rounding error.
+__device__ inline float one_over_root(float x) {
+  float root = rsqrtf(x);
+  if constexpr (sizeof(elem_t) == sizeof(float)) {
+    float product = __fmul_rn(x, root), lost = fmaf(x, root, -product);
+    float rest = fmaf(lost, root, fmaf(product, root, -1.0f));
+    if (x > 0.0f && x < __int_as_float(0x7f800000)) root = fmaf(-0.5f * root, rest, root);
+  }
+  return root;
+}
+
+// Squares that no compiler merges with an addition: the same bits wherever they are summed.
+template <int N>
+__device__ inline float sum_of_squares(const float (&x)[N], float mean) {
+  float squares[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) squares[i] = __fmul_rn(x[i] - mean, x[i] - mean);
+  return sum_of(squares);
+}
+
+// Rows of up to S pieces a thread. With MANY rows a block, registers hold the next row while this
+// one is summed, and parameters come from the L1 cache; otherwise registers hold the parameters.
+// A sum's two inputs leave no room for the next row.
+template <int VEC, int S, bool MANY, bool CENTRED, bool ADD, typename X, typename R>
+__device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*shared)[WARP]) {
+  constexpr bool PREFETCH = MANY && !ADD;
+  const int C = rows.C, step = blockDim.x * VEC, first = threadIdx.x * VEC;
+  int row = blockIdx.x * blockDim.y + threadIdx.y;
+  if (row >= rows.N) return;  // a whole warp, or none of the block
+  Vec<elem_t, VEC> weight[S], bias[S];
+  auto load_parameters = [&] {
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int c = first + s * step;
+      if (c >= C) continue;
+      if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
+      if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
+    }
+  };
+  if constexpr (!MANY) load_parameters();
+  const float share = 1.0f / C;
+  Vec<X, VEC> x[S];
+  Vec<R, VEC> residual[ADD ? S : 1];
+  auto load = [&](int from) {
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int c = first + s * step;
+      if (c >= C) continue;
+      x[s] = *reinterpret_cast<const Vec<X, VEC>*>(rows.x + (size_t)from * rows.x_stride + c);
+      if constexpr (ADD)
+        residual[s] = *reinterpret_cast<const Vec<R, VEC>*>(
+            rows.residual + (size_t)from * rows.residual_stride + c);
+    }
+  };
+  wait_for_inputs();
+
+  load(row);
+  for (int turn = 0;; turn ^= 1) {
+    float values[S][VEC];
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int c = first + s * step;
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+        values[s][i] = c < C ? to_float(x[s].value[i]) : 0.0f;
+        if constexpr (ADD)
+          if (c < C)
+            values[s][i] = to_float(from_float<R>(values[s][i] + to_float(residual[s].value[i])));
+      }
+      if constexpr (ADD)
+        if (c < C) store_floats(rows.total + (size_t)row * rows.total_stride + c, values[s]);
+    }
+    int next = row + gridDim.x * blockDim.y;
+    if constexpr (PREFETCH)
+      if (next < rows.N) load(next);
+
+    float mean = 0.0f, part = 0.0f;
+    if constexpr (CENTRED) {
+#pragma unroll
+      for (int s = 0; s < S; s++) part += sum_of(values[s]);
+      mean = row_sum(part, shared[0]) * share;
+      part = 0.0f;
+    }
+#pragma unroll
+    for (int s = 0; s < S; s++)
+      if (!CENTRED || first + s * step < C) part += sum_of_squares(values[s], mean);
+    float scale = one_over_root(fmaf(row_sum(part, shared[CENTRED ? 1 : turn]), share, rows.eps));
+    if constexpr (MANY) load_parameters();
+#pragma unroll
+    for (int s = 0; s < S; s++) {
+      int c = first + s * step;
+      if (c >= C) continue;
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+        float w = rows.weight ? to_float(weight[s].value[i]) : 1.0f;
+        float b = CENTRED && rows.bias ? to_float(bias[s].value[i]) : 0.0f;
+        float n = (values[s][i] - mean) * scale;
+        values[s][i] = CENTRED ? fmaf(n, w, b) : n * w;
+      }
+      store_floats(rows.y + (size_t)row * rows.y_stride + c, values[s]);
+    }
+    if constexpr (!MANY && VEC > 1) return;
+    if (next >= rows.N) return;
+    row = next;
+    if constexpr (!PREFETCH) load(row);
   }
 }
 
@@ -68,83 +186,17 @@ __device__ inline void take_piece(
   }
 }
 
-// A row of up to S pieces a thread.
-template <int VEC, int S, bool CENTRED, bool ADD, typename X, typename R>
-__device__ inline void row_in_registers(const NormRows<X, R>& rows,
-                                        int row,
-                                        float (*shared)[WARP]) {
-  constexpr bool AHEAD = S <= 2 || VEC == 1;  // the parameters fit into registers beside the row
-  const int C = rows.C, step = blockDim.x * VEC, first = threadIdx.x * VEC;
-  Vec<elem_t, VEC> weight[AHEAD ? S : 1], bias[AHEAD ? S : 1];
-  if constexpr (AHEAD) {
-#pragma unroll
-    for (int s = 0; s < S; s++) {
-      int c = first + s * step;
-      if (c >= C) continue;
-      if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
-      if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
-    }
-  }
-  const X* x = rows.x + (size_t)row * rows.x_stride;
-  const R* residual = ADD ? rows.residual + (size_t)row * rows.residual_stride : nullptr;
-  R* total = ADD ? rows.total + (size_t)row * rows.total_stride : nullptr;
-  elem_t* y = rows.y + (size_t)row * rows.y_stride;
-  wait_for_inputs();
-
-  float values[S][VEC] = {};
-#pragma unroll
-  for (int s = 0; s < S; s++) {
-    int c = first + s * step;
-    if (c < C) take_piece<VEC, ADD>(x, residual, total, c, values[s]);
-  }
-  float mean = 0.0f, part = 0.0f;
-  if constexpr (CENTRED) {
-#pragma unroll
-    for (int s = 0; s < S; s++) part += sum_of(values[s]);
-    mean = row_sum(part, shared[0]) / C;
-    part = 0.0f;
-  }
-#pragma unroll
-  for (int s = 0; s < S; s++) {
-    float squares[VEC];
-#pragma unroll
-    for (int i = 0; i < VEC; i++) squares[i] = (values[s][i] - mean) * (values[s][i] - mean);
-    if (!CENTRED || first + s * step < C) part += sum_of(squares);
-  }
-  float scale = rsqrtf(row_sum(part, shared[1]) / C + rows.eps);
-#pragma unroll
-  for (int s = 0; s < S; s++) {
-    int c = first + s * step;
-    if (c >= C) continue;
-    float w[VEC], b[VEC];
-    if constexpr (AHEAD) {
-#pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        w[i] = rows.weight ? to_float(weight[s].value[i]) : 1.0f;
-        b[i] = CENTRED && rows.bias ? to_float(bias[s].value[i]) : 0.0f;
-      }
-    } else {
-      load_or(rows.weight, c, 1.0f, w);
-      load_or(CENTRED ? rows.bias : nullptr, c, 0.0f, b);
-    }
-#pragma unroll
-    for (int i = 0; i < VEC; i++) {
-      float y = (values[s][i] - mean) * scale * w[i];
-      values[s][i] = CENTRED ? y + b[i] : y;
-    }
-    store_floats(y + c, values[s]);
-  }
-}
-
 // A row of any width, read once for each sum and once more: again from a cache, mostly.
 template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
-__device__ inline void row_in_passes(const NormRows<X, R>& rows, int row, float (*shared)[WARP]) {
+__device__ inline void row_in_passes(const NormRows<X, R>& rows,
+                                     int row,
+                                     float* shared,
+                                     float* shared_again) {
   const int C = rows.C, step = blockDim.x * VEC, first = threadIdx.x * VEC;
   const X* x = rows.x + (size_t)row * rows.x_stride;
   const R* residual = ADD ? rows.residual + (size_t)row * rows.residual_stride : nullptr;
   R* total = ADD ? rows.total + (size_t)row * rows.total_stride : nullptr;
   elem_t* y = rows.y + (size_t)row * rows.y_stride;
-  wait_for_inputs();
 
   float values[VEC], sum = 0.0f, squares = 0.0f, mean = 0.0f;
   for (int c = first; c < C; c += step) {
@@ -163,7 +215,7 @@ __device__ inline void row_in_passes(const NormRows<X, R>& rows, int row, float 
       load_floats(x + c, values);
   };
   if constexpr (CENTRED) {
-    mean = row_sum(sum, shared[0]) / C;
+    mean = row_sum(sum, shared) / C;
     squares = 0.0f;
     for (int c = first; c < C; c += step) {
       again(c);
@@ -171,7 +223,7 @@ __device__ inline void row_in_passes(const NormRows<X, R>& rows, int row, float 
       for (int i = 0; i < VEC; i++) squares += (values[i] - mean) * (values[i] - mean);
     }
   }
-  float scale = rsqrtf(row_sum(squares, shared[1]) / C + rows.eps);
+  float scale = one_over_root(row_sum(squares, shared_again) / C + rows.eps);
   for (int c = first; c < C; c += step) {
     float w[VEC], b[VEC];
     again(c);
@@ -186,28 +238,33 @@ __device__ inline void row_in_passes(const NormRows<X, R>& rows, int row, float 
   }
 }
 
+template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
+__device__ inline void rows_in_passes(const NormRows<X, R>& rows, float (*shared)[WARP]) {
+  wait_for_inputs();
+  int turn = 0;
+  for (int row = blockIdx.x; row < rows.N; row += gridDim.x, turn ^= 1)
+    row_in_passes<VEC, CENTRED, ADD>(rows, row, shared[0], shared[CENTRED ? 1 : turn]);
+}
+
 template <bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void norm_rows(const NormRows<X, R>& rows) {
-  __shared__ float shared[2][WARP];
+  __shared__ alignas(16) float shared[2][WARP];
   constexpr int WIDE = sizeof(X) > sizeof(elem_t) || (ADD && sizeof(R) > sizeof(elem_t))
                            ? WIDEST<float>
                            : WIDEST<elem_t>;
   release_dependents();
-  int row = blockIdx.x * blockDim.y + threadIdx.y;
-  if (row >= rows.N) return;  // a whole warp, or none of the block
   int strides = rows.x_stride | rows.y_stride;
   if constexpr (ADD) strides |= rows.residual_stride | rows.total_stride;
   if ((rows.C | strides) % WIDE == 0) {
-    int pieces = rows.C / WIDE;
-    if (pieces <= 2 * (int)blockDim.x)
-      row_in_registers<WIDE, 2, CENTRED, ADD>(rows, row, shared);
-    else if (pieces <= 4 * (int)blockDim.x)
-      row_in_registers<WIDE, 4, CENTRED, ADD>(rows, row, shared);
+    if (rows.C / WIDE > 2 * (int)blockDim.x)
+      rows_in_passes<WIDE, CENTRED, ADD>(rows, shared);
+    else if (rows.N > gridDim.x * blockDim.y)
+      rows_in_registers<WIDE, 2, true, CENTRED, ADD>(rows, shared);
     else
-      row_in_passes<WIDE, CENTRED, ADD>(rows, row, shared);
+      rows_in_registers<WIDE, 2, false, CENTRED, ADD>(rows, shared);
   } else if (rows.C <= 4 * (int)blockDim.x) {
-    row_in_registers<1, 4, CENTRED, ADD>(rows, row, shared);
+    rows_in_registers<1, 4, false, CENTRED, ADD>(rows, shared);
   } else {
-    row_in_passes<1, CENTRED, ADD>(rows, row, shared);
+    rows_in_passes<1, CENTRED, ADD>(rows, shared);
   }
 }

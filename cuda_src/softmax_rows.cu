@@ -13,6 +13,7 @@
 #include "common.cuh"
 
 constexpr int BLOCKS = 8;  // of a cluster
+constexpr int HELD = 16;   // channels that a thread keeps in registers
 
 struct alignas(8) SoftmaxState {
   float m;  // largest value, -inf of nothing
@@ -86,18 +87,54 @@ __device__ inline SoftmaxState row_state(SoftmaxState own, SoftmaxState* shared)
   return own;
 }
 
-// Channels from `first` to `last` of a row, up to S pieces a thread.
+// A row in pieces that lie at multiples of their size in memory, also where the row begins between
+// two: piece p holds the channels from p VEC - `before` on, and those outside the row count as
+// -inf.
+template <int VEC>
+struct Pieces {
+  const elem_t* x;
+  elem_t* y;
+  int C, before;
+
+  __device__ bool inside(int c) const { return c >= 0 && c + VEC <= C; }
+
+  __device__ void load(int piece, float (&values)[VEC]) const {
+    int c = piece * VEC - before;
+    if (inside(c)) {
+      load_floats(x + c, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < VEC; i++)
+        values[i] = c + i >= 0 && c + i < C ? to_float(x[c + i]) : MINUS_INFINITY;
+    }
+  }
+
+  __device__ void store(int piece, const float (&values)[VEC]) const {
+    int c = piece * VEC - before;
+    if (inside(c)) {
+      store_floats(y + c, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < VEC; i++)
+        if (c + i >= 0 && c + i < C) y[c + i] = from_float<elem_t>(values[i]);
+    }
+  }
+};
+
+// Pieces from `first` to `last` of a row, up to S a thread.
 template <int VEC, int S, bool CLUSTERED>
-__device__ inline void softmax_in_registers(
-    const elem_t* x, elem_t* y, int first, int last, SoftmaxState* shared) {
+__device__ inline void softmax_in_registers(const Pieces<VEC>& row,
+                                            int first,
+                                            int last,
+                                            SoftmaxState* shared) {
   float values[S][VEC];
   SoftmaxState own = {MINUS_INFINITY, 0.0f};
-  const int step = blockDim.x * VEC, start = first + threadIdx.x * VEC;
+  const int start = first + threadIdx.x;
 #pragma unroll
   for (int s = 0; s < S; s++) {
-    int c = start + s * step;
-    if (c < last) {
-      load_floats(x + c, values[s]);
+    int piece = start + s * blockDim.x;
+    if (piece < last) {
+      row.load(piece, values[s]);
     } else {
 #pragma unroll
       for (int i = 0; i < VEC; i++) values[s][i] = MINUS_INFINITY;
@@ -118,23 +155,24 @@ __device__ inline void softmax_in_registers(
   float scale = exponential(mine - base(all.m)) / all.l;
 #pragma unroll
   for (int s = 0; s < S; s++) {
-    int c = start + s * step;
-    if (c >= last) continue;
+    int piece = start + s * blockDim.x;
+    if (piece >= last) continue;
 #pragma unroll
     for (int i = 0; i < VEC; i++) values[s][i] *= scale;
-    store_floats(y + c, values[s]);
+    row.store(piece, values[s]);
   }
 }
 
-// The same in two passes, for any number of channels.
+// The same in two passes, for any number of pieces.
 template <int VEC, bool CLUSTERED>
-__device__ inline void softmax_in_passes(
-    const elem_t* x, elem_t* y, int first, int last, SoftmaxState* shared) {
+__device__ inline void softmax_in_passes(const Pieces<VEC>& row,
+                                         int first,
+                                         int last,
+                                         SoftmaxState* shared) {
   SoftmaxState own = {MINUS_INFINITY, 0.0f};
-  const int step = blockDim.x * VEC, start = first + threadIdx.x * VEC;
   float values[VEC];
-  for (int c = start; c < last; c += step) {
-    load_floats(x + c, values);
+  for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
+    row.load(piece, values);
     float m = own.m;
 #pragma unroll
     for (int i = 0; i < VEC; i++) m = fmaxf(m, values[i]);
@@ -146,41 +184,42 @@ __device__ inline void softmax_in_passes(
   }
   SoftmaxState all = row_state<CLUSTERED>(own, shared);
   float m = base(all.m), scale = 1.0f / all.l;
-  for (int c = start; c < last; c += step) {
-    load_floats(x + c, values);
+  for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
+    row.load(piece, values);
 #pragma unroll
     for (int i = 0; i < VEC; i++) values[i] = exponential(values[i] - m) * scale;
-    store_floats(y + c, values);
+    row.store(piece, values);
   }
+}
+
+template <int VEC, bool CLUSTERED>
+__device__ inline void softmax_row(const Pieces<VEC>& row, SoftmaxState* shared) {
+  constexpr int S = HELD / VEC;
+  int blocks = CLUSTERED ? cluster_size() : 1, rank = CLUSTERED ? cluster_rank() : 0;
+  int pieces = (row.C + row.before + VEC - 1) / VEC;
+  int share = (pieces + blocks - 1) / blocks;
+  int first = min(rank * share, pieces), last = min((rank + 1) * share, pieces);
+  if (share <= S * (int)blockDim.x)
+    softmax_in_registers<VEC, S, CLUSTERED>(row, first, last, shared);
+  else
+    softmax_in_passes<VEC, CLUSTERED>(row, first, last, shared);
 }
 
 template <bool CLUSTERED>
 __device__ inline void softmax_rows(
     const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
   __shared__ SoftmaxState shared[WARP + 1];
-  int blocks = CLUSTERED ? cluster_size() : 1;
-  int row = CLUSTERED ? blockIdx.x / blocks : blockIdx.x * blockDim.y + threadIdx.y;
+  int row = CLUSTERED ? blockIdx.x / cluster_size() : blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= N) return;  // whole warps of a block without clusters
   x += (size_t)row * x_stride;
   y += (size_t)row * y_stride;
   constexpr int WIDE = WIDEST<elem_t>;
-  constexpr int S = 4, SCALARS = 8;
-  bool wide = (C | x_stride | y_stride) % WIDE == 0;
-  int vec = wide ? WIDE : 1, pieces = C / vec;
-  int share = (pieces + blocks - 1) / blocks;
-  int rank = CLUSTERED ? cluster_rank() : 0;
-  int first = min(rank * share, pieces) * vec, last = min((rank + 1) * share, pieces) * vec;
-  int threads = blockDim.x;
-  if (wide) {
-    if (share <= S * threads)
-      softmax_in_registers<WIDE, S, CLUSTERED>(x, y, first, last, shared);
-    else
-      softmax_in_passes<WIDE, CLUSTERED>(x, y, first, last, shared);
-  } else if (share <= SCALARS * threads) {
-    softmax_in_registers<1, SCALARS, CLUSTERED>(x, y, first, last, shared);
-  } else {
-    softmax_in_passes<1, CLUSTERED>(x, y, first, last, shared);
-  }
+  int before = (size_t)x / sizeof(elem_t) % WIDE;
+  // Element by element where x and y begin at different places between two pieces.
+  if ((size_t)y / sizeof(elem_t) % WIDE == before)
+    softmax_row<WIDE, CLUSTERED>({x, y, C, before}, shared);
+  else
+    softmax_row<1, CLUSTERED>({x, y, C, 0}, shared);
   if constexpr (CLUSTERED) cluster_wait();
 }
 
@@ -189,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   softmax_rows<false>(x, y, N, C, x_stride, y_stride);
 }
 
-extern "C" __global__ void CLUSTER(BLOCKS) __launch_bounds__(1024)
+extern "C" __global__ void CLUSTER(BLOCKS) __launch_bounds__(512)
     softmax_c8(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
   softmax_rows<true>(x, y, N, C, x_stride, y_stride);
 }

@@ -11,7 +11,6 @@ compiles and launches the kernels. This is the only module that imports PyTorch.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +50,7 @@ _DTYPES = {
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
 }
+_PLAIN = (Tensor, torch.nn.Parameter)
 _KNOWN = 4096  # signatures that a thread remembers
 _library = torch.library.Library("gpt2cupy", "DEF")
 
@@ -67,12 +67,17 @@ _programs = _Programs()
 
 def _run(
     name: str, call: Callable[..., Any], tensors: tuple[Tensor | None, ...], *rest: Any
-) -> Any:
+) -> None:
     """``call`` of :mod:`gpt2cupy.ops` on tensors, followed by what else it takes.
 
     The first time it runs on CuPy arrays over the tensors' memory, and its launches are kept; a
     call with tensors of the same shapes, strides, dtypes and device only changes their pointers.
+    The first tensor is never None.
     """
+    device = tensors[0].get_device()  # type: ignore[union-attr]
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return _run(name, call, tensors, *rest)
     facts: list[Any] = [name, rest]
     pointers, bits = [], 0
     for tensor in tensors:
@@ -80,25 +85,25 @@ def _run(
             facts.append(None)
             pointers.append(0)
             continue
-        facts += (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
+        shape = tensor.shape
+        layout = shape if tensor.is_contiguous() else (shape, tensor.stride())
+        facts += (layout, tensor.dtype, tensor.get_device())
         pointer = tensor.data_ptr()
         pointers.append(pointer)
         bits |= pointer
     pointers.append(0)  # the last: of an array that no tensor is
     key = tuple(facts)
-    device = next(t.get_device() for t in tensors if t is not None)
-    here = torch.cuda.current_device() == device
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        program = _programs.known.get(key)
-        if program is None or bits % 16:
-            program = _checked(call, tensors, rest, device)
-            if len(_programs.known) >= _KNOWN:
-                _programs.known.clear()
-            if not bits % 16:
-                _programs.known[key] = program
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        for prepared, places in program:
-            prepared.run_on(stream, tuple([pointers[place] for place in places]))
+    program = _programs.known.get(key)
+    if program is None or bits % 16:
+        program = _checked(call, tensors, rest, device)
+        if len(_programs.known) >= _KNOWN:
+            _programs.known.clear()
+        if not bits % 16:
+            _programs.known[key] = program
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    for prepared, places in program:
+        prepared.run_on(stream, [pointers[place] for place in places])
+    return None
 
 
 def _checked(
@@ -146,7 +151,14 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         _library.impl(name, implementation, "CUDA")
         _library.impl(name, lambda *args: _refuse_host(name, args), "CPU")
         torch.library.register_fake(f"gpt2cupy::{name}", fake, lib=_library)
-        return getattr(torch.ops.gpt2cupy, name).default
+        operator = getattr(torch.ops.gpt2cupy, name).default
+
+        def call(*args: Any) -> Any:
+            if _direct(*[given for given in args if isinstance(given, Tensor)]):
+                return implementation(*args)
+            return operator(*args)
+
+        return call
 
     return register
 
@@ -173,8 +185,30 @@ def _refuse_gradient(name: str, *tensors: Tensor | None) -> None:
         )
 
 
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether a call can do without PyTorch's dispatcher, which takes longer than a launch.
+
+    It can where nobody would see it there: plain tensors on a GPU, no tracing, no gradient.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    graded = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not tensor.is_cuda:
+            return False
+        if (graded and tensor.requires_grad) or torch._C._functorch.is_functorch_wrapped_tensor(
+            tensor
+        ):
+            return False
+    return True
+
+
 def _like(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """What a norm of x is written to."""
+    if (weight is None or weight.dtype == x.dtype) and x.is_contiguous():
+        return torch.empty_like(x)
     return torch.empty(x.shape, dtype=(x if weight is None else weight).dtype, device=x.device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from .device import sm_count
 from .launch import Kernel, device_empty, launch
 from .registry import Cost, moved, op, written
 
@@ -15,6 +16,7 @@ Array = Any
 Pair = tuple[Array | None, Array | None]
 
 _WARPS = 4  # rows of a block where a row has a warp
+_THREADS = 1024  # of a multiprocessor that run at once, by the registers that they need
 
 
 def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], dict[bool, Kernel]]:
@@ -52,11 +54,15 @@ def _blocks(size: int, channels: int, itemsize: int) -> tuple[tuple[int, ...], t
     """
     rows = size // channels if channels else 0
     elements = 16 // itemsize
-    pieces = channels if channels % elements else channels // elements
-    if pieces <= 4 * 32:
-        return (-(-rows // _WARPS),), (32, _WARPS)
-    each = 2 if pieces <= 2 * 512 else 4
-    return (rows,), (min(1024, -(-pieces // (32 * each)) * 32),)
+    # Pieces of a row, and how many of them a thread keeps in registers.
+    pieces, each = (channels, 4) if channels % elements else (channels // elements, 2)
+    if pieces <= each * 32:
+        blocks, block = -(-rows // _WARPS), (32, _WARPS)
+    else:
+        blocks, block = rows, (min(1024, -(-pieces // (32 * each)) * 32), 1)
+    # A block takes several rows where not all run at once.
+    at_once = max(1, _THREADS // (block[0] * block[1])) * sm_count()
+    return (min(blocks, at_once),), block
 
 
 def _launch(kernel: Kernel, x: Array, itemsize: int, elem: Any, args: tuple[Any, ...]) -> None:

@@ -13,6 +13,7 @@ Array = Any
 
 _WARPS = 4  # rows of a block where a row has a warp
 _BLOCKS = 8  # BLOCKS in softmax_rows.cu: of a cluster
+_HELD = 16  # HELD in softmax_rows.cu: channels of a thread
 _WIDE = 8192  # channels from which on a row has a cluster
 _SOFTMAX = "x: ELEM[*N,C], out: ELEM[*N,C]~, N, C, x_stride, out_stride"
 # By whether the blocks of a cluster share a row.
@@ -28,16 +29,14 @@ def _blocks(
 ) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
     """Whether clusters share a row, grid and block; they follow from the row alone."""
     rows = size // channels if channels else 0
-    elements = 16 // itemsize
-    # Pieces of a row, and how many of them a thread keeps in registers.
-    pieces, most = (channels, 8) if channels % elements else (channels // elements, 4)
-    if pieces <= most * 32:
+    # The row may begin between two pieces, and a piece more hold its end.
+    if channels + 16 // itemsize <= _HELD * 32:
         return False, (-(-rows // _WARPS),), (32, _WARPS)
     clustered = channels >= _WIDE and has_clusters()
-    share = -(-pieces // _BLOCKS) if clustered else pieces
-    each = most // 2 if share <= most // 2 * 512 else most
-    threads = min(1024, -(-share // (32 * each)) * 32)
-    return clustered, (rows * (_BLOCKS if clustered else 1),), (threads,)
+    blocks, most = (_BLOCKS, 512) if clustered else (1, 1024)
+    share = -(-channels // blocks) + 16 // itemsize
+    threads = min(most, -(-share // (32 * _HELD)) * 32)
+    return clustered, (rows * blocks,), (threads,)
 
 
 def _cost(x: Array, out: Array | None) -> Cost:
