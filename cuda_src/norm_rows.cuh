@@ -86,25 +86,23 @@ __device__ inline float sum_of_squares(const float (&x)[N], float mean) {
 
 // Rows of up to S pieces a thread. With MANY rows a block, registers hold the next row while this
 // one is summed, and parameters come from the L1 cache; otherwise registers hold the parameters.
-// A sum's two inputs leave no room for the next row.
 template <int VEC, int S, bool MANY, bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*shared)[WARP]) {
-  constexpr bool PREFETCH = MANY && !ADD;
   const int C = rows.C, step = blockDim.x * VEC, first = threadIdx.x * VEC;
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows.N) return;  // a whole warp, or none of the block
   Vec<elem_t, VEC> weight[S], bias[S];
-  auto load_parameters = [&] {
-#pragma unroll
-    for (int s = 0; s < S; s++) {
-      int c = first + s * step;
-      if (c >= C) continue;
-      if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
-      if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
-    }
+  auto load_parameters = [&](int s, int c) {
+    if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
+    if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
   };
-  if constexpr (!MANY) load_parameters();
+  if constexpr (!MANY) {
+#pragma unroll
+    for (int s = 0; s < S; s++)
+      if (first + s * step < C) load_parameters(s, first + s * step);
+  }
   const float share = 1.0f / C;
+  const bool weighted = rows.weight, biased = CENTRED && rows.bias;
   Vec<X, VEC> x[S];
   Vec<R, VEC> residual[ADD ? S : 1];
   auto load = [&](int from) {
@@ -137,9 +135,6 @@ __device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*sha
         if (c < C) store_floats(rows.total + (size_t)row * rows.total_stride + c, values[s]);
     }
     int next = row + gridDim.x * blockDim.y;
-    if constexpr (PREFETCH)
-      if (next < rows.N) load(next);
-
     float mean = 0.0f, part = 0.0f;
     if constexpr (CENTRED) {
 #pragma unroll
@@ -147,28 +142,28 @@ __device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*sha
       mean = row_sum(part, shared[0]) * share;
       part = 0.0f;
     }
+    if constexpr (MANY)
+      if (next < rows.N) load(next);
 #pragma unroll
     for (int s = 0; s < S; s++)
       if (!CENTRED || first + s * step < C) part += sum_of_squares(values[s], mean);
     float scale = one_over_root(fmaf(row_sum(part, shared[CENTRED ? 1 : turn]), share, rows.eps));
-    if constexpr (MANY) load_parameters();
 #pragma unroll
     for (int s = 0; s < S; s++) {
       int c = first + s * step;
       if (c >= C) continue;
+      if constexpr (MANY) load_parameters(s, c);
 #pragma unroll
       for (int i = 0; i < VEC; i++) {
-        float w = rows.weight ? to_float(weight[s].value[i]) : 1.0f;
-        float b = CENTRED && rows.bias ? to_float(bias[s].value[i]) : 0.0f;
+        float w = weighted ? to_float(weight[s].value[i]) : 1.0f;
+        float b = biased ? to_float(bias[s].value[i]) : 0.0f;
         float n = (values[s][i] - mean) * scale;
         values[s][i] = CENTRED ? fmaf(n, w, b) : n * w;
       }
       store_floats(rows.y + (size_t)row * rows.y_stride + c, values[s]);
     }
-    if constexpr (!MANY && VEC > 1) return;
-    if (next >= rows.N) return;
+    if (!MANY || next >= rows.N) return;
     row = next;
-    if constexpr (!PREFETCH) load(row);
   }
 }
 
@@ -258,12 +253,12 @@ __device__ inline void norm_rows(const NormRows<X, R>& rows) {
   if ((rows.C | strides) % WIDE == 0) {
     if (rows.C / WIDE > 2 * (int)blockDim.x)
       rows_in_passes<WIDE, CENTRED, ADD>(rows, shared);
-    else if (rows.N > gridDim.x * blockDim.y)
+    else if (!ADD && rows.N > gridDim.x * blockDim.y)
       rows_in_registers<WIDE, 2, true, CENTRED, ADD>(rows, shared);
     else
       rows_in_registers<WIDE, 2, false, CENTRED, ADD>(rows, shared);
   } else if (rows.C <= 4 * (int)blockDim.x) {
-    rows_in_registers<1, 4, false, CENTRED, ADD>(rows, shared);
+    rows_in_registers<1, 4, !ADD, CENTRED, ADD>(rows, shared);
   } else {
     rows_in_passes<1, CENTRED, ADD>(rows, shared);
   }

@@ -47,7 +47,9 @@ LAYER_NORM_NAIVE = Kernel(
 
 
 @functools.lru_cache(4096)
-def _blocks(size: int, channels: int, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _blocks(
+    size: int, channels: int, itemsize: int, added: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Grid and block. How many threads share a row must follow from the row alone.
 
     Then the order of its additions does not depend on how many rows there are.
@@ -60,14 +62,23 @@ def _blocks(size: int, channels: int, itemsize: int) -> tuple[tuple[int, ...], t
         blocks, block = -(-rows // _WARPS), (32, _WARPS)
     else:
         blocks, block = rows, (min(1024, -(-pieces // (32 * each)) * 32), 1)
+    if added:  # the kernels of a sum have a block for each row
+        return (blocks,), block
     # A block takes several rows where not all run at once.
     at_once = max(1, _THREADS // (block[0] * block[1])) * sm_count()
     return (min(blocks, at_once),), block
 
 
-def _launch(kernel: Kernel, x: Array, itemsize: int, elem: Any, args: tuple[Any, ...]) -> None:
+def _launch(
+    kernel: Kernel,
+    x: Array,
+    itemsize: int,
+    elem: Any,
+    args: tuple[Any, ...],
+    added: bool = False,
+) -> None:
     # A kernel that is given no dimension is refused by launch().
-    grid, block = _blocks(x.size, x.shape[-1] if x.ndim else 0, itemsize)
+    grid, block = _blocks(x.size, x.shape[-1] if x.ndim else 0, itemsize, added)
     launch(kernel, grid, block, args, elem=elem)
 
 
@@ -223,7 +234,7 @@ def add_layer_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_LAYER_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, bias, y, eps)
-    _launch(kernel, x, max(x.itemsize, residual.itemsize), elem, args)
+    _launch(kernel, x, max(x.itemsize, residual.itemsize), elem, args, True)
     return y, total
 
 
@@ -266,7 +277,7 @@ def add_rms_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_RMS_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, y, eps)
-    _launch(kernel, x, max(x.itemsize, residual.itemsize), elem, args)
+    _launch(kernel, x, max(x.itemsize, residual.itemsize), elem, args, True)
     return y, total
 
 
