@@ -14,17 +14,17 @@
 //           (seed, position, token) alone.
 #include "sampling_block.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample_logits(const elem_t* logits,
-                                                                    const int* positions,
-                                                                    float* scratch,
-                                                                    int* ids,
-                                                                    float temperature,
-                                                                    int top_k,
-                                                                    float top_p,
-                                                                    float min_p,
-                                                                    long long seed,
-                                                                    int V,
-                                                                    int logits_stride) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_logits(const elem_t* logits,
+                                                                       const int* positions,
+                                                                       float* scratch,
+                                                                       int* ids,
+                                                                       float temperature,
+                                                                       int top_k,
+                                                                       float top_p,
+                                                                       float min_p,
+                                                                       long long seed,
+                                                                       int V,
+                                                                       int logits_stride) {
   __shared__ Best bests[THREADS / WARP];
   __shared__ u64 bins[256];
   logits += (size_t)blockIdx.x * logits_stride;

@@ -131,7 +131,10 @@ def test_every_kernel_compiles_and_has_its_entries(filled):
 def every_kernel() -> list[launch.Kernel]:
     """Every Kernel that a module of ops declares."""
     # Some modules share their name with a function of ops: ask for them by their full name.
-    names = ("attention", "embedding", "layout", "norm", "product", "quantized", "sampling", "step")
+    names = (
+        "activation", "attention", "embedding", "layout", "norm", "norm_backward", "product",
+        "quantized", "rope", "sampling", "softmax", "step",
+    )  # fmt: skip
     modules = [importlib.import_module(f"gpt2cupy.ops.{name}") for name in names]
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
