@@ -113,7 +113,7 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/soak.py
-	$(BIN)/python bench/report.py --draw
+	$(BIN)/python -m bench.report --draw
 
 lint: $(VENV)/lint ## Check with ruff, mypy and clang-format
 	$(BIN)/ruff check .
@@ -130,10 +130,10 @@ docs: $(VENV)/docs ## Write docs/api.md from the docstrings
 	$(BIN)/python tools/make_api.py
 
 records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale, cut off or missing
-	@$(BIN)/python bench/report.py --records
+	@$(BIN)/python -m bench.report --records
 
 release-check: $(VENV)/base ## Fail if a record is stale or cut off, or a table has none
-	@$(BIN)/python bench/report.py --records --strict
+	@$(BIN)/python -m bench.report --records --strict
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

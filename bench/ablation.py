@@ -24,10 +24,10 @@ from shared import DTYPES, Kept, backends, config_of, paths, random_model, too_l
 
 from gpt2cupy import GPT2, SamplingParams, decode, ops
 from gpt2cupy.decode import graph
-from gpt2cupy.engine import Engine
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import step
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
+from gpt2cupy.ops.gpt2 import step
 from gpt2cupy.timing import Timing
 
 PROMPT = 32

@@ -115,4 +115,6 @@ def main(run: Callable[[], None]) -> None:
         run()
     except Gpt2CupyError as error:
         options = {"device": "--device"}
-        sys.exit(f"{Path(sys.argv[0]).name}: {wording.in_options(error, options)}")
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.stem == "__main__" else script.name
+        sys.exit(f"{name}: {wording.in_options(error, options)}")

@@ -44,7 +44,7 @@ def per_call(call: Callable[[], Any], runs: int) -> dict[str, float]:
 def measure(name: str, runs: int) -> dict[str, Any]:
     import cupy
 
-    from gpt2cupy.ops.tape import recorded
+    from gpt2cupy.ops.core.tape import recorded
 
     case, shape = CASES[name], SHAPES.get(name, SHAPE)
     host = case.inputs(np.random.default_rng(0), shape)

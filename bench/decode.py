@@ -33,8 +33,8 @@ from shared import (
 )
 
 from gpt2cupy import GPT2, SamplingParams, decode
-from gpt2cupy.engine import Engine
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 from gpt2cupy.timing import Timing, times
 
 IN_A_ROW = 8  # steps between two events: the GPU then waits for Python only if it must

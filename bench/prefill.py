@@ -18,8 +18,8 @@ from arguments import check_fits, chosen, main, names, numbers, parsed, parser
 from shared import DTYPES, Kept, config_of, random_model, too_large
 
 from gpt2cupy import GPT2, SamplingParams
-from gpt2cupy.engine import Engine
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 from gpt2cupy.timing import Timing, times
 
 IN_A_ROW = 4  # prompts between two events

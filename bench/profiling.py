@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from arguments import check_fits, checked, chosen, main
-from layout import device, read
+from report.layout import device, read
 from shared import DTYPES, config_of, paths, random_model
 
 from gpt2cupy import GPT2, decode, output, record

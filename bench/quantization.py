@@ -22,10 +22,10 @@ from shared import SIZES, config_of
 
 from gpt2cupy import GPT2, GPT2Config, checkpoint, record
 from gpt2cupy.errors import InputError
+from gpt2cupy.generation.scoring import token_logprobs
 from gpt2cupy.ids import check_tokens
 from gpt2cupy.loading import place, resolve_device, resolve_dtype, weight_tensors
 from gpt2cupy.quantize import through_int8
-from gpt2cupy.scoring import token_logprobs
 from gpt2cupy.tokenizer import Tokenizer
 from gpt2cupy.weights import Weights
 

@@ -17,7 +17,7 @@ from gpt2cupy import GPT2, GPT2Config, decode, record
 from gpt2cupy.checkpoint.layout import LAYER, PREFIX, WHOLE
 from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.loading import resolve_device, resolve_dtype
-from gpt2cupy.ops.device import import_cupy
+from gpt2cupy.ops.core.device import import_cupy
 from gpt2cupy.quantize import LARGEST, MATRICES, SCALE_DTYPE, QuantizedMatrix, scale_shape
 from gpt2cupy.timing import Timing, device_times
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT

@@ -27,9 +27,9 @@ from shared import SIZES, config_of, write_checkpoint
 
 from gpt2cupy import LanguageModel, SamplingParams, load, record
 from gpt2cupy.decode.prompt import BUCKETS
-from gpt2cupy.engine import Engine
 from gpt2cupy.errors import BusyError, InputError
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 
 # What may grow between the first count and the last, and why it may grow at all.
 ALLOWED = {

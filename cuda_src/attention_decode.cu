@@ -24,7 +24,7 @@
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
 #include "attention_merge.cuh"
 
-constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/attention.py
+constexpr int MOST_WARPS = 8;    // of a block; also in gpt2cupy/ops/cached_attention.py
 constexpr int FEWEST_WARPS = 4;  // of attention_decode_many; likewise
 
 // Turns of loads under way; fewer among so many blocks that more of them count for more.

@@ -27,7 +27,7 @@
 
 #if __CUDA_ARCH__ >= 800 && HS % 16 == 0
 
-constexpr int WARPS = 8;  // of a block; also in gpt2cupy/ops/attention.py
+constexpr int WARPS = 8;  // of a block; also in gpt2cupy/ops/cached_attention.py
 constexpr int VEC = 8;
 constexpr int KEYS = 16;                      // of a warp's turn
 constexpr int KEY_CHUNKS = (HS + 31) / 32;    // of a lane, 4 lanes a key

@@ -25,7 +25,7 @@
 
 #if __CUDA_ARCH__ >= 800 && HS % 16 == 0
 
-constexpr int STAGES = 2;                 // also in gpt2cupy/ops/attention.py, like the next
+constexpr int STAGES = 2;                 // also in gpt2cupy/ops/cached_attention.py, like the next
 constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a warp's turn
 
 constexpr int VEC = 8;                 // elements of a copy

@@ -8,7 +8,7 @@
 #define HS 64
 #endif
 
-constexpr int SPLIT = 8;  // blocks of the largest cluster; also in gpt2cupy/ops/attention.py
+constexpr int SPLIT = 8;  // blocks of the largest cluster; also in gpt2cupy/ops/cached_attention.py
 
 // An empty partial softmax has LOWEST as its maximum and not minus infinity, whose difference to
 // itself is no number: so nothing has to be asked before a factor is taken.

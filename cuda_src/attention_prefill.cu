@@ -26,11 +26,11 @@
 #define HS 64
 #endif
 
-constexpr int SIDE = 16;                // threads of a block: SIDE x SIDE
-constexpr int BR = HS <= 64 ? 64 : 32;  // queries of a block; also in gpt2cupy/ops/attention.py
-constexpr int BC = HS <= 64 ? 32 : 16;  // keys of a tile
-constexpr int RPT = BR / SIDE;          // query rows of a thread
-constexpr int CPT = BC / SIDE;          // key columns of a thread
+constexpr int SIDE = 16;                     // threads of a block: SIDE x SIDE
+constexpr int BR = HS <= 64 ? 64 : 32;       // queries of a block; also in ops/cached_attention.py
+constexpr int BC = HS <= 64 ? 32 : 16;       // keys of a tile
+constexpr int RPT = BR / SIDE;               // query rows of a thread
+constexpr int CPT = BC / SIDE;               // key columns of a thread
 constexpr int DPT = (HS + SIDE - 1) / SIDE;  // output channels of a thread
 constexpr int SPAN = 32;                     // products of a score that are summed together
 

@@ -27,7 +27,7 @@
 
 #if __CUDA_ARCH__ >= 800 && HS % 16 == 0
 
-// The constants up to the tile's size are also in gpt2cupy/ops/attention.py.
+// The constants up to the tile's size are also in gpt2cupy/ops/cached_attention.py.
 constexpr int GROUPS = 2;
 constexpr int WARPS = 4;                // of a group
 constexpr int BR = WARPS * 16;          // queries of a block

@@ -1,7 +1,7 @@
 // Shared pieces of every kernel: the element type, 16-byte vectors, reductions, overlap with the
 // kernel before, asynchronous copies, clusters.
 //
-// Compile-time macros, set by gpt2cupy/ops/compiler.py:
+// Compile-time macros, set by gpt2cupy/ops/core/compiler.py:
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
 //   K      inner size of the product (norm_gemv, skinny and their int8 counterparts)

@@ -17,7 +17,7 @@
 // linear_rows.cu cannot: float, K not a multiple of 8, and chips older than sm_80.
 #include "activation.cuh"
 
-// The constants up to the block's warps are also in gpt2cupy/ops/product.py.
+// The constants up to the block's warps are also in gpt2cupy/ops/linear_kernels.py.
 constexpr int ROWS = 8;
 constexpr int OUTPUTS = 8;
 constexpr int WARPS = 4;

@@ -18,7 +18,7 @@
 //
 // A product of 64 rows is a matter of latency, not of arithmetic: what it takes is the way of its
 // last byte, in the slowest block. So a block should have a multiprocessor for itself, and all of
-// its chunks under way at once (gpt2cupy/ops/product.py).
+// its chunks under way at once (gpt2cupy/ops/linear_kernels.py).
 //
 // With batch_invariant=True it takes any number of rows, and a SPLIT that depends on M and K alone.
 // A row of x is a row of the fragments: a tensor core sums each by itself, in the order of K, and
@@ -33,7 +33,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int MOST_STAGES = 12;    // also in gpt2cupy/ops/product.py
+constexpr int MOST_STAGES = 12;    // also in gpt2cupy/ops/linear_kernels.py
 constexpr int LINE = OUTPUTS + 4;  // of a row of partial sums: 16 bytes keep banks apart
 
 constexpr int WARPS = GROUPS * GROUP_WARPS;

@@ -30,7 +30,7 @@
 #define K 768
 #endif
 
-constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/product.py, like the next three
+constexpr int WARPS = 4;  // of a block; also in gpt2cupy/ops/linear_kernels.py, like the next three
 constexpr int SPLIT = K > 2048 ? 4 : 1;
 constexpr int ROWS = K > 2048 && K <= 4096 ? 3 : 2;
 constexpr int ROWS_ONCE = 3;           // of norm_gemv_once

@@ -38,7 +38,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int TILE = 8;  // also in gpt2cupy/ops/product.py, like ROWS, SPAN and the warps
+constexpr int TILE = 8;  // also in gpt2cupy/ops/linear_kernels.py, like ROWS, SPAN and the warps
 constexpr int ROWS = 16;
 
 constexpr int VEC = 8;    // inputs of a lane's load

@@ -8,7 +8,7 @@
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int SHARED = 226 << 10;  // of a block; also in gpt2cupy/ops/step.py
+constexpr int SHARED = 226 << 10;  // of a block; also in gpt2cupy/ops/gpt2/step.py
 constexpr int GROUP = 64;          // outputs of a block in one turn; likewise
 constexpr int SPAN = 32;           // inputs of a warp's load: 4 lanes along K, 8 along the rows
 constexpr int UNITS = C / SPAN;    // of K; dealt out to the warps

@@ -11,7 +11,7 @@
 #if __CUDA_ARCH__ >= 900
 
 constexpr int WIDE = 4;        // inner size over C
-constexpr int CONSUMERS = 8;   // warps that use what one more brings; also in gpt2cupy/ops/step.py,
+constexpr int CONSUMERS = 8;   // warps that use what one more brings; also in ops/gpt2/step.py,
 constexpr int MOST_PARTS = 8;  // like the most blocks that share a head
 constexpr int THREADS = (CONSUMERS + 1) * WARP;
 

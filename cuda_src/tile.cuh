@@ -7,7 +7,7 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int ROWS = 64;  // of x; also in gpt2cupy/ops/product.py, like the next two
+constexpr int ROWS = 64;  // of x; also in gpt2cupy/ops/linear_kernels.py, like the next two
 constexpr int OUTPUTS = 64;
 constexpr int CHUNK = 64;  // of K: a row of 128 bytes
 constexpr int GROUPS = 2, GROUP_WARPS = 4;

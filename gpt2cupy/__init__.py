@@ -14,20 +14,20 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .config import GPT2Config
     from .errors import Gpt2CupyError
+    from .generation.text import Completion, Piece, Score
     from .lm import LanguageModel, load
     from .model import GPT2
     from .sampling import SamplingParams
-    from .text import Completion, Piece, Score
 
 _PUBLIC = {
-    "Completion": "text",
+    "Completion": "generation.text",
     "GPT2": "model",
     "GPT2Config": "config",
     "Gpt2CupyError": "errors",
     "LanguageModel": "lm",
-    "Piece": "text",
+    "Piece": "generation.text",
     "SamplingParams": "sampling",
-    "Score": "text",
+    "Score": "generation.text",
     "load": "lm",
 }
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from . import loading, prompts, scoring
+from . import loading
 from .errors import InputError
-from .held import HeldModel
+from .generation import prompts, scoring
+from .generation.request import Request
+from .generation.session import Session
+from .generation.text import Collected, Completion, GrowingText, Piece, Score
 from .ids import check_tokens
 from .model import GPT2
-from .request import Request
 from .sampling import SamplingParams
-from .text import Collected, Completion, GrowingText, Piece, Score
 from .tokenizer import Tokenizer
 
 
@@ -44,7 +45,7 @@ class LanguageModel:
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
             )
-        self._held = HeldModel(model, name)
+        self._session = Session(model, name)
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config
@@ -54,12 +55,12 @@ class LanguageModel:
     @property
     def model(self) -> GPT2:
         """The forward pass alone."""
-        return self._held.model
+        return self._session.model
 
     @property
     def device(self) -> str:
         """``cpu``, or ``cuda:0`` with the GPU's name."""
-        xp, gpu = self.model.xp, self._held.gpu
+        xp, gpu = self.model.xp, self._session.gpu
         if gpu is None:
             return "cpu"
         return f"cuda:{gpu} ({xp.cuda.runtime.getDeviceProperties(gpu)['name'].decode()})"
@@ -75,7 +76,7 @@ class LanguageModel:
         that wait for their turn end with :class:`gpt2cupy.errors.ClosedError`; a
         score or a forward pass under way is finished first.
         """
-        self._held.close()
+        self._session.close()
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -84,8 +85,8 @@ class LanguageModel:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._held.closed else f"{self.dtype} on {self.device}"
-        if not self._held.closed and self.model.backend == "invariant":
+        state = "closed" if self._session.closed else f"{self.dtype} on {self.device}"
+        if not self._session.closed and self.model.backend == "invariant":
             state += ", batch-invariant"
         return f"<LanguageModel {self.name}, {state}>"
 
@@ -118,7 +119,7 @@ class LanguageModel:
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
         """
-        self._held.check_open()
+        self._session.check_open()
         chosen = prompts.with_options(params, options)
         if chosen.n != 1:
             raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
@@ -129,7 +130,7 @@ class LanguageModel:
         start = time.perf_counter()
         row, first = GrowingText(self.tokenizer, params.stop), 0.0
         # Closed by name: a traceback may keep this frame, and the turn with it.
-        with contextlib.closing(self._held.tokens(requests, 1)) as tokens:
+        with contextlib.closing(self._session.tokens(requests, 1)) as tokens:
             for count, token in enumerate(tokens):
                 now = time.perf_counter()
                 first = first or now
@@ -137,7 +138,7 @@ class LanguageModel:
                 rate = count / (now - first) if count else 0.0
                 yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
                 if reason:
-                    self._held.drop(token.key)
+                    self._session.drop(token.key)
 
     def generate(
         self,
@@ -170,7 +171,7 @@ class LanguageModel:
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
         """
-        self._held.check_open()
+        self._session.check_open()
         chosen = prompts.with_options(params, options)
         if not isinstance(max_batch, int) or max_batch < 1:
             raise InputError(
@@ -186,10 +187,10 @@ class LanguageModel:
 
     def _complete(self, requests: list[Request], max_batch: int) -> list[Completion]:
         rows = {request.key: Collected(self.tokenizer, request) for request in requests}
-        with contextlib.closing(self._held.tokens(requests, max_batch)) as tokens:
+        with contextlib.closing(self._session.tokens(requests, max_batch)) as tokens:
             for token in tokens:
                 if rows[token.key].push(token):
-                    self._held.drop(token.key)
+                    self._session.drop(token.key)
         return [row.completion() for row in rows.values()]
 
     # -- scoring ---------------------------------------------------------------------------------
@@ -225,13 +226,13 @@ class LanguageModel:
         if len(ids) < 2:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         tokens = check_tokens(ids, self.config)
-        with self._held.turn() as model:
+        with self._session.turn() as model:
             logprobs = scoring.token_logprobs(model, tokens, window, stride)
         return Score(tokens[1:].tolist(), logprobs)
 
     def __call__(self, ids: Any) -> Any:
         """Logits of every position: ids [B, T] -> float32 [B, T, V] on the model's device."""
-        with self._held.turn() as model:
+        with self._session.turn() as model:
             return model(ids)
 
     def hidden_states(self, ids: Any) -> Any:
@@ -239,7 +240,7 @@ class LanguageModel:
 
         See :meth:`GPT2.hidden_states`.
         """
-        with self._held.turn() as model:
+        with self._session.turn() as model:
             return model.hidden_states(ids)
 
 

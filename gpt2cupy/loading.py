@@ -15,7 +15,7 @@ from .config import GPT2Config
 from .errors import DeviceError, InputError, NoDeviceError
 from .model import GPT2
 from .ops import quantize as quantize_on_device
-from .ops.device import cupy_module, device_arch, device_errors
+from .ops.core.device import cupy_module, device_arch, device_errors
 from .ops.layout import Uploader
 from .quantize import QuantizedMatrix, check_kind, through_int8
 from .weights import Weights

@@ -57,7 +57,7 @@ def loaded() -> dict[str, dict[str, str]]:
             path = Path(module.__file__ or "")
             files[path.relative_to(ROOT).as_posix()] = digest_file(path)
     # Only a process that imported it can have launched a kernel.
-    if launch := sys.modules.get("gpt2cupy.ops.launch"):
+    if launch := sys.modules.get("gpt2cupy.ops.core.launch"):
         for (source, *about), path in launch.loaded.items():
             digests = launch.compiler.source_digests(source)
             files |= {f"cuda_src/{name}": digest for name, digest in digests.items()}
@@ -97,7 +97,7 @@ def environment(*, gpu: bool) -> dict[str, Any]:
     if gpu:
         import cupy
 
-        from .ops import compiler
+        from .ops.core import compiler
 
         runtime = cupy.cuda.runtime
         properties = runtime.getDeviceProperties(runtime.getDevice())

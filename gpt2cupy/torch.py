@@ -22,8 +22,8 @@ import torch
 from . import ops
 from .errors import InputError
 from .ops import norm_backward
-from .ops.device import cupy_module
-from .ops.tape import Prepared, recorded
+from .ops.core.device import cupy_module
+from .ops.core.tape import Prepared, recorded
 
 Tensor = torch.Tensor
 

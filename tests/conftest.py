@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 # How long an example takes depends on what else the machine does; no test asks for speed.
 hypothesis.settings.register_profile("gpt2cupy", deadline=None)
@@ -16,7 +16,9 @@ hypothesis.settings.load_profile("gpt2cupy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chip", help="run the GPU tests as this older chip would (tests/chips.py)")
+    parser.addoption(
+        "--chip", help="run the GPU tests as this older chip would (tests/support/chips.py)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,7 +41,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _gpu_reason() -> str:
     """Why there is no usable GPU, or nothing."""
     try:
-        from gpt2cupy.ops.device import cupy_module
+        from gpt2cupy.ops.core.device import cupy_module
 
         cupy_module()
     except Exception as error:

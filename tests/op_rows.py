@@ -132,11 +132,11 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
 ELSEWHERE = {
-    "decode_step": "test_step.py",
+    "decode_step": "test_persistent.py",
     "dequantize": "test_quantized.py",
     "gemv": "test_ops.py",
     "quantize": "test_quantized.py",
-    "sample": "test_sampling_ops.py",
+    "sample": "test_sampling.py",
     "sample_logits": "test_row_ops.py",
-    "top_logprobs": "test_sampling_ops.py",
+    "top_logprobs": "test_sampling.py",
 }

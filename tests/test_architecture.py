@@ -153,14 +153,14 @@ def mentions(path: Path, word: str) -> bool:
 @pytest.mark.parametrize(
     "word, home",
     [
-        ("RawModule", "ops/launch.py"),
+        ("RawModule", "ops/core/launch.py"),
         ("RawKernel", None),
         ("ElementwiseKernel", None),
-        ("nvmath", "ops/blas.py"),
-        ("cublas", "ops/blas.py"),
-        ("cublasLt", "ops/blas.py"),
-        ("createProgram", "ops/compiler.py"),
-        ("compileProgram", "ops/compiler.py"),
+        ("nvmath", "ops/core/blas.py"),
+        ("cublas", "ops/core/blas.py"),
+        ("cublasLt", "ops/core/blas.py"),
+        ("createProgram", "ops/core/compiler.py"),
+        ("compileProgram", "ops/core/compiler.py"),
     ],
 )
 def test_each_tool_has_one_home(word, home):

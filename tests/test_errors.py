@@ -2,7 +2,7 @@
 
 The many ways in which a checkpoint or tokenizer can be broken are in
 tests/checkpoint and test_tokenizer.py; prompts and settings in test_lm.py and
-test_sampling_params.py; devices in test_devices.py, the compiler and its cache
+test_sampling.py; devices in test_device.py, the compiler and its cache
 in test_compiler.py.
 """
 

@@ -9,8 +9,8 @@ from builders import small_bpe, write_bpe
 import gpt2cupy
 from gpt2cupy import GPT2, LanguageModel, SamplingParams
 from gpt2cupy.errors import InputError
-from gpt2cupy.request import Token
-from gpt2cupy.text import GrowingText
+from gpt2cupy.generation.request import Token
+from gpt2cupy.generation.text import GrowingText
 from gpt2cupy.tokenizer import Tokenizer
 
 TEXT = "To be, or not to be: that is the question.\n"

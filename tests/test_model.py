@@ -12,9 +12,9 @@ from error_rule import DTYPES, check
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams
 from gpt2cupy.decode import PromptRunner
-from gpt2cupy.engine import Engine
 from gpt2cupy.errors import InputError
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 from gpt2cupy.weights import Weights
 
 

@@ -12,6 +12,7 @@ from error_rule import DTYPES
 
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, checkpoint
+from gpt2cupy.cli import validation
 from gpt2cupy.decode import DecodeState, EagerDecoder
 from gpt2cupy.errors import InputError
 from gpt2cupy.loading import place, weight_tensors
@@ -23,7 +24,7 @@ from gpt2cupy.quantize import (
     scale_shape,
     through_int8,
 )
-from gpt2cupy.validate import command, runs, validate
+from gpt2cupy.validate import runs, validate
 from gpt2cupy.weights import RESIDUAL_BIASES, Weights, weight_shapes
 
 # Head size 16, and widths that the kernels take (multiples of 16) though not whole groups of 64.
@@ -141,7 +142,7 @@ def test_every_command_that_loads_a_model_takes_the_option():
 def test_what_a_gpu_should_hold_is_exact_in_float32(kind):
     source, held = checkpoint.open("shakespeare"), DTYPES[kind]
     stored = Weights.from_tensors(source.config, source.tensors(), np.float32)
-    found = command._host_weights(source, held, "int8")
+    found = validation._host_weights(source, held, "int8")
     assert found.dtype == np.float32
     for name, array in found.items():
         if name in MATRICES:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from gpt2cupy import record
-from gpt2cupy.ops import compiler, launch
+from gpt2cupy.ops.core import compiler, launch
 
 sys.path.insert(0, str(record.ROOT / "bench"))
 import traced
@@ -34,11 +34,11 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "loaded", loaded)
     modules = {"gpt2cupy.model": tmp_path / "model.py", "gpt2cupy.cli": tmp_path / "cli.py"}
     for name in [*sys.modules]:
-        if name.startswith("gpt2cupy.") and name != "gpt2cupy.ops.launch":
+        if name.startswith("gpt2cupy.") and name != "gpt2cupy.ops.core.launch":
             monkeypatch.delitem(sys.modules, name)
     for name, path in modules.items():
         monkeypatch.setitem(sys.modules, name, Module(path))
-    monkeypatch.setitem(sys.modules, "gpt2cupy.ops.launch", launch_at(tmp_path))
+    monkeypatch.setitem(sys.modules, "gpt2cupy.ops.core.launch", launch_at(tmp_path))
     for cached in (compiler.source_closure, compiler.source_digests):
         cached.cache_clear()
     (tmp_path / "launch.py").write_text("")
@@ -141,4 +141,6 @@ def test_only_what_was_used_is_loaded():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=record.ROOT, check=True)
     assert "gpt2cupy/ops/norm.py" in done.stdout.split()
-    assert not {"gpt2cupy/ops/attention.py", "gpt2cupy/ops/step.py"} & {*done.stdout.split()}
+    assert not {"gpt2cupy/ops/cached_attention.py", "gpt2cupy/ops/gpt2/step.py"} & {
+        *done.stdout.split()
+    }

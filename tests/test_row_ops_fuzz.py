@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import reference, signature
+from gpt2cupy.ops import reference
+from gpt2cupy.ops.core import signature
 
 BOTH = pytest.mark.parametrize("where", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
 LEADING = st.lists(st.integers(0, 3), max_size=3).map(tuple)

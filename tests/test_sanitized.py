@@ -20,7 +20,9 @@ LISTED = [
 def test_every_kernel_is_launched_by_a_listed_test(tmp_path):
     out = tmp_path / "launched"
     options = ["-q", "-p", "launch_recorder", "--launched", str(out), "-p", "no:cacheprovider"]
-    here = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    here = os.pathsep.join(
+        [str(ROOT / "tests" / "support"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    )
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *LISTED],
         cwd=ROOT,

@@ -21,7 +21,7 @@ import numpy as np
 from gpt2cupy import GPT2, decode
 from gpt2cupy.decode import DecodeState, EagerDecoder
 from gpt2cupy.errors import Gpt2CupyError, InputError
-from gpt2cupy.ops import registry
+from gpt2cupy.ops.core import registry
 from gpt2cupy.validate import random_ids, runs
 
 # Of the workspace. Not h: fused kernels do not write it, and what is made of it follows at once.

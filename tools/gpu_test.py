@@ -2,7 +2,7 @@
 
     python tools/gpu_test.py [--chip sm_75] [--out FILE] [options of pytest]
 
-With --chip as an older chip would run them (tests/chips.py), into gpu-tests-sm_75.json.
+With --chip as an older chip would run them (tests/support/chips.py), into gpu-tests-sm_75.json.
 Of a part of them (-k, files) the record says how many of the GPU tests did not run.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gpt2cupy import record
-from gpt2cupy.ops.device import sm_count
+from gpt2cupy.ops.core.device import sm_count
 
 
 class Tally:

@@ -15,8 +15,8 @@ from interface import Job, Run, serve
 
 from gpt2cupy import GPT2, SamplingParams
 from gpt2cupy.decode import PromptRunner
-from gpt2cupy.engine import Engine
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 
 
 def prepare(job: Job) -> tuple[Run, dict[str, Any]]:

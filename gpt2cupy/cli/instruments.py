@@ -32,9 +32,10 @@ def profile(
     cupti: Annotated[bool, typer.Option(help="Record kernels through CUPTI.")] = True,
 ) -> None:
     """Where the time of a decode step goes: by component, by kernel, and between kernels."""
-    from ..profile import Settings, command
+    from ..profile import Settings
+    from . import profiling
 
-    command.run(
+    profiling.run(
         model,
         dtype,
         device,
@@ -75,12 +76,12 @@ def validate(
     """Check the numbers: cached against whole forward, all paths, float64 or transformers."""
     if name is not None and model is not None:
         raise typer.BadParameter("give the model once, with --model or without")
-    from ..validate import command
+    from . import validation
 
-    settings = command.Settings(
+    settings = validation.Settings(
         name or model or "shakespeare", steps, batch, prompt, seed, dtype, device,
         tuple(path or ()), against, reference, revision, options.name_of(quantize),
         batch_invariant,
     )  # fmt: skip
-    if not command.run(settings, as_json=as_json):
+    if not validation.run(settings, as_json=as_json):
         raise typer.Exit(1)

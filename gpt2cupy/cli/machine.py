@@ -31,7 +31,7 @@ def info(
     if arch is not None and not kernels:
         raise typer.BadParameter("--arch needs --kernels")
     if kernels:
-        from .. import kernel_report
+        from ..inspect import kernel_report
 
         rows = kernel_report.report(model, dtype, device, arch, revision=revision)
         if as_json:
@@ -40,7 +40,7 @@ def info(
         else:
             shell.write("".join(line + "\n" for line in kernel_report.table(rows)))
         return
-    from .. import info as about
+    from ..inspect import info as about
 
     facts = about.report(
         model, dtype, device, revision=revision, quantize=options.name_of(quantize)
@@ -61,7 +61,7 @@ def compile(
     """Compile every kernel ahead of time into the cache; needs no GPU."""
     from tqdm import tqdm
 
-    from ..ops import compiler, device
+    from ..ops.core import compiler, device
 
     for name in arch or ():
         if not _is_architecture(name):
@@ -82,7 +82,7 @@ def _is_architecture(name: str) -> bool:
 
     Those between and after the ones that are tested may work too; older ones do not.
     """
-    from ..ops import compiler
+    from ..ops.core import compiler
 
     match = re.fullmatch(r"(sm_(\d{2,3}))[af]?", name, re.ASCII)
     if match is None or int(match[2]) < 75:

@@ -8,11 +8,11 @@ import numpy as np
 
 from ..errors import InputError
 from ..model import GPT2
-from . import choice
+from . import autotune
 from .eager import EagerDecoder
 from .graph import GraphDecoder
 from .persistent import PersistentDecoder, check, why_not
-from .prompt import PromptRunner, choose_first
+from .prompt import PromptRunner, sample_first
 from .state import DecodeState
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "GraphDecoder",
     "PersistentDecoder",
     "PromptRunner",
-    "choose_first",
     "decoder",
     "paths",
+    "sample_first",
     "times",
     "usable",
     "why_not",
@@ -54,7 +54,7 @@ def times(model: GPT2, rows: int) -> dict[str, float]:
     found = usable(model, rows)
     if "persistent" not in found:
         return {list(found)[-1]: 0.0}
-    return choice.fastest(model, rows, {name: found[name] for name in ("graph", "persistent")})
+    return autotune.fastest(model, rows, {name: found[name] for name in ("graph", "persistent")})
 
 
 def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> EagerDecoder:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import ops
 from ..model import GPT2
-from ..ops.tape import recorded
+from ..ops.core.tape import recorded
 from .state import DecodeState
 
 

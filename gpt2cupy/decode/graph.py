@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from ..ops import blas
-from ..ops.device import has_clusters
-from ..ops.tape import Launch
+from ..ops.core import blas
+from ..ops.core.device import has_clusters
+from ..ops.core.tape import Launch
 from .eager import EagerDecoder
 
 

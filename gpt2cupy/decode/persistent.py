@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model import GPT2
-from ..ops import step
+from ..ops.gpt2 import step
 from ..quantize import QuantizedMatrix
 from .eager import choose
 from .graph import GraphDecoder
@@ -41,7 +41,7 @@ def check(model: GPT2, rows: int) -> None:
 
 
 class PersistentDecoder(GraphDecoder):
-    """Replays a graph of two kernels: :func:`gpt2cupy.ops.step.decode_step`, and the choice.
+    """Replays a graph of two kernels: :func:`gpt2cupy.ops.gpt2.step.decode_step`, and the choice.
 
     For few rows of half precision on sm_90 and newer. The first kernel takes the whole GPU:
     one block on each multiprocessor, which wait for each other, so it is launched

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..cache import KVCache
 from ..model import GPT2
+from ..ops.core.tape import recorded
 from ..ops.quantized import scratch_size
-from ..ops.tape import recorded
 from ..workspace import PackedPrompts, Workspace
 from .eager import choose
 from .graph import captured
@@ -87,7 +87,7 @@ class PromptRunner:
             return self._queue(packed, max(len(t) for t in tokens), state)
         if state is not None and self._dequantises():
             x = self.run(tokens, slots)
-            choose_first(self.model, state, x[:1], 0)
+            sample_first(self.model, state, x[:1], 0)
             return x
         kind = () if state is None else (state, state.counts, state.bias, state.plain)
         # Identities, which stay theirs because the bucket keeps the objects.
@@ -113,7 +113,7 @@ class PromptRunner:
         work, last = self.work.first(packed.rows), self._last.first(len(packed.slots))
         x = self.model.run_packed(packed, longest, self.cache, work, last=last)
         if state is not None:
-            choose_first(self.model, state, x[:1], 0)
+            sample_first(self.model, state, x[:1], 0)
         return x
 
     def _capture(
@@ -125,7 +125,7 @@ class PromptRunner:
         return packed, (kind, calls), captured(calls), x
 
 
-def choose_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
+def sample_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
     """Queue the choice of a row's first token, given the residual stream [1, C] before it."""
     logits = state.logits[row : row + 1]
     model.logits(x, state.work.first(1), logits)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
-    from .attention import attention_decode, attention_prefill
-    from .embedding import embedding, last_rows, lookup
+    from .cached_attention import attention_decode, attention_prefill
+    from .gpt2.embedding import embedding, last_rows, lookup
     from .linear import bias_act, gemv, linear, norm_linear
     from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from .norm_backward import layer_norm_backward, rms_norm_backward

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from .launch import Kernel, device_empty, launch
-from .registry import Cost, moved, op, written
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
 
 Array = Any
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..quantize import QuantizedMatrix
-from . import blas, quantized
-from .launch import device_empty, launch
-from .norm import layer_norm
-from .product import (
+from . import quantized
+from .core import blas
+from .core.launch import device_empty, launch
+from .core.registry import Cost, moved, op, written
+from .linear_kernels import (
     BIAS_ACT,
     GEMV_SCALAR,
     LONGEST_NORM,
@@ -35,7 +36,7 @@ from .product import (
     takes_skinny,
     takes_skinny_norm,
 )
-from .registry import Cost, moved, op, written
+from .norm import layer_norm
 
 Array = Any
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .device import sm_count
-from .launch import Kernel, device_empty, launch
-from .registry import Cost, moved, op, written
+from .core.device import sm_count
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
 
 Array = Any
 Pair = tuple[Array | None, Array | None]

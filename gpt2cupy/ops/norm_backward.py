@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .launch import Kernel, device_empty, launch
-from .registry import Cost, moved, op
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op
 
 Array = Any
 

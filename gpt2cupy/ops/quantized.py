@@ -13,10 +13,10 @@ import numpy as np
 
 from .. import quantize as host
 from ..quantize import SCALE_DTYPE, QuantizedMatrix
-from .device import has_mma, sm_count
-from .launch import Kernel, device_empty, is_device_array, launch
-from .product import LONGEST, LONGEST_NORM, WARP, entries
-from .registry import op
+from .core.device import has_mma, sm_count
+from .core.launch import Kernel, device_empty, is_device_array, launch
+from .core.registry import op
+from .linear_kernels import LONGEST, LONGEST_NORM, WARP, entries
 
 Array = Any
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .launch import Kernel, device_empty, launch
-from .registry import Cost, moved, op, written
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
 
 Array = Any
 

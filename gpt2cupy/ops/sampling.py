@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .device import has_clusters, sm_count
-from .launch import Kernel, device_empty, launch
+from .core.device import has_clusters, sm_count
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, op
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
-from .registry import Cost, op
 
 Array = Any
 

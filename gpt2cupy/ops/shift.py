@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..quantize import QuantizedMatrix
-from .launch import device_empty, is_device_array
+from .core.launch import device_empty, is_device_array
+from .core.registry import op
 from .linear import gemv
-from .product import takes_norm_once
-from .registry import op
+from .linear_kernels import takes_norm_once
 
 Array = Any
 

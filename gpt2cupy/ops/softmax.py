@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .device import current_device, has_clusters
-from .launch import Kernel, device_empty, launch
-from .registry import Cost, moved, op, written
+from .core.device import current_device, has_clusters
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
 
 Array = Any
 

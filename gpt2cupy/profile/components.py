@@ -11,10 +11,10 @@ from .. import ops
 from ..decode import DecodeState, EagerDecoder
 from ..errors import InputError
 from ..model import GPT2
-from ..ops import registry
-from ..ops.launch import is_device_array
-from ..ops.registry import Cost
-from ..ops.tape import recorded
+from ..ops.core import registry
+from ..ops.core.launch import is_device_array
+from ..ops.core.registry import Cost
+from ..ops.core.tape import recorded
 from ..quantize import QuantizedMatrix
 
 # The rows of each table, in the order of the forward pass.

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..decode import choose_first, decoder
-from ..engine import Engine
+from ..decode import decoder, sample_first
 from ..errors import InputError
+from ..generation.engine import Engine
 from ..model import GPT2
-from ..ops import registry
+from ..ops.core import registry
 from ..sampling import SamplingParams
 from . import events
 from .components import Op, observed, ops_of_step
@@ -112,7 +112,7 @@ class Session:
             for begin in range(0, len(self.prompt), room):
                 piece = self.prompt[begin : begin + room]
                 x, _ = self.model.prefill([piece], [row], cache, self.engine.prefill_work)
-            choose_first(self.model, state, x[len(piece) - 1 :], row)
+            sample_first(self.model, state, x[len(piece) - 1 :], row)
 
     def synchronize(self) -> None:
         if self.on_gpu:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ops.registry import Cost
+from ..ops.core.registry import Cost
 from ..timing import Timing
 from .components import COVERS, TABLES, Op
 from .limits import Limits

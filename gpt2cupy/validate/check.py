@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import decode
-from ..engine import Engine
 from ..errors import InputError
+from ..generation.engine import Engine
+from ..generation.request import Request
 from ..ids import check_ids
 from ..model import GPT2
-from ..request import Request
 from ..sampling import SamplingParams
 from ..weights import Weights
 from . import runs

@@ -14,7 +14,7 @@ from ..decode import DecodeState, EagerDecoder, PromptRunner
 from ..decode.prompt import BUCKETS
 from ..model import GPT2
 from ..ops import reference
-from ..ops.device import device_errors
+from ..ops.core.device import device_errors
 from ..quantize import QuantizedMatrix, dequantize
 from ..sampling import SamplingParams
 from ..weights import Weights

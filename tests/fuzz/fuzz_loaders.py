@@ -24,7 +24,7 @@ except ImportError:
     print("skipped: atheris is not installed (pip install atheris)", file=sys.stderr)
     sys.exit(0)
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 with atheris.instrument_imports(include=["gpt2cupy"]):
     from gpt2cupy import GPT2Config, checkpoint

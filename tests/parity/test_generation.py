@@ -13,8 +13,8 @@ from chosen import GPT2_WTE, is_gpt2_124m
 from error_rule import errors, one_ulp
 
 from gpt2cupy import GPT2, GPT2Config, SamplingParams
-from gpt2cupy.engine import Engine
-from gpt2cupy.request import Request
+from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.request import Request
 
 torch = pytest.importorskip("torch", reason="parity needs torch and transformers")
 pytest.importorskip("transformers", reason="parity needs torch and transformers")

@@ -12,7 +12,7 @@ import pytest
 from gpt2cupy.record import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-import tables
+from bench.report import tables
 
 TINY = ["--model", "tiny", "--device", "cpu"]
 ENGINES = {

@@ -1,0 +1,58 @@
+"""What goes into an engine and what comes out of it: requests and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes
+    ----------
+    key : hashable
+        Whatever the caller recognises it by.
+    prompt : numpy.ndarray of int32 [T]
+        At least one token.
+    params : SamplingParams
+    index : int
+        Which of ``params.n`` continuations.
+    eos : int
+        Token that ends it, or -1.
+    """
+
+    key: Any
+    prompt: np.ndarray
+    params: SamplingParams
+    index: int = 0
+    eos: int = -1
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a request as it leaves the engine.
+
+    Attributes
+    ----------
+    key : hashable
+        The request's.
+    id : int
+    logprob : float
+        Under the raw logits.
+    finish_reason : str or None
+        "eos" (``id`` is the end token), "length", or None while it goes on.
+    top : list of (int, float)
+        The most probable tokens, where ``logprobs`` asks for them.
+    """
+
+    key: Any
+    id: int
+    logprob: float
+    finish_reason: str | None
+    top: list[tuple[int, float]]

@@ -1,0 +1,168 @@
+"""A model and its engine: used by one call at a time, freed when it is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import ClosedError
+from ..model import GPT2
+from ..ops.core.device import device_errors
+from .engine import Engine
+from .lock import SessionLock
+from .request import Request, Token
+
+
+class Session:
+    """What a :class:`LanguageModel` holds on a device.
+
+    Parameters
+    ----------
+    model : GPT2
+    name : str
+        For errors.
+
+    Attributes
+    ----------
+    gpu : int or None
+        Number of the GPU, None on the CPU.
+    """
+
+    def __init__(self, model: GPT2, name: str) -> None:
+        self.gpu: int | None = None if model.xp is np else model.weights.wte.device.id
+        self._name = name
+        self._model: GPT2 | None = model
+        # One for single requests, which need not pay for idle rows, and one for many.
+        self._engines: dict[bool, Engine] = {}
+        self._engine: Engine | None = None  # the one used last
+        self._running: Any = None  # the engine's generator while a call reads it
+        # Held while the generator runs: a thread that closes must not meet it there.
+        self._stepping = threading.RLock()
+        self._lock = SessionLock(name)
+
+    @property
+    def closed(self) -> bool:
+        return self._model is None
+
+    @property
+    def model(self) -> GPT2:
+        if self._model is None:
+            raise ClosedError("this model is closed", where=self._name, remedy="Load it again.")
+        return self._model
+
+    def check_open(self) -> None:
+        """Raise if it is closed; unlike ``model`` it hands no reference to a frame that stays."""
+        _ = self.model
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[GPT2]:
+        """The model for this call alone, its device the current one."""
+        with self._lock.take(), self._on_gpu():
+            yield self.model
+
+    def tokens(self, requests: list[Request], slots: int) -> Generator[Token, None, None]:
+        """What the engine makes of the requests; holds the turn until they are done."""
+        with self._lock.take():
+            self.check_open()
+            wanting = [r for r in requests if r.params.max_new_tokens != 0]
+            if not wanting:
+                return
+            # Not held by this frame, so that close() frees it while a stream is open.
+            with self._on_gpu():
+                self._running = self._engine_for(min(slots, len(wanting))).run(wanting)
+            try:
+                while (token := self._next()) is not None:
+                    yield token
+                    self._lock.carry()
+            except GeneratorExit:
+                raise
+            except BaseException:
+                # A step that ended half-way leaves the engine in disorder.
+                self._forget_engines()
+                raise
+            finally:
+                with self._stepping:
+                    self._running.close()
+                self._running = None
+                if self.closed:
+                    self._forget_engines()  # close() may have come while one was made
+                    self._free_pools()
+
+    def _next(self) -> Token | None:
+        # Entered for each token: between two of a stream, device and GPU are the caller's.
+        with self._on_gpu(), self._stepping:
+            self.check_open()
+            token = next(self._running, None)
+        self.check_open()
+        return token
+
+    def drop(self, key: Any) -> None:
+        """End a running request from outside, for instance at a stop string."""
+        if self._engine is not None:
+            self._engine.drop(key)
+
+    def close(self) -> None:
+        """Free everything; what is running ends with ClosedError at its next token."""
+        self._model = None
+        self._lock.end()
+        self._forget_engines()
+        # Where another thread is executing a step, it notices afterwards.
+        if self._stepping.acquire(blocking=False):
+            try:
+                if (running := self._running) is not None:
+                    with contextlib.suppress(ValueError):  # a signal's handler, in mid-step
+                        running.close()
+            finally:
+                self._stepping.release()
+        self._free_pools()
+
+    def _engine_for(self, slots: int) -> Engine:
+        """The engine for one or for many.
+
+        Made anew when more slots are asked for than it has, or when the model multiplies
+        otherwise than when its decoder was chosen.
+        """
+        many = slots > 1
+        engine = self._engines.get(many)
+        if engine is None or engine.slots < slots or engine.backend != self.model.backend:
+            engine = self._engine = None  # freed before the new one takes memory
+            self._forget(many)
+            engine = self._engines[many] = Engine(self.model, slots)
+        self._engine = engine
+        return engine
+
+    def _forget(self, many: bool) -> None:
+        engine = self._engines.pop(many, None)
+        if engine is not None and self.gpu is not None:
+            # A queued step may still write to its memory; a GPU that failed cannot be waited for.
+            with contextlib.suppress(Exception):
+                engine.stream.synchronize()
+
+    def _forget_engines(self) -> None:
+        self._engine = None
+        for many in (False, True):
+            self._forget(many)
+
+    def _free_pools(self) -> None:
+        """Give back what CuPy keeps for later allocations."""
+        if self.gpu is not None:
+            import cupy
+
+            with cupy.cuda.Device(self.gpu), device_errors(self._name):
+                cupy.get_default_memory_pool().free_all_blocks()
+                cupy.get_default_pinned_memory_pool().free_all_blocks()
+
+    @contextlib.contextmanager
+    def _on_gpu(self) -> Iterator[None]:
+        """The GPU as current device; its errors are ours."""
+        if self.gpu is None:
+            yield
+            return
+        import cupy
+
+        with cupy.cuda.Device(self.gpu), device_errors(self._name):
+            yield

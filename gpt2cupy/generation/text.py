@@ -1,0 +1,159 @@
+"""What generation and scoring give back, and how text grows from tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import TokenizerError
+from ..tokenizer import Tokenizer
+from .request import Request, Token
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What :meth:`LanguageModel.stream` yields for each token.
+
+    Attributes
+    ----------
+    text : str
+        New text; "" while a character is incomplete or may belong to a stop string.
+    token : int
+    logprob : float
+        Of the token under the raw logits.
+    finish_reason : str or None
+        "eos", "stop", "length" with the last token, None before.
+    prefill_seconds : float
+        From the call to the first token.
+    tokens_per_second : float
+        Of the tokens after the first; 0 at the first.
+    top : list of (int, float)
+        Most probable tokens, where ``logprobs`` asks for them.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None
+    prefill_seconds: float
+    tokens_per_second: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished continuation.
+
+    Attributes
+    ----------
+    text : str
+        Without the prompt; U+FFFD where ``tokens`` are no text.
+    tokens : list of int
+    logprobs : list of float
+        Of each token under the raw logits.
+    finish_reason : str
+        "eos", "stop" or "length".
+    prompt_tokens : int
+    top : list of list of (int, float)
+        Most probable tokens of each step, where ``logprobs`` asks for them.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int
+    top: list[list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of given text.
+
+    Attributes
+    ----------
+    tokens : list of int
+        The tokens scored; the first of the input only if something stands before it.
+    logprobs : numpy.ndarray of float32
+        Natural logarithms, one per scored token.
+    """
+
+    tokens: list[int]
+    logprobs: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-float(self.logprobs.mean(dtype=np.float64)))
+
+    def bits_per_byte(self, text: str) -> float:
+        """Bits that the text costs per byte of its UTF-8."""
+        total = -float(self.logprobs.sum(dtype=np.float64))
+        return total / math.log(2) / len(text.encode("utf-8"))
+
+
+class GrowingText:
+    """Text of one continuation while it grows: streaming decoder and stop strings.
+
+    An id that the model has and the tokenizer has not, as in vocabularies padded
+    by whoever trained the model, becomes U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.decoder = tokenizer.stream()
+        self.stops = stops
+        self.held = ""  # text that may be the beginning of a stop string
+
+    def push(self, token: Token) -> tuple[str, str | None]:
+        """New text that is safe to show, and the finish reason if it has ended."""
+        text = self.held
+        if token.finish_reason != "eos":
+            text += self._decode(token.id)
+        if token.finish_reason:
+            text += self.decoder.flush()
+        ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if ends:
+            return text[: min(ends)], "stop"
+        keep = 0 if token.finish_reason else self._open_stop(text)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], token.finish_reason
+
+    def _decode(self, id_: int) -> str:
+        try:
+            return self.decoder.push(id_)
+        except TokenizerError:
+            return self.decoder.flush() + "\ufffd"
+
+    def _open_stop(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins a stop string."""
+        most = max((len(stop) - 1 for stop in self.stops), default=0)
+        for size in range(min(most, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stops):
+                return size
+        return 0
+
+
+class Collected:
+    """A continuation collected token by token until it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
+        self.row = GrowingText(tokenizer, request.params.stop)
+        self.parts: list[str] = []
+        self.done = Completion("", [], [], "length", len(request.prompt), [])
+
+    def push(self, token: Token) -> bool:
+        """Take one more token; whether it was the last."""
+        text, reason = self.row.push(token)
+        self.parts.append(text)
+        self.done.tokens.append(token.id)
+        self.done.logprobs.append(token.logprob)
+        self.done.top.append(token.top)
+        if reason:
+            self.done = dataclasses.replace(self.done, finish_reason=reason)
+        return reason is not None
+
+    def completion(self) -> Completion:
+        return dataclasses.replace(self.done, text="".join(self.parts))

@@ -1,0 +1,1 @@
+"""What a machine and a model have: versions, memory, registers and occupancy of kernels."""

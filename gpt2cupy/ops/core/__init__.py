@@ -1,0 +1,1 @@
+"""What every op stands on: compiling, launching, devices, cuBLAS."""

@@ -1,0 +1,314 @@
+"""From a file in cuda_src to a cubin on disk: NVRTC, and a cache that a second process only reads.
+
+Works without a GPU: ``gpt2cupy compile --arch sm_90`` fills the cache ahead of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...digest import cuda_code, digest_cuda
+from ...errors import CompileError
+from .device import import_cupy
+
+ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+FAST_HEAD_SIZES = (32, 64, 80, 96, 128)
+MAX_HEAD_SIZE = 128
+# n_embd and inner size of GPT-2's four sizes and of the embedded model; others compile on demand.
+FAST_INNER_SIZES = (256, 768, 1024, 1280, 1600, 3072, 4096, 5120, 6400)
+
+# The first NVRTC to know them, for chips newer than the oldest NVRTC that CuPy loads.
+NEWER_CHIPS = {
+    "sm_100": "12.8", "sm_120": "12.8", "sm_103": "12.9", "sm_121": "12.9", "sm_88": "13.0",
+    "sm_110": "13.0",
+}  # fmt: skip
+
+# By what name NVRTC compiles for a chip with instructions that only that one has: of sm_90 the
+# products of a warpgroup (wgmma).
+OWN_FEATURES = {"sm_90": "sm_90a"}
+
+# decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
+# in shared memory still holds enough.
+STEP_HEAD_SIZE, STEP_CHANNELS = 64, (256, 2048)
+
+_compiling = threading.Lock()
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def variants(
+    head_sizes: tuple[int, ...] = FAST_HEAD_SIZES, inner_sizes: tuple[int, ...] = FAST_INNER_SIZES
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every (source, macros) pair that a model with one of these sizes may launch."""
+    choices = {
+        "ELEM": tuple(ELEMENT_TYPES.values()),
+        "HS": tuple(map(str, head_sizes)),
+        "K": tuple(map(str, inner_sizes)),
+    }
+    for source in sources():
+        needed = macros(source)
+        for values in itertools.product(*(choices[macro] for macro in needed)):
+            defines = dict(zip(needed, values, strict=True))
+            if "float" in values and _on_tensor_cores(source):
+                continue
+            if source == "decode_step.cu" and not takes_step(defines):
+                continue
+            yield source, defines
+
+
+def takes_step(defines: Mapping[str, str]) -> bool:
+    """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
+    shortest, longest = STEP_CHANNELS
+    channels, head_size = int(defines["K"]), int(defines["HS"])
+    return head_size == STEP_HEAD_SIZE and shortest <= channels <= longest and not channels % 64
+
+
+@functools.cache
+def source_dir() -> Path:
+    """The folder of the kernels: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).parent.parent.parent
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if (folder / "common.cuh").is_file():
+            return folder
+    raise CompileError(
+        "the kernel sources are missing",
+        where=str(package / "cuda_src"),
+        remedy="Reinstall gpt2cupy; its wheel holds them.",
+    )
+
+
+@functools.cache
+def source_closure(source: str) -> tuple[tuple[str, str], ...]:
+    """The file and everything it includes with quotes, as (name, text), each once."""
+    texts: dict[str, str] = {}
+    waiting = [source]
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = (source_dir() / name).read_text(encoding="utf-8")
+            waiting += _INCLUDE.findall(texts[name])
+    return tuple(sorted(texts.items()))
+
+
+def sources() -> tuple[str, ...]:
+    """Every source that is compiled by itself."""
+    return tuple(sorted(path.name for path in source_dir().glob("*.cu")))
+
+
+@functools.cache
+def macros(source: str) -> tuple[str, ...]:
+    """The macros that a source is compiled with, as its text says.
+
+    ELEM if it names the element type; HS and K if it, or what it includes, gives them a value
+    where there is none (``#ifndef K``).
+    """
+    code = {name: cuda_code(text) for name, text in source_closure(source)}
+    found = ["ELEM"] if re.search(r"\b(ELEM|elem_t)\b", code[source]) else []
+    for macro in ("HS", "K"):
+        if any(re.search(rf"^# ?ifndef {macro}$", text, re.MULTILINE) for text in code.values()):
+            found.append(macro)
+    return tuple(found)
+
+
+def _on_tensor_cores(source: str) -> bool:
+    """Whether a source multiplies on tensor cores, which take fp16 and bf16 alone."""
+    return any(name == "mma.cuh" for name, _ in source_closure(source))
+
+
+@functools.cache
+def source_digests(source: str) -> dict[str, str]:
+    """The digest of each file of :func:`source_closure`, by name."""
+    return {name: digest_cuda(text) for name, text in source_closure(source)}
+
+
+def cache_dir() -> Path:
+    """Where cubins are kept: GPT2CUPY_CACHE_DIR, else the user's cache folder."""
+    explicit = os.environ.get("GPT2CUPY_CACHE_DIR")
+    if explicit:
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "gpt2cupy"
+    except RuntimeError as error:
+        raise CompileError(
+            "there is no home folder to keep compiled kernels in",
+            where="kernel cache",
+            remedy="Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
+        ) from error
+
+
+@functools.cache
+def _process_dir() -> tempfile.TemporaryDirectory:
+    """A folder for this process alone, for when the cache cannot be written."""
+    return tempfile.TemporaryDirectory(prefix="gpt2cupy-")
+
+
+def nvrtc() -> Any:
+    """CuPy's binding of NVRTC, checked to be loadable."""
+    import_cupy()
+    try:
+        from cupy.cuda import nvrtc as binding
+
+        binding.getVersion()
+    except Exception as error:
+        raise CompileError(
+            f"NVRTC, the CUDA run-time compiler, cannot be loaded: {error}",
+            where="libnvrtc",
+            remedy="Install the NVRTC wheel of your CUDA version: nvidia-cuda-nvrtc-cu12, or "
+            "nvidia-cuda-nvrtc for CUDA 13 (the extras cuda12 and cuda13 bring them).",
+        ) from error
+    return binding
+
+
+def nvrtc_version() -> tuple[int, int]:
+    return nvrtc().getVersion()
+
+
+def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
+    """Path of the compiled source; compiles at most once per key over all processes.
+
+    Parameters
+    ----------
+    source : str
+        File name in cuda_src.
+    defines : mapping
+        Macros, e.g. ``{"ELEM": "__half", "HS": "64"}``.
+    arch : str
+        ``sm_90`` and the like.
+
+    Raises
+    ------
+    CompileError
+        If NVRTC is missing, does not know the architecture, or refuses the source.
+    """
+    target = OWN_FEATURES.get(arch, arch)
+    options = [f"-arch={target}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
+    key = hashlib.sha256(
+        repr((source_digests(source), options, nvrtc_version())).encode()
+    ).hexdigest()
+    name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
+    # One thread at a time: what the first compiles, the others find.
+    with _compiling:
+        return _find_or_compile(name, source, options)
+
+
+def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
+    folders = [cache_dir()]
+    if _process_dir.cache_info().currsize:
+        folders.append(Path(_process_dir().name))
+    for folder in folders:
+        with contextlib.suppress(OSError):  # out of reach: writing there says so
+            if (folder / name).is_file():
+                return folder / name
+    binary = compile_source(source, options)
+    try:
+        return write_atomically(folders[0] / name, binary)
+    except OSError as error:
+        warnings.warn(
+            f"kernels cannot be kept in {folders[0]} ({error.strerror}); every process will "
+            "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    try:
+        return write_atomically(Path(_process_dir().name) / name, binary)
+    except OSError as error:
+        raise CompileError(
+            f"there is no place to keep compiled kernels: {error.strerror}",
+            where=str(folders[0]),
+            remedy="Set GPT2CUPY_CACHE_DIR or TMPDIR to a folder that can be written.",
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> Path:
+    """Write a file that others may read meanwhile; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def compile_source(source: str, options: list[str]) -> bytes:
+    """Compile one source to a cubin with NVRTC; our includes come from memory."""
+    binding = nvrtc()
+    texts = dict(source_closure(source))
+    code = texts.pop(source)
+    program = binding.createProgram(code, source, _encoded(texts.values()), _encoded(texts))
+    try:
+        binding.compileProgram(program, (*options, *_cuda_includes()))
+        return binding.getCUBIN(program)
+    except binding.NVRTCError as error:
+        log = binding.getProgramLog(program)
+        if "INVALID_OPTION" in str(error):
+            version = ".".join(map(str, binding.getVersion()))
+            raise CompileError(
+                f"NVRTC {version} cannot compile with {' '.join(options)}",
+                where=source,
+                remedy=_newer_nvrtc(binding, options),
+            ) from error
+        raise CompileError(
+            f"NVRTC refused the source:\n{log}",
+            where=f"{source}, {' '.join(options)}",
+            remedy="If a CUDA header is missing, install the CUDA runtime wheel "
+            "(extra cuda12 or cuda13); otherwise report this with the log.",
+        ) from error
+    finally:
+        binding.destroyProgram(program)
+
+
+def _newer_nvrtc(binding: Any, options: list[str]) -> str:
+    """What to do about an NVRTC that refuses the options."""
+    known = [f"sm_{number}" for number in binding.getSupportedArchs()]
+    arch = next((o.removeprefix("-arch=") for o in options if o.startswith("-arch=")), "")
+    arch = {own: chip for chip, own in OWN_FEATURES.items()}.get(arch, arch)
+    # Code for a chip of which only the PTX is kept is asked for by another name.
+    if arch.replace("compute_", "sm_") in known:
+        return "It knows this chip, so another option is wrong: report this with the message."
+    extras = "gpt2cupy[cuda13], or gpt2cupy[cuda12] where the driver is of CUDA 12"
+    if since := NEWER_CHIPS.get(arch):
+        wheel = "gpt2cupy[cuda13]" if since >= "13" else extras
+        need = f"{arch} needs NVRTC {since} or newer: install {wheel}, with pip's --upgrade."
+    else:
+        need = f"If {arch} is a newer chip, install {extras}, with pip's --upgrade."
+    return f"{need} The one that was found knows {', '.join(known)}."
+
+
+def _encoded(texts: Iterable[str]) -> tuple[bytes, ...]:
+    return tuple(text.encode() for text in texts)
+
+
+@functools.cache
+def _cuda_includes() -> tuple[str, ...]:
+    """Options naming the folders of cuda_fp16.h and what it includes."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        found = [find_nvidia_header_directory(name) for name in ("cudart", "nvcc")]
+    except ImportError:  # it comes with CuPy
+        found = []
+    folders = dict.fromkeys(folder for folder in found if folder)
+    if not any((Path(folder) / "cuda_fp16.h").is_file() for folder in folders):
+        raise CompileError(
+            "the CUDA headers are missing",
+            where="cuda_fp16.h",
+            remedy="Install the CUDA runtime wheel: nvidia-cuda-runtime-cu12, or "
+            "nvidia-cuda-runtime for CUDA 13 (the extras cuda12 and cuda13 bring them).",
+        )
+    return tuple(f"-I{folder}" for folder in folders)

@@ -1,0 +1,282 @@
+"""launch(): check a kernel's arguments, cast its scalars, start it. The only user of RawModule.
+
+How a kernel declares its parameters: :mod:`.signature`. A call whose arrays have the dtypes,
+shapes, layouts and devices of an earlier one, and whose scalars are the same, is not checked
+again: it is found by these facts, and only alignment and overlap are looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import CompileError, InputError
+from . import compiler
+from .device import cupy_module as cupy_module
+from .device import current_device as current_device
+from .device import device_arch as device_arch
+from .device import has_clusters as has_clusters
+from .device import has_mma as has_mma
+from .device import memory_error as memory_error
+from .device import shared_limit as shared_limit
+from .device import sm_count as sm_count
+from .signature import (
+    ALIGNMENT,
+    Neighbours,
+    Refusal,
+    bind,
+    facts_reader,
+    foreign,
+    meet,
+    neighbours,
+    overlap,
+    parse,
+    refusal,
+)
+from .signature import NULL as NULL
+from .tape import THREAD, Launch, Prepared, submit
+
+# What this process loaded: source, architecture and macros -> the cubin.
+loaded: dict[tuple[str, ...], Path] = {}
+PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
+_KNOWN = 4096  # signatures that a thread remembers
+
+
+class Kernel:
+    """An ``extern "C"`` entry of a source file and the types of its parameters.
+
+    Parameters
+    ----------
+    source, entry : str
+        File in cuda_src and function in it.
+    signature : str
+        Parameters as the module's docstring shows them.
+    overlaps : bool
+        Whether it calls ``wait_for_inputs``: then it may start before its
+        predecessor ends. A kernel that does not must be launched the plain way.
+    writes_weights : bool
+        Whether it writes what the next one may load before it waits: then that one
+        starts when this has ended.
+    cooperative : bool
+        Whether its blocks wait for each other: then the launch is refused where they
+        cannot all run at once, and the next kernel starts when it has ended.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        entry: str,
+        signature: str,
+        *,
+        overlaps: bool = False,
+        writes_weights: bool = False,
+        cooperative: bool = False,
+    ) -> None:
+        self.source = source
+        self.entry = entry
+        self.overlaps = overlaps
+        self.writes_weights = writes_weights
+        self.cooperative = cooperative
+        self.parameters = tuple(parse(part) for part in re.split(r",\s+", signature))
+        self.facts = facts_reader(self.parameters)
+
+    def function(self, elem: np.dtype | None, head_size: int | None, inner: int | None) -> Any:
+        """The loaded kernel for one element type and size on the current device."""
+        sizes = head_size, inner
+        return load(self.source, elem, *sizes, self.cooperative).get_function(self.entry)
+
+
+def load(
+    source: str,
+    elem: np.dtype | None,
+    head_size: int | None = None,
+    inner: int | None = None,
+    cooperative: bool = False,
+) -> Any:
+    """The RawModule of one source, element type and size on the current device."""
+    return _load(current_device(), source, elem, head_size, inner, cooperative)
+
+
+@functools.cache
+def _load(
+    device: int,
+    source: str,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    cooperative: bool,
+) -> Any:
+    import cupy
+
+    macros = compiler.macros(source)
+    defines = {}
+    if "ELEM" in macros:
+        name = np.dtype(elem).name
+        if name not in compiler.ELEMENT_TYPES:
+            raise InputError(
+                f"kernels have no element type {name}",
+                where=source,
+                remedy=f"Use {', '.join(compiler.ELEMENT_TYPES)}.",
+            )
+        defines["ELEM"] = compiler.ELEMENT_TYPES[name]
+    if "HS" in macros:
+        if head_size is None or not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
+            raise InputError(
+                f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
+                f"not {head_size}",
+                where=source,
+                remedy="Run this model with device='cpu'.",
+            )
+        defines["HS"] = str(head_size)
+    if "K" in macros:
+        defines["K"] = str(inner)
+    path = compiler.cubin(source, defines, device_arch(device))
+    module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
+    try:
+        module.compile()
+    except cupy.cuda.driver.CUDADriverError as error:
+        raise CompileError(
+            f"the driver refused a kernel: {error}",
+            where=str(path),
+            remedy="Delete the file; it is compiled again at the next start. If that does not "
+            "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
+        ) from error
+    about = tuple(f"{name}={value}" for name, value in defines.items())
+    loaded[(source, device_arch(device)) + about] = path  # noqa: RUF005 (Python 3.10 in an index)
+    return module
+
+
+@functools.cache
+def _function(
+    device: int,
+    kernel: Kernel,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    shared: int,
+) -> Any:
+    function = kernel.function(elem, head_size, inner)
+    if shared > PLAIN_SHARED:
+        function.max_dynamic_shared_size_bytes = shared_limit() - function.shared_size_bytes
+    return function
+
+
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    args: tuple[Any, ...],
+    *,
+    elem: np.dtype | None = None,
+    head_size: int | None = None,
+    inner: int | None = None,
+    shared: int = 0,
+) -> None:
+    """Check ``args`` against the kernel's signature and launch it on the current stream.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    grid, block : tuple of int
+        Blocks, and threads of a block.
+    args : tuple
+        One value for each array and scalar of the signature, in its order;
+        letters that stand alone take none. None is a null pointer where the
+        parameter is marked optional.
+    elem : numpy.dtype
+        What ELEM stands for.
+    head_size : int, optional
+        What HS stands for.
+    inner : int, optional
+        What K stands for, where the source has it as a macro.
+    shared : int
+        Bytes of dynamic shared memory of a block; at most ``shared_limit()``.
+
+    Raises
+    ------
+    InputError
+        If an array has another dtype, shape or device than the kernel takes, is
+        not C-contiguous, or does not start at a multiple of 16 bytes.
+    """
+    device = current_device()
+    recording = THREAD.calls is not None
+    try:
+        key, pointers, bits = kernel.facts(
+            kernel, device, grid, block, elem, head_size, inner, shared, *args
+        )
+    except AttributeError:
+        raise foreign(kernel.parameters, args, _where(kernel)) from None
+    prepared = THREAD.known.get(key)
+    if prepared is not None and not bits % ALIGNMENT and not recording:
+        for pair in prepared.pairs:
+            # Most are told apart here; meet() looks closer.
+            if pair[2] < pointers[pair[0]] - pointers[pair[1]] < pair[3]:
+                _refuse_meeting(kernel, pair, pointers)
+        prepared.run(pointers)
+        return
+    call, pairs = _checked(
+        kernel, grid, block, args, pointers, device, elem, head_size, inner, shared
+    )
+    if 0 in grid:  # nothing to do, which the driver would refuse
+        return
+    submit(call)
+    if not recording and not kernel.cooperative and hasattr(call.function, "kernel"):
+        if len(THREAD.known) >= _KNOWN:
+            THREAD.known.clear()
+        THREAD.known[key] = Prepared(call, device, pairs)
+
+
+def _refuse_meeting(kernel: Kernel, pair: Neighbours, pointers: Sequence[int]) -> None:
+    if meet(pair, pointers[pair.written] - pointers[pair.other]):
+        raise overlap(kernel.parameters, pair, _where(kernel))
+
+
+def _where(kernel: Kernel) -> str:
+    return f"{kernel.source}: {kernel.entry}"
+
+
+def _checked(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    args: tuple[Any, ...],
+    pointers: Sequence[int],
+    device: int,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    shared: int,
+) -> tuple[Launch, tuple[Neighbours, ...]]:
+    """The launch, and the arrays in it that may not overlap, or an error."""
+    bound: dict[str, int] = {} if head_size is None else {"HS": head_size}
+    if inner is not None:
+        bound["K"] = inner
+    try:
+        values = bind(kernel.parameters, args, elem, bound, device)
+    except Refusal as refused:
+        raise refusal(refused, _where(kernel), elem, bound, device) from None
+    pairs = neighbours(kernel.parameters, args)
+    for pair in pairs:
+        _refuse_meeting(kernel, pair, pointers)
+    function = _function(device, kernel, elem, head_size, inner, shared)
+    alone = kernel.writes_weights or kernel.cooperative
+    return Launch(function, grid, block, values, kernel.overlaps, shared, alone), pairs
+
+
+def is_device_array(array: Any) -> bool:
+    """Whether an array lives on a GPU; does not import CuPy to find out."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(array, cupy.ndarray)
+
+
+def device_empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An uninitialised array on the current device."""
+    import cupy
+
+    return cupy.empty(shape, dtype)

@@ -1,0 +1,414 @@
+"""Documents equal their records, and a stale record is noticed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gpt2cupy import record
+
+sys.path.insert(0, str(record.ROOT / "bench"))
+from bench.report import gpu_test_tables, tables
+
+_TIMING = {"median_us": 800.4, "p10_us": 790.0, "p90_us": 850.0, "runs": 50}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return importlib.import_module("bench.report.__main__")
+
+
+def entry(results, files=("gpt2cupy/cache.py",)):
+    return {
+        "date": "2026-01-02",
+        "command": "python bench/decode.py",
+        "environment": {"gpu": "NVIDIA H200", "driver": "580.1", "cuda_driver": 13000},
+        "files": {name: record.digest_file(record.ROOT / name) for name in files},
+        "results": results,
+    }
+
+
+@pytest.fixture
+def example(tmp_path):
+    """A folder with one document and one record of a decode step."""
+    row = {
+        "model": "124M",
+        "dtype": "float16",
+        "batch": 4,
+        "decode": "eager",
+        "gemv": "ours",
+        "steps": [{"context": 128, "step": _TIMING, "host": _TIMING | {"median_us": 512.0}}],
+        "end_to_end": {"prompt": 32, "tokens": 200, "us_per_step": 1000.0},
+    }
+    results = {"weights": "random", "rows": [row]}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "decode.json").write_text(json.dumps(entry(results)))
+    (tmp_path / "README.md").write_text("A\n\n<!-- table: decode -->\n<!-- end -->\n\nB\n")
+    return tmp_path
+
+
+def run(folder, *options):
+    command = [
+        sys.executable,
+        "-m",
+        "bench.report",
+        "--root",
+        folder,
+        "--results",
+        folder / "results",
+        *options,
+    ]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_documents_equal_their_records(report, capsys):
+    assert report.update(record.ROOT, record.RESULTS, check=True) == 0, capsys.readouterr().out
+
+
+def test_a_table_is_written_from_its_record(example):
+    assert run(example).returncode == 0
+    text = (example / "README.md").read_text()
+    assert "| float16 | 4 | eager | - | 800 | 512 | 1,000 | 4,000 |" in text
+    assert "NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02." in text
+    assert text.startswith("A\n") and text.endswith("<!-- end -->\n\nB\n")
+    assert run(example, "--check").returncode == 0
+
+
+def test_a_changed_number_is_noticed(example):
+    run(example)
+    path = example / "README.md"
+    path.write_text(path.read_text().replace("| 800 |", "| 700 |"))
+    checked = run(example, "--check")
+    assert checked.returncode == 1 and "README.md" in checked.stdout
+    assert "| 700 |" in path.read_text(), "--check must change nothing"
+    run(example)
+    assert "| 800 |" in path.read_text()
+
+
+def test_a_table_without_a_record_stays(example):
+    path = example / "README.md"
+    path.write_text("<!-- table: startup -->\nby hand\n<!-- end -->\n")
+    checked = run(example, "--check")
+    assert checked.returncode == 0 and "startup is left as it is" in checked.stderr
+    assert "by hand" in path.read_text()
+
+
+@pytest.mark.parametrize("option", ["--records", "--check", "--draw"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"date": "2026-01-02"}', "\xff"])
+def test_a_damaged_record_is_named(example, option, text):
+    (example / "results" / "gemv.json").write_bytes(text.encode("latin-1"))
+    failed = run(example, option)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("report: ") and "gemv.json is no record" in failed.stderr
+    assert failed.stderr.endswith("Take it from git again, or measure anew.\n")
+
+
+@pytest.mark.parametrize("option", ["--records", "--check"])
+def test_a_folder_of_records_that_is_not_there_is_an_error(example, option):
+    failed = run(example, option, "--results", example / "nope")
+    assert failed.returncode == 1 and failed.stderr.startswith("report: there is no folder")
+
+
+def test_an_unknown_table_is_an_error(example):
+    (example / "README.md").write_text("<!-- table: nothing -->\n<!-- end -->\n")
+    checked = run(example)
+    assert checked.returncode == 1 and "'nothing'" in checked.stderr
+
+
+def test_stale_records(example):
+    assert run(example, "--records", "--strict").returncode == 0
+    path = example / "results" / "decode.json"
+    written = json.loads(path.read_text())
+    files = written["files"] | {"gpt2cupy/model.py": "0" * 64, "gpt2cupy/no_more.py": "0" * 64}
+    path.write_text(json.dumps(written | {"files": files}))
+    listed = run(example, "--records")
+    assert listed.returncode == 0
+    assert listed.stdout == (
+        "decode           stale    NVIDIA H200, 2026-01-02: gpt2cupy/model.py, "
+        "gpt2cupy/no_more.py (gone)\n"
+    )
+    assert run(example, "--records", "--strict").returncode == 1
+
+
+def test_a_record_that_names_no_files_is_stale(example):
+    path = example / "results" / "decode.json"
+    written = json.loads(path.read_text())
+    del written["files"]
+    path.write_text(json.dumps(written | {"sources": ["cuda_src/*.cu"], "source_hash": "0" * 64}))
+    listed = run(example, "--records", "--strict")
+    assert listed.returncode == 1 and "2026-01-02: it does not say which files" in listed.stdout
+    assert run(example).returncode == 0  # its tables are still made
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_table_without_its_record_fails_the_release(example, missing):
+    path = example / "README.md"
+    path.write_text(path.read_text() + "<!-- table: naive -->\n<!-- end -->\n")
+    if not missing:
+        (example / "results" / "naive.json").write_text(json.dumps(entry({"rows": []})))
+    listed = run(example, "--records")
+    assert listed.returncode == 0
+    assert ("naive            missing  README.md: naive" in listed.stdout) == missing
+    assert run(example, "--records", "--strict").returncode == missing
+
+
+def test_a_record_that_was_cut_off_fails_the_release(example):
+    path = example / "results" / "decode.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
+    listed = run(example, "--records", "--strict")
+    assert listed.returncode == 1 and "decode           cut off" in listed.stdout
+    run(example)
+    assert "The run was cut off: rows are missing." in (example / "README.md").read_text()
+
+
+def timing(median, width=0.0):
+    return {"median_us": median, "p10_us": median - width, "p90_us": median + width, "runs": 5}
+
+
+def profile_results():
+    """Two dtypes of ours and one peer, on a GPU, with a component of each table."""
+    part = {"avg_ms": 0.01, "total_ms": 6.0, "count": 600, "percent": 44.0}
+    tables = {name: [part | {"component": name}] for name in ("model", "block", "attention", "mlp")}
+    token = {f"{key}_ms": 4.5 for key in ("mean", "p50", "p95", "p99")}
+    token |= {"tokens_per_s": 222.2, "blocks_percent": 93.4}
+    settings = {"prompt": "What", "prompt_tokens": 1, "batch": 1, "warmup": 2, "runs": 3}
+    kernel = {"component": "qkv product", "kernel": "gemv", "calls": 9, "avg_us": 2.5}
+    kernel |= {"total_ms": 0.02, "gb_per_s": 1416.0, "percent_of_limit": 33.3, "step_us": 2.0}
+    gaps = {"launches": 88, "kernels_us": 400.0, "gaps_us": 200.0, "unprofiled_us": 606.0}
+    gaps |= {"overlap_us": 3.5, "recording_us": 2.5}
+    older = gaps | {"gaps_us": -7.5, "host_us": 390.0, "residual_percent": -1.0}
+    del older["overlap_us"], older["recording_us"]
+    own = {
+        "settings": settings | {"tokens": 30},
+        "tables": {key: [row | {"covers": "a, b"} for row in rows] for key, rows in tables.items()},
+        "per_token": token,
+        "kernels": [
+            {"component": "projection", "kernel": "library", "calls": 1}
+            | {"avg_us": 1.0, "total_ms": 0.1, "step_us": 5.0},
+            kernel,
+            kernel | {"component": "sampling", "kernel": "not asked for", "step_us": 1.0},
+        ],
+        "kernel_timer": "cupti",
+        "gaps": gaps | {"host_us": 390.0, "residual_percent": -1.0},
+        "overhead": {"ops_percent": 12.5, "kernels_percent": 3.0},
+    }
+    operator = dict.fromkeys(
+        ("self_cpu_percent", "self_cpu_ms", "cpu_total_percent", "cpu_total_ms", "cpu_avg_us"), 1.5
+    )
+    operator |= dict.fromkeys(("self_cuda_ms", "self_cuda_percent", "cuda_total_ms"), 2.5)
+    operator |= {"name": "aten::addmm", "cuda_avg_us": None, "calls": 2400}
+    operators = {"new_tokens": 50, "rows": [operator] * 30, "wall_ms": 700.0}
+    operators |= {"self_cpu_total_ms": 653.0, "self_cuda_total_ms": 109.0}
+    operators |= {"matrix_percent": 74.8, "idle_percent": 84.4}
+    peer = {"settings": {"dtype": "float32"}, "tables": tables, "per_token": token}
+    return {
+        "model": "gpt2",
+        "weights": "random",
+        "ours": [own | {"dtype": "float32"}, own | {"dtype": "float16"}],
+        "paths": [
+            own | {"dtype": "float16", "decoder": "graph"},
+            # As records were before overlap was told apart.
+            own | {"dtype": "float32", "decoder": "graph", "kernels": [], "gaps": older},
+        ],
+        "peers": [peer | {"operators": operators}],
+    }
+
+
+def validate_results():
+    step = {"step": 4, "row": 0, "max_abs": 0.5, "rmse": 0.125, "agrees": True}
+    step |= {"top": [[88, 11.7954], [68, 7.8]], "reference_top": [[88, 11.5], [13, 7.75]]}
+    found = {"dtype": "bfloat16", "max_abs": 2.0, "rmse": 0.25, "passed": True}
+    found |= {"limit": {"max": 4.0, "rms": 0.5}, "largest_kl": 1e-3}
+    found |= {"compared": 256, "agreeing": 255}
+    comparisons = [
+        found | {"ours": "graph", "against": "full", "steps": [step]},
+        found | {"ours": "full", "against": "float64", "steps": [], "passed": False},
+    ]
+    return {"model": "shakespeare", "steps": 128, "batch": 2, "comparisons": comparisons}
+
+
+SYNTHETIC = {
+    "validate": validate_results(),
+    "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
+    "gpu-tests-sm_75": {"passed": 7, "failed": ["b"], "skipped": {}, "chip": "sm_75", "sms": 40},
+    "gemv": {
+        "rows": [
+            {"model": "124M", "dtype": "float16", "shape": "qkv", "m": 2304, "k": 768}
+            | {"bytes": 3_538_944, "copies": 29}
+            | {"read": timing(1.0), "ours": timing(2.0), "cublas": timing(4.0)}
+        ]
+    },
+    "invariance": {
+        "skipped": {},
+        "rows": [
+            {"model": "124M", "dtype": "float16", "batch": 4, "context": 256, "decode": "graph"}
+            | {"default": timing(100.0), "invariant": timing(150.0)},
+            {"model": "124M", "dtype": "float16", "tokens": 512}
+            | {"default": timing(400.0), "invariant": timing(600.0)},
+        ],
+    },
+    "ablation": {
+        "model": "124M",
+        "prompt": 32,
+        "tokens": 512,
+        "switches": {"graph": "one captured graph", "gemv": "our product"},
+        "skipped": {"1558M float32": "needs 99 GiB"},
+        "rows": [
+            {"dtype": "float16", "batch": 1, "off": off, "only_cache": off == "graph,gemv"}
+            | {"step": timing(us), "tokens_per_second": 1e6 / us}
+            for off, us in (("", 100.0), ("graph", 400.0), ("gemv", 125.0), ("graph,gemv", 500.0))
+        ],
+    },
+    "profile": profile_results(),
+    "peers": {
+        "prompt": 32,
+        "tokens": 200,
+        "rounds": 5,
+        "skipped": {},
+        "rows": [
+            {"model": "124M", "dtype": "float16", "batch": 1, "skipped": {}}
+            | {
+                "engines": {
+                    "gpt2cupy graph": {"step": timing(100.0), "prefill": timing(900.0)}
+                    | {"load_s": 0.4, "first_run_s": 0.06},
+                    # Compiles while it loads: its load_s has compile_s in it.
+                    "PyTorch step": {"step": timing(300.0), "prefill": timing(4000.0)}
+                    | {"load_s": 60.5, "first_run_s": 0.25, "compile_s": 58.25},
+                }
+            }
+        ],
+    },
+}
+SAYS = {
+    "validate": [
+        "| bfloat16 | cached, graph | whole forward | 2.00e+00 | 2.50e-01 | 4.00e+00 | 5.00e-01 | "
+        "1.0e-03 | 255 of 256 | yes |",
+        "| bfloat16 | whole forward | float64 | 2.00e+00 |",
+        "| no |",
+    ],
+    "validate-steps": [
+        "| bfloat16 | cached, graph | 4 | 5.00e-01 | 1.25e-01 | 88:11.795 68:7.800 | "
+        "88:11.500 13:7.750 |"
+    ],
+    "gpu-tests": ["| NVIDIA H200 | 9 | 0 | 1 |"],
+    "gpu-tests-sm_75": ["| NVIDIA H200, as sm_75 with 40 SMs | 7 | 1 | 0 |"],
+    "gemv": [
+        "| 124M | float16 | qkv | 2304 x 768 | 2.00 | 4.00 | 1,769 | 885 | 3,539 | 50% | 25% |"
+    ],
+    "invariance": [
+        "| 124M | float16 | step of 4 rows, context 256 (graph) | 100 (100 to 100) | "
+        "150 (150 to 150) | 1.50 |",
+        "| 124M | float16 | prompt of 512 tokens | 400 (400 to 400) | 600 (600 to 600) | 1.50 |",
+    ],
+    "ablation": [
+        "| float16 | nothing | 1 | 100 (100 to 100) | 10,000 | 100% |",
+        "| float16 | graph | 1 | 400 (400 to 400) | 2,500 | 25% |",
+        "| float16 | graph, gemv (only the KV cache) | 1 | 500 (500 to 500) | 2,000 | 20% |",
+        "graph: one captured graph; gemv: our product. Left out: 1558M float32: needs 99 GiB.",
+    ],
+    "peers": [
+        "| gpt2cupy graph | 1 | 100 (100 to 100) | 10,000 | 0.90 | 0.4 | 0.1 | 1.00 |",
+        "| PyTorch step | 1 | 300 (300 to 300) | 3,333 | 4.00 | 2.2 | 58.5 | 3.00 |",
+    ],
+    "profile-operators": [
+        "| `aten::addmm` | 1.50 |",
+        "the first 20 of 30 operators. Self CPU 653.0 ms in all, self CUDA 109.0 ms; products are "
+        "74.8 % of the GPU's time, which idles 84.4 % of 700 ms",
+    ],
+    "profile-model": [
+        "| transformers, float32 | model | 0.0100 | 6.0 | 600 | 44.0 |",
+        "| gpt2cupy, float16 | model (a, b) | 0.0100 |",
+        "2 warm-up runs, 3 runs of 30 tokens",
+    ],
+    "profile-tokens": ["| transformers, float32 | 4.500 | 4.500 | 4.500 | 4.500 | 93.4 | 222.2 |"],
+    "profile-kernels": [
+        "| float16 | qkv product | `gemv` | 9 | 2.50 | 0.02 | 1,416 | 33.3 |",
+        "| float16 | projection | `library` | 1 | 1.00 | 0.10 | - | - |",
+    ],
+    "profile-lost": [
+        # 0.02 ms in 90 steps at a third of the limit; a library's kernel is lost whole.
+        "| float16 | gaps between kernels | 197.5 | - | 197.5 |",
+        "| float16 | `library`: projection | 1.1 | - | 1.1 |",
+        "| float16 | `gemv`: qkv product | 0.2 | 33.3 | 0.1 |",
+    ],
+    "profile-pictures": ["![Roofline and components, float16](profiling-float16.png)"],
+    "profile-gaps": [
+        "| gpt2cupy, float16, graph | 88 | 400.0 | 3.5 | 200.0 | 2.5 | 606.0 | 390.0 | -1.0 | "
+        "+12.5 | +3.0 |",
+        "| gpt2cupy, float32, graph | 88 | 400.0 | - | -7.5 | - | 606.0 |",
+    ],
+    "profile-added": [
+        # Of 8 us the longest first; 0.02 ms in 90 steps.
+        "| float16 | graph | projection | `library` | 5.0 | 62.5% | 1.1 |",
+        "| float16 | graph | qkv product | `gemv` | 2.0 | 25.0% | 0.2 |",
+        "| float16 | graph | all |  | 8.0 | 100.0% |  |",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (source, _) in tables.TABLES.items() if source in SYNTHETIC]
+)
+def test_tables_of_what_only_a_gpu_measures(name):
+    source, make = tables.TABLES[name]
+    made = make(entry(SYNTHETIC[source]))
+    widths = {line.count("|") for line in made.splitlines() if line.startswith("|")}
+    assert len(widths) == (name != "profile-pictures")
+    assert [text for text in SAYS.get(name, []) if text not in made] == []
+    assert name in ("profile-lost", "profile-added") or "not asked for" not in made
+    assert made.endswith("NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.\n")
+
+
+def test_clocks_are_stated_where_the_record_has_them():
+    record_ = entry(SYNTHETIC["gpu-tests"])
+    record_["environment"] |= {"sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980}
+    made = gpu_test_tables.gpu_tests(record_)
+    assert "NVIDIA H200, SMs at 1755 of 1980 MHz, memory at ? MHz; driver" in made
+
+
+def test_what_nvidia_smi_says_goes_into_a_record(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    program.write_text("#!/bin/sh\necho '580.1, 1755, 1980, [N/A]'\necho '580.1, 1, 1, 1'\n")
+    program.chmod(0o755)
+    found = {"driver": "580.1", "sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980}
+    assert record._nvidia_smi() == found
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert record._nvidia_smi() == {"driver": "unknown"}
+
+
+def test_every_benchmark_has_a_section(report):
+    """Every table that is not the README's stands in docs/."""
+    marked = [
+        name
+        for page in report.documents(record.ROOT)
+        for _, name, _ in report._MARKED.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert set(marked) == set(report.SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("/elsewhere/out/decode.json", "decode.json"),
+        ("--out=/elsewhere/out/decode.json", "--out=decode.json"),
+        (str(record.RESULTS / "decode.json"), "bench/results/decode.json"),
+        ("out/decode.json", "out/decode.json"),
+        ("--prompt=a = b", "'--prompt=a = b'"),
+    ],
+)
+def test_a_record_names_no_folder_of_the_machine(monkeypatch, tmp_path, argument, shown):
+    monkeypatch.setattr("sys.argv", [str(record.ROOT / "bench" / "decode.py"), argument])
+    written = record.write(tmp_path / "record.json", {}, gpu=False)
+    assert written["command"] == f"python bench/decode.py {shown}"
+
+
+@pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_record_names_no_folder_of_a_machine(path):
+    for word in json.loads(path.read_text())["command"].split():
+        assert not word.rpartition("=")[2].startswith("/")
