@@ -53,10 +53,9 @@ def _norm_then_linear(
     eps: float,
     *args: Any,
     h: Any = None,
-    shift: Any = None,
     **options: Any,
 ) -> Any:
-    """What ops.norm_linear computes, as two ops, which have no use for a shift."""
+    """What ops.norm_linear computes, as two ops."""
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *args, **options)
 
 
@@ -91,18 +90,18 @@ SWITCHES = {
         lambda engine: patch.object(graph, "has_clusters", lambda: False),
     ),
     "fused-norm": Switch(
-        "norm inside the product of one row; off: a kernel of its own",
+        "norm inside the GEMV; off: a kernel of its own",
         lambda device, dtype, batch: batch == 1 and device != "cpu",
         lambda engine: patch.object(ops, "norm_linear", _norm_then_linear),
     ),
     "gemv": Switch(
-        "our product of few rows with norm, bias, activation and residual inside; off: cuBLAS "
-        "and kernels for the rest",
+        "our GEMV and GEMM of few rows with norm, bias, activation and residual inside; off: "
+        "cuBLAS and kernels for the rest",
         lambda device, dtype, batch: len(backends(dtype, batch, device)) > 1,
         _cublas,
     ),
     "one-pass-sampling": Switch(
-        "a choice that needs no more than a temperature in one pass over the logits; off: as "
+        "sampling with no more than a temperature in one pass over the logits; off: as "
         "for top-k and top-p",
         lambda device, dtype, batch: device != "cpu",
         lambda engine: patch.object(engine.state, "shaped", {-1}),

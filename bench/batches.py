@@ -1,12 +1,12 @@
-"""Time of a decode step against batch and against context, beside a plain read of its bytes.
+"""Time of a decode step against batch and against context, beside the memory roofline.
 
     python bench/batches.py [--model 124M] [--batch 1,2,4,8,16,32,64] [--large 256x512]
                             [--context 1,32,128,256,512,768,1000] [--decode graph] [--out FILE]
 
 The batches are measured at one context (--at, 256) in the first dtype; --large is one more batch
 with its context, and the contexts are measured at batch 1 in every dtype. What a step is and how
-it is timed stands in decode.py. "read" is what a plain read of the weights and of the cache so
-far takes in the same run.
+it is timed stands in decode.py. "read" is the memory roofline: a
+kernel that only reads the weights and the cache so far, in the same run.
 """
 
 from __future__ import annotations

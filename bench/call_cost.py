@@ -53,6 +53,9 @@ def measure(name: str, runs: int) -> dict[str, Any]:
     with recorded() as launches:
         case.ours(arrays, out)
 
+    for launch in launches:
+        launch.load()
+
     def bare() -> None:
         for launch in launches:
             launch.function(launch.grid, launch.block, launch.values, shared_mem=launch.shared)

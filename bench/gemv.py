@@ -1,14 +1,13 @@
-"""One-row products: our kernel beside cuBLAS, and both beside a plain read of the weights.
+"""GEMV: our kernel beside cuBLAS, and both beside the memory roofline.
 
     python bench/gemv.py [--model 124M,355M,774M,1558M] [--dtype float16,...] [--out FILE]
 
 Every shape of a layer, and the logits. Calls go round many copies of the weights,
 more than twice what the L2 cache holds, so that each reads from memory as in a
 decode step; they are captured in a graph, one after another without overlap, so that no
-launch from Python is timed.
-The plain read is measured the same way over the same copies. The bare product is
-timed; in the model ours also adds bias, activation and residual in the same launch,
-cuBLAS needs a second one.
+launch from Python is timed. The memory roofline is a kernel that only reads the weights,
+measured in the same way over the same copies. The bare GEMV is timed; in the model ours
+also adds bias, activation and residual in the same launch, cuBLAS needs a second one.
 """
 
 from __future__ import annotations

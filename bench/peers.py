@@ -1,14 +1,15 @@
 """Ours beside what a user would pick instead, in one invocation on one device.
 
-    python bench/peers.py [--model 124M] [--dtype float16] [--batch 1] [--prompt 32]
+    python bench/peers.py [--model 124M,1558M] [--dtype float16] [--batch 1] [--prompt 32]
                           [--tokens 200] [--rounds 5] [--engines NAME,...] [--out FILE]
 
 Every engine is a process of its own (bench/peers/) that loads the same checkpoint of
 random weights; they run in turn, there and back again. A run is greedy: the prompt,
 then the tokens; "step" is the time a step takes over the run. Loading and compiling
 are timed apart. Peers are timed once per version, not at every change of ours. One that is
-not installed is skipped, and the record says so: PyTorch with transformers, llama.cpp's
-llama-bench (with --gguf, the same shape as a GGUF file), tinygrad, vLLM.
+not installed is skipped, and the record says so: PyTorch with transformers, llama.cpp
+(llama-bench on PATH, the extra bench for the package gguf), tinygrad, vLLM.
+Ours is timed through `LanguageModel.generate`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import check_fits, chosen, main, names, numbers, parsed, parser
-from shared import DTYPES, Kept, config_of, paths, prompts, too_large, write_checkpoint
+from shared import DTYPES, Kept, config_of, default_path, prompts, too_large, write_checkpoint
 from workers import Comparison, Spec
 
 _HF = ("torch", "transformers")
@@ -26,15 +27,15 @@ _HF = ("torch", "transformers")
 NOT_TIMED = {"ONNX Runtime": "GPT-2 with its cache would have to be exported first"}
 
 
-def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
+def specs(device: str) -> dict[str, Spec]:
     """Every engine by name; one that is not installed is skipped and says so."""
-    found = {f"gpt2cupy {name}": Spec("ours", {"decode": name}) for name in paths(device)[:2]}
     eager = {"attention": "sdpa", "loop": "generate"}
-    return found | {
+    return {
+        "gpt2cupy": Spec("ours", {"decode": default_path(device)}),
         "transformers eager": Spec("hf_eager", eager, needs=_HF),
         "transformers compiled": Spec("hf_compiled", needs=_HF),
         "PyTorch step": Spec("torch_step", needs=("torch",)),
-        "llama.cpp": Spec("llama_bench", {"gguf": str(gguf or "")}, needs=("llama-bench",)),
+        "llama.cpp": Spec("llama_bench", needs=("llama-bench", "gguf")),
         "tinygrad": Spec("tinygrad_step", needs=("tinygrad",)),
         "vLLM": Spec("vllm_engine", needs=("vllm",)),
     }
@@ -42,17 +43,16 @@ def specs(device: str, gguf: Path | None) -> dict[str, Spec]:
 
 def run() -> None:
     options = parser(__doc__, "peers.json")
-    options.add_argument("--model", type=names, default=["124M"])
+    options.add_argument("--model", type=names, default=["124M", "1558M"])
     options.add_argument("--dtype", type=names, default=["float16"])
     options.add_argument("--batch", type=numbers, default=[1])
     options.add_argument("--prompt", type=int, default=32)
     options.add_argument("--tokens", type=int, default=200)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--engines", type=names, help="all by default")
-    options.add_argument("--gguf", type=Path, help="this model for llama.cpp's llama-bench")
     args = parsed(options, {"tokens": 2})
     chosen(args.dtype, DTYPES, "dtype")
-    engines = specs(args.device, args.gguf)
+    engines = specs(args.device)
     wanted = chosen(args.engines or list(engines), engines, "engine")
 
     configs = {size: config_of(size) for size in args.model}

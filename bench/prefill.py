@@ -3,7 +3,7 @@
     python bench/prefill.py [--model 124M] [--dtype float16] [--tokens 128,512,1024] [--out FILE]
 
 "device" is the time between events around some prompts in a row, per prompt: the
-forward pass and the choice of the first token, without the GPU's wait for Python
+forward pass and the sampling of the first token, without the GPU's wait for Python
 (25 to 30 us before a prompt that comes alone). "first token" is what a caller of
 Python waits, from the call to the token's id.
 """

@@ -52,11 +52,11 @@ def model_of(
 ) -> GPT2:
     held = resolve_dtype(dtype, np.dtype(np.float32), kind)
     if matrices == "int8":
-        return place(config, tensors(), held, kind, index, quantize="int8")
+        return GPT2(config, place(config, tensors(), held, kind, index, quantize="int8"))
     given = tensors()
     if matrices == "int8 but wte":
         given = (item if item[0] == "wte" else next(iter(through_int8([item]))) for item in given)
-    return place(config, given, held, kind, index)
+    return GPT2(config, place(config, given, held, kind, index))
 
 
 def weight_bytes(config: GPT2Config, matrices: str, dtype: str) -> int | None:

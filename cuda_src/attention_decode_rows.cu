@@ -1,83 +1,68 @@
-// Decode attention of many rows: as attention_decode_mma.cu, with keys and values on their way
-// through shared memory.
+// Decode attention of many rows: as attention_decode_mma.cu, with keys and values copied through
+// shared memory.
 //
 //   out[b, h] = softmax(scale * q[b, h] . K[slot, h, 0..p]) V[slot, h, 0..p]      p = positions[b]
 //
 // Shapes    as in attention_decode.cu
 // Bytes     2 (p + 1) HS sizeof ELEM per row and head, plus qkv and out
 // FLOPs     4 (p + 1) HS per row and head
-// Work      a block of 2 or 4 warps per row and head. Each warp takes KEYS keys at a time and has a
-//           ring of STAGES turns of its own in shared memory, filled by cp.async: what is under way
-//           takes no registers, so the memory stays busy while the warp multiplies, and the first
-//           turns are asked for before the kernel waits for its predecessor. Nobody but the warp
-//           touches its ring, so there is no barrier before the end. From there ldmatrix takes
-//           keys as they lie and values transposed; the query is in eight rows of the left operand
-//           of mma.m16n8k16, whose units would be idle otherwise.
+// Work      a block of 2 or 4 warps per row and head. Each warp has a pipeline of its own: STAGES
+//           tiles of KEYS keys and values in shared memory, filled by cp.async. Copies in flight
+//           take no registers, so the memory stays busy while the warp multiplies; the first are
+//           issued before griddepcontrol.wait. No other warp uses the tiles, so there is no barrier
+//           before the end. ldmatrix loads keys as they lie and values transposed; the query is in
+//           eight rows of the left operand of mma.m16n8k16, whose units would be idle otherwise.
 //
-// Entries   attention_decode_rows_2   blocks of 2 warps: the most rows
-//           attention_decode_rows_4   of 4 warps: fewer, but too many for blocks of 8
+// Entries   attention_decode_rows_w2   blocks of 2 warps: the most rows
+//           attention_decode_rows_w4   of 4 warps: fewer, but too many for blocks of 8
 //
 // Needs sm_80 (mma.m16n8k16) and a head size that is a multiple of 16.
 //
 // A row with slot -1 is idle and gives zeros. Nothing beyond position p is read.
+#include "attention_head.cuh"
 #include "attention_merge.cuh"
 #include "mma.cuh"
 
 #if __CUDA_ARCH__ >= 800 && HS % 16 == 0
 
-constexpr int STAGES = 2;                 // also in gpt2cupy/ops/cached_attention.py, like the next
-constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a warp's turn
+constexpr int STAGES = 2;
+constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a tile
 
-constexpr int VEC = 8;                 // elements of a copy
-constexpr int UNITS = HS / VEC;        // copies of a row
-constexpr int AT_ONCE = WARP / UNITS;  // rows that a warp copies at once
+constexpr int VEC = 8;                                            // elements of a copy
+constexpr int UNITS = HS / VEC;                                   // copies of a row
+constexpr int AT_ONCE = WARP / UNITS;                             // rows that a warp copies at once
+constexpr int WARP_BYTES = STAGES * 2 * KEYS * PITCH<UNITS> * 2;  // of the pipeline of a warp
 
-struct Turn {
+struct KeyTile {
   elem_t keys[KEYS * PITCH<UNITS>], values[KEYS * PITCH<UNITS>];
 };
+static_assert(WARP_BYTES == STAGES * sizeof(KeyTile), "the launch asks for so much");
 
 template <int WARPS>
-__device__ inline void attend(const elem_t* qkv,
-                              elem_t* k,
-                              elem_t* v,
-                              const int* slots,
-                              const int* positions,
-                              elem_t* out,
-                              float scale,
-                              int NH,
-                              int T) {
+__device__ inline void attend(const Head& head, float scale) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ Findings<WARPS> of_warps;
-  int head = blockIdx.x, row = blockIdx.y;
+  __shared__ SoftmaxStates<WARPS> states;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   int along = lane % 4, across = lane / 4;  // place in a fragment
-  Turn* turns = reinterpret_cast<Turn*>(memory) + warp * STAGES;
+  KeyTile* tiles = reinterpret_cast<KeyTile*>(memory) + warp * STAGES;
+  bool idle = head.count == 0;
+  int position = head.past;  // -1 in an idle row
 
-  release_dependents();
-  int slot = slots[row], position = positions[row];
-  bool idle = slot < 0 || position < 0 || position >= T;
-  if (idle) position = -1;
-  size_t C = (size_t)NH * HS;
-  out += row * C + head * HS;
-  qkv += row * 3 * C + head * HS;
-  k += ((size_t)max(slot, 0) * NH + head) * T * HS;
-  v += ((size_t)max(slot, 0) * NH + head) * T * HS;
-
-  // Zeros where there are none, for a weight of zero would not hide what is no number. The newest
-  // key and value are not in the cache yet.
+  // Past the end zeros are stored, for a weight of zero would not hide a NaN. The newest key and
+  // value are not in the cache yet.
   int line = lane / UNITS, unit = lane % UNITS;
-  unsigned to = shared_address(turns);
-  constexpr unsigned TO_VALUES = sizeof(Turn::keys);
+  unsigned to = shared_address(tiles);
+  constexpr unsigned TO_VALUES = sizeof(KeyTile::keys);
   auto fetch = [&](int t0, int stage) {
-    const elem_t *from_k = k + (size_t)(t0 + line) * HS + unit * VEC,
-                 *from_v = v + (size_t)(t0 + line) * HS + unit * VEC;
+    const elem_t *from_k = head.k + (size_t)(t0 + line) * HS + unit * VEC,
+                 *from_v = head.v + (size_t)(t0 + line) * HS + unit * VEC;
 #pragma unroll
     for (int i = 0; i < KEYS; i += AT_ONCE) {
       if (WARP % UNITS && (line >= AT_ONCE || i + line >= KEYS)) break;
       bool there = t0 + i + line < position;
-      unsigned at = to + stage * (unsigned)sizeof(Turn) + place_of<UNITS>(i + line, unit) * 2;
-      copy_or_zero(at, from_k + i * HS, there);
-      copy_or_zero(at + TO_VALUES, from_v + i * HS, there);
+      unsigned at = to + stage * (unsigned)sizeof(KeyTile) + swizzled<UNITS>(i + line, unit) * 2;
+      cp_async_or_zero(at, from_k + i * HS, there);
+      cp_async_or_zero(at + TO_VALUES, from_v + i * HS, there);
     }
   };
   constexpr int STRIDE = WARPS * KEYS;
@@ -85,39 +70,39 @@ __device__ inline void attend(const elem_t* qkv,
 #pragma unroll
   for (int s = 0; s < STAGES; s++) {
     if (first + s * STRIDE <= position) fetch(first + s * STRIDE, s);
-    copy_commit();
+    cp_async_commit();
   }
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   unsigned query[HS / 16][2];
 #pragma unroll
   for (int c = 0; c < HS / 16; c++)
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      query[c][i] = *reinterpret_cast<const unsigned*>(qkv + c * 16 + i * 8 + along * 2);
+      query[c][i] = *reinterpret_cast<const unsigned*>(head.q + c * 16 + i * 8 + along * 2);
   using Piece = Packed<elem_t, VEC>;
   Piece new_key = {}, new_value = {};
   if (lane < UNITS) {
-    new_key = *reinterpret_cast<const Piece*>(qkv + C + lane * VEC);
-    new_value = *reinterpret_cast<const Piece*>(qkv + 2 * C + lane * VEC);
+    new_key = *reinterpret_cast<const Piece*>(head.new_k + lane * VEC);
+    new_value = *reinterpret_cast<const Piece*>(head.new_v + lane * VEC);
     if (warp == 0 && !idle) {
-      *reinterpret_cast<Piece*>(k + (size_t)position * HS + lane * VEC) = new_key;
-      *reinterpret_cast<Piece*>(v + (size_t)position * HS + lane * VEC) = new_value;
+      *reinterpret_cast<Piece*>(head.k + (size_t)position * HS + lane * VEC) = new_key;
+      *reinterpret_cast<Piece*>(head.v + (size_t)position * HS + lane * VEC) = new_value;
     }
   }
 
-  float output[UNITS][4] = {}, top = LOWEST, sum = 0.0f;
+  float o[UNITS][4] = {}, m = LOWEST, l = 0.0f;
   float factor = scale * LOG2_E;  // exp(x) = 2^(x log2 e)
   int stage = 0;
   for (int t0 = first; t0 <= position; t0 += STRIDE) {
-    Turn& turn = turns[stage];
-    copy_wait<STAGES - 1>();
+    KeyTile& tile = tiles[stage];
+    cp_async_wait<STAGES - 1>();
     __syncwarp();
-    if (t0 + KEYS > position) {  // the turn of the newest key
+    if (t0 + KEYS > position) {  // the tile of the newest key
       if (lane < UNITS) {
-        int at = place_of<UNITS>(position - t0, lane);
-        *reinterpret_cast<Piece*>(&turn.keys[at]) = new_key;
-        *reinterpret_cast<Piece*>(&turn.values[at]) = new_value;
+        int at = swizzled<UNITS>(position - t0, lane);
+        *reinterpret_cast<Piece*>(&tile.keys[at]) = new_key;
+        *reinterpret_cast<Piece*>(&tile.values[at]) = new_value;
       }
       __syncwarp();
     }
@@ -131,7 +116,7 @@ __device__ inline void attend(const elem_t* qkv,
       for (int g = 0; g < KEYS / 8; g += 2) {
         unsigned b[4];  // channels 0 to 7 and 8 to 15 of eight keys, then of the next eight
         int key = g * 8 + lane / 16 * 8 + lane % 8;
-        load_matrices(b, &turn.keys[place_of<UNITS>(key, c * 2 + lane / 8 % 2)]);
+        ldmatrix(b, &tile.keys[swizzled<UNITS>(key, c * 2 + lane / 8 % 2)]);
         mma<elem_t>(scores[g], a, b[0], b[1]);
         mma<elem_t>(scores[g + 1], a, b[2], b[3]);
       }
@@ -142,11 +127,11 @@ __device__ inline void attend(const elem_t* qkv,
     for (int i = 0; i < KEYS / 4; i++)
       weights[i] = t0 + i / 2 * 8 + along * 2 + i % 2 > position ? MINUS_INFINITY
                                                                  : scores[i / 2][i % 2] * factor;
-    float old = take_scores(weights, top, sum);
+    float old = add_scores(weights, m, l);
 #pragma unroll
     for (int n = 0; n < UNITS; n++) {
-      output[n][0] *= old;
-      output[n][1] *= old;
+      o[n][0] *= old;
+      o[n][1] *= old;
     }
 #pragma unroll
     for (int g = 0; g < KEYS / 8; g += 2) {
@@ -156,43 +141,45 @@ __device__ inline void attend(const elem_t* qkv,
       for (int n = 0; n < UNITS; n += 2) {
         unsigned b[4];  // keys 0 to 7 and 8 to 15 of eight channels, then of the next eight
         int key = g * 8 + lane / 8 % 2 * 8 + lane % 8;
-        load_matrices_transposed(b, &turn.values[place_of<UNITS>(key, n + lane / 16)]);
-        mma<elem_t>(output[n], a, b[0], b[1]);
-        mma<elem_t>(output[n + 1], a, b[2], b[3]);
+        ldmatrix_trans(b, &tile.values[swizzled<UNITS>(key, n + lane / 16)]);
+        mma<elem_t>(o[n], a, b[0], b[1]);
+        mma<elem_t>(o[n + 1], a, b[2], b[3]);
       }
     }
     __syncwarp();
     int next = t0 + STAGES * STRIDE;
     if (next <= position) fetch(next, stage);
-    copy_commit();
+    cp_async_commit();
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
-  sum = warp_sum<4>(sum);
+  l = warp_sum<4>(l);
 
   // All rows of the fragments are alike.
   if (lane == 0) {
-    of_warps.tops[warp] = top;
-    of_warps.sums[warp] = sum;
+    states.m[warp] = m;
+    states.l[warp] = l;
   }
 #pragma unroll
   for (int n = 0; n < UNITS; n++)
     if (across == n % 8) {
-      float own[2] = {output[n][0], output[n][1]};
-      store_floats(&of_warps.values[warp][n * 8 + along * 2], own);
+      float own[2] = {o[n][0], o[n][1]};
+      store_floats(&states.o[warp][n * 8 + along * 2], own);
     }
   __syncthreads();
-  FromBlocks nobody;
-  finish<WARPS, false>(of_warps, nobody, 0, 1, idle, out);
+  ClusterStates none;
+  write_output<WARPS, false>(states, none, 0, 1, idle, head.out);
 }
 
 #define ATTENTION_ENTRY(name, warps)                                                        \
   extern "C" __global__ void __launch_bounds__(warps* WARP)                                 \
       name(const elem_t* qkv, elem_t* k, elem_t* v, const int* slots, const int* positions, \
            elem_t* out, float scale, int NH, int T) {                                       \
-    attend<warps>(qkv, k, v, slots, positions, out, scale, NH, T);                          \
+    griddepcontrol_launch_dependents();                                                     \
+    int head = blockIdx.x;                                                                  \
+    attend<warps>(decode_head(qkv, k, v, slots, positions, out, head, NH, T), scale);       \
   }
 
-ATTENTION_ENTRY(attention_decode_rows_2, 2)
-ATTENTION_ENTRY(attention_decode_rows_4, 4)
+ATTENTION_ENTRY(attention_decode_rows_w2, 2)
+ATTENTION_ENTRY(attention_decode_rows_w4, 4)
 
 #endif

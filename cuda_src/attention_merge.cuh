@@ -1,116 +1,99 @@
-// How the warps and blocks that share a query of decode attention bring their findings together.
+// Merging the softmax states of the warps and blocks that share a query of decode attention.
 #pragma once
 
-#include "handover.cuh"
-#include "softmax.cuh"
+#include "dsmem.cuh"
+#include "softmax_state.cuh"
 
 #ifndef HS
 #define HS 64
 #endif
 
-constexpr int SPLIT = 8;  // blocks of the largest cluster; also in gpt2cupy/ops/cached_attention.py
+constexpr int SPLIT = 8;  // blocks of the largest cluster
 
-// An empty partial softmax has LOWEST as its maximum and not minus infinity, whose difference to
-// itself is no number: so nothing has to be asked before a factor is taken.
-//
-// Maximum, sum of weights and weighted values of each of COUNT partial softmaxes.
-// Values are stored 16 bytes at a time; COUNT is even.
+// COUNT states in shared memory. Outputs are stored 16 bytes at a time; COUNT is even.
 template <int COUNT>
-struct alignas(16) Findings {
-  float tops[COUNT], sums[COUNT], values[COUNT][HS];
+struct alignas(16) SoftmaxStates {
+  float m[COUNT], l[COUNT], o[COUNT][HS];
 };
 
-// COUNT partial softmaxes of one channel as one.
-template <int COUNT>
-__device__ inline void combine(const float (&tops)[COUNT],
-                               const float (&sums)[COUNT],
-                               const float (&values)[COUNT],
-                               float& top,
-                               float& sum,
-                               float& value) {
-  top = tops[0];
-#pragma unroll
-  for (int i = 1; i < COUNT; i++) top = fmaxf(top, tops[i]);
-  sum = value = 0.0f;
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    float factor = power_of_two(tops[i] - top);
-    sum = fmaf(sums[i], factor, sum);
-    value = fmaf(values[i], factor, value);
+// States that the other blocks of a cluster store in the first.
+struct ClusterStates {
+  SoftmaxStates<SPLIT> states;
+  Mbarrier arrived;
+};
+
+// Prepare for them; all threads of all blocks, before anything is sent.
+__device__ inline void open_cluster_states(ClusterStates& cluster, int block) {
+  if (block == 0 && threadIdx.x == 0) {
+    mbarrier_init(shared_address(&cluster.arrived), 1);
+    mbarrier_init_fence();
   }
+  cluster_arrive();
 }
 
-// What the other blocks of a cluster tell the first, and how much of it has come.
-struct FromBlocks {
-  Findings<SPLIT> findings;
-  Counter counter;
-};
+constexpr unsigned STATE_BYTES = (HS + 2) * sizeof(float);  // of one block
 
-// Prepare for it; all threads of all blocks, before anything is sent.
-__device__ inline void open_to_blocks(FromBlocks& from, int block) {
-  if (block == 0 && threadIdx.x == 0) open_counter(&from.counter);
-  cluster_begin();
-}
-
-// Bytes that a block sends.
-constexpr unsigned SENT = (HS + 2) * sizeof(float);
-
-// Give the findings of this block to the first.
-__device__ inline void send_findings(
-    const FromBlocks& from, int block, int channel, float top, float sum, float value) {
-  const Findings<SPLIT>& place = from.findings;
-  send(&place.values[block][channel], &from.counter, 0, value);
+// Send one channel of this block's state to the first block.
+__device__ inline void send_state(
+    const ClusterStates& cluster, int block, int channel, float m, float l, float o) {
+  const SoftmaxStates<SPLIT>& states = cluster.states;
+  dsmem_store(&states.o[block][channel], &cluster.arrived, 0, o);
   if (channel == 0) {
-    send(&place.tops[block], &from.counter, 0, top);
-    send(&place.sums[block], &from.counter, 0, sum);
+    dsmem_store(&states.m[block], &cluster.arrived, 0, m);
+    dsmem_store(&states.l[block], &cluster.arrived, 0, l);
   }
 }
 
-// Merge the findings of `count` blocks with those of the first, which calls it.
-__device__ inline void merge_blocks(
-    FromBlocks& from, int count, int channel, float& top, float& sum, float& value) {
-  wait_for_bytes(&from.counter);
-  float tops[SPLIT], sums[SPLIT], values[SPLIT];
-  tops[0] = top;
-  sums[0] = sum;
-  values[0] = value;
+// Merge one channel of the states of `count` blocks into that of the first, which calls it.
+__device__ inline void merge_cluster(
+    const ClusterStates& cluster, int count, int channel, float& m, float& l, float& o) {
+  mbarrier_wait_cluster(shared_address(&cluster.arrived), 0);
+  float ms[SPLIT], ls[SPLIT], os[SPLIT];
+  ms[0] = m;
+  ls[0] = l;
+  os[0] = o;
 #pragma unroll
   for (int b = 1; b < SPLIT; b++) {
     bool there = b < count;
-    tops[b] = there ? from.findings.tops[b] : LOWEST;
-    sums[b] = there ? from.findings.sums[b] : 0.0f;
-    values[b] = there ? from.findings.values[b][channel] : 0.0f;
+    ms[b] = there ? cluster.states.m[b] : LOWEST;
+    ls[b] = there ? cluster.states.l[b] : 0.0f;
+    os[b] = there ? cluster.states.o[b][channel] : 0.0f;
   }
-  combine(tops, sums, values, top, sum, value);
+  merge(ms, ls, os, m, l, o);
 }
 
-// What the warps of the `count` blocks found becomes the output of the head: all threads come here,
+// Merge the states of all warps of `count` blocks and write the head's output. All threads call it,
 // after a barrier. `count` is 1 where blocks do not share a query.
 template <int WARPS, bool CLUSTERED>
-__device__ inline void finish(
-    const Findings<WARPS>& warps, FromBlocks& from, int block, int count, bool idle, elem_t* out) {
+__device__ inline void write_output(const SoftmaxStates<WARPS>& warps,
+                                    ClusterStates& cluster,
+                                    int block,
+                                    int count,
+                                    bool idle,
+                                    elem_t* out) {
   if constexpr (CLUSTERED)
     if (count > 1) {
       cluster_wait();  // the first block is prepared
-      if (block == 0 && threadIdx.x == 0) expect_bytes(&from.counter, (count - 1) * SENT);
+      if (block == 0 && threadIdx.x == 0)
+        mbarrier_arrive_expect_tx(shared_address(&cluster.arrived), (count - 1) * STATE_BYTES);
     }
   for (int channel = threadIdx.x; channel < HS; channel += WARPS * WARP) {
-    float tops[WARPS], sums[WARPS], values[WARPS], top, sum, value;
+    float ms[WARPS], ls[WARPS], os[WARPS], m, l, o;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      tops[w] = warps.tops[w];
-      sums[w] = warps.sums[w];
-      values[w] = warps.values[w][channel];
+      ms[w] = warps.m[w];
+      ls[w] = warps.l[w];
+      os[w] = warps.o[w][channel];
     }
-    combine(tops, sums, values, top, sum, value);
+    merge(ms, ls, os, m, l, o);
     if constexpr (CLUSTERED)
       if (count > 1) {
         if (block > 0) {
-          send_findings(from, block, channel, top, sum, value);
+          send_state(cluster, block, channel, m, l, o);
           continue;
         }
-        merge_blocks(from, count, channel, top, sum, value);
+        merge_cluster(cluster, count, channel, m, l, o);
       }
-    out[channel] = from_float<elem_t>(idle ? 0.0f : __fdividef(value, sum));
+    out[channel] = from_float<elem_t>(idle ? 0.0f : __fdividef(o, l));
   }
 }

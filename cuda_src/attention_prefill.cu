@@ -10,7 +10,7 @@
 // Bytes     N 4C sizeof ELEM at the least; each query tile reads the keys before it again, from L2
 // FLOPs     4 HS per query, head and visible key
 // Work      one block per (tile of BR queries, head, sequence); tiles of BC keys pass through
-//           shared memory. 16 x 16 threads hold the scores and the output as small squares in
+//           shared memory. 16 x 16 threads have the scores and the output as small squares in
 //           registers. No T x T matrix exists: the softmax is online, as in attention_decode.cu.
 // Source    Dao et al., "FlashAttention", 2022; Milakov, Gimelshein, 2018
 //
@@ -20,24 +20,24 @@
 // The ladder
 //   attention_naive     one warp per query and head, keys one after another: the formula
 //   attention_prefill   tiles in shared memory
-#include "common.cuh"
-
-#ifndef HS
-#define HS 64
-#endif
+#include "attention_head.cuh"
 
 constexpr int SIDE = 16;                     // threads of a block: SIDE x SIDE
-constexpr int BR = HS <= 64 ? 64 : 32;       // queries of a block; also in ops/cached_attention.py
+constexpr int BR = HS <= 64 ? 64 : 32;       // queries of a block
 constexpr int BC = HS <= 64 ? 32 : 16;       // keys of a tile
 constexpr int RPT = BR / SIDE;               // query rows of a thread
 constexpr int CPT = BC / SIDE;               // key columns of a thread
 constexpr int DPT = (HS + SIDE - 1) / SIDE;  // output channels of a thread
 constexpr int SPAN = 32;                     // products of a score that are summed together
 
-// Where key (part 1) or value (part 2) of position t of this sequence lies.
-__device__ inline const elem_t* token_head(
-    const elem_t* qkv, const elem_t* cache, int t, int past, int part, int head, size_t C) {
-  return t < past ? cache + (size_t)t * HS : qkv + (t - past) * 3 * C + part * C + head * HS;
+// Where key and value of position t lie: in the cache, or in qkv if the token is new.
+struct KeyValue {
+  const elem_t *key, *value;
+};
+__device__ inline KeyValue key_value(const Head& head, int t) {
+  bool cached = t < head.past;
+  int at = cached ? t * HS : (t - head.past) * head.qkv_stride;
+  return {(cached ? head.k : head.new_k) + at, (cached ? head.v : head.new_v) + at};
 }
 
 __device__ inline float half_warp_max(float x) { return warp_max<SIDE>(x); }
@@ -53,44 +53,38 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
                                                                            float scale,
                                                                            int NH,
                                                                            int T) {
-  int head = blockIdx.y, sequence = blockIdx.z;
-  int start = starts[sequence], count = starts[sequence + 1] - start;
+  Head head =
+      prefill_head(qkv, k, v, starts, slots, past_tokens, out, blockIdx.y, blockIdx.z, NH, T);
   // Later tiles have more keys: start them first.
   int first = (gridDim.x - 1 - blockIdx.x) * BR;
-  if (first >= count) return;
-  int rows = min(BR, count - first);
-  int past = past_tokens[sequence];
-  size_t C = (size_t)NH * HS;
-  qkv += start * 3 * C;
-  out += start * C + head * HS;
-  size_t cache = ((size_t)slots[sequence] * NH + head) * T * HS;
-  k += cache;
-  v += cache;
+  if (first >= head.count) return;
+  int rows = min(BR, head.count - first), past = head.past;
 
   __shared__ float Q[BR][HS + 1], K[BC][HS + 1], V[BC][HS], P[BR][BC + 1];
   int tid = threadIdx.x, ty = tid / SIDE, tx = tid % SIDE;
 
   for (int i = tid; i < rows * HS; i += SIDE * SIDE) {
     int r = i / HS, c = i % HS, t = past + first + r;
-    const elem_t* token = qkv + (first + r) * 3 * C + head * HS + c;
-    Q[r][c] = to_float(token[0]) * scale;
+    size_t from = (size_t)(first + r) * head.qkv_stride + c;
+    Q[r][c] = to_float(head.q[from]) * scale;
     if (t < T) {
-      k[(size_t)t * HS + c] = token[C];
-      v[(size_t)t * HS + c] = token[2 * C];
+      head.k[(size_t)t * HS + c] = head.new_k[from];
+      head.v[(size_t)t * HS + c] = head.new_v[from];
     }
   }
 
-  float output[RPT][DPT] = {}, top[RPT], sum[RPT] = {};
+  float o[RPT][DPT] = {}, m[RPT], l[RPT] = {};
 #pragma unroll
-  for (int i = 0; i < RPT; i++) top[i] = MINUS_INFINITY;
+  for (int i = 0; i < RPT; i++) m[i] = MINUS_INFINITY;
 
   int keys = past + first + rows;  // one past the last key that any query of the tile sees
   for (int t0 = 0; t0 < keys; t0 += BC) {
     __syncthreads();
     for (int i = tid; i < BC * HS; i += SIDE * SIDE) {
       int r = i / HS, c = i % HS, t = min(t0 + r, keys - 1);
-      K[r][c] = to_float(token_head(qkv, k, t, past, 1, head, C)[c]);
-      V[r][c] = to_float(token_head(qkv, v, t, past, 2, head, C)[c]);
+      KeyValue token = key_value(head, t);
+      K[r][c] = to_float(token.key[c]);
+      V[r][c] = to_float(token.value[c]);
     }
     __syncthreads();
 
@@ -120,24 +114,24 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
     for (int i = 0; i < RPT; i++) {
       // Every query sees key 0, so after the first tile the maximum is a number.
       int last = past + first + min(ty * RPT + i, rows - 1);
-      float tile_top = MINUS_INFINITY;
+      float larger = MINUS_INFINITY;
 #pragma unroll
       for (int j = 0; j < CPT; j++) {
         if (t0 + tx + j * SIDE > last) scores[i][j] = MINUS_INFINITY;
-        tile_top = fmaxf(tile_top, scores[i][j]);
+        larger = fmaxf(larger, scores[i][j]);
       }
-      tile_top = fmaxf(top[i], half_warp_max(tile_top));
-      float old = expf(top[i] - tile_top), tile_sum = 0.0f;
-      top[i] = tile_top;
+      larger = fmaxf(m[i], half_warp_max(larger));
+      float old = expf(m[i] - larger), tile_sum = 0.0f;
+      m[i] = larger;
 #pragma unroll
       for (int j = 0; j < CPT; j++) {
-        float weight = expf(scores[i][j] - tile_top);
+        float weight = expf(scores[i][j] - larger);
         tile_sum += weight;
         P[ty * RPT + i][tx + j * SIDE] = weight;
       }
-      sum[i] = fmaf(sum[i], old, half_warp_sum(tile_sum));
+      l[i] = fmaf(l[i], old, half_warp_sum(tile_sum));
 #pragma unroll
-      for (int d = 0; d < DPT; d++) output[i][d] *= old;
+      for (int d = 0; d < DPT; d++) o[i][d] *= old;
     }
     __syncthreads();
 
@@ -157,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
 #pragma unroll
     for (int i = 0; i < RPT; i++)
 #pragma unroll
-      for (int d = 0; d < DPT; d++) output[i][d] += of_tile[i][d];
+      for (int d = 0; d < DPT; d++) o[i][d] += of_tile[i][d];
   }
 
 #pragma unroll
@@ -167,7 +161,8 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
 #pragma unroll
     for (int d = 0; d < DPT; d++) {
       int c = tx + d * SIDE;
-      if (c < HS) out[(first + r) * C + c] = from_float<elem_t>(output[i][d] / sum[i]);
+      if (c < HS)
+        head.out[(size_t)(first + r) * head.out_stride + c] = from_float<elem_t>(o[i][d] / l[i]);
     }
   }
 }
@@ -182,38 +177,32 @@ extern "C" __global__ void attention_naive(const elem_t* qkv,
                                            float scale,
                                            int NH,
                                            int T) {
-  int token = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z, lane = threadIdx.x;
-  int start = starts[sequence], past = past_tokens[sequence];
-  if (token >= starts[sequence + 1] - start) return;
-  size_t C = (size_t)NH * HS;
-  qkv += start * 3 * C;
-  size_t cache = ((size_t)slots[sequence] * NH + head) * T * HS;
-  k += cache;
-  v += cache;
-  const elem_t* own = qkv + token * 3 * C + head * HS;
+  int token = blockIdx.x, lane = threadIdx.x;
+  Head head =
+      prefill_head(qkv, k, v, starts, slots, past_tokens, out, blockIdx.y, blockIdx.z, NH, T);
+  if (token >= head.count) return;
+  size_t from = (size_t)token * head.qkv_stride, to = (size_t)(head.past + token) * HS;
   for (int c = lane; c < HS; c += WARP) {
-    k[(size_t)(past + token) * HS + c] = own[C + c];
-    v[(size_t)(past + token) * HS + c] = own[2 * C + c];
+    head.k[to + c] = head.new_k[from + c];
+    head.v[to + c] = head.new_v[from + c];
   }
   constexpr int PER_LANE = (HS + WARP - 1) / WARP;
-  float top = MINUS_INFINITY, sum = 0.0f, values[PER_LANE] = {};
-  for (int t = 0; t <= past + token; t++) {
-    const elem_t* key = token_head(qkv, k, t, past, 1, head, C);
-    const elem_t* value = token_head(qkv, v, t, past, 2, head, C);
+  float m = MINUS_INFINITY, l = 0.0f, o[PER_LANE] = {};
+  for (int t = 0; t <= head.past + token; t++) {
+    auto [key, value] = key_value(head, t);
     float score = 0.0f;
-    for (int c = lane; c < HS; c += WARP) score += to_float(own[c]) * to_float(key[c]);
+    for (int c = lane; c < HS; c += WARP) score += to_float(head.q[from + c]) * to_float(key[c]);
     score = warp_sum(score) * scale;
-    float new_top = fmaxf(top, score);
-    float old = expf(top - new_top), weight = expf(score - new_top);
-    top = new_top;
-    sum = sum * old + weight;
+    float larger = fmaxf(m, score);
+    float old = expf(m - larger), weight = expf(score - larger);
+    m = larger;
+    l = l * old + weight;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
-      if (lane + i * WARP < HS)
-        values[i] = values[i] * old + weight * to_float(value[lane + i * WARP]);
+      if (lane + i * WARP < HS) o[i] = o[i] * old + weight * to_float(value[lane + i * WARP]);
   }
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++)
     if (lane + i * WARP < HS)
-      out[(start + token) * C + head * HS + lane + i * WARP] = from_float<elem_t>(values[i] / sum);
+      head.out[(size_t)token * head.out_stride + lane + i * WARP] = from_float<elem_t>(o[i] / l);
 }

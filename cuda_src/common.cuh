@@ -5,6 +5,7 @@
 //   ELEM   element type of weights, activations and cache: float, __half or __nv_bfloat16
 //   HS     head size (attention only)
 //   K      inner size of the product (norm_gemv, skinny and their int8 counterparts)
+//   BATCH  rows of the batch (decode_step only)
 //
 // Letters: B rows, T tokens, C channels, NH heads, HS head size, V vocabulary, L layers.
 #pragma once
@@ -17,6 +18,9 @@
 #endif
 
 using elem_t = ELEM;
+
+// Longest row that a GEMV with a layer norm takes: what a warp's registers hold.
+#define LONGEST_NORM 2048
 
 constexpr int WARP = 32;
 constexpr unsigned FULL_MASK = 0xffffffffu;
@@ -46,7 +50,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 // ---------------------------------------------------------------------------------------------
 // vectors: N consecutive elements moved by one load or store, or by several of 16 bytes: launch()
-// promises no more than that alignment, and newer chips have accesses of 32 bytes
+// checks no more than that alignment, and newer chips have accesses of 32 bytes
 
 template <int BYTES>
 struct Word {
@@ -62,8 +66,8 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T value[N];
 };
 
-// The same as the words that hold them, for values that are chosen or copied before they are used:
-// given elements, the compiler takes the words apart for that.
+// The same as words, for values that are selected or copied before they are used: given elements,
+// the compiler would take the words apart for that.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
   static constexpr int WORD = sizeof(T) * N < 4 ? sizeof(T) * N : 4;
@@ -81,7 +85,7 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Packed {
   }
 };
 
-// Elements in the widest access the hardware has.
+// The elements of an access of 16 bytes.
 template <typename T>
 constexpr int WIDEST = 16 / sizeof(T);
 
@@ -124,7 +128,7 @@ __device__ inline float sum_of(const float (&x)[N]) {
   return sum_between<0, N>(x);
 }
 
-// Several sums at once: their shuffles are under way together.
+// Several sums at once: their shuffles overlap.
 template <int WIDTH = WARP, int N>
 __device__ inline void warp_sums(float (&x)[N]) {
 #pragma unroll
@@ -145,29 +149,29 @@ __device__ inline float warp_max(float x) {
 // overlap of neighbouring kernels (programmatic dependent launch, sm_90 and newer)
 //
 // A kernel of the decode step first loads what no kernel before it in the step writes (weights,
-// keys and values of the past, positions), then waits for its predecessor. Positions are written
-// by the choice of the token: it is the last of the step, and the first of the next is launched
-// the plain way, so it starts only when that is complete. Launched the plain way, or on an older
-// chip, both calls do nothing.
+// keys and values of the past, positions), then waits for its predecessor by griddepcontrol.wait.
+// Positions are written by the sampling kernel: it is the last of the step, and the first of the
+// next is launched without overlap, so it starts only when that is complete. Launched without
+// overlap, or on an older chip, both calls do nothing.
 
-// From here on the next kernel of the stream may start, up to its own wait.
-__device__ inline void release_dependents() {
+// From here on the next kernel of the stream may start, up to its own griddepcontrol.wait.
+__device__ inline void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// 0, but not before `bits` are known. An offset of it makes a load follow a computation, which the
-// compiler would otherwise put behind the load's arrival. `positive` is anything that is.
+// 0, but not before `bits` are known: as an offset it makes a load follow a computation, which the
+// compiler would otherwise put behind the load's arrival. `positive` is any positive number.
 __device__ inline unsigned zero_after(unsigned bits, int positive) {
   unsigned zero;
   asm volatile("shr.u32 %0, %1, %2;" : "=r"(zero) : "r"(bits), "r"(positive + 32));
   return zero;
 }
 
-// Loads before the wait are paced: a lane has only some under way, and each one more follows the
-// arrival of one of those. All at once they would stand before what the kernels in between load
-// after their waits. Where nothing overlaps nothing stands in line, and they go UNPACED.
+// Loads before griddepcontrol.wait are paced: a lane has only some in flight, and each one more
+// follows the arrival of one of those. All at once they would delay what the kernels in between
+// load after their waits. Where nothing overlaps they are UNPACED.
 constexpr int UNPACED = 1 << 20;
 #if __CUDA_ARCH__ >= 900
 constexpr bool OVERLAPS = true;
@@ -175,7 +179,7 @@ constexpr bool OVERLAPS = true;
 constexpr bool OVERLAPS = false;
 #endif
 
-// 0, but not before these 16 bytes have come.
+// 0, but not before these 16 bytes have arrived.
 template <typename P>
 __device__ inline unsigned zero_after_load(const P& piece, int positive) {
   static_assert(sizeof(P) == 16, "a load");
@@ -183,9 +187,9 @@ __device__ inline unsigned zero_after_load(const P& piece, int positive) {
 }
 
 // Returns when the kernel before is complete and what it wrote can be read. At least one block of
-// every grid that may overlap must call it: then a kernel that is complete means that all before it
-// are, on which whatever is loaded early rests.
-__device__ inline void wait_for_inputs() {
+// every grid that may overlap must call it: then a complete kernel means that all before it are
+// complete, on which the early loads rest.
+__device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -199,7 +203,7 @@ __device__ inline unsigned shared_address(const void* pointer) {
 }
 
 template <typename T>
-__device__ inline void copy_async(T* to_shared, const void* from) {
+__device__ inline void cp_async(T* to_shared, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)),
                "l"(from)
@@ -209,9 +213,9 @@ __device__ inline void copy_async(T* to_shared, const void* from) {
 #endif
 }
 
-// Likewise to an address of shared memory, but zeros, and nothing is read, where there is nothing.
+// Likewise to an address of shared memory; zeros are stored, and nothing is read, if not `there`.
 // sm_80 and newer.
-__device__ inline void copy_or_zero(unsigned to_shared, const void* from, bool there) {
+__device__ inline void cp_async_or_zero(unsigned to_shared, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_shared), "l"(from),
                "r"(there ? 16 : 0)
@@ -220,28 +224,23 @@ __device__ inline void copy_or_zero(unsigned to_shared, const void* from, bool t
 }
 
 // The copies since the last call become one group.
-__device__ inline void copy_commit() {
+__device__ inline void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Returns when all groups of this thread but the newest LATEST are there.
+// Returns when all groups of this thread but the newest LATEST are complete.
 template <int LATEST>
-__device__ inline void copy_wait() {
+__device__ inline void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
 #endif
 }
 
 // ---------------------------------------------------------------------------------------------
-// thread block clusters (sm_90 and newer); on an older chip every block is a cluster of its own
-
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER(size) __cluster_dims__(size)
-#else
-#define CLUSTER(size)
-#endif
+// thread block clusters (sm_90 and newer); on an older chip, where no entry is launched as
+// clusters, every block is a cluster of its own
 
 __device__ inline int cluster_size() {
 #if __CUDA_ARCH__ >= 900
@@ -263,10 +262,10 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster in two halves. The first publishes nothing, but for a
-// counter opened before (handover.cuh): for that it would have to wait until all that a thread
-// wrote is seen by the whole GPU. A thread that has returned counts as arrived.
-__device__ inline void cluster_begin() {
+// A barrier of all threads of the cluster in two parts. The first releases nothing but mbarriers
+// initialised before (mbarrier_init_fence()): to release more it would wait until all that a thread
+// wrote is visible to the whole GPU. A thread that has returned counts as arrived.
+__device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
@@ -280,7 +279,7 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-// Which cluster of its row of the grid this block belongs to.
+// The index of the block's cluster in its row of the grid.
 __device__ inline int cluster_index() {
 #if __CUDA_ARCH__ >= 900
   int index;

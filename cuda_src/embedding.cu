@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(256) embedding(const int* ids,
                                                             int Vp,
                                                             int P,
                                                             int C) {
-  release_dependents();  // it does not wait itself: it must be launched the plain way
+  griddepcontrol_launch_dependents();  // it does not wait itself: it must be launched the plain way
   int row = blockIdx.x;
   int id = ids[row], position = positions[row];
   bool inside = id >= 0 && id < Vp && position >= 0 && position < P;
@@ -34,10 +34,10 @@ extern "C" __global__ void __launch_bounds__(256) embedding(const int* ids,
 
 extern "C" __global__ void __launch_bounds__(256) last_rows(
     const float* x, const elem_t* attended, const int* starts, float* y, elem_t* out, int C) {
-  release_dependents();
+  griddepcontrol_launch_dependents();
   // A sequence without tokens has the last row of another, and no row comes before the first.
   int row = blockIdx.x, from = max(starts[row + 1] - 1, 0);
-  wait_for_inputs();
+  griddepcontrol_wait();
   for (int c = threadIdx.x; c < C; c += blockDim.x) {
     y[(size_t)row * C + c] = x[(size_t)from * C + c];
     out[(size_t)row * C + c] = attended[(size_t)from * C + c];

@@ -1,5 +1,5 @@
-// The products of the decode step at one row with weights in int8: with the layer norm before, or
-// the residual after.
+// The GEMVs of the decode step at one row with weights in int8: with the layer norm before, or the
+// residual after.
 //
 //   norm_gemv_int8    y = activation(W layer_norm(x) + bias)
 //   gemv_add_int8     y = activation(W x + bias) + residual
@@ -10,28 +10,28 @@
 //           residual and y are ELEM or float (entries ..._f32)
 // Bytes     M K (1 + 2 / GROUP); everything else is small and read from L2
 // FLOPs     2 M K
-// Work      the threads of a block share K, a thread has CHUNKS pieces of 16 of it, and the block
-//           ROWS outputs in hand; it moves on by the whole grid. Weights and scales of the first
-//           ROWS are loaded before the kernel waits for its predecessor.
+// Work      the threads of a block share K, CHUNKS pieces of 16 a thread, and compute ROWS outputs
+//           at a time; the block strides by the whole grid. Weights and scales of the first ROWS
+//           are loaded before griddepcontrol.wait.
 //
 // A byte of weight leaves no time for a conversion to float and a multiplication of its own. So the
 // 16 inputs of a piece are written as whole numbers: x = step (256 d1 + d0), digits of a byte
 // each, with about 2^15 steps to the largest of them (2^23 and three digits where ELEM is float).
-// That is finer than half precision itself is at that input. Four weights then meet four digits in
+// That is finer than fp16 itself is at that input. Four weights then meet four digits in
 // one instruction (dp4a), whose sums are exact; only a piece's sum becomes float, where it meets
 // its step and scale.
 //
-// Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are put together
+// Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are combined
 //           as in Chan, Golub, LeVeque, 1979
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "int8.cuh"
 
 #ifndef K
 #define K 768
 #endif
 
-constexpr int ROWS = 8;  // of a block; also in gpt2cupy/ops/quantized.py, like the next two
-constexpr int CHUNKS = K > 2048 ? 2 : 1;
+constexpr int ROWS = 8;                           // of a block: outputs at a time
+constexpr int CHUNKS = K > LONGEST_NORM ? 2 : 1;  // pieces of a thread
 constexpr int WARPS = (K + PIECE * WARP * CHUNKS - 1) / (PIECE * WARP * CHUNKS);
 
 constexpr int THREADS = WARPS * WARP;
@@ -66,9 +66,9 @@ __device__ inline void load_tile(
   }
 }
 
-// A piece of the inputs as whole numbers; returns their step. Not a number stays one.
+// A piece of the inputs as whole numbers; returns their step. NaN stays NaN.
 __device__ inline float to_digits(const float (&x)[PIECE], int (&digits)[DIGITS][4]) {
-  unsigned most = 0;  // magnitudes are in the order of their bits, what is not a number above all
+  unsigned most = 0;  // magnitudes are in the order of their bits, NaN above all
 #pragma unroll
   for (int i = 0; i < PIECE; i++) most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
   most = max(most, __float_as_uint(1e-30f));  // smaller ones are nothing beside any output
@@ -149,7 +149,7 @@ __device__ inline void normalise(float (&x)[CHUNKS][PIECE],
 }
 
 // Sums of ROWS = 8 values over the warp: lane i has that of value i / 4. Each exchange halves the
-// values a lane has in hand.
+// values of a lane.
 __device__ inline float sums_of_rows(float (&values)[ROWS]) {
   int lane = threadIdx.x % WARP;
 #pragma unroll
@@ -166,33 +166,30 @@ __device__ inline float sums_of_rows(float (&values)[ROWS]) {
 }
 
 template <bool NORM, typename in_t, typename out_t>
-__device__ inline void product(const in_t* x,
-                               const elem_t* norm_weight,
-                               const elem_t* norm_bias,
-                               const signed char* values,
-                               const scale_t* scales,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
-                               float eps,
-                               int activation,
-                               int M) {
+__device__ inline void gemv(const in_t* x,
+                            const elem_t* norm_weight,
+                            const elem_t* norm_bias,
+                            const signed char* values,
+                            const scale_t* scales,
+                            const Epilogue<out_t>& epilogue,
+                            float eps,
+                            int M) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   bool writer = threadIdx.x < ROWS;  // of output tile * ROWS + threadIdx.x
   int tile = blockIdx.x;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Tile w;
   load_tile(values, scales, tile, M, w);
-  float own_bias = addend(bias, tile * ROWS + threadIdx.x, writer);
+  float own_bias = epilogue.bias_at(tile * ROWS + threadIdx.x, writer);
   Packed<elem_t, PIECE> norm[2] = {};
   if (NORM && inside(0)) {
     norm[0] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_weight + piece_of(0) * PIECE);
     norm[1] = *reinterpret_cast<const Packed<elem_t, PIECE>*>(norm_bias + piece_of(0) * PIECE);
   }
-  wait_for_inputs();
+  griddepcontrol_wait();
 
-  float own_residual = addend(residual, tile * ROWS + threadIdx.x, writer);
+  float own_residual = epilogue.residual_at(tile * ROWS + threadIdx.x, writer);
   float xs[CHUNKS][PIECE] = {};
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
@@ -204,7 +201,7 @@ __device__ inline void product(const in_t* x,
   for (int c = 0; c < CHUNKS; c++) step[c] = to_digits(xs[c], digits[c]);
 
   __shared__ float partial[2][WARPS][ROWS];
-  for (int turn = 0;; turn ^= 1) {
+  for (int buffer = 0;; buffer ^= 1) {
     float sums[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -218,41 +215,41 @@ __device__ inline void product(const in_t* x,
     if (!last) load_tile(values, scales, next, M, w);
 
     float own = sums_of_rows(sums);
-    if (lane % (WARP / ROWS) == 0) partial[turn][warp][lane / (WARP / ROWS)] = own;
+    if (lane % (WARP / ROWS) == 0) partial[buffer][warp][lane / (WARP / ROWS)] = own;
     __syncthreads();
     if (writer) {
       own = own_bias;
 #pragma unroll
-      for (int p = 0; p < WARPS; p++) own += partial[turn][p][threadIdx.x];
-      y[tile * ROWS + threadIdx.x] = from_float<out_t>(activate(own, activation) + own_residual);
+      for (int p = 0; p < WARPS; p++) own += partial[buffer][p][threadIdx.x];
+      epilogue.store(tile * ROWS + threadIdx.x, own, own_residual);
     }
     if (last) break;
     tile = next;
-    own_bias = addend(bias, tile * ROWS + threadIdx.x, writer);
-    own_residual = addend(residual, tile * ROWS + threadIdx.x, writer);
+    own_bias = epilogue.bias_at(tile * ROWS + threadIdx.x, writer);
+    own_residual = epilogue.residual_at(tile * ROWS + threadIdx.x, writer);
   }
 }
 
-#define NORM_GEMV_ENTRY(name, out_t)                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                           \
-      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
-           const signed char* values, const scale_t* scales, const out_t* bias, out_t* y,         \
-           float eps, int activation, int M) {                                                    \
-    product<true>(x, norm_weight, norm_bias, values, scales, bias, (const out_t*)nullptr, y, eps, \
-                  activation, M);                                                                 \
+#define NORM_GEMV_ENTRY(name, out_t)                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                   \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,            \
+           const signed char* values, const scale_t* scales, const out_t* bias, out_t* y, \
+           float eps, int activation, int M) {                                            \
+    gemv<true, float, out_t>(x, norm_weight, norm_bias, values, scales,                   \
+                             {bias, nullptr, y, activation}, eps, M);                     \
   }
 
 #define GEMV_ADD_ENTRY(name, out_t)                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS)                                          \
       name(const elem_t* x, const signed char* values, const scale_t* scales, const out_t* bias, \
            const out_t* residual, out_t* y, int activation, int M) {                             \
-    product<false>(x, (const elem_t*)nullptr, (const elem_t*)nullptr, values, scales, bias,      \
-                   residual, y, 0.0f, activation, M);                                            \
+    gemv<false, elem_t, out_t>(x, nullptr, nullptr, values, scales,                              \
+                               {bias, residual, y, activation}, 0.0f, M);                        \
   }
 
 GEMV_ADD_ENTRY(gemv_add_int8, elem_t)
 GEMV_ADD_ENTRY(gemv_add_int8_f32, float)
-#if K <= 2048  // a norm needs the whole row in one piece of each thread
+#if K <= LONGEST_NORM  // a norm needs the whole row in one piece of each thread
 NORM_GEMV_ENTRY(norm_gemv_int8, elem_t)
 NORM_GEMV_ENTRY(norm_gemv_int8_f32, float)
 #endif

@@ -6,29 +6,28 @@
 // Dtypes    x and W are ELEM; bias, residual and y are ELEM or float (entries ..._f32)
 // Bytes     M K sizeof ELEM for every ROWS rows of x, N K sizeof ELEM for every OUTPUTS outputs
 // FLOPs     2 N M K
-// Work      a block makes ROWS x OUTPUTS values. Its threads deal K out among them, VEC inputs at a
+// Work      a block makes ROWS x OUTPUTS values. Its threads share K, VEC inputs each at a
 //           time, so that loads are coalesced and a single row still fills the chip. The sums of a
-//           warp meet in shuffles that halve their number at every step, those of the warps in
-//           shared memory.
+//           warp are added by shuffles that halve their number at every step, those of the warps
+//           through shared memory.
 //
-// What a row comes to depends neither on the other rows nor on its place among them: every output
-// is summed along the same tree, and one thread finishes it by the same instructions. Rows past
-// the last repeat it; they end in outputs that nobody stores. batch_invariant=True takes it where
-// linear_rows.cu cannot: float, K not a multiple of 8, and chips older than sm_80.
-#include "activation.cuh"
+// The result of a row depends neither on the other rows nor on its place among them: every output
+// is summed along the same tree, and one thread writes it by the same instructions. Rows past the
+// last repeat it; their outputs are not stored. batch_invariant=True takes it where linear_rows.cu
+// cannot: float, K not a multiple of 8, and chips older than sm_80.
+#include "epilogue.cuh"
 
-// The constants up to the block's warps are also in gpt2cupy/ops/linear_kernels.py.
-constexpr int ROWS = 8;
-constexpr int OUTPUTS = 8;
+constexpr int ROWS = 8;     // of x, of a block
+constexpr int OUTPUTS = 8;  // of a block
 constexpr int WARPS = 4;
 
 constexpr int VALUES = ROWS * OUTPUTS;
-constexpr int HELD = VALUES / WARP;  // of a lane when the lanes have met
-static_assert(VALUES <= WARPS * WARP && HELD * WARP == VALUES, "a thread finishes one value");
+constexpr int KEPT = VALUES / WARP;  // of a lane when the lanes have met
+static_assert(VALUES <= WARPS * WARP && KEPT * WARP == VALUES, "a thread writes one value");
 
-// Sum every value over the warp: lane i is left with values HELD i .. HELD i + HELD - 1, in the
+// Sum every value over the warp: lane i is left with values KEPT i .. KEPT i + KEPT - 1, in the
 // first places. Addition commutes, so the tree is the same for all values.
-__device__ inline void meet(float (&values)[VALUES]) {
+__device__ inline void scatter_sums(float (&values)[VALUES]) {
   int lane = threadIdx.x % WARP;
 #pragma unroll
   for (int step = 1; step < WARP; step *= 2) {
@@ -46,15 +45,8 @@ __device__ inline void meet(float (&values)[VALUES]) {
 }
 
 template <int VEC, typename out_t>
-__device__ inline void product(const elem_t* x,
-                               const elem_t* weight,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
-                               int activation,
-                               int N,
-                               int M,
-                               int K) {
+__device__ inline void gemm(
+    const elem_t* x, const elem_t* weight, const Epilogue<out_t>& epilogue, int N, int M, int K) {
   int n0 = blockIdx.y * ROWS, m0 = blockIdx.x * OUTPUTS;
   float w[OUTPUTS][VEC];
   auto load_weights = [&](int k) {
@@ -63,10 +55,10 @@ __device__ inline void product(const elem_t* x,
       load_floats(weight + (size_t)min(m0 + m, M - 1) * K + k, w[m]);
   };
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int k = threadIdx.x * VEC;
   if (k < K) load_weights(k);
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   float sums[VALUES] = {};
 #pragma unroll 1
@@ -86,21 +78,17 @@ __device__ inline void product(const elem_t* x,
   }
 
   __shared__ float partial[WARPS][VALUES];
-  meet(sums);
+  scatter_sums(sums);
 #pragma unroll
-  for (int i = 0; i < HELD; i++)
-    partial[threadIdx.x / WARP][threadIdx.x % WARP * HELD + i] = sums[i];
+  for (int i = 0; i < KEPT; i++)
+    partial[threadIdx.x / WARP][threadIdx.x % WARP * KEPT + i] = sums[i];
   __syncthreads();
   int n = n0 + threadIdx.x / OUTPUTS, m = m0 + threadIdx.x % OUTPUTS;
   if (threadIdx.x >= VALUES || n >= N || m >= M) return;
   float sum = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < WARPS; warp++) sum += partial[warp][threadIdx.x];
-  size_t place = (size_t)n * M + m;
-  if (bias) sum += to_float(bias[m]);
-  sum = activate(sum, activation);
-  if (residual) sum += to_float(residual[place]);
-  y[place] = from_float<out_t>(sum);
+  epilogue.apply((size_t)n * M + m, m, sum);
 }
 
 #define LINEAR_FIXED_ENTRY(name, out_t)                                                     \
@@ -108,9 +96,9 @@ __device__ inline void product(const elem_t* x,
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int N, int M, int K) {                                 \
     if (K % 4)                                                                              \
-      product<1>(x, weight, bias, residual, y, activation, N, M, K);                        \
+      gemm<1, out_t>(x, weight, {bias, residual, y, activation}, N, M, K);                  \
     else                                                                                    \
-      product<4>(x, weight, bias, residual, y, activation, N, M, K);                        \
+      gemm<4, out_t>(x, weight, {bias, residual, y, activation}, N, M, K);                  \
   }
 
 LINEAR_FIXED_ENTRY(linear_fixed, elem_t)

@@ -116,7 +116,7 @@ __device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*sha
             rows.residual + (size_t)from * rows.residual_stride + c);
     }
   };
-  wait_for_inputs();
+  griddepcontrol_wait();
 
   load(row);
   for (int turn = 0;; turn ^= 1) {
@@ -235,7 +235,7 @@ __device__ inline void row_in_passes(const NormRows<X, R>& rows,
 
 template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void rows_in_passes(const NormRows<X, R>& rows, float (*shared)[WARP]) {
-  wait_for_inputs();
+  griddepcontrol_wait();
   int turn = 0;
   for (int row = blockIdx.x; row < rows.N; row += gridDim.x, turn ^= 1)
     row_in_passes<VEC, CENTRED, ADD>(rows, row, shared[0], shared[CENTRED ? 1 : turn]);
@@ -247,7 +247,7 @@ __device__ inline void norm_rows(const NormRows<X, R>& rows) {
   constexpr int WIDE = sizeof(X) > sizeof(elem_t) || (ADD && sizeof(R) > sizeof(elem_t))
                            ? WIDEST<float>
                            : WIDEST<elem_t>;
-  release_dependents();
+  griddepcontrol_launch_dependents();
   int strides = rows.x_stride | rows.y_stride;
   if constexpr (ADD) strides |= rows.residual_stride | rows.total_stride;
   if ((rows.C | strides) % WIDE == 0) {

@@ -1,4 +1,4 @@
-// Weights into int8 and out of it, and the token embedding that is held so.
+// Quantising weights to int8 and dequantising them, and the token embedding in int8.
 //
 //   quantize         scales[k / GROUP, m] = max |w[m, k ..]| / 127,  values = round(w / scale)
 //   dequantize       w[m, k] = values[m, k] * scales[k / GROUP, m]
@@ -14,8 +14,8 @@
 //           where rows have no whole pieces of 16. embedding: a block per row.
 //
 // The quotient is rounded as IEEE and NumPy do, so that host and device make the same bytes. A
-// product of value and scale is exact in float, and rounded once where ELEM is a half. An id or
-// position outside its table gives zeros, as in embedding.cu.
+// product of value and scale is exact in float, and rounded once where ELEM is fp16 or bf16. An id
+// or position outside its table gives zeros, as in embedding.cu.
 #include "int8.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(256) embedding_int8(const int* ids,
                                                                  int Vp,
                                                                  int P,
                                                                  int C) {
-  release_dependents();  // as in embedding.cu
+  griddepcontrol_launch_dependents();  // as in embedding.cu
   int row = blockIdx.x;
   int id = ids[row], position = positions[row];
   bool inside = id >= 0 && id < Vp && position >= 0 && position < P;

@@ -5,45 +5,45 @@
 //
 // Shapes    as in sampling.cu, without counts, bias and scratch
 // Bytes     4 V a row
-// Work      PARTS blocks of a cluster share a row; their findings (maximum, sum, best choice) meet
-//           in the shared memory of the first. A thread has quads of tokens, HELD of them in a
-//           turn. Noise costs ten times a bound of it, so it is made only for tokens that it could
-//           make the best.
+// Work      PARTS blocks of a cluster share a row; their states (maximum, sum, best token) are
+//           merged in the shared memory of the first. A thread loads QUADS quads of tokens at a
+//           time. Noise costs ten times a bound of it, so it is computed only for tokens that it
+//           could make the best.
 //
-// Entries   sample_plain                   one block a row, where there are enough rows to fill the
-//                                          chip, or no clusters
-//           sample_plain_2, ..._4, ..._8   so many
+// Entries   sample_plain                one block a row: rows that fill the chip, or no clusters
+//           sample_plain_c2, _c4, _c8   as many blocks of a cluster a row
 //
 // gpt2cupy/ops/reference_sampling.py is the specification, the kernel of sampling.cu the baseline.
-#include "handover.cuh"
+#include "dsmem.cuh"
 #include "sampling.cuh"
-#include "softmax.cuh"
+#include "softmax_state.cuh"
 
-constexpr int THREADS = 512;  // also in gpt2cupy/ops/sampling.py
+constexpr int THREADS = 512;  // of a block
 constexpr int WARPS = THREADS / WARP;
-constexpr int HELD = 4;        // quads of a thread in a turn: 8,192 tokens of a block
-constexpr int OWN = HELD * 4;  // values
+constexpr int QUADS = 4;        // of a thread at a time: 8,192 tokens of a block
+constexpr int OWN = QUADS * 4;  // values
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr int NO_TOKEN = 0x7fffffff;  // where nothing is larger than NaN
 
-// What gumbel() cannot exceed, but for rounding: -log1p(-u) is at least u.
+// A bound of gumbel(), but for rounding: -log1p(-u) is at least u.
 __device__ inline float most_gumbel(u32 bits) { return -LN_2 * __log2f(uniform(bits)); }
 
-// What part of a row has come to: sum of exp(x - top), and the best choice with its raw logit.
-struct Finding {
-  float top, sum;
+// The state of a part of a row: maximum m, l = sum of exp(x - m), and the best token with its raw
+// logit.
+struct State {
+  float m, l;
   Best best;
   float logit;
 };
 
-// A sum of exp(x - from) as one of exp(x - to). Where no number has been seen it is 0, or NaN
+// A sum of exp(x - from) as one of exp(x - to). Where there has been no number it is 0, or NaN
 // after a NaN: it stays as it is.
 __device__ inline float rescaled(float sum, float from, float to) {
   float factor = power_of_two((from - to) * LOG2_E);
   return from == MINUS_INFINITY ? sum : sum * factor;
 }
 
-// x / divisor, given 1 / divisor: the quotient's error, found exactly, mends its last bit.
+// x / divisor, given 1 / divisor: the exact error of the quotient corrects its last bit.
 __device__ inline float divided(float x, float divisor, float inverse) {
   float quotient = x * inverse;
   float mended = fmaf(fmaf(-quotient, divisor, x), inverse, quotient);
@@ -70,52 +70,51 @@ __device__ inline int warp_least(int own) {
 #endif
 }
 
-// Whose choice is the best of the warp, given each lane's own and its logit; every lane gets it.
-__device__ inline void warp_best(Best own, float logit, Finding* found) {
+// The best token of the warp, given each lane's and its logit; every lane gets it.
+__device__ inline void warp_best(Best own, float logit, State* state) {
   float value = warp_largest(own.value);
   int id = warp_least(own.value == value ? own.id : NO_TOKEN);
   int lane = __ffs(__ballot_sync(FULL_MASK, own.id == id)) - 1;
-  found->best = {value, id};
-  found->logit = __shfl_sync(FULL_MASK, logit, lane);
+  state->best = {value, id};
+  state->logit = __shfl_sync(FULL_MASK, logit, lane);
 }
 
-// Merge N findings of each lane of a warp; every lane gets the result.
+// Merge N states of each lane of a warp; every lane gets the result.
 template <int N>
-__device__ inline Finding warp_merged(const Finding (&own)[N]) {
-  Finding found = {MINUS_INFINITY, 0.0f};
+__device__ inline State warp_merged(const State (&own)[N]) {
+  State found = {MINUS_INFINITY, 0.0f};
   Best best = own[0].best;
   float logit = own[0].logit;
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    found.top = fmaxf(found.top, own[i].top);
+    found.m = fmaxf(found.m, own[i].m);
     best = better(best, own[i].best);
     if (best.id == own[i].best.id) logit = own[i].logit;
   }
-  found.top = warp_largest(found.top);
+  found.m = warp_largest(found.m);
 #pragma unroll
-  for (int i = 0; i < N; i++) found.sum += rescaled(own[i].sum, own[i].top, found.top);
-  found.sum = warp_sum(found.sum);
+  for (int i = 0; i < N; i++) found.l += rescaled(own[i].l, own[i].m, found.m);
+  found.l = warp_sum(found.l);
   warp_best(best, logit, &found);
   return found;
 }
 
-// Merge what a warp found in two turns.
-__device__ inline Finding merged(const Finding& a, const Finding& b) {
-  float top = fmaxf(a.top, b.top);
+// Merge two states.
+__device__ inline State merged(const State& a, const State& b) {
+  float m = fmaxf(a.m, b.m);
   Best best = better(a.best, b.best);
-  return {top, rescaled(a.sum, a.top, top) + rescaled(b.sum, b.top, top), best,
+  return {m, rescaled(a.l, a.m, m) + rescaled(b.l, b.m, m), best,
           best.id == a.best.id ? a.logit : b.logit};
 }
 
-// The word of one token's noise.
+// The random word of one token.
 __device__ inline u32 noise_of(int id, int position, uint2 key) {
   uint4 bits = philox(make_uint4(id / 4, position, 0, 0), key);
   u32 even = id & 2 ? bits.z : bits.x, odd = id & 2 ? bits.w : bits.y;
   return id & 1 ? odd : even;
 }
 
-// Takes the highest of the bounds away. Returns whose it was, with its logit and the highest of the
-// rest.
+// Remove the highest of the bounds. Returns its index, with its logit and the highest of the rest.
 template <int N>
 __device__ inline int take_highest(float (&bounds)[N],
                                    const float (&logits)[N],
@@ -139,16 +138,16 @@ __device__ inline int take_highest(float (&bounds)[N],
   return which;
 }
 
-// A value that is sure, less what rounding can have taken from a bound of a larger one.
-__device__ inline float surely(float value) { return value - (fabsf(value) + 32.0f) * 0x1p-20f; }
+// A value that is reached for certain, less what rounding can have taken from a larger bound.
+__device__ inline float safely(float value) { return value - (fabsf(value) + 32.0f) * 0x1p-20f; }
 
-// Values of a turn: quads, STRIDE tokens from one to the next.
+// The offset of value i: quads are STRIDE tokens apart.
 template <int STRIDE>
 __device__ constexpr int offset(int i) {
   return i / 4 * STRIDE + i % 4;
 }
 
-// What the noise of the turn's tokens, which begin at `start`, is at most.
+// Bounds of the noise of the tokens from `start` on.
 template <int STRIDE>
 __device__ inline void bound_noise(int start, int position, uint2 key, float (&bounds)[OWN]) {
 #pragma unroll
@@ -161,7 +160,7 @@ __device__ inline void bound_noise(int start, int position, uint2 key, float (&b
   }
 }
 
-// The turn's logits; minus infinity past the last `left`.
+// The logits of the tokens; minus infinity past the last `left`.
 template <int STRIDE>
 __device__ inline void load_logits(const float* source, int left, float (&x)[OWN]) {
 #pragma unroll
@@ -174,38 +173,41 @@ __device__ inline void load_logits(const float* source, int left, float (&x)[OWN
   }
 }
 
-// The warp's largest logit and sum.
-__device__ inline Finding summed(const float (&x)[OWN]) {
-  Finding found = {MINUS_INFINITY, 0.0f};
+// The maximum and sum of the warp's logits.
+__device__ inline State summed(const float (&x)[OWN]) {
+  State found = {MINUS_INFINITY, 0.0f};
 #pragma unroll
-  for (int i = 0; i < OWN; i++) found.top = fmaxf(found.top, x[i]);
-  found.top = warp_largest(found.top);
-  float base = found.top == MINUS_INFINITY ? 0.0f : found.top;
+  for (int i = 0; i < OWN; i++) found.m = fmaxf(found.m, x[i]);
+  found.m = warp_largest(found.m);
+  float base = found.m == MINUS_INFINITY ? 0.0f : found.m;
 #pragma unroll
-  for (int i = 0; i < OWN; i++) found.sum += power_of_two((x[i] - base) * LOG2_E);
-  found.sum = warp_sum(found.sum);
+  for (int i = 0; i < OWN; i++) found.l += power_of_two((x[i] - base) * LOG2_E);
+  found.l = warp_sum(found.l);
   return found;
 }
 
 template <int PARTS>
-__device__ inline void choose(const float* logits,
-                              const int* rows,
-                              const RowParams* params,
-                              int* ids,
-                              int* positions,
-                              u32* steps,
-                              RingEntry* ring,
-                              int V,
-                              int Vp,
-                              int ring_size) {
+__device__ inline void sample_row(const float* logits,
+                                  const int* rows,
+                                  const RowParams* params,
+                                  int* ids,
+                                  int* positions,
+                                  u32* steps,
+                                  RingEntry* ring,
+                                  int V,
+                                  int Vp,
+                                  int ring_size) {
   constexpr int STRIDE = PARTS * THREADS * 4;  // tokens
-  __shared__ Finding findings[PARTS * WARPS];
-  __shared__ float highest[WARPS], found_sure[WARPS];  // of each warp
-  __shared__ Counter arrived;
+  __shared__ State states[PARTS * WARPS];
+  __shared__ float highest[WARPS], certain_of[WARPS];  // of each warp
+  __shared__ Mbarrier arrived;
   int block = cluster_rank(), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   if constexpr (PARTS > 1) {
-    if (block == 0 && threadIdx.x == 0) open_counter(&arrived);
-    cluster_begin();
+    if (block == 0 && threadIdx.x == 0) {
+      mbarrier_init(shared_address(&arrived), 1);
+      mbarrier_init_fence();
+    }
+    cluster_arrive();
   }
   int line = blockIdx.x / PARTS, row = rows[line], position = positions[row] + 1;
   RowParams p = params[row];
@@ -214,19 +216,19 @@ __device__ inline void choose(const float* logits,
   float inverse = 1.0f / p.temperature;
   logits += (size_t)line * Vp;
 
-  const Finding NOTHING = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, NO_TOKEN}, 0.0f};
-  Finding own = NOTHING;
-  float sure = MINUS_INFINITY;            // a choice of the block is as good
-  const int begin = block * THREADS * 4;  // in the first turn; a block may have no tokens
+  const State EMPTY = {MINUS_INFINITY, 0.0f, {MINUS_INFINITY, NO_TOKEN}, 0.0f};
+  State own = EMPTY;
+  float certain = MINUS_INFINITY;         // some token of the block reaches it
+  const int begin = block * THREADS * 4;  // of the block; it may have no tokens
 #pragma unroll 1
-  for (int first = begin; first < V; first += HELD * STRIDE) {
+  for (int first = begin; first < V; first += QUADS * STRIDE) {
     int start = first + threadIdx.x * 4;
     float x[OWN], bounds[OWN] = {};
-    // The noise does not depend on the logits: what it is at most is found while they still are.
+    // The noise does not depend on the logits: its bounds are computed while those still are.
     if (random) bound_noise<STRIDE>(start, position, key, bounds);
-    if (first == begin) wait_for_inputs();
+    if (first == begin) griddepcontrol_wait();
     load_logits<STRIDE>(logits + start, V - start, x);
-    Finding found = summed(x);
+    State found = summed(x);
 
     float most = MINUS_INFINITY;
 #pragma unroll
@@ -238,72 +240,73 @@ __device__ inline void choose(const float* logits,
     if (lane == 0) highest[warp] = most;
     __syncthreads();
 
-    // The noise itself is made first where the highest bound is; then in warps whose bounds are
-    // not below what is sure by then, which are few.
+    // The noise itself is computed first in the warp with the highest bound; then in warps whose
+    // bounds are not below what is certain by then, which are few.
     bool leads = most == warp_largest(highest[lane % WARPS]);
     float logit = 0.0f;
     Best best = {MINUS_INFINITY, NO_TOKEN};
 #pragma unroll 1
     for (int others = 0; others < 2; others++) {
-      if (leads != others && most >= surely(sure)) {
+      if (leads != others && most >= safely(certain)) {
         float rest;
         do {
           float raw;
-          Best choice;
-          choice.id = start + offset<STRIDE>(take_highest(bounds, x, raw, rest));
-          choice.value = raw;
+          Best token;
+          token.id = start + offset<STRIDE>(take_highest(bounds, x, raw, rest));
+          token.value = raw;
           if (random)
-            choice.value =
-                divided(raw, p.temperature, inverse) + gumbel(noise_of(choice.id, position, key));
-          best = better(best, choice);
-          if (best.id == choice.id) logit = raw;
-          sure = fmaxf(sure, warp_largest(best.value));
-        } while (__any_sync(FULL_MASK, rest > MINUS_INFINITY && rest >= surely(sure)));
+            token.value =
+                divided(raw, p.temperature, inverse) + gumbel(noise_of(token.id, position, key));
+          best = better(best, token);
+          if (best.id == token.id) logit = raw;
+          certain = fmaxf(certain, warp_largest(best.value));
+        } while (__any_sync(FULL_MASK, rest > MINUS_INFINITY && rest >= safely(certain)));
       }
       if (others) break;
-      if (lane == 0) found_sure[warp] = sure;
+      if (lane == 0) certain_of[warp] = certain;
       __syncthreads();
-      sure = warp_largest(found_sure[lane % WARPS]);
+      certain = warp_largest(certain_of[lane % WARPS]);
     }
     warp_best(best, logit, &found);
     own = first == begin ? found : merged(own, found);
   }
 
   if constexpr (PARTS > 1) {
-    cluster_wait();  // the counter is open
-    if (block == 0 && threadIdx.x == 0) expect_bytes(&arrived, sizeof(findings));
-    if (lane == 0) send_words(&findings[block * WARPS + warp], &arrived, 0, own);
+    cluster_wait();  // the mbarrier is initialised
+    if (block == 0 && threadIdx.x == 0)
+      mbarrier_arrive_expect_tx(shared_address(&arrived), sizeof(states));
+    if (lane == 0) dsmem_store_struct(&states[block * WARPS + warp], &arrived, 0, own);
     if (block > 0) return;
-    wait_for_bytes(&arrived);
+    mbarrier_wait_cluster(shared_address(&arrived), 0);
   } else {
-    if (lane == 0) findings[warp] = own;
+    if (lane == 0) states[warp] = own;
     __syncthreads();
   }
   if (warp > 0) return;
   constexpr int EACH = (PARTS * WARPS + WARP - 1) / WARP;
-  Finding all[EACH];
+  State all[EACH];
 #pragma unroll
   for (int i = 0; i < EACH; i++)
-    all[i] = i * WARP + lane < PARTS * WARPS ? findings[i * WARP + lane] : NOTHING;
+    all[i] = i * WARP + lane < PARTS * WARPS ? states[i * WARP + lane] : EMPTY;
   own = warp_merged(all);
   if (lane > 0) return;
   int id = min(own.best.id, V - 1);  // a row of NaN has no best
   ids[row] = id;
   positions[row] = position;
-  float logprob = own.logit - (own.top + logf(own.sum));
-  hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logprob);
+  float logprob = own.logit - (own.m + logf(own.l));
+  push_token(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logprob);
 }
 
-#define SAMPLE_PLAIN_ENTRY(name, cluster, parts)                                        \
-  extern "C" __global__ void cluster __launch_bounds__(THREADS, 2)                      \
-      name(const float* logits, const int* rows, const RowParams* params, int* ids,     \
-           int* positions, u32* steps, RingEntry* ring, int V, int Vp, int ring_size) { \
-    choose<parts>(logits, rows, params, ids, positions, steps, ring, V, Vp, ring_size); \
+#define SAMPLE_PLAIN_ENTRY(name, cluster, parts)                                            \
+  extern "C" __global__ void cluster __launch_bounds__(THREADS, 2)                          \
+      name(const float* logits, const int* rows, const RowParams* params, int* ids,         \
+           int* positions, u32* steps, RingEntry* ring, int V, int Vp, int ring_size) {     \
+    sample_row<parts>(logits, rows, params, ids, positions, steps, ring, V, Vp, ring_size); \
   }
 
 SAMPLE_PLAIN_ENTRY(sample_plain, , 1)
 #if __CUDA_ARCH__ >= 900
-SAMPLE_PLAIN_ENTRY(sample_plain_2, CLUSTER(2), 2)
-SAMPLE_PLAIN_ENTRY(sample_plain_4, CLUSTER(4), 4)
-SAMPLE_PLAIN_ENTRY(sample_plain_8, CLUSTER(8), 8)
+SAMPLE_PLAIN_ENTRY(sample_plain_c2, __cluster_dims__(2), 2)
+SAMPLE_PLAIN_ENTRY(sample_plain_c4, __cluster_dims__(4), 4)
+SAMPLE_PLAIN_ENTRY(sample_plain_c8, __cluster_dims__(8), 8)
 #endif

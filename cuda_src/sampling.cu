@@ -1,5 +1,5 @@
-// The next token of each row, by everything that can be asked for, chosen on the device and handed
-// to the host through a mapped ring; and log-probabilities.
+// The next token of each row, by every sampling parameter, sampled on the device and pushed to the
+// host through a mapped token ring; and log-probabilities.
 //
 //   x      = processed logits: bias, penalties, minimum length, temperature, top-k, top-p, min-p
 //   token  = argmax(x)                     temperature 0
@@ -8,13 +8,15 @@
 // Shapes    logits, scratch [R, Vp] float; rows [R]: the state row of each line of logits;
 //           params, ids, positions, steps [B]; ring [B, ring_size]; counts [B, V] int and
 //           bias [B, V] float may be null
-// Bytes     4 V per pass over a row: `sample` makes up to 10, top_logprobs 2 and one for each token
+// Bytes     4 V per pass over a row: `sample` makes up to 13 (two for the log-probability, one for
+//           the processed logits, four for top-k, five for top-p, one for the draw), top_logprobs 2
+//           and one for each token
 // Work      one block per row. Top-k and top-p need no sort: a radix descent over the bits of the
 //           logits finds the smallest value kept. Masses are summed as 2^-40 fixed-point integers,
 //           whose sum does not depend on the order in which atomics arrive. Equal logits are kept
 //           or dropped together.
 //
-// Entries   sample           the choice; greedy and temperature alone: see sample_plain.cu
+// Entries   sample           the next token; greedy and temperature alone: see sample_plain.cu
 //           top_logprobs     the most probable tokens of each row
 //           target_logprobs  the log-probability of one given token of each row
 //
@@ -82,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
     if (counts) counts[id] += 1;
     ids[row] = id;
     positions[row] = position;
-    hand_over(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
+    push_token(ring + (size_t)row * ring_size, ring_size, &steps[row], id, logits[id] - normaliser);
   }
 }
 

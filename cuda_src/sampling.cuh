@@ -1,5 +1,5 @@
-// What the kernels that choose a token share: the settings of a row, its ring, which of two tokens
-// is better, and the noise.
+// What the sampling kernels share: the settings of a row, its token ring, the comparison of two
+// tokens, and the noise.
 //
 // Source    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011 (Philox);
 //           Gumbel-max: Maddison, Tarlow, Minka, 2014
@@ -28,7 +28,7 @@ struct alignas(16) RingEntry {
   u32 stamp;
   int id;
   u32 stamp_again;
-  float logprob;
+  float logprob;  // NaN: the row's logits are not finite
 };
 
 struct Best {
@@ -37,14 +37,14 @@ struct Best {
 };
 
 __device__ inline Best better(Best a, Best b) {
-  // NaN loses to every number; equal values go to the smaller id.
+  // NaN loses to every number; of equal values the smaller id is better.
   bool take_b = b.value > a.value || (b.value == a.value && b.id < a.id) || (a.value != a.value);
   return take_b ? b : a;
 }
 
-// Put a token into its row's ring. The host polls the stamps: each half carries its own, and eight
-// bytes arrive together, so no fence is needed.
-__device__ inline void hand_over(RingEntry* ring, int size, u32* step, int id, float logprob) {
+// Push a token to its row's ring. The host polls the stamps: each eight bytes have their own and
+// arrive together, so no fence is needed.
+__device__ inline void push_token(RingEntry* ring, int size, u32* step, int id, float logprob) {
   RingEntry* entry = ring + *step % size;
   u64 stamp = ++*step;
   *(volatile u64*)&entry->stamp = stamp | (u64)(u32)id << 32;
@@ -52,7 +52,8 @@ __device__ inline void hand_over(RingEntry* ring, int size, u32* step, int id, f
 }
 
 // ---------------------------------------------------------------------------------------------
-// noise: one Philox call for a quad of tokens, so a token's depends on (seed, position, id) alone
+// noise: one Philox call for a quad of tokens; that of a token depends on (seed, position, id)
+// alone
 
 __device__ inline uint4 philox(uint4 counter, uint2 key) {
 #pragma unroll
@@ -66,15 +67,15 @@ __device__ inline uint4 philox(uint4 counter, uint2 key) {
   return counter;
 }
 
-// Between 0 and 1. Near 0 it keeps float's full resolution, and it is small u that makes large
-// noise.
+// A number between 0 and 1. Near 0 it keeps float's full resolution, and it is small u that makes
+// large noise.
 __device__ inline float uniform(u32 bits) {
   return fminf(((float)bits + 0.5f) * 2.3283064365386963e-10f, 1.0f - 5.9604644775390625e-8f);
 }
 
 __device__ inline float gumbel(u32 bits) { return -logf(-log1pf(-uniform(bits))); }
 
-// Bits of a float as an integer of the same order.
+// The bits of a float as an integer of the same order.
 __device__ inline u32 ordered(float x) {
   u32 bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;

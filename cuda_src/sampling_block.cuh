@@ -37,8 +37,8 @@ __device__ inline float block_sum(float own, float* shared) {
 // ---------------------------------------------------------------------------------------------
 // thresholds
 
-// The largest x such that the tokens of value >= x weigh at least `target`: eight bits of it a
-// pass.
+// The largest x such that the tokens of value >= x weigh at least `target`; a pass finds eight bits
+// of it.
 template <typename Weight>
 __device__ inline float threshold(const float* x, int V, u64 target, Weight weight, u64* bins) {
   __shared__ u32 chosen;
@@ -69,7 +69,7 @@ __device__ inline float threshold(const float* x, int V, u64 target, Weight weig
 
 // ---------------------------------------------------------------------------------------------
 
-// log sum exp of the logits, and the best of them.
+// The log sum exp of the logits, and the best of them.
 __device__ inline float log_sum_exp(const float* x, int V, Best* best, Best* bests, float* sums) {
   Best own = {MINUS_INFINITY, V};
   for (int v = threadIdx.x; v < V; v += THREADS) own = better(own, Best{x[v], v});

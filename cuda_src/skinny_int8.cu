@@ -1,19 +1,19 @@
-// The product of some rows with a matrix in int8, on tensor cores, with its epilogue.
+// The product of 2 to 64 rows with a matrix in int8, on tensor cores, with its epilogue.
 //
 //   y[n] = activation(W x[n] + bias) + residual[n]
 //
 // Shapes    x [N, K]; values [M, K] and scales [G, M] of W as in int8.cuh, M a multiple of
 //           8, K of 16; bias [M]; residual and y [N, M]
-// Dtypes    x is ELEM (half or bfloat16); bias, residual and y are ELEM or float (entries ..._f32)
+// Dtypes    x is ELEM (fp16 or bf16); bias, residual and y are ELEM or float (entries ..._f32)
 // Bytes     M K (1 + 2 / GROUP), once for every 16 rows of x; x is read from L2 by every block
 // FLOPs     2 N M K
 // Work      as in skinny.cu: a block makes 16 rows of TILE outputs and its warps share K. A lane
 //           loads 16 weights of a row, four lanes those of a group, which are the k of four mma.
-//           Weights become ELEM without their scale, which is exact; the sum of a group is
-//           multiplied by it in float. Sums have one order, whatever N is.
+//           Weights are converted to ELEM without their scale, which is exact; the sum of a group
+//           is multiplied by it in float. Sums have one order, whatever N is.
 //
 // Needs sm_80 (mma.m16n8k16); on older chips the matrix is dequantised for the library's product.
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "int8.cuh"
 #include "mma.cuh"
 
@@ -23,8 +23,8 @@
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int WARPS = 8;                 // of a block; also in gpt2cupy/ops/quantized.py
-constexpr int TILE = K > 4096 ? 8 : 16;  // outputs of a block in one turn; likewise
+constexpr int WARPS = 8;                 // of a block
+constexpr int TILE = K > 4096 ? 8 : 16;  // outputs of a block at a time
 constexpr int ROWS = 16;
 
 constexpr int EIGHTS = TILE / 8;  // an mma takes eight outputs
@@ -90,15 +90,12 @@ __device__ inline void load_tile(
 }
 
 template <typename out_t>
-__device__ inline void product(const elem_t* x,
-                               const signed char* values,
-                               const scale_t* scales,
-                               const out_t* bias,
-                               const out_t* residual,
-                               out_t* y,
-                               int activation,
-                               int N,
-                               int M) {
+__device__ inline void gemm(const elem_t* x,
+                            const signed char* values,
+                            const scale_t* scales,
+                            Epilogue<out_t> epilogue,
+                            int N,
+                            int M) {
   __shared__ float sums[2][WARPS][ROWS][TILE];
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int along = lane % 4, across = lane / 4;  // place along K, row of an operand
@@ -106,20 +103,20 @@ __device__ inline void product(const elem_t* x,
   int above = blockIdx.y * ROWS;  // rows of other blocks
   N = min(N - above, ROWS);
   x += (size_t)above * K;
-  y += (size_t)above * M;
-  if (residual) residual += (size_t)above * M;
+  epilogue.y += (size_t)above * M;
+  if (epilogue.residual) epilogue.residual += (size_t)above * M;
 
-  release_dependents();
+  griddepcontrol_launch_dependents();
   Tile w;
   load_tile(values, scales, tile, M, w);
   // Thread i writes output i % TILE of row i / TILE: N TILE outputs, at most one each.
   int n = threadIdx.x / TILE, m = tile * TILE + threadIdx.x % TILE;
-  float own_bias = addend(bias, m, m < M);
-  wait_for_inputs();
+  float own_bias = epilogue.bias_at(m, m < M);
+  griddepcontrol_wait();
   // With at most 16 rows an int holds the place.
-  float own_residual = addend(residual, n * M + m, n < N && m < M);
+  float own_residual = epilogue.residual_at(n * M + m, n < N && m < M);
 
-  for (int turn = 0;; turn ^= 1) {
+  for (int buffer = 0;; buffer ^= 1) {
     float own[EIGHTS][4] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -157,19 +154,19 @@ __device__ inline void product(const elem_t* x,
     for (int e = 0; e < EIGHTS; e++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sums[turn][warp][across + i / 2 * 8][e * 8 + along * 2 + i % 2] = own[e][i];
+        sums[buffer][warp][across + i / 2 * 8][e * 8 + along * 2 + i % 2] = own[e][i];
     __syncthreads();
     if (n < N && m < M) {
       float sum = own_bias;
 #pragma unroll
-      for (int part = 0; part < WARPS; part++) sum += sums[turn][part][n][threadIdx.x % TILE];
-      y[(size_t)n * M + m] = from_float<out_t>(activate(sum, activation) + own_residual);
+      for (int part = 0; part < WARPS; part++) sum += sums[buffer][part][n][threadIdx.x % TILE];
+      epilogue.store((size_t)n * M + m, sum, own_residual);
     }
     if (last) break;
     tile = next;
     m = tile * TILE + threadIdx.x % TILE;
-    own_bias = addend(bias, m, m < M);
-    own_residual = addend(residual, n * M + m, n < N && m < M);
+    own_bias = epilogue.bias_at(m, m < M);
+    own_residual = epilogue.residual_at(n * M + m, n < N && m < M);
   }
 }
 
@@ -177,7 +174,7 @@ __device__ inline void product(const elem_t* x,
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                      \
       name(const elem_t* x, const signed char* values, const scale_t* scales, const out_t* bias, \
            const out_t* residual, out_t* y, int activation, int N, int M) {                      \
-    product(x, values, scales, bias, residual, y, activation, N, M);                             \
+    gemm<out_t>(x, values, scales, {bias, residual, y, activation}, N, M);                       \
   }
 
 SKINNY_ENTRY(skinny_int8, elem_t)

@@ -12,8 +12,7 @@
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
 #include "common.cuh"
 
-constexpr int BLOCKS = 8;  // of a cluster
-constexpr int HELD = 16;   // channels that a thread keeps in registers
+constexpr int HELD = 16;  // channels that a thread keeps in registers
 
 struct alignas(8) SoftmaxState {
   float m;  // largest value, -inf of nothing
@@ -60,7 +59,7 @@ __device__ inline SoftmaxState state_of(const SoftmaxState* mine, int rank) {
 }
 
 // All threads of the cluster have arrived, and what they wrote to shared memory can be read.
-__device__ inline void cluster_arrive() {
+__device__ inline void cluster_arrive_release() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
@@ -78,11 +77,11 @@ __device__ inline SoftmaxState row_state(SoftmaxState own, SoftmaxState* shared)
   }
   if constexpr (CLUSTERED) {
     if (threadIdx.x == 0) shared[WARP] = own;
-    cluster_arrive();
+    cluster_arrive_release();
     cluster_wait();
     own = warp_merge(lane < cluster_size() ? state_of(&shared[WARP], lane)
                                            : SoftmaxState{MINUS_INFINITY, 0.0f});
-    cluster_arrive();  // no block ends, and takes its state along, before all have read it
+    cluster_arrive_release();  // no block ends, and takes its state along, before all have read it
   }
   return own;
 }
@@ -228,7 +227,9 @@ extern "C" __global__ void __launch_bounds__(1024)
   softmax_rows<false>(x, y, N, C, x_stride, y_stride);
 }
 
-extern "C" __global__ void CLUSTER(BLOCKS) __launch_bounds__(512)
+#if __CUDA_ARCH__ >= 900
+extern "C" __global__ void __cluster_dims__(8) __launch_bounds__(512)
     softmax_c8(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
   softmax_rows<true>(x, y, N, C, x_stride, y_stride);
 }
+#endif

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
-from .files import open_plain
+from .errors import ConfigError, shown
+from .file_kinds import HEAD, LFS, POINTER, kind_of
+from .files import read_plain
 
 # How Hugging Face spells the activations of GPT-2 checkpoints -> our op names.
 ACTIVATIONS = {
@@ -56,7 +58,7 @@ _SHAPES = {  # n_layer, n_head, n_embd of the published checkpoints
 }
 
 
-_MAX_BYTES = 1 << 20  # of a config.json; what a wrong file can cost
+_MAX_BYTES = 16 << 20  # of a config.json, which may name many classes
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,23 @@ class GPT2Config:
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            object.__setattr__(self, name, _plain(value))
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
             if not ((_is_int(value) and value >= 1) or (name == "n_inner" and value is None)):
                 raise ConfigError(
-                    f"{name} must be a positive integer, not {value!r}"[:200],
+                    f"{name} must be a positive integer, not {shown(value)}",
                     where=name,
                     remedy="Check that the file belongs to a GPT-2 checkpoint.",
                 )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
-                    f"{name} must be true or false, not {getattr(self, name)!r}"[:200],
+                    f"{name} must be true or false, not {shown(getattr(self, name))}",
                     where=name,
                     remedy="Correct the value; left out, it has Hugging Face's default.",
                 )
@@ -107,16 +111,17 @@ class GPT2Config:
                 where="n_head",
                 remedy="Each head takes n_embd / n_head channels; correct one of the two.",
             )
-        if self.activation_function not in list(ACTIVATIONS):
+        known = isinstance(self.activation_function, str)
+        if not known or self.activation_function not in ACTIVATIONS:
             raise ConfigError(
-                f"unknown activation_function {self.activation_function!r}"[:200],
+                f"unknown activation_function {shown(self.activation_function)}",
                 where="activation_function",
                 remedy=f"Supported: {', '.join(ACTIVATIONS)}.",
             )
         eps = self.layer_norm_epsilon
         if not (_is_int(eps) or isinstance(eps, float)) or not 0 <= eps < math.inf:
             raise ConfigError(
-                f"layer_norm_epsilon must be a number from 0 up, not {eps!r}"[:200],
+                f"layer_norm_epsilon must be a number from 0 up, not {shown(eps)}",
                 where="layer_norm_epsilon",
                 remedy="GPT-2 uses 1e-5.",
             )
@@ -125,17 +130,25 @@ class GPT2Config:
 
     def _check_token(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, list) and len(value) <= 1:
-            value = value[0] if value else None
-        if value is not None and not _is_int(value):
+        several = name == "eos_token_id"
+        ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+        ids = tuple(id_ for id_ in ids if id_ is not None)
+        if not all(map(_is_int, ids)) or (len(ids) > 1 and not several):
             raise ConfigError(
-                f"{name} must be one integer or null, not {value!r}"[:200],
+                f"{name} must be an integer{', several' * several} or null, not {shown(value)}",
                 where=name,
-                remedy="Keep one id, and pass the text of others as stop= when generating.",
+                remedy="Correct the value, or leave it out.",
             )
         # Small models keep the default 50256, which they can never produce: it ends nothing.
-        inside = value is not None and 0 <= value < self.vocab_size
-        object.__setattr__(self, name, value if inside else None)
+        inside = tuple(id_ for id_ in ids if 0 <= id_ < self.vocab_size)
+        kept = inside if len(inside) > 1 else inside[0] if inside else None
+        object.__setattr__(self, name, kept)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        value = self.eos_token_id
+        return value if isinstance(value, tuple) else () if value is None else (value,)
 
     @property
     def head_size(self) -> int:
@@ -182,9 +195,9 @@ class GPT2Config:
         name : str
             ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl`` or ``distilgpt2``.
         """
-        if name not in _SHAPES:
+        if not isinstance(name, str) or name not in _SHAPES:
             raise ConfigError(
-                f"no published GPT-2 is called {name!r}",
+                f"no published GPT-2 is called {shown(name)}",
                 where="from_name",
                 remedy=f"Names: {', '.join(_SHAPES)}.",
             )
@@ -202,11 +215,13 @@ class GPT2Config:
             architecture, or sets an option that changes the result and that
             this package does not have.
         """
-        path = Path(path)
+        path, data = Path(path), b""
         try:
-            with open_plain(path) as file:
-                fields = json.loads(file.read(_MAX_BYTES))
+            data = read_plain(path, _MAX_BYTES)
+            fields = json.loads(data)
         except (OSError, ValueError, RecursionError) as error:
+            if kind_of(data[:HEAD]) == LFS:
+                raise ConfigError(POINTER[0], where=str(path), remedy=POINTER[1]) from None
             raise ConfigError(
                 f"cannot read the configuration: {error}",
                 where=str(path),
@@ -229,7 +244,7 @@ class GPT2Config:
         kind = fields.get("model_type", "gpt2")
         if kind != "gpt2":
             raise ConfigError(
-                f"this is a {kind!r} checkpoint, not a GPT-2"[:200],
+                f"this is a {shown(kind)} checkpoint, not a GPT-2",
                 where=where,
                 remedy="gpt2cupy runs GPT2LMHeadModel checkpoints only.",
             )
@@ -248,6 +263,17 @@ class GPT2Config:
         except ConfigError as error:
             # The file is more use than the field, which the sentence names already.
             raise ConfigError(error.what, where=where, remedy=error.remedy) from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of another kind, as NumPy's scalars are, as Python's."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+        return float(value)
+    return value
 
 
 def _is_int(value: Any) -> bool:

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+import typing
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as an error shows it: Python's spelling of it, in one line, cut where it is long."""
+    try:
+        text = repr(value[: most + 1] if isinstance(value, str | bytes | list) else value)
+    except Exception:  # an integer of thousands of digits, or an object that has no spelling
+        text = f"<{type(value).__name__}>"
+    text = " ".join(text.split("\n"))
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def kind_of(value: object) -> str:
+    """The type of a value with its article, "None" for None."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
 
 class Gpt2CupyError(Exception):
     """Base of every error that gpt2cupy raises on purpose.
@@ -42,6 +62,10 @@ class TokenizerError(Gpt2CupyError):
     """Tokenizer files that are missing, broken or do not fit the model."""
 
 
+class NoTokenizerError(TokenizerError):
+    """There is no tokenizer, or one of another kind than GPT-2's: only token ids can be used."""
+
+
 class InputError(Gpt2CupyError, ValueError):
     """An argument of a call: a prompt too long, an id out of range, a wrong shape or dtype."""
 
@@ -60,6 +84,35 @@ class CompileError(DeviceError):
 
 class DeviceMemoryError(DeviceError, MemoryError):
     """The GPU has too little free memory for what was asked."""
+
+
+class NonFiniteError(Gpt2CupyError, ArithmeticError):
+    """Logits of which one is NaN or positive infinity, or none is finite.
+
+    The other prompts of a list, and the other continuations of a prompt, are
+    finished before it is raised.
+
+    Attributes
+    ----------
+    completions : Completion, list or None
+        What the call would have returned, with None in place of each continuation
+        that has no finite logits.
+    failed : tuple of (int, int)
+        Which those are: number of the prompt, number of its continuation.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        remedy: str = "",
+        completions: typing.Any = None,
+        failed: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.completions = completions
+        self.failed = failed
 
 
 class ClosedError(Gpt2CupyError, RuntimeError):

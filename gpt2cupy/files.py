@@ -27,5 +27,22 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def read_plain(path: Path, most: int) -> bytes:
+    """The bytes of a file.
+
+    Raises
+    ------
+    OSError
+        As :func:`open_plain`.
+    ValueError
+        If it has more than ``most`` bytes; it is not read then.
+    """
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it is larger than {most >> 20} MiB")
+        return file.read(size)
+
+
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)

@@ -7,12 +7,18 @@ from typing import Any
 import numpy as np
 
 from .config import GPT2Config
-from .errors import InputError
+from .errors import InputError, kind_of, shown
 
 
 def check_ids(ids: Any, config: GPT2Config) -> np.ndarray:
     """Token ids as a host array of int32 [B, T], checked against vocabulary and context."""
     host = _as_array(ids)
+    if host.dtype.kind in "US":
+        raise InputError(
+            f"token ids cannot be text, as {shown(ids)} is",
+            where="ids",
+            remedy="Encode it first, as in lm(lm.encode(text)); generate() and score() take text.",
+        )
     if host.ndim == 1:
         host = host[None]
     if host.ndim != 2 or host.size == 0:
@@ -34,9 +40,15 @@ def check_ids(ids: Any, config: GPT2Config) -> np.ndarray:
 def check_tokens(ids: Any, config: GPT2Config) -> np.ndarray:
     """Token ids as int32 [N], each checked to be an integer of the vocabulary."""
     host = _as_array(ids)
+    if host.shape == (0,):
+        return np.zeros(0, np.int32)
     if host.ndim != 1 or host.dtype.kind not in "iu":
+        what = f"{host.dtype}{list(host.shape)}"
+        if host.ndim == 1 and host.dtype.kind not in "iu":
+            odd = next((id_ for id_ in ids if not isinstance(id_, int | np.integer)), None)
+            what = what if odd is None else f"{shown(odd)}, {kind_of(odd)}"
         raise InputError(
-            f"token ids must be integers, not {host.dtype}{list(host.shape)}",
+            f"token ids must be integers, not {what}",
             where="ids",
             remedy="Pass a flat list of integers.",
         )
@@ -50,17 +62,31 @@ def check_tokens(ids: Any, config: GPT2Config) -> np.ndarray:
     return host.astype(np.int32)
 
 
-def _as_array(ids: Any) -> np.ndarray:
-    if hasattr(ids, "get") and hasattr(ids, "dtype"):
-        ids = ids.get()
+def as_host(value: Any) -> Any:
+    """A tensor of PyTorch or an array of CuPy as NumPy's; anything else as it is."""
     try:
-        return np.asarray(ids)
-    except TypeError as error:  # as of a torch tensor on a GPU
-        raise InputError(
-            f"token ids cannot be a {type(ids).__name__}: {error}",
-            where="ids",
-            remedy="Pass lists of integers, or a NumPy or CuPy array.",
-        ) from error
+        if all(hasattr(value, name) for name in ("detach", "cpu", "numpy")):
+            return value.detach().cpu().numpy()
+        if hasattr(value, "get") and hasattr(value, "dtype"):
+            return value.get()
+    except Exception as error:  # whatever the library raises
+        raise _no_ids(value, error) from error
+    return value
+
+
+def _no_ids(value: Any, error: Exception) -> InputError:
+    return InputError(
+        f"token ids cannot be {kind_of(value)}: {error}"[:300],
+        where="ids",
+        remedy="Pass lists of integers, an array of NumPy or CuPy, or a tensor of PyTorch.",
+    )
+
+
+def _as_array(ids: Any) -> np.ndarray:
+    try:
+        return np.asarray(as_host(ids))
+    except (TypeError, OverflowError) as error:
+        raise _no_ids(ids, error) from error
     except ValueError as error:
         raise InputError(
             "token ids must be rows of one length",

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import loading
-from .errors import InputError
-from .generation import prompts, scoring
-from .generation.request import Request
+from .errors import InputError, NoTokenizerError, kind_of, shown
+from .generation import continuations, prompts, scoring
+from .generation.generation_config import GenerationConfig
 from .generation.session import Session
-from .generation.text import Collected, Completion, GrowingText, Piece, Score
+from .generation.text import Completion, GrowingText, Piece, Score
 from .ids import check_tokens
-from .model import GPT2
+from .model import GPT2, check_batch_invariant
 from .sampling import SamplingParams
-from .tokenizer import Tokenizer
+from .tokenizer import NoTokenizer, Tokenizer
 
 
 class LanguageModel:
@@ -35,12 +33,25 @@ class LanguageModel:
     model : GPT2
     tokenizer : Tokenizer
     name : str
+    generation : GenerationConfig, optional
+        What the checkpoint's generation_config.json says.
+    defaults_from_file : bool
+        Whether its settings are the defaults of requests.
     """
 
-    def __init__(self, model: GPT2, tokenizer: Tokenizer, name: str) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
+    def __init__(
+        self,
+        model: GPT2,
+        tokenizer: Tokenizer,
+        name: str,
+        generation: GenerationConfig | None = None,
+        *,
+        defaults_from_file: bool = False,
+    ) -> None:
+        # Added tokens that the model does not have are errors where they are met.
+        if tokenizer.ordinary_size > model.config.vocab_size:
             raise InputError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
+                f"the tokenizer has {tokenizer.ordinary_size} tokens, the model "
                 f"{model.config.vocab_size}",
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
@@ -49,6 +60,9 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config
+        self.generation_config = generation or GenerationConfig()
+        self._defaults_from_file = defaults_from_file
+        self._encoder = prompts.PromptEncoder(tokenizer, self.config, self.generation_config)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -85,8 +99,11 @@ class LanguageModel:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._session.closed else f"{self.dtype} on {self.device}"
-        if not self._session.closed and self.model.backend == "invariant":
+        if self._session.closed or self._session.lost:
+            state = "closed" if self._session.closed else "of the parent process"
+            return f"<LanguageModel {self.name}, {state}>"
+        state = f"{self.dtype} on {self.device}"
+        if self.model.backend == "invariant":
             state += ", batch-invariant"
         return f"<LanguageModel {self.name}, {state}>"
 
@@ -99,14 +116,35 @@ class LanguageModel:
 
     # -- generation ------------------------------------------------------------------------------
 
+    @property
+    def bos_token_id(self) -> int:
+        """The token from which an empty prompt starts.
+
+        That of generation_config.json, else of config.json, else the tokenizer's.
+        """
+        return self._encoder.bos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, from the same files in the same order."""
+        return self._encoder.eos_token_ids
+
     def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
-        """Ids of a prompt, checked; an empty one becomes the end-of-text token."""
-        return prompts.encode(prompt, self.tokenizer, self.config)
+        """Ids of a prompt, checked; an empty one becomes the beginning-of-text token."""
+        return self._encoder.encode(prompt)
+
+    def decode(self, ids: Any) -> str:
+        """Text of ids; those that have none, and bytes that are not UTF-8, become U+FFFD."""
+        tokens = check_tokens(prompts.to_ids(ids, self.tokenizer), self.config)
+        row = GrowingText(self.tokenizer, ())
+        return "".join(map(row.decode, tokens.tolist())) + row.decoder.flush()
 
     def stream(
         self,
         prompt: str | Sequence[int] = "",
         params: SamplingParams | None = None,
+        *,
+        generation_config: bool | None = None,
         **options: Any,
     ) -> Iterator[Piece]:
         """Continue one prompt, yielding a :class:`Piece` per token.
@@ -114,38 +152,77 @@ class LanguageModel:
         Parameters
         ----------
         prompt : str or sequence of int
-            Text, or token ids. Empty text starts from end-of-text.
+            Text, or token ids, as :meth:`generate` takes them. Empty text starts from
+            ``bos_token_id``.
         params : SamplingParams, optional
+        generation_config : bool, optional
+            As in :meth:`generate`.
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
+
+        Raises
+        ------
+        InputError
+            If prompt and new tokens do not fit the context, or an id is unknown.
+        NonFiniteError
+            If logits are not finite, in place of the piece that they would have given.
         """
         self._session.check_open()
-        chosen = prompts.with_options(params, options)
+        chosen = self._encoder.params(params, options, self._from_file(generation_config))
         if chosen.n != 1:
             raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
-        requests = prompts.make_requests([prompt], chosen, self.tokenizer, self.config)
-        return self._stream(requests, chosen)
+        if not prompts.is_one(prompt):
+            raise InputError(
+                "stream() continues one prompt, and this is a list",
+                where="prompt",
+                remedy="Use generate() for a list.",
+            )
+        prompts.warn_of_idle(chosen)
+        (request,) = self._encoder.requests([prompt], chosen, single=True)
+        return continuations.pieces(self._session, self.tokenizer, request)
 
-    def _stream(self, requests: list[Request], params: SamplingParams) -> Iterator[Piece]:
-        start = time.perf_counter()
-        row, first = GrowingText(self.tokenizer, params.stop), 0.0
-        # Closed by name: a traceback may keep this frame, and the turn with it.
-        with contextlib.closing(self._session.tokens(requests, 1)) as tokens:
-            for count, token in enumerate(tokens):
-                now = time.perf_counter()
-                first = first or now
-                text, reason = row.push(token)
-                rate = count / (now - first) if count else 0.0
-                yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
-                if reason:
-                    self._session.drop(token.key)
-
+    @overload
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] = "",
+        prompt: str | Sequence[int] = "",
         params: SamplingParams | None = None,
         *,
         max_batch: int = 16,
+        generation_config: bool | None = None,
+        n: Literal[1] = 1,
+        **options: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        n: Literal[1] = 1,
+        **options: Any,
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Any = "",
+        params: SamplingParams | None = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompt: Any = "",
+        params: SamplingParams | None = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
         **options: Any,
     ) -> Any:
         """Continue one prompt or many.
@@ -153,10 +230,15 @@ class LanguageModel:
         Parameters
         ----------
         prompt : str, sequence of int, or a list of either
-            Prompts of a list may differ in length.
+            Prompts of a list may differ in length. Ids may be a list, an array of NumPy
+            or CuPy, a tensor of PyTorch, or what a tokenizer of transformers returns.
         params : SamplingParams, optional
         max_batch : int
             Sequences generated at once; further ones wait for a free slot.
+        generation_config : bool, optional
+            Whether the checkpoint's generation_config.json has the defaults; as given to
+            :func:`gpt2cupy.load` if left out. ``params`` goes before it as a whole, and
+            options go before both. Its beginning and ends of texts are always used.
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
 
@@ -170,28 +252,31 @@ class LanguageModel:
         ------
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
+        NonFiniteError
+            If logits are not finite. The others are finished first, and are its
+            ``completions``.
         """
         self._session.check_open()
-        chosen = prompts.with_options(params, options)
-        if not isinstance(max_batch, int) or max_batch < 1:
+        chosen = self._encoder.params(params, options, self._from_file(generation_config))
+        if not isinstance(max_batch, int | np.integer) or max_batch < 1:
             raise InputError(
-                f"max_batch={max_batch!r} is impossible", where="max_batch", remedy="1 or more."
+                f"max_batch={shown(max_batch)} is impossible",
+                where="max_batch",
+                remedy="It must be an integer, 1 or more.",
             )
+        prompts.warn_of_idle(chosen)
         single = prompts.is_one(prompt)
-        given = [prompt] if single else list(prompt)
-        requests = prompts.make_requests(given, chosen, self.tokenizer, self.config)
-        found = self._complete(requests, max_batch)
-        grouped = [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
-        results = [group[0] if chosen.n == 1 else group for group in grouped]
-        return results[0] if single else results
+        given = [prompt] if single else prompts.several(prompt)
+        requests = self._encoder.requests(given, chosen, single=single)
+        return continuations.complete(
+            self._session, self.tokenizer, requests, int(max_batch), given, single=single
+        )
 
-    def _complete(self, requests: list[Request], max_batch: int) -> list[Completion]:
-        rows = {request.key: Collected(self.tokenizer, request) for request in requests}
-        with contextlib.closing(self._session.tokens(requests, max_batch)) as tokens:
-            for token in tokens:
-                if rows[token.key].push(token):
-                    self._session.drop(token.key)
-        return [row.completion() for row in rows.values()]
+    def _from_file(self, asked: bool | None) -> bool:
+        """Whether the defaults are those of generation_config.json."""
+        if asked is not None and not isinstance(asked, bool | np.bool_):
+            raise _not_a_flag("generation_config", asked)
+        return self._defaults_from_file if asked is None else bool(asked)
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -214,15 +299,23 @@ class LanguageModel:
             How far each window moves; half a window by default. A window scores
             only tokens that the one before did not.
         bos : bool
-            Put end-of-text before the text, so that its first token is scored too.
+            Put ``bos_token_id`` before the text, so that its first token is scored too.
 
         Returns
         -------
         Score
+
+        Raises
+        ------
+        InputError
+            If there is nothing to score, or an id is unknown.
+        NonFiniteError
+            If logits are not finite.
         """
+        if not isinstance(bos, bool | np.bool_):
+            raise _not_a_flag("bos", bos)
         window, stride = scoring.check_window(window, stride, self.config)
-        ids = prompts.to_ids(text, self.tokenizer)
-        ids = ([self.tokenizer.eot_token] if bos else []) + ids
+        ids = ([self.bos_token_id] if bos else []) + list(prompts.to_ids(text, self.tokenizer))
         if len(ids) < 2:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         tokens = check_tokens(ids, self.config)
@@ -250,9 +343,12 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     tokenizer: str | Tokenizer | None = None,
     batch_invariant: bool = False,
     quantize: str | None = None,
+    generation_config: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint as a :class:`LanguageModel`.
 
@@ -260,8 +356,9 @@ def load(
     ----------
     name_or_path : str
         "shakespeare" (embedded), an alias (gpt2, gpt2-medium, gpt2-large,
-        gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, or an
-        llm.c ``.bin`` file.
+        gpt2-xl, distilgpt2), a hub id, a folder in Hugging Face layout, a file of
+        weights beside its config.json, nanoGPT's ``ckpt.pt``, or an llm.c ``.bin``
+        file.
     dtype : {"auto", "float32", "float16", "bfloat16"}
         "auto" keeps the stored one on a GPU; the CPU always computes in float32,
         and warns if another one is asked for.
@@ -269,8 +366,13 @@ def load(
         "auto" (the GPU where one can be used), "cpu", "cuda" or "cuda:1".
     revision : str, optional
         Branch, tag or commit of a hub id.
+    variant : str, optional
+        "fp16" takes ``model.fp16.safetensors`` in place of ``model.safetensors``.
+    adapter : str, optional
+        Folder or hub id of a LoRA adapter of PEFT, which is merged into the weights.
     tokenizer : str or Tokenizer, optional
-        Folder or llm.c tokenizer file; by default the checkpoint's own.
+        Folder or llm.c tokenizer file; by default the checkpoint's own. Without one
+        that can be read the model takes and returns token ids, and text raises.
     batch_invariant : bool
         Make the bits of what comes out for a prompt the same whatever runs beside it and
         in however many slots; see docs/batch-invariance.md for what it costs.
@@ -278,6 +380,10 @@ def load(
         "int8" holds the matrices in a byte per weight; ``dtype`` is that of all else,
         of activations and cache. The CPU computes with the same rounded weights in
         float32.
+    generation_config : bool
+        Take the defaults of :class:`SamplingParams` from the checkpoint's
+        generation_config.json, and warn of what it asks that is not supported. Which
+        tokens end a text is read from it in any case.
 
     Raises
     ------
@@ -286,12 +392,30 @@ def load(
     """
     if not isinstance(tokenizer, str | os.PathLike | Tokenizer | None):
         raise InputError(
-            f"a tokenizer cannot be a {type(tokenizer).__name__}",
+            f"a tokenizer cannot be {kind_of(tokenizer)}",
             where="tokenizer",
             remedy="Pass a folder, a file or a Tokenizer.",
         )
-    options: Any = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    model, source = loading.load_model(name_or_path, **options, batch_invariant=batch_invariant)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_path(source.path if tokenizer is None else tokenizer)
-    return LanguageModel(model, tokenizer, source.name)
+    if not isinstance(generation_config, bool):
+        raise _not_a_flag("generation_config", generation_config)
+    check_batch_invariant(batch_invariant)
+    weights, source = loading.load_weights(
+        name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
+        adapter=adapter, quantize=quantize,
+    )  # fmt: skip
+    model = GPT2(source.config, weights, batch_invariant=batch_invariant)
+    if tokenizer is None:
+        try:
+            tokenizer = Tokenizer.from_path(source.path)
+        except NoTokenizerError as reason:
+            tokenizer = NoTokenizer(reason)
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_path(tokenizer)
+    generation = GenerationConfig.beside(source.path, model.config)
+    return LanguageModel(
+        model, tokenizer, source.name, generation, defaults_from_file=generation_config
+    )
+
+
+def _not_a_flag(name: str, value: object) -> InputError:
+    return InputError(f"{name} is {shown(value)}", where=name, remedy="Use True or False.")

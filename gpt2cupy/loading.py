@@ -1,4 +1,4 @@
-"""From a checkpoint to a GPT2 on a device: which device, which dtype, one copy."""
+"""From a checkpoint to weights on a device: which device, which dtype, one copy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 
 from . import checkpoint
 from .config import GPT2Config
-from .errors import DeviceError, InputError, NoDeviceError
-from .model import GPT2
+from .errors import DeviceError, InputError, NoDeviceError, shown
 from .ops import quantize as quantize_on_device
 from .ops.core.device import cupy_module, device_arch, device_errors
 from .ops.layout import Uploader
@@ -44,7 +43,9 @@ def resolve_device(device: str) -> tuple[str, int]:
     match = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device), re.ASCII)
     if match is None:
         raise InputError(
-            f"unknown device {device!r}", where="device", remedy="Use auto, cpu, cuda or cuda:1."
+            f"unknown device {shown(device)}",
+            where="device",
+            remedy="Use auto, cpu, cuda or cuda:1.",
         )
     return "cuda", _usable(int(match[1] or 0))
 
@@ -86,47 +87,45 @@ def _dtype_name(dtype: str) -> str:
     name = _SHORT.get(str(dtype), str(dtype))
     if name not in ("auto", *DTYPES):
         raise InputError(
-            f"unknown dtype {dtype!r}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
+            f"unknown dtype {shown(dtype)}", where="dtype", remedy=f"Use auto, {', '.join(DTYPES)}."
         )
     return name
 
 
-def load_model(
+def load_weights(
     name_or_path: str,
     *,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
-    batch_invariant: bool = False,
+    variant: str | None = None,
+    adapter: str | None = None,
     quantize: str | None = None,
-) -> tuple[GPT2, Any]:
-    """The model and the checkpoint it came from."""
+) -> tuple[Weights, checkpoint.Checkpoint]:
+    """The weights and the checkpoint they came from, which has their config.
+
+    Parameters are those of :func:`gpt2cupy.load`.
+    """
     # A wrong argument is found before anything is downloaded.
     check_kind(quantize)
-    if not isinstance(batch_invariant, bool):
-        raise InputError(
-            f"batch_invariant is {batch_invariant!r}",
-            where="batch_invariant",
-            remedy="Use True or False.",
-        )
     kind, index = resolve_device(device)
     _dtype_name(dtype)
-    source = checkpoint.open(name_or_path, revision=revision)
+    source = checkpoint.open(name_or_path, revision=revision, variant=variant, adapter=adapter)
     held = resolve_dtype(dtype, source.dtype, kind)
     tensors = source.tensors(finite=True)
-    options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
-    return place(source.config, tensors, held, kind, index, **options), source
+    return place(source.config, tensors, held, kind, index, quantize=quantize), source
 
 
-def random_model(
+def random_weights(
     config: GPT2Config, seed: int, *, dtype: str, device: str, quantize: str | None = None
-) -> GPT2:
+) -> Weights:
+    """Random weights in GPT-2's initialisation; the same for every device."""
     check_kind(quantize)
     kind, index = resolve_device(device)
     held = resolve_dtype(dtype, np.dtype(np.float32), kind)
     host = Weights.random(config, seed, held)
     if kind == "cpu" and quantize is None:
-        return GPT2(config, host)
+        return host
     return place(config, weight_tensors(config, host), held, kind, index, quantize=quantize)
 
 
@@ -148,14 +147,23 @@ def place(
     kind: str,
     index: int,
     *,
-    batch_invariant: bool = False,
     quantize: str | None = None,
-) -> GPT2:
-    """Weights on their device, converted on arrival, and the model over them."""
+) -> Weights:
+    """Weights on their device, converted on arrival.
+
+    Parameters
+    ----------
+    config : GPT2Config
+    tensors : iterable of (name, layer or None, array)
+        As :meth:`Weights.from_tensors` takes them.
+    dtype : dtype
+    kind, index
+        As :func:`resolve_device` returns them.
+    quantize : {None, "int8"}
+    """
     if kind == "cpu":
         given = through_int8(tensors) if quantize else tensors
-        host = Weights.from_tensors(config, given, dtype)
-        return GPT2(config, host, batch_invariant=batch_invariant)
+        return Weights.from_tensors(config, given, dtype)
     cupy = cupy_module()
     with cupy.cuda.Device(index), device_errors("the weights"):
         weights = Weights.empty(config, dtype, cupy, quantize=quantize)
@@ -171,7 +179,7 @@ def place(
                 target = target[: config.vocab_size]
             uploader.place(array, target)
         cupy.cuda.get_current_stream().synchronize()
-        return GPT2(config, weights, batch_invariant=batch_invariant)
+        return weights
 
 
 def _place_quantized(uploader: Uploader, array: np.ndarray, target: QuantizedMatrix) -> None:

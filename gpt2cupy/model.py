@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import ops
+from . import loading, ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import InputError
+from .errors import InputError, shown
 from .ids import check_ids
 from .ops.quantized import scratch_size
-from .shifts import NormShifts, Pair
 from .weights import Weights
 from .workspace import PackedPrompts, Workspace
 
 Array = Any
 
 _UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
+
+
+def check_batch_invariant(value: bool) -> None:
+    """Raise InputError unless it is True or False; before anything is downloaded."""
+    if not isinstance(value, bool):
+        raise InputError(
+            f"batch_invariant is {shown(value)}",
+            where="batch_invariant",
+            remedy="Use True or False.",
+        )
 
 
 class GPT2:
@@ -43,8 +54,6 @@ class GPT2:
     ----------
     decode_path : {"auto", "eager", "graph", "persistent"}
         How engines made later run a step of this model; "auto" is the fastest.
-    shifts : NormShifts
-        What steps of one row have beside the weights.
     """
 
     def __init__(
@@ -59,19 +68,31 @@ class GPT2:
         self.weights = weights
         self._batch_invariant = batch_invariant
         self.decode_path = "auto"
+        on_device: Any = contextlib.nullcontext()
         if isinstance(weights.wpe, np.ndarray):
             self.xp: Any = np
         else:
             import cupy
 
             self.xp = cupy
+            on_device = weights.wpe.device
         stacked = [name for name, array in weights.items() if name not in _UNSTACKED]
         # Indexing a device array costs microseconds: take the layers' views once.
         self.layers = [
             {name: getattr(weights, name)[layer] for name in stacked}
             for layer in range(config.n_layer)
         ]
-        self.gemv = gemv
+        with on_device:  # which kernels there are is asked of the current one
+            self.gemv = gemv
+
+    def __repr__(self) -> str:
+        config, count = self.config, sum(math.prod(a.shape) for _, a in self.weights.items())
+        where = "cpu" if self.xp is np else f"cuda:{self.weights.wpe.device.id}"
+        return (
+            f"<GPT2 {count / 1e6:.1f}M parameters, {config.n_layer} layers of {config.n_embd} "
+            f"channels and {config.n_head} heads, context {config.n_positions}, "
+            f"{self.dtype} on {where}>"
+        )
 
     @classmethod
     def from_pretrained(
@@ -81,6 +102,8 @@ class GPT2:
         dtype: str = "auto",
         device: str = "auto",
         revision: str | None = None,
+        variant: str | None = None,
+        adapter: str | None = None,
         batch_invariant: bool = False,
         quantize: str | None = None,
     ) -> GPT2:
@@ -88,10 +111,12 @@ class GPT2:
 
         Parameters are those of :func:`gpt2cupy.load`.
         """
-        from .loading import load_model
-
-        options: Any = {"batch_invariant": batch_invariant, "quantize": quantize}
-        return load_model(name_or_path, dtype=dtype, device=device, revision=revision, **options)[0]
+        check_batch_invariant(batch_invariant)
+        weights, source = loading.load_weights(
+            name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
+            adapter=adapter, quantize=quantize,
+        )  # fmt: skip
+        return cls(source.config, weights, batch_invariant=batch_invariant)
 
     @classmethod
     def random(
@@ -104,9 +129,8 @@ class GPT2:
         quantize: str | None = None,
     ) -> GPT2:
         """A model with random weights in GPT-2's initialisation; the same for every device."""
-        from .loading import random_model
-
-        return random_model(config, seed, dtype=dtype, device=device, quantize=quantize)
+        options: Any = {"dtype": dtype, "device": device, "quantize": quantize}
+        return cls(config, loading.random_weights(config, seed, **options))
 
     @property
     def dtype(self) -> np.dtype:
@@ -125,7 +149,9 @@ class GPT2:
     def gemv(self, name: str) -> None:
         if name not in ("ours", "cublas"):
             raise InputError(
-                f"unknown GEMV backend {name!r}", where="gemv", remedy="Use 'ours' or 'cublas'."
+                f"unknown GEMV backend {shown(name)}",
+                where="gemv",
+                remedy="Use 'ours' or 'cublas'.",
             )
         if self._batch_invariant and name == "cublas":
             raise InputError(
@@ -134,7 +160,6 @@ class GPT2:
                 remedy="Use gemv='ours' with batch_invariant=True.",
             )
         self._gemv = name
-        self.shifts = NormShifts(self.layers, self.backend)
 
     @property
     def backend(self) -> str:
@@ -155,7 +180,6 @@ class GPT2:
         positions: Array,
         attend: Callable[[int, Array, Array], None],
         work: Workspace,
-        shifts: Sequence[Pair] | None = None,
         last: Callable[[], Workspace] | None = None,
     ) -> Array:
         """Run every layer over the rows of ``work``; returns the residual stream [N, C].
@@ -167,8 +191,6 @@ class GPT2:
             Attention of one layer over its cache.
         work : Workspace
             Of exactly N rows.
-        shifts : sequence of pairs of arrays, optional
-            :attr:`NormShifts.pairs`.
         last : callable, optional
             Called after the last layer's attention for the workspace of those rows that
             are needed behind it; they are returned.
@@ -178,9 +200,8 @@ class GPT2:
         act: Any = how | {"activation": self.config.activation}
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
-            qkv_shift, fc_shift = shifts[index] if shifts else (None, None)
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            qkv: Any = how | {"h": work.h, "out": work.qkv, "shift": qkv_shift}
+            qkv: Any = how | {"h": work.h, "out": work.qkv}
             ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], **qkv)
             attend(index, work.qkv, work.attended)
             if last is not None and index == self.config.n_layer - 1:
@@ -188,7 +209,7 @@ class GPT2:
                 x = work.x
             ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
-            fc: Any = act | {"h": work.h, "out": work.inner, "shift": fc_shift}
+            fc: Any = act | {"h": work.h, "out": work.inner}
             ops.norm_linear(*norm, w["fc_w"], w["fc_b"], **fc)
             ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, **how)
         return x
@@ -289,14 +310,8 @@ class GPT2:
                 qkv, k, v, slots, positions, scale, out=out, batch_invariant=self._batch_invariant
             )
 
-        pairs = self.shifts.pairs if len(ids) == 1 else None
-        x = self.forward(ids, positions, attend, work, pairs)
+        x = self.forward(ids, positions, attend, work)
         return self.logits(x, work, logits)
-
-    def prepare_step(self, rows: int) -> None:
-        """Make what :meth:`decode` with so many rows is faster with, before it is recorded."""
-        if rows == 1:
-            self.shifts.make(self.xp)
 
     def hidden(self, ids: Array) -> Array:
         """Residual stream after the last layer, before the last norm: ids [B, T] -> [B, T, C]."""

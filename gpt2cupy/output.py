@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import Gpt2CupyError, InputError
+from .errors import Gpt2CupyError
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def write(text: str) -> None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Raise InputError unless the file can be written; leaves none behind that was not there."""
+    """Raise an error unless the file can be written; leaves none behind that was not there."""
     existed = os.path.lexists(path)
     try:
         with path.open("ab"):
@@ -68,7 +68,7 @@ def check_writable(path: Path, flag: str) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        raise InputError(
+        raise Gpt2CupyError(
             f"{path} cannot be written: {error.strerror}",
             where=flag,
             remedy="Name a file in a folder that exists and is yours.",

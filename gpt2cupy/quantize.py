@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, shown
 
 Array = Any
 
@@ -86,7 +86,7 @@ def check_kind(quantize: str | None) -> str | None:
     """``quantize`` if it is one of :data:`KINDS`."""
     if quantize not in KINDS:
         raise InputError(
-            f"unknown quantization {quantize!r}",
+            f"unknown quantization {shown(quantize)}",
             where="quantize",
             remedy="Use 'int8', or leave it out.",
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, shown
 from .ops.reference_sampling import ROW_PARAMS
 
 MAX_LOGPROBS = 20
@@ -20,18 +20,42 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 SMALLEST_FLOAT = float(np.finfo(np.float32).smallest_normal)
 
 
+# What None means for a field that has no use for it: that it is off.
+_OFF: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "stop": (),
+    "stop_token_ids": (),
+}
+
+
+class UnsetLimit(int):
+    """A limit that nobody asked for: fewer tokens where the context ends, never an error."""
+
+
+DEFAULT_NEW_TOKENS = UnsetLimit(200)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Settings of one request; the defaults are greedy decoding.
 
-    docs/sampling.md says in which order they work and what is promised.
+    docs/sampling.md says in which order they work and what is promised. Scalars of
+    NumPy are taken as Python's; None switches a filter, a penalty or a stop off.
 
     Parameters
     ----------
     max_new_tokens : int, optional
-        Tokens to generate at most; None goes on to the end of the context.
+        Tokens to generate at most; None goes on to the end of the context. Left out, it
+        is 200, at least ``min_new_tokens``, and at most what fits the context.
     min_new_tokens : int
-        The end-of-text token cannot be chosen before that many; at most ``max_new_tokens``.
+        No token that ends the text can be chosen before that many; at most
+        ``max_new_tokens``.
     temperature : float
         0 takes the most probable token, of equals the one with the smaller id;
         otherwise logits are divided by it and a token is drawn. Below 1.2e-38, the
@@ -50,13 +74,16 @@ class SamplingParams:
     frequency_penalty : float
         The same, as many times as the token was generated.
     logit_bias : mapping of int to float
-        Added to the logits of these token ids, before everything else.
+        Added to the logits of these token ids, before everything else; negative
+        infinity bans a token.
     seed : int, optional
         64 bits; the same seed gives the same text. None draws one.
     stop : str or sequence of str
         The text ends before the first of these.
-    eos_token_id : int, optional
-        Token that ends the text; None takes the model's, -1 none.
+    eos_token_id : int or sequence of int, optional
+        Tokens that end the text; None takes the model's, -1 none.
+    stop_token_ids : sequence of int
+        Further tokens that end the text; the reason is "stop".
     n : int
         Continuations of each prompt; number i uses seed + i.
     logprobs : int, optional
@@ -68,7 +95,7 @@ class SamplingParams:
         If a value is impossible.
     """
 
-    max_new_tokens: int | None = 64
+    max_new_tokens: int | None = DEFAULT_NEW_TOKENS
     min_new_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
@@ -79,61 +106,152 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: str | tuple[str, ...] = ()
-    eos_token_id: int | None = None
+    stop: str | Sequence[str] = ()
+    eos_token_id: int | Sequence[int] | None = None
+    stop_token_ids: Sequence[int] = ()
     n: int = 1
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
-            if isinstance(value, np.generic):
-                object.__setattr__(self, name, value.item())
-        self._require(isinstance(self.stop, str | list | tuple), "stop", "a string or several")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+            self._set(name, _OFF[name] if value is None and name in _OFF else _plain(value))
+        if self.max_new_tokens is not None:
+            self._check_int("max_new_tokens", 0, allowed="0 or more, or None")
+        self._check_int("min_new_tokens", 0, allowed="0 or more")
+        self._check_limits()
+        self._check_number("temperature", 0, allowed="0 or more")
+        self._check_int("top_k", 0, allowed="0 (off) or more")
+        self._check_number("top_p", 0, 1, open_below=True, allowed="above 0 and at most 1 (off)")
+        self._check_number("min_p", 0, 1, allowed="from 0 (off) to 1")
+        # Kernels divide by it in float32.
+        self._check_number("repetition_penalty", SMALLEST_FLOAT, allowed="above 0; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check_number(name, allowed="within float32")
+        self._check_bias()
+        if self.seed is not None:
+            self._check_int("seed", 0, 2**64 - 1, allowed="from 0 to 2**64 - 1, or None")
+        self._check_stops()
+        self._check_ends()
+        self._check_int("n", 1, allowed="1 or more")
+        if self.logprobs is not None:
+            allowed = f"from 0 to {MAX_LOGPROBS}, or None"
+            self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
+
+    def _check_int(self, name: str, least: int, most: int = LARGEST_INT, *, allowed: str) -> None:
+        value = getattr(self, name)
+        if not _is_int(value, -math.inf, math.inf):
+            self._refuse(name, "an integer" + ", or None" * allowed.endswith("None"))
+        if value > most == LARGEST_INT:
+            self._refuse(name, f"at most {most}")
+        if not least <= value <= most:
+            self._refuse(name, allowed)
+
+    def _check_number(
+        self,
+        name: str,
+        least: float = -math.inf,
+        most: float = math.inf,
+        *,
+        open_below: bool = False,
+        allowed: str,
+    ) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            self._refuse(name, "a number")
+        if value != value or value in (math.inf, -math.inf):
+            self._refuse(name, "finite")
+        if not _is_number(value, least, most) or (open_below and value == least):
+            self._refuse(name, allowed)
+
+    def _check_limits(self) -> None:
         limit = self.max_new_tokens
-        self._require(limit is None or _is_int(limit, 0), "max_new_tokens", "0 or more, or None")
-        self._require(_is_int(self.min_new_tokens, 0), "min_new_tokens", "an integer, 0 or more")
-        if limit is not None and self.min_new_tokens > limit:
-            default = ", its default" if limit == SamplingParams.max_new_tokens else ""
+        if limit is not None and not self._limit_unset and self.min_new_tokens > limit:
             raise InputError(
-                f"min_new_tokens={self.min_new_tokens} is more than "
-                f"max_new_tokens={limit}{default}",
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={limit}",
                 where="SamplingParams",
                 remedy="Raise max_new_tokens or lower min_new_tokens.",
             )
-        self._require(_is_number(self.temperature, 0), "temperature", "0 or more")
-        self._require(_is_int(self.top_k, 0), "top_k", "an integer, 0 (off) or more")
-        in_unit = _is_number(self.top_p, 0, 1) and self.top_p > 0
-        self._require(in_unit, "top_p", "above 0 and at most 1 (off)")
-        self._require(_is_number(self.min_p, 0, 1), "min_p", "from 0 (off) to 1")
-        positive = _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0
-        self._require(positive, "repetition_penalty", "above 0; 1 is off")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._require(_is_number(getattr(self, name)), name, "a finite number")
-        self._require(isinstance(self.logit_bias, Mapping), "logit_bias", "a mapping")
-        fits = all(_is_int(k, 0) and _is_number(v) for k, v in self.logit_bias.items())
-        self._require(fits, "logit_bias", "a mapping of token ids to finite numbers")
-        seed_fits = self.seed is None or _is_int(self.seed, 0, 2**64 - 1)
-        self._require(seed_fits, "seed", "from 0 to 2**64 - 1, or None")
-        self._require(all(isinstance(s, str) and s for s in stop), "stop", "non-empty strings")
+
+    def _check_bias(self) -> None:
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping):
+            self._refuse("logit_bias", "a mapping of token ids to numbers")
+        bias = {_plain(id_): _plain(value) for id_, value in bias.items()}
+        for id_, value in bias.items():
+            if not _is_int(id_, 0):
+                self._refuse("logit_bias", "a mapping of token ids, which are integers from 0")
+            if value != -math.inf and not _is_number(value):
+                self._refuse("logit_bias", "a mapping to finite numbers, or -inf to ban a token")
+        self._set("logit_bias", bias)
+
+    def _check_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple):
+            self._refuse("stop", "a string or several")
+        self._set("stop", tuple(map(_plain, stop)))
+        if not all(isinstance(each, str) and each for each in self.stop):
+            self._refuse("stop", "non-empty strings")
+
+    def _check_ends(self) -> None:
         eos = self.eos_token_id
-        self._require(eos is None or _is_int(eos, -1), "eos_token_id", "a token id, -1, or None")
-        self._require(_is_int(self.n, 1), "n", "an integer, 1 or more")
-        count = self.logprobs
-        self._require(
-            count is None or (_is_int(count, 0) and count <= MAX_LOGPROBS),
-            "logprobs",
-            f"from 0 to {MAX_LOGPROBS}, or None",
+        if _is_iterable(eos):
+            self._set("eos_token_id", tuple(map(_plain, eos)))  # type: ignore[arg-type]
+            if not all(_is_int(id_, 0) for id_ in self.eos_token_id):  # type: ignore[union-attr]
+                self._refuse("eos_token_id", "token ids, -1, or None")
+        elif eos is not None and not _is_int(eos, -1):
+            self._refuse("eos_token_id", "a token id, several, -1, or None")
+        if not _is_iterable(self.stop_token_ids):
+            self._refuse("stop_token_ids", "several token ids")
+        self._set("stop_token_ids", tuple(map(_plain, self.stop_token_ids)))
+        if not all(_is_int(id_, 0) for id_ in self.stop_token_ids):
+            self._refuse("stop_token_ids", "several token ids")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse(self, name: str, allowed: str) -> NoReturn:
+        raise InputError(
+            f"{name}={shown(getattr(self, name))} is impossible",
+            where="SamplingParams",
+            remedy=f"It must be {allowed}.",
         )
 
-    def _require(self, condition: bool, name: str, allowed: str) -> None:
-        if not condition:
-            raise InputError(
-                f"{name}={getattr(self, name)!r} is impossible",
-                where="SamplingParams",
-                remedy=f"It must be {allowed}.",
-            )
+    @property
+    def _limit_unset(self) -> bool:
+        return isinstance(self.max_new_tokens, UnsetLimit)
+
+    @property
+    def must_fit(self) -> int:
+        """New tokens for which the context must have room."""
+        wanted = self.max_new_tokens
+        return self.min_new_tokens if wanted is None or self._limit_unset else wanted
+
+    def limit(self, room: int) -> int:
+        """Tokens to generate at most where so many fit."""
+        wanted = room if self.max_new_tokens is None else self.max_new_tokens
+        if self._limit_unset:
+            wanted = max(wanted, self.min_new_tokens)
+        return min(wanted, room)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no chance is involved."""
+        # Kernels multiply by the reciprocal, which must be a number.
+        return self.temperature < SMALLEST_FLOAT
+
+    @property
+    def banned(self) -> frozenset[int]:
+        """Tokens that ``logit_bias`` bans."""
+        return frozenset(id_ for id_, value in self.logit_bias.items() if value == -math.inf)
+
+    def without_effect(self) -> list[str]:
+        """Settings that change nothing because no chance is involved, as ``name=value``."""
+        if not self.greedy:
+            return []
+        names = ("top_k", "top_p", "min_p", "seed", "n")
+        values = {name: getattr(self, name) for name in names}
+        off = {**_OFF, "seed": None, "n": 1}
+        return [f"{name}={value}" for name, value in values.items() if value != off[name]]
 
     @property
     def counts_tokens(self) -> bool:
@@ -151,8 +269,7 @@ class SamplingParams:
     def row(self, index: int, prompt_length: int, eos: int) -> np.ndarray:
         """``ROW_PARAMS`` of continuation ``index`` of a prompt, one entry."""
         seed = secrets.randbits(64) if self.seed is None else (self.seed + index) % 2**64
-        # Kernels multiply by the reciprocal, which must be a number.
-        temperature = self.temperature if self.temperature >= SMALLEST_FLOAT else 0.0
+        temperature = 0.0 if self.greedy else self.temperature
         values = (
             seed, temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
             self.presence_penalty, self.frequency_penalty, eos,
@@ -161,7 +278,17 @@ class SamplingParams:
         return np.array([values], ROW_PARAMS)
 
 
-def _is_int(value: Any, least: int, most: int = LARGEST_INT) -> bool:
+def _plain(value: Any) -> Any:
+    """NumPy's scalar as Python's."""
+    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if scalar else value
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+def _is_int(value: Any, least: float, most: float = LARGEST_INT) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 

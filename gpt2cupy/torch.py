@@ -118,6 +118,7 @@ def _checked(
     places = {id(view): place for place, view in enumerate(views) if view is not None}
     program = []
     for launch in launches:
+        launch.load()
         prepared = Prepared(launch, device)
         taken = launch.values[: prepared.arrays]
         program.append((prepared, tuple(places.get(id(value), -1) for value in taken)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+# Workers have a core each: threads of their BLAS libraries would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    assert "numpy" not in sys.modules
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # How long an example takes depends on what else the machine does; no test asks for speed.
 hypothesis.settings.register_profile("gpt2cupy", deadline=None)
@@ -19,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--chip", help="run the GPU tests as this older chip would (tests/support/chips.py)"
     )
+    parser.addoption("--gpu", type=int, default=0, help="the GPU that tests take as the first one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
         if name not in CHIPS:
             raise pytest.UsageError(f"--chip {name}: known are {', '.join(CHIPS)}")
         pretend(name)
+    if number := config.getoption("--gpu"):
+        _take_gpu(number)
+
+
+def _take_gpu(number: int) -> None:
+    """Let GPU ``number`` stand for the first one, and hold the arrays of this thread."""
+    from gpt2cupy import loading
+    from gpt2cupy.ops.core.device import cupy_module
+
+    usable = loading._usable
+    loading._usable = lambda index: usable(index or number)
+    cupy_module().cuda.Device(number).use()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -49,14 +68,28 @@ def _gpu_reason() -> str:
     return ""
 
 
-def _narrow_on_numpy(item: pytest.Item) -> bool:
+LARGEST_ON_NUMPY = 1 << 20  # weights of a product
+
+
+def _only_for_gpus(item: pytest.Item) -> bool:
+    """Whether a case on NumPy is like another one.
+
+    The NumPy engine holds float32 only, has no library beside itself to multiply with, and no
+    kernels that large products take and small ones do not.
+    """
     params = getattr(getattr(item, "callspec", None), "params", {})
-    return params.get("xp") == "numpy" and params.get("dtype", "float32") != "float32"
+    if params.get("xp") != "numpy":
+        return False
+    weights = params.get("m", 0) * params.get("k", 0)
+    return (
+        params.get("dtype", "float32") != "float32"
+        or params.get("backend") == "cublas"
+        or weights > LARGEST_ON_NUMPY
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The NumPy engine holds float32 only: the other dtypes are the GPU's cases.
-    idle = [item for item in items if _narrow_on_numpy(item)]
+    idle = [item for item in items if _only_for_gpus(item)]
     if idle:
         config.hook.pytest_deselected(items=idle)
         items[:] = [item for item in items if item not in set(idle)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from gpt2cupy import GPT2Config
@@ -111,7 +112,8 @@ def test_one_end(value):
             )
             for value in ("true", 1, None)
         ),
-        *({"eos_token_id": value} for value in ([1, 2], "7", 7.0, True)),
+        *({"eos_token_id": value} for value in ([1, "2"], "7", 7.0, True)),
+        {"bos_token_id": [1, 2]},
         {"model_type": "llama"},
         {"model_type": None},
         {"add_cross_attention": True},
@@ -187,3 +189,13 @@ def test_published_shapes():
     assert GPT2Config.from_name("gpt2-xl").n_embd == 1600
     with pytest.raises(ConfigError, match="gpt2-medium"):
         GPT2Config.from_name("gpt3")
+
+
+def test_scalars_of_numpy_are_numbers():
+    fields = {"vocab_size": np.int64(90), "n_layer": np.uint8(2), "n_head": np.int32(2)}
+    config = GPT2Config(**fields, n_embd=8, eos_token_id=[np.int16(5), 6], bos_token_id=np.int8(3))
+    assert config == GPT2Config(
+        vocab_size=90, n_layer=2, n_head=2, n_embd=8, eos_token_id=(5, 6), bos_token_id=3
+    )
+    assert config.eos_token_ids == (5, 6) and type(config.vocab_size) is int
+    assert json.loads(json.dumps(config.to_dict()))["eos_token_id"] == [5, 6]

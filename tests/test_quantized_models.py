@@ -13,7 +13,7 @@ from error_rule import DTYPES
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, checkpoint
 from gpt2cupy.cli import validation
-from gpt2cupy.decode import DecodeState, EagerDecoder
+from gpt2cupy.decode import DecodeState, decoder
 from gpt2cupy.errors import InputError
 from gpt2cupy.loading import place, weight_tensors
 from gpt2cupy.quantize import (
@@ -36,7 +36,7 @@ def quantized_weights(config, weights, xp=np):
     """Weights that hold int8 themselves, on the host or the first GPU."""
     if xp is not np:
         tensors = weight_tensors(config, weights)
-        return place(config, tensors, weights.dtype, "cuda", 0, quantize="int8").weights
+        return place(config, tensors, weights.dtype, "cuda", 0, quantize="int8")
     held = Weights.empty(config, weights.dtype, quantize="int8")
     for name, layer, array in weight_tensors(config, weights):
         target = getattr(held, name)
@@ -166,7 +166,7 @@ def test_every_path_agrees_with_float64_of_the_dequantised_weights(dtype, batch,
         if name not in (*MATRICES, *RESIDUAL_BIASES):
             array[...] = array.astype(dtype)
     tensors = weight_tensors(config, copied(config, weights))
-    model = place(config, tensors, dtype, "cuda", 0, quantize="int8")
+    model = GPT2(config, place(config, tensors, dtype, "cuda", 0, quantize="int8"))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 30))
     for prefilled in (0, 20):
         for found in validate(model, ids, prefilled=prefilled, weights=exact):
@@ -190,8 +190,8 @@ def test_a_batch_needs_scratch_only_where_no_kernel_reads_int8():
     assert float32.new_workspace(2).scratch.dtype == np.float32
     # A step of one row allocates nothing once it is prepared.
     cache = model.new_cache(1)
-    state, decoder = DecodeState(model, cache, 1), EagerDecoder(model)
-    decoder.prepare(state)
+    state, eager = DecodeState(model, cache, 1), decoder(model, "eager")
+    eager.prepare(state)
     before = cupy.get_default_memory_pool().used_bytes()
-    decoder.step(state)
+    eager.step(state)
     assert cupy.get_default_memory_pool().used_bytes() == before

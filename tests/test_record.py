@@ -128,7 +128,7 @@ def test_a_traced_command_tells_what_it_loaded(monkeypatch):
     done = traced.run("gpt2cupy", "generate", "A", *options)
     assert done.returncode == 0, done.stderr
     files = record._elsewhere[0]["files"].keys()
-    assert {f"gpt2cupy/{name}.py" for name in ("model", "engine", "ops/norm")} <= files
+    assert {f"gpt2cupy/{name}.py" for name in ("model", "generation/engine", "ops/norm")} <= files
     assert not files & {"gpt2cupy/ops/__init__.py", "gpt2cupy/lm.py", "gpt2cupy/cli/app.py"}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
 
 import numpy as np
@@ -16,38 +18,44 @@ NAN, INF = float("nan"), float("inf")
 
 INVALID = {
     "max_new_tokens": (-1, 1.5, "4", True),
-    "min_new_tokens": (-1, 1.5, None, False),
+    "min_new_tokens": (-1, 1.5, False),
     "temperature": (-0.1, NAN, INF, None, "1"),
-    "top_k": (-1, 2.0, None),
-    "top_p": (0, -0.5, 1.01, NAN, None),
-    "min_p": (-0.1, 1.1, NAN, None),
-    "repetition_penalty": (0, -1.0, NAN, INF, None),
-    "presence_penalty": (NAN, INF, None, "0"),
-    "frequency_penalty": (NAN, -INF, None),
-    "logit_bias": ({-1: 1.0}, {"1": 1.0}, {1: NAN}, {1: INF}, {1: None}, {True: 1.0}),
+    "top_k": (-1, 2.0),
+    "top_p": (0, -0.5, 1.01, NAN),
+    "min_p": (-0.1, 1.1, NAN),
+    "repetition_penalty": (0, -1.0, 1e-46, NAN, INF),
+    "presence_penalty": (NAN, INF, "0"),
+    "frequency_penalty": (NAN, -INF),
+    "logit_bias": ({-1: 1.0}, {"1": 1.0}, {1: NAN}, {1: INF}, {1: None}, {True: 1.0}, 5),
     "seed": (-1, 2**64, 1.0, True),
     "stop": ("", ("",), (1,), ("a", None)),
-    "eos_token_id": (-2, 1.5, "0"),
+    "eos_token_id": (-2, 1.5, "0", [1, -1], ["1"], {1: 2}),
+    "stop_token_ids": (5, "5", [-1], [1.5], [True]),
     "n": (0, -1, 1.0, None),
     "logprobs": (-1, 21, 1.0, True),
 }
 VALID = {
     "max_new_tokens": (0, 1, None),
-    "min_new_tokens": (0, 3),
+    "min_new_tokens": (0, 3, None),
     "temperature": (0, 0.0, 1e-3, 100),
-    "top_k": (0, 1, 10**6),
-    "top_p": (1e-9, 1, 1.0),
-    "min_p": (0, 0.5, 1),
-    "repetition_penalty": (0.1, 1, 2.0),
-    "presence_penalty": (-2, 0, 2.0),
-    "frequency_penalty": (-2, 0, 2.0),
-    "logit_bias": ({}, {0: -100, 5: 1.5}),
+    "top_k": (0, 1, 10**6, None),
+    "top_p": (1e-9, 1, 1.0, None),
+    "min_p": (0, 0.5, 1, None),
+    "repetition_penalty": (0.1, 1, 2.0, None),
+    "presence_penalty": (-2, 0, 2.0, None),
+    "frequency_penalty": (-2, 0, 2.0, None),
+    "logit_bias": ({}, {0: -100, 5: 1.5}, {3: -INF}, {np.int64(3): np.float32(1)}, None),
     "seed": (0, 2**64 - 1, None),
-    "stop": ((), "a", ("a", "b"), ["a"]),
-    "eos_token_id": (-1, 0, None),
+    "stop": ((), "a", ("a", "b"), ["a"], [np.str_("a")], None),
+    "eos_token_id": (-1, 0, None, [3], (3, 4), np.array([3, 4]), {5, 6}),
+    "stop_token_ids": ((), [3], (3, 4), np.array([3, 4]), None),
     "n": (1, 4),
     "logprobs": (0, 20, None),
 }
+
+
+def repr10(value):
+    return type(value).__name__
 
 
 def cases(table):
@@ -71,20 +79,50 @@ def test_valid_values_pass(name, value):
     SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("least, most", [(1, 0), (5, 4), (65, 64)])
+@pytest.mark.parametrize("least, most", [(1, 0), (5, 4), (201, 200)])
 def test_more_tokens_at_least_than_at_most_names_both(least, most):
     with pytest.raises(InputError) as caught:
         SamplingParams(min_new_tokens=least, max_new_tokens=most)
     for name, value in (("min_new_tokens", least), ("max_new_tokens", most)):
         assert f"{name}={value}" in caught.value.what and name in caught.value.remedy
-    assert ("its default" in caught.value.what) == (most == 64)
     SamplingParams(min_new_tokens=most, max_new_tokens=most)
     SamplingParams(min_new_tokens=least, max_new_tokens=None)
 
 
-def test_a_limit_that_was_not_given_is_called_the_default():
-    with pytest.raises(InputError, match=r"=100 is more than max_new_tokens=64, its default "):
-        SamplingParams(min_new_tokens=100)
+def test_a_limit_that_was_not_given_is_no_limit_for_what_must_come():
+    params = SamplingParams(min_new_tokens=300)
+    assert (params.limit(500), params.limit(310), params.must_fit) == (300, 300, 300)
+    for copied in (params, copy.copy(params), pickle.loads(pickle.dumps(SamplingParams()))):
+        assert dataclasses.replace(copied, seed=1).limit(50) == 50
+    assert (SamplingParams().limit(500), SamplingParams(max_new_tokens=200).must_fit) == (200, 200)
+    assert (SamplingParams(max_new_tokens=None).limit(500), SamplingParams().must_fit) == (500, 0)
+
+
+@pytest.mark.parametrize(
+    "options, remedy",
+    [
+        ({"top_k": 2.0}, "It must be an integer."),
+        ({"seed": "1"}, "It must be an integer, or None."),
+        ({"temperature": "1"}, "It must be a number."),
+        ({"temperature": NAN}, "It must be finite."),
+        ({"top_p": INF}, "It must be finite."),
+        ({"top_k": -1}, "It must be 0 (off) or more."),
+        ({"top_p": 1.5}, "It must be above 0 and at most 1 (off)."),
+        ({"logit_bias": {1: INF}}, "It must be a mapping to finite numbers, or -inf to ban"),
+    ],
+    ids=str,
+)
+def test_the_remedy_fits_the_value(options, remedy):
+    with pytest.raises(InputError) as caught:
+        SamplingParams(**options)
+    assert caught.value.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize("value", [["x" * 500], "y" * 500, 10**5000, {1: "z" * 500}], ids=repr10)
+def test_a_long_value_is_cut(value):
+    with pytest.raises(InputError) as caught:
+        SamplingParams(top_k=value)
+    assert len(caught.value.what) < 110
 
 
 @pytest.mark.parametrize("given, kept", [("a", ("a",)), (["a", "b"], ("a", "b")), ((), ())])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpt2cupy import GPT2, decode
-from gpt2cupy.decode import DecodeState, EagerDecoder
+from gpt2cupy.decode import Decoder, DecodeState
 from gpt2cupy.errors import Gpt2CupyError, InputError
 from gpt2cupy.ops.core import registry
 from gpt2cupy.validate import random_ids, runs
@@ -27,7 +27,7 @@ from gpt2cupy.validate import random_ids, runs
 # Of the workspace. Not h: fused kernels do not write it, and what is made of it follows at once.
 ACTIVATIONS = ("x", "qkv", "attended", "inner")
 CHOSEN = ("ids", "positions", "steps")  # what the choice of the next token writes
-MakeDecoder = Callable[[], EagerDecoder]
+MakeDecoder = Callable[[], Decoder]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,6 @@ class Bench:
         self.ids = ids
         model = make().model
         with runs.on_device(model):
-            model.prepare_step(len(ids))  # once for a model: no op of a step
             self.state = runs.start(model, ids, ids.shape[1] - 1)
             cache = self.state.cache
             # As bytes, which can be copied whatever the dtype.
@@ -195,7 +194,7 @@ def main() -> int:
         model = GPT2.from_pretrained(args.model, dtype=args.dtype, device=args.device)
         other = GPT2(model.config, model.weights, gemv=args.gemv)
         name = decode.decoder(other, args.path).name
-        if name == EagerDecoder.name and (model.xp is np or other.gemv == model.gemv):
+        if name == "eager" and (model.xp is np or other.gemv == model.gemv):
             raise InputError(
                 f"there is nothing to compare: both paths are {name}",
                 where=f"--path {args.path}, --device {args.device}",
@@ -203,7 +202,7 @@ def main() -> int:
             )
         ids = random_ids(model, args.batch, args.position + 1, args.seed)
         departure, count = bisect(
-            lambda: EagerDecoder(model),
+            lambda: decode.decoder(model, "eager"),
             lambda: decode.decoder(other, args.path),
             ids,
             tolerance=args.tolerance,

@@ -20,10 +20,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
 INTRO = """# The Python API
 
-Made from the docstrings by `make docs`; change those, not this page.
+Every public name, the interfaces below them, and the errors. This page is made from the docstrings
+by `make docs`; change those, not this page.
 """
+# The interfaces below the public names, for those who write engines or kernels of their own.
+INTERFACES = (
+    *("Weights", "KVCache", "DecodeState", "Engine", "Request", "Token"),
+    *("Kernel", "launch"),
+)
 # What the public names hand out, beside them.
-FURTHER = {"Tokenizer": "tokenizer", "StreamDecoder": "tokenizer"}
+FURTHER = ("GenerationConfig", "Tokenizer", "StreamDecoder")
+# Members that other modules of the package call and no user does.
+INTERNAL = {
+    "GPT2": {"backend", "forward", "hidden", "run_packed"},
+    "SamplingParams": {
+        *("banned", "counts_tokens", "greedy", "limit", "must_fit", "plain", "without_effect"),
+    },
+    "GenerationConfig": {"beside", "described", "from_dict"},
+    "DecodeState": {"plain", "shaped"},
+}
 WIDTH = 88
 
 
@@ -35,14 +50,61 @@ def page() -> str:
     parts = [INTRO]
     for name, module in names:
         parts += _object(package[f"{module}.{name}"], f"gpt2cupy.{name}", 2)
+    parts.append(
+        "## Interfaces\n\nBelow the public names; docs/how-it-works.md shows them at work.\n"
+    )
+    for name in INTERFACES:
+        thing = _defined(package, name)
+        parts += _object(thing, _path(thing), 3)
+        if name == "Weights":  # the table of its arrays stands in the module's docstring
+            parts.append(f"```text\n{thing.parent.docstring.value}\n```\n")
     parts.append("## Further classes\n\nReached through the names above.\n")
-    for name, module in FURTHER.items():
-        parts += _object(package[f"{module}.{name}"], f"gpt2cupy.{module}.{name}", 3)
+    for name in FURTHER:
+        thing = _defined(package, name)
+        parts += _object(thing, _path(thing), 3)
     parts.append("## gpt2cupy.errors\n")
     for name, error in package["errors"].members.items():
         if not error.is_alias and error.is_class and name not in gpt2cupy.__all__:
             parts += _object(error, f"gpt2cupy.errors.{name}", 3)
-    return "\n".join(parts)
+    return "\n".join([INTRO, _contents(parts[1:]), *parts[1:]])
+
+
+def _contents(parts: list[str]) -> str:
+    """Links to the headings of the second and third level that name something."""
+    links = []
+    for part in parts:
+        heading = re.fullmatch(r"###? (gpt2cupy\.\S+)\n", part)
+        if heading and "errors." not in heading[1]:
+            anchor = re.sub(r"[^\w-]", "", heading[1].lower())
+            links.append(f"[{heading[1].rpartition('.')[2]}](#{anchor})")
+    return f"{', '.join(links)}.\n"
+
+
+def _defined(module: griffe.Module, name: str) -> griffe.Object:
+    """The class or function of this name, wherever in the package it is defined."""
+    found = list(_definitions(module, name))
+    if len(found) != 1:
+        raise LookupError(
+            f"{len(found)} definitions of {name}, which this script lists, in gpt2cupy"
+        )
+    return found[0]
+
+
+def _definitions(module: griffe.Module, name: str) -> Iterator[griffe.Object]:
+    for key, member in module.members.items():
+        if member.is_alias:
+            continue
+        if member.is_module:
+            yield from _definitions(member, name)
+        elif key == name and (member.is_class or member.is_function):
+            yield member
+
+
+def _path(thing: griffe.Object) -> str:
+    """Where users import it from: its package, if that hands it out, else its module."""
+    package = thing.parent.parent
+    handed = package.members.get(thing.name) if package is not None and package.parent else None
+    return f"{package.path}.{thing.name}" if handed is not None and handed.is_alias else thing.path
 
 
 def _object(thing: griffe.Object, title: str, level: int) -> Iterator[str]:
@@ -57,6 +119,7 @@ def _object(thing: griffe.Object, title: str, level: int) -> Iterator[str]:
     if thing.is_class:
         for name, member in thing.members.items():
             private = name.startswith("_") and name != "__call__"
+            private = private or name in INTERNAL.get(thing.name, ())
             if not private and (member.is_function or "property" in member.labels):
                 yield from _object(member, f"{thing.name}.{name}", level + 1)
 

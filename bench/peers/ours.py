@@ -1,7 +1,9 @@
-"""gpt2cupy as an engine of the comparison.
+"""gpt2cupy as an engine of the comparison, through its public interface.
 
-Options of a job: ``decode``, ``naive``; with the latter the forward pass is run once for each of
-``lengths`` before anything is timed.
+`LanguageModel.generate` gives no time for each token: a run is one call for the first token and
+one for all of them, and the difference is the time of the steps. Options of a job: ``decode``,
+``naive``; with the latter the forward pass is run once for each of ``lengths`` before anything
+is timed.
 """
 
 from __future__ import annotations
@@ -13,34 +15,32 @@ from typing import Any
 import numpy as np
 from interface import Job, Run, serve
 
-from gpt2cupy import GPT2, SamplingParams
-from gpt2cupy.decode import PromptRunner
-from gpt2cupy.generation.engine import Engine
-from gpt2cupy.generation.request import Request
+import gpt2cupy
+from gpt2cupy import GPT2
+from gpt2cupy.decode import PromptRunner, decoder
 
 
 def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
-    model = GPT2.from_pretrained(job["folder"], dtype=job["dtype"], device=job["device"])
-    prompts = [np.asarray(ids, np.int32) for ids in job["prompts"]]
+    lm = gpt2cupy.load(job["folder"], dtype=job["dtype"], device=job["device"])
+    model, prompts = lm.model, [np.asarray(ids, np.int32) for ids in job["prompts"]]
     if job.get("naive"):
         run = _naive(model, prompts, job["tokens"], job.get("lengths", ()))
         return run, {"decode": "whole forward"}
-    # One step more than is shown: the engine computes one ahead of what it hands out.
-    capacity = min(len(prompts[0]) + job["tokens"] + 1, model.config.n_positions)
-    engine = Engine(model, len(prompts), capacity, decode=job["decode"])
+    model.decode_path, batch = job["decode"], len(prompts)
+
+    def generate(tokens: int) -> tuple[list[int], float]:
+        start = time.perf_counter()
+        done = lm.generate(
+            job["prompts"], temperature=0, max_new_tokens=tokens, eos_token_id=-1, max_batch=batch
+        )
+        return list(done[0].tokens), time.perf_counter() - start
 
     def run(tokens: int) -> tuple[list[int], float, float, float]:
-        params = SamplingParams(temperature=0, max_new_tokens=tokens + 1)
-        ids, times = [], [time.perf_counter()]
-        requests = [Request(row, prompt, params) for row, prompt in enumerate(prompts)]
-        for count, token in enumerate(engine.run(requests), start=1):
-            if token.key == 0:
-                ids.append(token.id)
-            if count % len(prompts) == 0:
-                times.append(time.perf_counter())
-        return ids[:tokens], times[0], times[1], times[tokens]
+        _, first = generate(1)
+        ids, whole = generate(tokens)
+        return ids, 0.0, first, whole
 
-    return run, {"decode": engine.decoder.name}
+    return run, {"decode": decoder(model, job["decode"], batch).name}
 
 
 def _naive(model: GPT2, prompts: list[np.ndarray], most: int, lengths: Sequence[int]) -> Run:

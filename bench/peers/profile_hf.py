@@ -173,18 +173,21 @@ def timed_attention(module: Any, clock: Clock, causal: torch.Tensor) -> Callable
 
     def forward(
         hidden_states: torch.Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
+        *,
+        past_key_values: Any = None,  # what transformers before 5.24 call the cache
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = past_key_values if cache is None else cache
         with clock.span("qkv product"):
             qkv = module.c_attn(hidden_states)
         with clock.span("qkv reshape"):
             parts = qkv.split(module.split_size, dim=2)
             shape = (*qkv.shape[:-1], -1, module.head_dim)
             query, key, value = (part.view(shape).transpose(1, 2) for part in parts)
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, module.layer_idx)
+            if cache is not None:
+                key, value = cache.update(key, value, module.layer_idx)
         with clock.span("scores"):
             weights = torch.matmul(query, key.transpose(-1, -2)) * module.scaling
         with clock.span("mask"):

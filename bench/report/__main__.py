@@ -8,7 +8,8 @@
     python -m bench.report --compare A.json B.json    what changed beyond the noise
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is written
-there by hand is lost. A table without a record is left as it is.
+there by hand is lost. A table without a record is left as it is. The table `environment`
+names the device and the versions that all other tables of the page were measured with.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from gpt2cupy import record
 from gpt2cupy.errors import InputError
 
 from ..arguments import main
-from .batch_tables import goals
+from . import peer_tables
+from .batch_tables import GOALS_USE, goals
 from .compare import compared
-from .layout import Record, device, read
+from .layout import Record, device, environment, read
 from .pictures import PICTURES
 from .tables import TABLES
 
@@ -33,8 +35,19 @@ ROOT = record.ROOT
 # Name of a table of several records -> (the one it cannot do without, how).
 JOINED: dict[str, tuple[str, Callable[[dict[str, Record]], str]]] = {
     name: (each.needs, each.block) for name, each in PICTURES.items()
-} | {"goals": ("batches", goals)}
+} | {
+    "goals": ("batches", goals),
+    "peers": ("peers", peer_tables.peers),
+    "peers-summary": ("peers", peer_tables.summary),
+}
+USES = {name: each.uses for name, each in PICTURES.items()} | {
+    "goals": GOALS_USE,
+    "peers": peer_tables.USE,
+    "peers-summary": peer_tables.USE,
+}
 SOURCES = {name: source for name, (source, _) in (TABLES | JOINED).items()}
+ENVIRONMENT = "environment"  # the table that every page with another one has
+_IMAGE = re.compile(r"(!\[[^\]]*\]\()([\w.-]+\))")
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -73,25 +86,43 @@ def comparison(paths: list[Path]) -> list[str]:
 
 
 def documents(root: Path) -> list[Path]:
-    return [path for path in (root / "README.md", *sorted(root.glob("docs/*.md"))) if path.exists()]
+    """README.md and the pages under docs/."""
+    found = (root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("docs/*/*.md")))
+    return [path for path in found if path.exists()]
+
+
+def measured(text: str, found: dict[str, Record]) -> dict[str, Record]:
+    """The records that a document's tables and pictures are made from."""
+    names = []
+    for _, name, _ in _MARKED.findall(text):
+        names += [SOURCES[name]] if name in SOURCES else []
+        names += USES.get(name, ())
+    return {name: found[name] for name in dict.fromkeys(names) if name in found}
 
 
 def updated(text: str, found: dict[str, Record], where: str) -> tuple[str, list[str]]:
     """The document with its tables made anew, and what could not be made."""
     missing = []
+    # Pictures lie in docs/.
+    folder = {"README.md": "docs/"}.get(where, "../" * (where.count("/") - 1))
 
     def fill(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
+        if name == ENVIRONMENT:
+            return f"{begin}{environment(measured(text, found))}{end}"
         if name not in SOURCES:
-            sys.exit(f"{where}: there is no table {name!r}; tables: {', '.join(SOURCES)}")
+            known = ", ".join((ENVIRONMENT, *SOURCES))
+            sys.exit(f"{where}: there is no table {name!r}; tables: {known}")
         if (source := SOURCES[name]) not in found:
             missing.append(f"{where}: table {name} is left as it is, no {source}.json")
             return match[0]
-        if name in JOINED:
-            return f"{begin}{JOINED[name][1](found)}{end}"
-        return f"{begin}{TABLES[name][1](found[source])}{end}"
+        made = JOINED[name][1](found) if name in JOINED else TABLES[name][1](found[source])
+        return begin + _IMAGE.sub(rf"\1{folder}\2", made) + end
 
-    return _MARKED.sub(fill, text), missing
+    new = _MARKED.sub(fill, text)
+    if measured(text, found) and f"<!-- table: {ENVIRONMENT} -->" not in text:
+        missing.append(f"{where}: no table {ENVIRONMENT} says where its figures come from")
+    return new, missing
 
 
 def update(root: Path, results: Path, *, check: bool) -> int:
@@ -113,7 +144,10 @@ def update(root: Path, results: Path, *, check: bool) -> int:
 
 def marked(root: Path) -> list[tuple[str, str]]:
     """The tables and pictures of the documents, each with the document it stands in."""
-    texts = {path.name: path.read_text(encoding="utf-8") for path in documents(root)}
+    texts = {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for path in documents(root)
+    }
     return [(name, where) for where, text in texts.items() for _, name, _ in _MARKED.findall(text)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 
-from .layout import Record, device, source_line, table
+from .layout import Record, caption, device, table
 
 
 def gpu_tests(entry: Record) -> str:
@@ -15,7 +15,7 @@ def gpu_tests(entry: Record) -> str:
     chip = results.get("chip")
     who = device(entry) + (f", as {chip} with {results['sms']} SMs" if chip else "")
     note = f"`{entry['command']}`{_selection(entry)}"
-    return table(header, [[who, *counts]]) + source_line(entry, note)
+    return table(header, [[who, *counts]]) + caption(entry, note)
 
 
 def _selection(entry: Record) -> str:

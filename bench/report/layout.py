@@ -1,8 +1,9 @@
-"""How a table of the documents is written, and the line under it that says where it comes from."""
+"""How a table of the documents is written, its caption, and what says where a page was measured."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,52 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]], text: int = 1) -
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def source_line(entry: Record, what: str) -> str:
-    """What was measured, where and when, as it stands under a table."""
+def caption(entry: Record, what: str) -> str:
+    """What was measured, as it stands under a table; the page says once on which device."""
     if not is_complete(entry):
         what += ". The run was cut off: rows are missing"
-    return f"\n{what}. {where(entry)}; {versions(entry)}; {entry['date']}.\n"
+    return f"\n{what}.\n"
+
+
+def environment(found: dict[str, Record]) -> str:
+    """Device, versions and dates of the records of a page, the most frequent device first."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        machine = "; ".join(filter(None, (where(entry), versions(entry))))
+        groups.setdefault(machine, []).append(name)
+    lines = []
+    # A GPU first where as many were measured without one.
+    order = sorted(groups.items(), key=lambda group: (-len(group[1]), "driver" not in group[0]))
+    for machine, names in order:
+        dates = sorted({found[name]["date"] for name in names})
+        which = f" ({', '.join(f'{name}.json' for name in sorted(names))})" if lines else ""
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        start = "Also measured" if lines else "Measured"
+        lines.append(f"{start} on {machine}; {when}{which}.\n")
+    return "\n".join(lines)
+
+
+def kernel(name: str) -> str:
+    """A kernel's name as a table shows it: without result, arguments and template arguments.
+
+    Of the template arguments only the functor stays, which says what an elementwise kernel does.
+    """
+    if name.startswith("Mem"):  # Memcpy and Memset are no kernels
+        return name.partition(" (")[0]
+    functor = re.findall(r"\b\w*(?:Functor\w*|[a-z]Ops)\b", name)
+    plain, depth = "", 0
+    for part in re.split(r"([<>(){}]|\(anonymous namespace\))", name):
+        if part in ("<", "(", "{"):
+            depth += 1
+        elif part in (">", ")", "}"):
+            depth -= 1
+        elif depth == 0 and part != "(anonymous namespace)":
+            plain += part
+    words = plain.replace("::::", "::").split()
+    short = next((w for w in words[::-1] if re.search(r"\w", w)), name).split("::type")[0]
+    short = "::".join(short.split("::")[-2:]).removeprefix("native::").strip(":")
+    meant = [each for each in functor if each not in short and "Unary" not in each]
+    return f"{short}<{meant[-1]}>" if meant else short
 
 
 def device(entry: Record) -> str:

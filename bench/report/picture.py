@@ -16,8 +16,10 @@ from typing import Any
 
 from gpt2cupy.profile.plot import matplotlib_figure
 
-from .layout import Record, source_line
+from .layout import Record, caption
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 KEY = "Points"  # of the hash in a PNG's text
 
 Found = dict[str, Record]
@@ -39,10 +41,7 @@ class Picture:
     def block(self, found: Found) -> str:
         """What stands in the document: the picture, what it shows, and where that comes from."""
         note = f"{self.title}. {self.note(self.points(found))}"
-        for other in self.uses:
-            if other in found:
-                note += f". With {other}.json of {found[other]['date']}"
-        return f"![{self.title}]({self.file})\n{source_line(found[self.needs], note)}"
+        return f"![{self.title}]({self.file})\n{caption(found[self.needs], note)}"
 
     def is_current(self, folder: Path, found: Found) -> bool:
         """Whether the file shows what the records hold."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .picture import Found, Picture, Points
+from . import peer_tables
+from .picture import COLOURS, Found, Picture, Points
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>"
 DTYPES = ("float16", "bfloat16", "float32")
-ENGINES = ("ours", "cublas")  # of the products, as gemv.json names them
+ENGINES = ("ours", "cublas")  # of a GEMV, as gemv.json names them
 
 
 def at_batch(results: dict[str, Any], batch: int) -> dict[str, list[dict[str, Any]]]:
@@ -71,7 +70,7 @@ def draw_latency(figure: Any, points: Points) -> None:
         look = {"color": COLOURS[number], "ms": 5}
         axes.plot(contexts, steps, f"-{MARKERS[number]}", label=f"gpt2cupy, {dtype}", **look)
         if None not in reads:
-            label = f"plain read of its bytes, {dtype}"
+            label = f"memory roofline, {dtype}"
             axes.plot(contexts, reads, f":{MARKERS[number]}", mfc="none", label=label, **look)
     ours = [row[1] for rows in points["series"].values() for row in rows]
     # A peer many times as slow would press our lines together: the caption has it.
@@ -87,7 +86,8 @@ def draw_latency(figure: Any, points: Points) -> None:
 def latency_note(points: Points) -> str:
     note = (
         f"GPT-2 {points['model']} with random weights, batch 1, decode path {points['decode']}; "
-        f"medians. Dotted: a plain read of the weights and the cache so far, in the same run"
+        f"medians. Dotted: the memory roofline, a kernel that only reads the weights and the cache "
+        f"so far, in the same run"
     )
     ours = [row[1] for rows in points["series"].values() for row in rows]
     far = [peer for peer in points["peers"] if peer["us"] > 3 * max(ours)]
@@ -124,7 +124,7 @@ def draw_throughput(figure: Any, points: Points) -> None:
         axes.plot(batches, rates, line + marker, label=f"gpt2cupy, context {context}", **look)
         if all(row[3] for row in rows):
             rates = [1e6 * row[0] / row[3] for row in rows]
-            label, line = f"a plain read a step, context {context}", line and ":"
+            label, line = f"memory roofline, context {context}", line and ":"
             axes.plot(batches, rates, line + marker, mfc="none", label=label, **look)
     draw_peers(
         axes, points["peers"], lambda peer: (peer["batch"], 1e6 * peer["batch"] / peer["us"])
@@ -141,8 +141,8 @@ def draw_throughput(figure: Any, points: Points) -> None:
 def throughput_note(points: Points) -> str:
     return (
         f"GPT-2 {points['model']} with random weights, {points['dtype']}, decode path "
-        f"{points['decode']}; medians of steps, both axes logarithmic. Dotted: if a step took no "
-        f"longer than a plain read of the weights and the cache{peers_note(points)}"
+        f"{points['decode']}; medians of steps, both axes logarithmic. Dotted: the memory "
+        f"roofline, a kernel that only reads the weights and the cache{peers_note(points)}"
     )
 
 
@@ -165,7 +165,7 @@ def ladder_points(found: Found) -> Points:
 def draw_ladder(figure: Any, points: Points) -> None:
     batches = points["batches"]
     names = list(dict.fromkeys(name for rows in batches.values() for name, _ in rows))
-    # The slowest on top, as the rungs were climbed; the last is all off where batches differ.
+    # The slowest on top, as a ladder is climbed; the last is all off where batches differ.
     names.sort(key=lambda name: (name == "all on", name != "only the KV cache"))
     for number, (batch, axes) in enumerate(
         zip(batches, figure.subplots(1, len(batches), sharey=True, squeeze=False)[0], strict=True)
@@ -190,7 +190,7 @@ def ladder_note(points: Points) -> str:
 
 
 def share_points(found: Found) -> Points:
-    """Products beside a plain read, and kernels of a step beside the copy rate."""
+    """GEMVs beside the memory roofline, and kernels of a step beside the copy rate."""
     results = found["gemv"]["results"]
     first = results["rows"][0]
     kind = {key: first[key] for key in ("model", "dtype")}
@@ -220,7 +220,7 @@ def draw_share(figure: Any, points: Points) -> None:
             bar.set(color=COLOURS[number], hatch="//" * number, edgecolor="white")
         axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=8)
     axes.set_yticks(range(len(products)), [row[0] for row in products], fontsize=8)
-    axes.set(title="products of one row", xlabel="share of a plain read of the same bytes")
+    axes.set(title="GEMV", xlabel="share of the memory roofline")
     figure.legend(loc="outside lower left", ncols=2, fontsize=8)
     for axes in panels[1:]:
         kernels = points["kernels"][::-1]
@@ -238,7 +238,7 @@ def draw_share(figure: Any, points: Points) -> None:
 
 def share_note(points: Points) -> str:
     note = (
-        f"GPT-2 {points['model']}, {points['dtype']}, one row. Left: a product in a captured "
+        f"GPT-2 {points['model']}, {points['dtype']}, one row. Left: each GEMV in a captured "
         f"graph beside a kernel that only reads as many bytes"
     )
     if points["kernels"]:
@@ -250,6 +250,10 @@ def share_note(points: Points) -> str:
 
 
 PICTURES = {
+    "picture-engines": Picture(
+        "engines.png", "Tokens per second beside other engines", "peers", peer_tables.USE,
+        peer_tables.picture_points, peer_tables.picture_draw, peer_tables.picture_note,
+    ),
     "picture-latency": Picture(
         "decode-latency.png", "Latency against context", "batches", ("peers",),
         latency_points, draw_latency, latency_note,

@@ -1,4 +1,4 @@
-"""Tables made from profile.json: rows a to g of docs/rows.md."""
+"""Tables made from profile.json: the baseline's operators, components, tokens, kernels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 from gpt2cupy.profile.components import TABLES
 
-from .layout import Record, Row, number, source_line, table
+from .layout import Record, Row, caption, kernel, number, table
 
 OPERATORS = 20  # rows of the operator table that are shown
 LOST = 8  # rows of the table of losses, per dtype
-# What row g asks for: the components whose kernels are listed, in the order of the step.
+# The components whose kernels are listed, in the order of the step.
 KERNELS = (*TABLES["attention"], *TABLES["mlp"], "lm_head")
 
 
@@ -39,7 +39,7 @@ def settings(results: Row) -> str:
 
 
 def operators(entry: Record) -> str:
-    """Row a."""
+    """What PyTorch runs for Hugging Face's generate()."""
     results = entry["results"]
     if not results["peers"]:
         return "Hugging Face was not measured in this record.\n"
@@ -48,7 +48,8 @@ def operators(entry: Record) -> str:
         "self_cpu_percent", "self_cpu_ms", "cpu_total_percent", "cpu_total_ms", "cpu_avg_us",
         "self_cuda_ms", "self_cuda_percent", "cuda_total_ms", "cuda_avg_us",
     )  # fmt: skip
-    shown = found["rows"][:OPERATORS]
+    rows = by_kernel(found["rows"])
+    shown = rows[:OPERATORS]
     lines = []
     for row in shown:
         figures = ["-" if row[key] is None else number(row[key], 2) for key in keys]
@@ -59,20 +60,42 @@ def operators(entry: Record) -> str:
     ]
     note = (
         f"torch.profiler over generate() of {found['new_tokens']} new tokens at batch 1, "
-        f"{next(engines(results))[0]}; the first {len(shown)} of {len(found['rows'])} operators. "
-        f"Self CPU {found['self_cpu_total_ms']:.1f} ms in all"
+        f"{next(engines(results))[0]}; the first {len(shown)} of {len(rows)} operators and "
+        f"kernels, those of one name added up. Self CPU {found['self_cpu_total_ms']:.1f} ms in all"
     )
     if found["self_cuda_total_ms"] is not None:
         note += (
-            f", self CUDA {found['self_cuda_total_ms']:.1f} ms; products are "
+            f", self CUDA {found['self_cuda_total_ms']:.1f} ms; matrix products are "
             f"{found['matrix_percent']:.1f} % of the GPU's time, which idles "
             f"{found['idle_percent']:.1f} % of {found['wall_ms']:.0f} ms"
         )
-    return table(header, lines) + source_line(entry, note)
+    return table(header, lines) + caption(entry, note)
+
+
+def by_kernel(rows: list[Row]) -> list[Row]:
+    """Operators and kernels by the name that the table shows, the longest on the GPU first.
+
+    Kernels that differ only in template arguments are one row.
+    """
+    merged: dict[str, Row] = {}
+    for row in rows:
+        name = kernel(row["name"])
+        if name not in merged:
+            merged[name] = row | {"name": name}
+            continue
+        into = merged[name]
+        for key in into.keys() - {"name"}:
+            into[key] = None if into[key] is None or row[key] is None else into[key] + row[key]
+        into["cpu_avg_us"] = 1e3 * into["cpu_total_ms"] / into["calls"]
+        if into["cuda_total_ms"] is not None:
+            into["cuda_avg_us"] = 1e3 * into["cuda_total_ms"] / into["calls"]
+    return sorted(
+        merged.values(), key=lambda row: (-(row["self_cuda_ms"] or 0.0), -row["self_cpu_ms"])
+    )
 
 
 def components(name: str) -> Callable[[Record], str]:
-    """Rows b to e: one of the four component tables, ours under the baseline's."""
+    """One of the four component tables, ours under the baseline's."""
 
     def make(entry: Record) -> str:
         results = entry["results"]
@@ -85,13 +108,13 @@ def components(name: str) -> Callable[[Record], str]:
                 lines.append([engine, title, *times, number(row["percent"], 1)])
         header = ["engine", "component", "avg, ms", "total, ms", "count", "%"]
         note = f"{settings(results)}. In brackets: what one launch of ours does"
-        return table(header, lines, 2) + source_line(entry, note)
+        return table(header, lines, 2) + caption(entry, note)
 
     return make
 
 
 def tokens(entry: Record) -> str:
-    """Row f."""
+    """Time of a token, by engine and decode path."""
     results = entry["results"]
     keys = ("mean_ms", "p50_ms", "p95_ms", "p99_ms")
     lines = []
@@ -101,11 +124,11 @@ def tokens(entry: Record) -> str:
         figures += [number(token["blocks_percent"], 1), number(token["tokens_per_s"], 1)]
         lines.append([engine, *figures])
     header = ["engine", "ms a token", "p50", "p95", "p99", "blocks, %", "tokens/s"]
-    return table(header, lines) + source_line(entry, settings(results))
+    return table(header, lines) + caption(entry, settings(results))
 
 
 def kernels(entry: Record) -> str:
-    """Row g."""
+    """Kernels of the components in KERNELS, with their share of the limit."""
     results = entry["results"]
     lines = []
     for own in results["ours"]:
@@ -116,16 +139,16 @@ def kernels(entry: Record) -> str:
                 figures += [number(row["gb_per_s"]), number(row["percent_of_limit"], 1)]
             else:
                 figures += ["-", "-"]
-            lines.append([own["dtype"], row["component"], f"`{row['kernel']}`", *figures])
+            lines.append([own["dtype"], row["component"], f"`{kernel(row['kernel'])}`", *figures])
     header = [
         *("dtype", "component", "kernel", "calls", "avg, µs", "total, ms", "GB/s", "% of limit"),
     ]
     own = results["ours"][0]
     note = (
-        f"{settings(results)}; times from {own['kernel_timer']}. Limit: what a copy and a product "
+        f"{settings(results)}; times from {own['kernel_timer']}. Limit: what a copy and a GEMM "
         f"of this dtype reach in the same run"
     )
-    return table(header, lines, 3) + source_line(entry, note)
+    return table(header, lines, 3) + caption(entry, note)
 
 
 def gaps(entry: Record) -> str:
@@ -155,7 +178,7 @@ def gaps(entry: Record) -> str:
         f"{settings(results)}. Kernels - overlap + gaps is the step as it was recorded; recording: "
         f"how much longer it is for that; residual: what is left, against the unprofiled step"
     )
-    return table(header, lines) + source_line(entry, note)
+    return table(header, lines) + caption(entry, note)
 
 
 def added(entry: Record) -> str:
@@ -166,7 +189,7 @@ def added(entry: Record) -> str:
         rows = [row for row in own["kernels"] if "step_us" in row]
         whole = sum(row["step_us"] for row in rows)
         for row in sorted(rows, key=lambda row: -row["step_us"]):
-            name = [own["dtype"], own["decoder"], row["component"], f"`{row['kernel']}`"]
+            name = [own["dtype"], own["decoder"], row["component"], f"`{kernel(row['kernel'])}`"]
             steps = own["settings"]["runs"] * own["settings"]["tokens"]
             ran = 1e3 * row["total_ms"] / steps
             share = f"{row['step_us'] / whole:.1%}"
@@ -180,7 +203,7 @@ def added(entry: Record) -> str:
         f"{settings(results)}. Adds: from the end of the kernel before to its own end; a kernel "
         f"that starts early and waits ran longer than it adds. Recorded: see the table of gaps"
     )
-    return table(header, lines, 4) + source_line(entry, note)
+    return table(header, lines, 4) + caption(entry, note)
 
 
 def lost(entry: Record) -> str:
@@ -196,14 +219,14 @@ def lost(entry: Record) -> str:
         for row in own["kernels"]:
             taken, share = 1e3 * row["total_ms"] / steps, row.get("percent_of_limit")
             beyond = taken * max(0.0, 1 - (share or 0) / 100)
-            found.append((f"`{row['kernel']}`: {row['component']}", taken, beyond, share))
+            found.append((f"`{kernel(row['kernel'])}`: {row['component']}", taken, beyond, share))
         found.sort(key=lambda each: -each[2])
         for name, taken, beyond, share in found[:LOST]:
             shown = "-" if share is None else number(share, 1)
             lines.append([own["dtype"], name, number(taken, 1), shown, number(beyond, 1)])
     header = ["dtype", "what", "µs a token", "% of limit", "µs beyond the limit"]
     note = f"{settings(results)}; the {LOST} largest losses of each dtype"
-    return table(header, lines, 2) + source_line(entry, note)
+    return table(header, lines, 2) + caption(entry, note)
 
 
 def pictures(entry: Record) -> str:
@@ -211,4 +234,4 @@ def pictures(entry: Record) -> str:
     results = entry["results"]
     dtypes = [own["dtype"] for own in results["ours"]]
     drawn = "".join(f"![Roofline and components, {d}](profiling-{d}.png)\n" for d in dtypes)
-    return drawn + source_line(entry, settings(results))
+    return drawn + caption(entry, settings(results))

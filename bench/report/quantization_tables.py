@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layout import Record, source_line, table
+from .layout import Record, caption, table
 
 
 def accuracy(entry: Record) -> str:
@@ -41,4 +41,4 @@ def accuracy(entry: Record) -> str:
         "Errors against the same weights unquantised in float32. MiB: what a GPU holds. "
         + ". ".join(notes)
     )
-    return table(header, lines, 3) + source_line(entry, note)
+    return table(header, lines, 3) + caption(entry, note)

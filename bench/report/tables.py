@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import batch_tables, gpu_test_tables, profile_tables, quantization_tables, validate_tables
-from .layout import Record, left_out, number, rate, source_line, spread, table
+from .layout import Record, caption, left_out, number, rate, spread, table
 
 
 def decode(entry: Record) -> str:
@@ -15,9 +15,9 @@ def decode(entry: Record) -> str:
     contexts = [step["context"] for step in rows[0]["steps"]]
     reads = any("read" in step for row in rows for step in row["steps"])
     seen = {(row["gemv"], row["dtype"], row["batch"]) for row in rows}
-    header = ["dtype", "batch", "decode", "products"]
+    header = ["dtype", "batch", "decode", "GEMV"]
     for context in contexts:
-        header += [f"step at {context}, µs", *(["plain read, µs"] if reads else [])]
+        header += [f"step at {context}, µs", *(["roofline, µs"] if reads else [])]
     lines = []
     for row in rows:
         figures = []
@@ -35,26 +35,26 @@ def decode(entry: Record) -> str:
     text = rows[0]["end_to_end"]
     note = (
         f"GPT-2 124M with {results['weights']} weights, medians. A step feeds one token per row "
-        f"and chooses the next; its time is between events on the device. Host: what Python takes "
+        f"and samples the next; its time is between events on the device. Host: what Python takes "
         f"to queue a step. In a text: a step of {text['tokens']} tokens after {text['prompt']}, "
         f"each token read by the host"
     )
     if reads:
         note += (
-            ". Plain read: a kernel that only reads as many bytes as the step must, weights and "
+            ". Roofline: a kernel that only reads as many bytes as the step must, weights and "
             "cache, in the same run"
         )
-    return table(header, lines) + source_line(entry, note)
+    return table(header, lines) + caption(entry, note)
 
 
 def decode_sizes(entry: Record) -> str:
-    """Every size with our one-row product: how far a step is from reading its bytes once."""
+    """Every size with our GEMV: how far a step is from reading its bytes once."""
     results = entry["results"]
     rows = [row for row in results["rows"] if row["gemv"] == "ours"]
     contexts = [step["context"] for step in rows[0]["steps"]]
     header = ["size", "dtype", "batch", "decode"]
     for context in contexts:
-        header += [f"step at {context}, µs", "plain read, µs", "read / step"]
+        header += [f"step at {context}, µs", "roofline, µs", "roofline / step"]
     lines = []
     for row in rows:
         figures = []
@@ -67,20 +67,28 @@ def decode_sizes(entry: Record) -> str:
         lines.append([*names, *figures, tokens])
     in_int8 = ", matrices in int8 and the rest in dtype" if results.get("quantize") else ""
     note = (
-        f"Random weights{in_int8}, medians. Plain read: a kernel that only reads as many bytes as "
+        f"Random weights{in_int8}, medians. Roofline: a kernel that only reads as many bytes as "
         f"the step must, each weight once and the keys and values of the context, in the same run. "
         f"Tokens/s in a text, read by the host{left_out(results)}"
     )
-    return table([*header, "tokens/s"], lines, 2) + source_line(entry, note)
+    return table([*header, "tokens/s"], lines, 2) + caption(entry, note)
 
 
 def startup(entry: Record) -> str:
     results = entry["results"]
     warm = results["warm"]
     row = [results["model"], results["device"], number(results["first_s"], 2)]
+    row.append(spread(warm, 1e6, 2))
     header = ["model", "device", "first run, s", "warm, s (p10 to p90)"]
     note = f"From starting a process to its first token; warm is the median of {warm['runs']}"
-    return table(header, [[*row, spread(warm, 1e6, 2)]]) + source_line(entry, note)
+    if compiled := results.get("compile"):
+        header.append("gpt2cupy compile, s")
+        row.append(number(compiled["seconds"], 1))
+        note += (
+            f"; first with an empty kernel cache, median of {results['empty']['runs']}; "
+            f"{compiled['cubins']} cubins compiled on {compiled['cores']} cores"
+        )
+    return table(header, [row]) + caption(entry, note)
 
 
 def soak(entry: Record) -> str:
@@ -103,7 +111,7 @@ def soak(entry: Record) -> str:
         f"{last['requests']:,} requests of mixed lengths and settings in one process in "
         f"{results['seconds']:.0f} s ({ways}); model {results['model']}, {results['dtype']}"
     )
-    return table([*header, "growth", "allowed"], lines) + source_line(entry, note)
+    return table([*header, "growth", "allowed"], lines) + caption(entry, note)
 
 
 def cpu(entry: Record) -> str:
@@ -119,7 +127,7 @@ def cpu(entry: Record) -> str:
         f"the tokens/s of {results['best_of_transformers']}"
     )
     header = ["engine", "prompt, ms", "tokens/s"]
-    return table(header, rows) + source_line(entry, note)
+    return table(header, rows) + caption(entry, note)
 
 
 def prefill(entry: Record) -> str:
@@ -131,10 +139,10 @@ def prefill(entry: Record) -> str:
     header = ["size", "dtype", "tokens", "on the device, ms", "first token in Python, ms"]
     note = (
         "One prompt, random weights, medians (p10 to p90). On the device: between events around "
-        "some prompts in a row and the choice of their first tokens, per prompt. In Python: from "
-        "the call to the token's id" + left_out(entry["results"])
+        "some prompts in a row with the sampling of their first tokens, per prompt. In Python: "
+        "from the call to the token's id" + left_out(entry["results"])
     )
-    return table(header, rows, 2) + source_line(entry, note)
+    return table(header, rows, 2) + caption(entry, note)
 
 
 def invariance(entry: Record) -> str:
@@ -151,10 +159,10 @@ def invariance(entry: Record) -> str:
     header = ["size", "dtype", "what", "default, µs", "batch-invariant, µs", "ratio"]
     note = (
         "Random weights, medians (p10 to p90) of times between events on the device, in captured "
-        "graphs (in brackets the default's decode path); a prompt's with the choice of its first "
+        "graphs (in brackets the default's decode path); a prompt's with the sampling of its first "
         "token" + left_out(entry["results"])
     )
-    return table(header, lines, 3) + source_line(entry, note)
+    return table(header, lines, 3) + caption(entry, note)
 
 
 def gemv(entry: Record) -> str:
@@ -168,18 +176,18 @@ def gemv(entry: Record) -> str:
             + [f"{read / us:.0%}" for us in (ours, cublas)]
         )
     header = [
-        *("size", "dtype", "product", "M x K", "ours, µs", "cuBLAS, µs"),
-        *("ours, GB/s", "cuBLAS, GB/s", "plain read, GB/s", "ours / read", "cuBLAS / read"),
+        *("size", "dtype", "matrix", "M x K", "ours, µs", "cuBLAS, µs"),
+        *("ours, GB/s", "cuBLAS, GB/s", "roofline, GB/s", "ours / roofline", "cuBLAS / roofline"),
     ]
     note = (
         "One row times a weight matrix [M, K] that is not in the L2 cache, in a captured graph; "
-        "medians. The plain read takes the same bytes in the same way"
+        "medians. Roofline: a kernel that only reads the same bytes in the same way"
     )
-    return table(header, lines, 4) + source_line(entry, note)
+    return table(header, lines, 4) + caption(entry, note)
 
 
 def naive(entry: Record) -> str:
-    """Row o."""
+    """The whole forward pass for each token, against the KV cache."""
     results = entry["results"]
     lines = []
     for row in results["rows"]:
@@ -207,11 +215,11 @@ def naive(entry: Record) -> str:
     )
     absent = {name: why for row in results["rows"] for name, why in row["skipped"].items()}
     note += "".join(f". {name}: left out, {why}" for name, why in absent.items())
-    return table(header, lines) + source_line(entry, note)
+    return table(header, lines) + caption(entry, note)
 
 
 def ablation(entry: Record) -> str:
-    """Row q."""
+    """Steps with each optimisation switched off, and with all of them off."""
     results = entry["results"]
     whole = {(r["dtype"], r["batch"]): r["step"] for r in results["rows"] if not r["off"]}
     lines = []
@@ -229,38 +237,35 @@ def ablation(entry: Record) -> str:
         f"{results['model']}, random weights, {results['tokens']} greedy tokens after "
         f"{results['prompt']}. {switches}{left_out(results)}"
     )
-    return table(header, lines, 2) + source_line(entry, note)
+    return table(header, lines, 2) + caption(entry, note)
 
 
-def peers(entry: Record) -> str:
+# Switch of bench/ablation.py -> the version of docs/notebook/ladder.md that brought it.
+VERSIONS = {"fused-norm": 2, "one-pass-sampling": 4, "graph": 5, "overlap": 6, "gemv": 7}
+
+
+def ladder(entry: Record) -> str:
+    """The versions that can still be switched off: steps in float16 without and with each."""
     results = entry["results"]
-    lines, forms = [], {}
-    for row in results["rows"]:
-        engines = row["engines"]
-        ours = [one["step"]["median_us"] for name, one in engines.items() if "gpt2cupy" in name]
-        for name, one in engines.items():
-            step, compiling = one["step"], one.get("compile_s", 0)  # which load_s holds too
-            load, first = one["load_s"] - compiling, compiling + one.get("first_run_s", 0)
-            speed, prompt = rate(row["batch"], step), one["prefill"]["median_us"] / 1e3
-            ratio = f"{step['median_us'] / min(ours):.2f}" if ours else "-"
-            figures = [number(speed), number(prompt, 2), number(load, 1), number(first, 1), ratio]
-            names = [row["model"], row["dtype"], name, row["batch"]]
-            lines.append([*names, spread(step), *figures])
-            if "form" in one:
-                forms[f"{name}, batch {row['batch']}"] = one["form"]
-        for name, reason in row["skipped"].items():
-            forms[f"{name}, batch {row['batch']}, left out"] = reason
-    header = [
-        *("size", "dtype", "engine", "batch", "step, µs (p10 to p90)", "tokens/s"),
-        *("prompt, ms", "load, s", "first run, s", "time / ours"),
-    ]
+    steps = {
+        (row["batch"], row["off"].removeprefix("persistent,")): number(row["step"]["median_us"])
+        for row in results["rows"]
+        if row["dtype"] == "float16"
+    }
+    batches = sorted({batch for batch, _ in steps})
+    lines = []
+    for name, version in sorted(VERSIONS.items(), key=lambda each: each[1]):
+        for batch in batches:
+            # Where the persistent step is taken, what it replaces is compared without it.
+            whole = steps.get((batch, "persistent")) or steps.get((batch, ""))
+            if (batch, name) in steps:
+                lines.append([version, f"`{name}`", batch, steps[batch, name], whole])
+    header = ["version", "switch", "rows", "step without it, µs", "step with it, µs"]
     note = (
-        f"Random weights, {results['tokens']} greedy tokens after {results['prompt']}; "
-        f"{results['rounds']} runs of each in turn, each engine in its own process. First run: "
-        f"with what is compiled in it{left_out(results)}"
+        f"{results['model']}, float16, random weights, {results['tokens']} greedy tokens after "
+        f"{results['prompt']}; medians"
     )
-    note += "".join(f". {name}: {form}" for name, form in forms.items())
-    return table(header, lines, 3) + source_line(entry, note)
+    return table(header, lines, 2) + caption(entry, note)
 
 
 # Name of a table -> (the record it is made from, how).
@@ -283,7 +288,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "invariance": ("invariance", invariance),
     "naive": ("naive", naive),
     "ablation": ("ablation", ablation),
-    "peers": ("peers", peers),
+    "ladder": ("ablation", ladder),
     "validate": ("validate", validate_tables.comparisons),
     "validate-steps": ("validate", validate_tables.steps),
     "profile-operators": ("profile", profile_tables.operators),

@@ -1,8 +1,8 @@
-"""Tables made from validate.json: row p of docs/rows.md."""
+"""Tables made from validate.json."""
 
 from __future__ import annotations
 
-from .layout import Record, source_line, table
+from .layout import Record, caption, table
 
 # How validate calls what it compares -> how a table does.
 WAYS = {"full": "whole forward"} | {
@@ -11,7 +11,7 @@ WAYS = {"full": "whole forward"} | {
 
 
 def comparisons(entry: Record) -> str:
-    """Every comparison of row p."""
+    """Every comparison: each way against its reference."""
     results = entry["results"]
     lines = []
     for row in results["comparisons"]:
@@ -31,11 +31,11 @@ def comparisons(entry: Record) -> str:
         f"twice the error of a plain computation in this dtype, plus one unit in the last place; "
         f"between two of ours, the limits of both"
     )
-    return table(header, lines, 3) + source_line(entry, note)
+    return table(header, lines, 3) + caption(entry, note)
 
 
 def steps(entry: Record) -> str:
-    """The steps of row p: the cache against whole forward passes."""
+    """Some steps: the cache against whole forward passes."""
     results = entry["results"]
     lines = []
     for row in results["comparisons"]:
@@ -57,7 +57,7 @@ def steps(entry: Record) -> str:
         "whole forward: token:logit",
     ]
     note = f"`{results['model']}`; the first row of {results['batch']}"
-    return table(header, lines, 2) + source_line(entry, note)
+    return table(header, lines, 2) + caption(entry, note)
 
 
 def top_tokens(top: list[tuple[int, float]]) -> str:

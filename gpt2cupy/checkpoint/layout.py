@@ -32,9 +32,15 @@ WHOLE = {
 HEAD = ("lm_head.weight", "lm_head")  # never under the prefix "transformer."
 PREFIX = "transformer."
 
-# Tensors that do not enter the logits: buffers of the causal mask, and heads for other tasks.
-HARMLESS = re.compile(
-    r"h\.\d+\.attn\.(?:masked_)?bias|(?:multiple_choice_head|score|classifier|qa_outputs)\..*"
+# What wrappers leave before every key: torch.compile, DataParallel, PEFT, trainers.
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "base_model.", "model.")
+
+# Buffers of the causal mask, which older versions stored: not worth a word.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(?:masked_)?bias")
+# What else does not enter the logits: heads for other tasks, value heads, counted positions.
+OTHER_TASKS = re.compile(
+    r"(?:v_head|value_head|multiple_choice_head|summary|score|classifier|qa_outputs)\..*"
+    r"|(?:.*\.)?position_ids"
 )
 
 # llm.c: no names, this order, every kind with its layers one after the other, rows [out, in].

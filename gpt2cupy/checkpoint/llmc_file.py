@@ -11,11 +11,11 @@ import numpy as np
 
 from ..config import GPT2Config
 from ..errors import CheckpointError, ConfigError
+from ..file_kinds import LLMC_MAGIC
 from ..files import open_plain
 from .layout import LLMC_ORDER, is_stacked, tensor_shape
 from .stored import StoredTensor, unreadable
 
-_MAGIC = 20240326
 _HEADER_BYTES = 256 * 4
 _DTYPES = {3: np.dtype(np.float32), 5: np.dtype(ml_dtypes.bfloat16)}
 
@@ -34,7 +34,7 @@ def read(path: Path) -> tuple[GPT2Config, list[StoredTensor]]:
         raise unreadable(path, error) from error
     # Any file may be given: a short one need not be a whole number of integers.
     header = np.frombuffer(data[: len(data) // 4 * 4], "<i4")
-    if len(header) < 8 or header[0] != _MAGIC:
+    if len(header) < 8 or header[0] != LLMC_MAGIC:
         raise CheckpointError(
             "this file is no checkpoint of llm.c",
             where=str(path),

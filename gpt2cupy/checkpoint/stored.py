@@ -44,6 +44,11 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def read_dtype(self) -> np.dtype:
+        """What :func:`views` gives: float64, which no device computes in, is rounded."""
+        return np.dtype(np.float32) if self.dtype == np.float64 else self.dtype
+
     def view(self, data: np.ndarray) -> np.ndarray:
         """The values in rows [out, in], without a copy, from the bytes of the whole file."""
         array = data[self.offset : self.offset + self.nbytes].view(self.dtype).reshape(self.shape)
@@ -65,7 +70,11 @@ def views(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, int | None, np
     for tensor in tensors:
         if tensor.file not in mapped:
             mapped[tensor.file] = map_file(tensor.file)
-        yield tensor.name, tensor.layer, tensor.view(mapped[tensor.file])
+        array = tensor.view(mapped[tensor.file])
+        if array.dtype != tensor.read_dtype:
+            with np.errstate(over="ignore"):  # an infinite value is found by check_finite
+                array = array.astype(tensor.read_dtype)
+        yield tensor.name, tensor.layer, array
 
 
 def check_finite(name: str, layer: int | None, array: np.ndarray) -> None:

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from .._version import __version__
 from . import generate, instruments, machine, shell, text
 
+
+class _FlagsAsFlags:
+    """In help, a flag takes no value: typer would show the type of one."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_FlagsAsFlags, TyperCommand):
+    """One of ours."""
+
+
+class _Group(_FlagsAsFlags, TyperGroup):
+    """All of them."""
+
+
 app = typer.Typer(
+    cls=_Group,
     help="GPT-2 inference from hand-written CUDA kernels.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -42,4 +65,4 @@ for command in (
     instruments.profile,
     instruments.validate,
 ):
-    app.command()(shell.with_manners(command))
+    app.command(cls=_Command)(shell.with_manners(command))

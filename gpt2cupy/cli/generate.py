@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
-import secrets
+import re
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from ..errors import InputError
-from ..sampling import SamplingParams
-from . import options, shell
+from ..errors import InputError, NonFiniteError, shown
+from ..sampling import DEFAULT_NEW_TOKENS, SamplingParams
+from . import options, progress, shell
 
 if TYPE_CHECKING:
+    from ..generation.text import Completion
     from ..lm import LanguageModel
-
-DEFAULT_NEW_TOKENS = 200
 
 
 Gemv = enum.Enum("Gemv", {"ours": "ours", "cublas": "cublas"})
@@ -30,12 +28,18 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help='Text to continue; "-" or a pipe reads stdin.')
     ] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text, as an option.")
+    ] = None,
     file: options.File = None,
+    special: options.Special = False,
     model: options.Model = "shakespeare",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
     tokenizer: options.Tokenizer = None,
     gemv: Annotated[
         Gemv | None,
@@ -45,6 +49,13 @@ def generate(
         str, typer.Option(help="How a step is run: auto, eager, graph or persistent.")
     ] = "auto",
     batch_invariant: options.BatchInvariant = False,
+    generation_config: Annotated[
+        bool,
+        typer.Option(
+            "--generation-config",
+            help="Sample as the model's generation_config.json says, where no option does.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -52,67 +63,108 @@ def generate(
             "context ends."
         ),
     ] = None,
-    min_new_tokens: Annotated[int, typer.Option(help="No end-of-text before that many.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="No end of the text before that many.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0, the default, is greedy: no chance.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from that many tokens. 0, the default, is off.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from this much probability. 1, the default, is off.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Least probability, of the best one's. 0, the default, is off."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Against tokens of prompt and text. 1, the default, is off."),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Against tokens of the text. 0, the default, is off.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same, each time. 0, the default, is off.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=NUMBER", help="Added to a token's logit; -inf bans. Repeatable."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; several times for several.")
+        list[str] | None, typer.Option(help="End before this text. Repeatable.")
     ] = None,
     eos_token_id: Annotated[
-        int | None, typer.Option(help="Token that ends the text; -1 is none.")
+        list[int] | None,
+        typer.Option(
+            help="Token that ends the text, in place of the model's; -1 is none. Repeatable."
+        ),
     ] = None,
-    n: Annotated[int, typer.Option(help="Continuations; number i uses seed + i.")] = 1,
+    stop_token_ids: Annotated[
+        list[int] | None, typer.Option(help="A further such token. Repeatable.")
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", "-n", help="Continuations; number i uses seed + i."),
+    ] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(help="With --json: logprobs, and those of so many most probable tokens."),
     ] = None,
+    echo: Annotated[
+        bool, typer.Option("--echo/--no-echo", help="Write the prompt before the text.")
+    ] = True,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Continue a prompt, writing text as it comes; what ran and how fast goes to stderr.
 
     With --n the continuations are written when all are finished. With --json each
-    is an object: prompt, text, prompt_ids, ids, finish_reason, index, seed, the
-    logprobs asked for, and speeds.
+    is an object with the fields of a Completion, as docs/api.md has them (logprobs
+    and top where --logprobs asks), and prompt, index and speeds.
     """
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": _biases(logit_bias or []) or None,
+        "seed": seed,
+        "stop": stop or None,
+        "eos_token_id": eos_token_id[0] if eos_token_id == [-1] else eos_token_id or None,
+        "stop_token_ids": stop_token_ids or None,
+        "n": n,
+        "logprobs": logprobs,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
     if logprobs is not None and not as_json:
         raise typer.BadParameter("--logprobs needs --json")
-    if quiet:
-        shell.silence_warnings()
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=secrets.randbits(32) if seed is None else seed,
-        stop=tuple(stop or ()),
-        eos_token_id=eos_token_id,
-        n=n,
-        logprobs=logprobs,
-    )
     if batch_invariant and gemv is not None:
         raise typer.BadParameter("give --gemv or --batch-invariant, not both")
-    text = shell.read_text(prompt, file)
+    if prompt_option is not None and prompt is not None:
+        raise typer.BadParameter("give the prompt once, with --prompt or without")
+    if quiet:
+        shell.silence_warnings()
+    SamplingParams(**settings)  # refuses what cannot be, before anything is loaded
+    text = shell.read_text(prompt if prompt_option is None else prompt_option, file)
 
     from ..decode import decoder
     from ..lm import load
 
     lm = load(
-        model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
-        batch_invariant=batch_invariant, quantize=options.name_of(quantize),
+        model, dtype=dtype, device=device, revision=revision, variant=variant, adapter=adapter,
+        tokenizer=tokenizer, batch_invariant=batch_invariant, quantize=options.name_of(quantize),
+        generation_config=generation_config,
     )  # fmt: skip
-    with lm:
+    with lm, progress.compiling(quiet=quiet):
         if gemv is not None:
             if lm.model.xp is np:
                 raise InputError(
@@ -122,32 +174,64 @@ def generate(
                 )
             lm.model.gemv = gemv.value
         if decode != "auto":
-            decoder(lm.model, decode, n)  # refuses a path that is not there before text is written
+            # Refuses a path that is not there before text is written.
+            decoder(lm.model, decode, settings.get("n", 1))
         lm.model.decode_path = decode
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
-        if max_new_tokens is None:
-            room = lm.config.n_positions + 1 - len(lm.encode(text))
-            wanted = min(max(DEFAULT_NEW_TOKENS, min_new_tokens), room)
-            if min_new_tokens <= room:  # else the error names what was typed
-                params = dataclasses.replace(params, max_new_tokens=wanted)
-        if as_json:
-            for found in _objects(lm, text, params):
-                shell.write(json.dumps(found) + "\n")
-        elif n > 1:
-            _several(lm, text, params, quiet)
+        _say_settings(lm, taken=generation_config, quiet=quiet)
+        ids = lm.tokenizer.encode(text, allowed_special="all") if special else text
+        several = settings.get("n", 1) > 1
+        if as_json or several:
+            start = time.perf_counter()
+            found, failure = _finished(lm, ids, settings)
+            seconds = time.perf_counter() - start
+            if as_json:
+                for line in _objects(text, found, seconds, with_logprobs=logprobs is not None):
+                    shell.write_json(line)
+            else:
+                _write_several(text if echo else "", found, seconds, quiet)
+            if failure:
+                raise failure
         else:
-            _stream(lm, text, params, quiet)
+            _stream(lm, ids, settings, text if echo else "", quiet)
 
 
-def _stream(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool) -> None:
+def _biases(given: list[str]) -> dict[int, float]:
+    """``--logit-bias 50256=-inf`` as a mapping."""
+    found = {}
+    for each in given:
+        match = re.fullmatch(r"(\d{1,9})[=:]([-+]?(?:inf|[\d.]+(?:e[-+]?\d+)?))", each.strip())
+        try:
+            found[int(match[1])] = float(match[2])  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise typer.BadParameter(
+                f"--logit-bias {shown(each)} is not ID=NUMBER, as in 50256=-inf"
+            ) from None
+    return found
+
+
+def _say_settings(lm: LanguageModel, *, taken: bool, quiet: bool) -> None:
+    """A line that says what generation_config.json sets, or would."""
+    if not lm.generation_config.settings:
+        return
+    asked = lm.generation_config.described()
+    line = f"generation_config.json: {asked}"
+    if not taken:
+        line += ", not taken without --generation-config"
+    shell.say(shell.paint(line, shell.DIM), quiet=quiet)
+
+
+def _stream(
+    lm: LanguageModel, prompt: str | list[int], settings: dict[str, Any], echo: str, quiet: bool
+) -> None:
     """One continuation, as it comes."""
-    pieces = lm.stream(prompt, params)  # refuses what cannot be, before anything is written
-    shell.write(prompt)
+    pieces = lm.stream(prompt, **settings)  # refuses what cannot be, before anything is written
     piece, count = None, 0
     for piece in pieces:
-        shell.write(piece.text)
+        # The prompt comes with the first token: until then stderr may have its line.
+        shell.write(piece.text if count else echo + piece.text)
         count += 1
-    shell.write("\n")
+    shell.write("\n" if count else f"{echo}\n")
     if piece:
         summary = (
             f"{count} tokens ({piece.finish_reason}), first after "
@@ -156,45 +240,44 @@ def _stream(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool)
         shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
 
 
-def _several(lm: LanguageModel, prompt: str, params: SamplingParams, quiet: bool) -> None:
+def _finished(
+    lm: LanguageModel, prompt: str | list[int], settings: dict[str, Any]
+) -> tuple[list[Completion | None], NonFiniteError | None]:
+    """The continuations, and the error of those that have none."""
+    single = settings.get("n", 1) == 1
+    found: Any
+    try:
+        found = lm.generate(prompt, **settings)
+    except NonFiniteError as error:
+        return [] if single else error.completions, error
+    return [found] if single else found, None
+
+
+def _write_several(echo: str, found: list[Completion | None], seconds: float, quiet: bool) -> None:
     """Several continuations, each under a heading on stderr."""
-    start = time.perf_counter()
-    found = lm.generate(prompt, params)
-    seconds = time.perf_counter() - start
+    done = [each for each in found if each is not None]
     for number, each in enumerate(found, 1):
-        heading = f"[{number} of {params.n}: {len(each.tokens)} tokens ({each.finish_reason})]"
-        shell.say(shell.paint(heading, shell.DIM), quiet=quiet)
-        shell.write(f"{prompt}{each.text}\n")
-    count = sum(len(each.tokens) for each in found)
+        if each is not None:
+            heading = (
+                f"[{number} of {len(found)}: {len(each.tokens)} tokens ({each.finish_reason})]"
+            )
+            shell.say(shell.paint(heading, shell.DIM), quiet=quiet)
+            shell.write(f"{echo}{each.text}\n")
+    count = sum(len(each.tokens) for each in done)
     summary = f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s"
     shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
 
 
-def _objects(lm: LanguageModel, prompt: str, params: SamplingParams) -> Iterator[dict[str, Any]]:
+def _objects(
+    prompt: str, found: list[Completion | None], seconds: float, *, with_logprobs: bool
+) -> Iterator[dict[str, Any]]:
     """What ``--json`` writes, one object per continuation."""
-    ids = lm.encode(prompt).tolist()
-    start = time.perf_counter()
-    found = lm.generate(prompt, params)
-    seconds = time.perf_counter() - start
-    found = [found] if params.n == 1 else found
-    count = sum(len(each.tokens) for each in found)
-    assert params.seed is not None
+    count = sum(len(each.tokens) for each in found if each)
     for index, each in enumerate(found):
-        result = {
-            "prompt": prompt,
-            "text": each.text,
-            "prompt_ids": ids,
-            "ids": each.tokens,
-            "finish_reason": each.finish_reason,
-            "index": index,
-            "seed": (params.seed + index) % 2**64,
-        }
-        if params.logprobs is not None:
-            result["logprobs"] = each.logprobs
-            result["top_logprobs"] = [
-                [{"id": id_, "logprob": logprob} for id_, logprob in step] for step in each.top
-            ]
+        if each is None:
+            continue
+        result = {"prompt": prompt, **dataclasses.asdict(each), "index": index}
+        if not with_logprobs:
+            del result["logprobs"], result["top"]
         # Continuations run as one batch: time and speed are those of all together.
-        result["seconds"] = seconds
-        result["tokens_per_second"] = count / seconds
-        yield result
+        yield result | {"seconds": seconds, "tokens_per_second": count / seconds}

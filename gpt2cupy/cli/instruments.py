@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, progress
 
 
 def profile(
@@ -15,9 +15,9 @@ def profile(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
-    prompt: Annotated[str, typer.Option(help="Text fed before the measured tokens.")] = (
-        "What is your name"
-    ),
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text fed before the measured tokens.")
+    ] = ("What is your name"),
     warmup: Annotated[int, typer.Option(help="Runs before measuring.")] = 20,
     runs: Annotated[int, typer.Option(help="Runs measured.")] = 20,
     tokens: Annotated[int, typer.Option(help="Tokens of a run.")] = 30,
@@ -35,18 +35,19 @@ def profile(
     from ..profile import Settings
     from . import profiling
 
-    profiling.run(
-        model,
-        dtype,
-        device,
-        Settings(prompt, warmup, runs, tokens, batch, decode),
-        only=component,
-        trace_path=trace,
-        plot_path=plot,
-        as_json=as_json,
-        cupti=cupti,
-        quantize=options.name_of(quantize),
-    )
+    with progress.compiling():
+        profiling.run(
+            model,
+            dtype,
+            device,
+            Settings(prompt, warmup, runs, tokens, batch, decode),
+            only=component,
+            trace_path=trace,
+            plot_path=plot,
+            as_json=as_json,
+            cupti=cupti,
+            quantize=options.name_of(quantize),
+        )
 
 
 def validate(
@@ -56,7 +57,9 @@ def validate(
     ] = None,
     steps: Annotated[int, typer.Option(help="Decode steps compared.")] = 128,
     batch: Annotated[int, typer.Option(help="Rows.")] = 2,
-    prompt: Annotated[str | None, typer.Option(help="Instead of random ids.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Instead of random ids.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random ids, or of the continuation.")] = 0,
     dtype: Annotated[str, typer.Option(help="One dtype; auto is all the device has.")] = "auto",
     device: options.Device = "auto",
@@ -83,5 +86,7 @@ def validate(
         tuple(path or ()), against, reference, revision, options.name_of(quantize),
         batch_invariant,
     )  # fmt: skip
-    if not validation.run(settings, as_json=as_json):
+    with progress.compiling():
+        passed = validation.run(settings, as_json=as_json)
+    if not passed:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import shown
 from . import options, shell
 
 
@@ -57,8 +58,19 @@ def compile(
         list[str] | None,
         typer.Option(help="sm_75, sm_80, ...; several times for several. Default: this GPU's."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Only what this model may launch: a name, hub id or folder. Default: what "
+            "GPT-2's sizes and the embedded model may.",
+        ),
+    ] = None,
 ) -> None:
-    """Compile every kernel ahead of time into the cache; needs no GPU."""
+    """Compile every kernel ahead of time into the cache, on all cores; needs no GPU."""
+    from concurrent.futures import as_completed
+
     from tqdm import tqdm
 
     from ..ops.core import compiler, device
@@ -66,14 +78,29 @@ def compile(
     for name in arch or ():
         if not _is_architecture(name):
             raise typer.BadParameter(
-                f"{name!r} is no architecture; it is one of {', '.join(compiler.ARCHITECTURES)}"
+                f"{shown(name)} is no architecture; it is one of "
+                f"{', '.join(compiler.ARCHITECTURES)}"
             )
     if not arch:
         device.cupy_module()
         arch = [device.device_arch(device.current_device())]
-    jobs = [(*variant, name) for name in arch for variant in compiler.variants()]
-    for source, defines, name in tqdm(jobs, unit="kernel", disable=None):
-        compiler.cubin(source, defines, name)
+    if model is None:
+        variants = list(compiler.variants())
+    else:
+        from .. import checkpoint
+        from ..inspect import kernel_report
+
+        variants = kernel_report.variants_of(checkpoint.open(model).config, model)
+    jobs = [(*variant, name) for name in arch for variant in variants]
+    # The longest sources first, so that no core is left with one of them at the end.
+    jobs.sort(key=lambda job: -sum(len(text) for _, text in compiler.source_closure(job[0])))
+    cubins = [compiler.request(*job) for job in jobs]
+    try:
+        for cubin in tqdm(as_completed(cubins), total=len(cubins), unit="kernel", disable=None):
+            cubin.result()
+    finally:
+        for cubin in cubins:
+            cubin.cancel()  # after an error or Ctrl-C
     shell.write(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}\n")
 
 

@@ -9,11 +9,17 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Name, hub id, folder or llm.c .bin file.")
+    str, typer.Option("--model", "-m", help="Name, hub id, folder, or file of weights.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[
+    str | None, typer.Option(help='As "fp16": takes model.fp16.safetensors of a folder or hub id.')
+]
+Adapter = Annotated[
+    str | None, typer.Option(help="LoRA adapter of PEFT, a folder or hub id, merged at load.")
+]
 Quantization = enum.Enum("Quantization", {"int8": "int8"})
 Quantize = Annotated[
     Quantization | None,
@@ -29,6 +35,9 @@ Tokenizer = Annotated[
 ]
 File = Annotated[
     Path | None, typer.Option("--file", "-f", help="Read the text from a file, as it is.")
+]
+Special = Annotated[
+    bool, typer.Option("--special", help="Special tokens in the text stand for themselves.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON, one object per line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import os
 import sys
 import tempfile
@@ -23,6 +25,9 @@ if TYPE_CHECKING:  # the command line starts without it
 
 P = ParamSpec("P")
 
+# Parameters of commands that hold text, not names of files.
+_TEXTS = {"text", "prompt", "prompt_option", "stop"}
+
 RED, DIM, PLAIN = "\033[31m", "\033[2m", "\033[0m"
 
 
@@ -33,6 +38,8 @@ def with_manners(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         with _manners(options):
+            for name in _TEXTS & kwargs.keys():
+                _check_text(kwargs[name])
             command(*args, **kwargs)
 
     return wrapped
@@ -40,9 +47,9 @@ def with_manners(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def _manners(options: dict[str, str]) -> Iterator[None]:
-    """Errors of ours as one line and exit code 1; a broken pipe or Ctrl-C as shells expect."""
+    """Errors of ours as one line; a broken pipe or Ctrl-C as shells expect."""
     if sys.stdout is not None:
-        # A prompt from the command line may hold bytes that are not text.
+        # The text may hold characters that the terminal's encoding has not.
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show_warning, options)
@@ -52,7 +59,7 @@ def _manners(options: dict[str, str]) -> Iterator[None]:
                 sys.stdout.flush()
         except Gpt2CupyError as error:
             say(f"{paint('gpt2cupy:', RED)} {_one_line(wording.in_options(error, options))}")
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if wording.is_usage(error, options) else 1) from None
         except BrokenPipeError:
             raise typer.Exit(141) from None
         except KeyboardInterrupt:
@@ -109,6 +116,19 @@ def _one_line(error: Gpt2CupyError) -> str:
     return " ".join(f"{short} The log: {name}".splitlines())
 
 
+def write_json(found: dict[str, Any]) -> None:
+    """An object in a line; a number that JSON has not (NaN, infinity) is null."""
+    write(json.dumps(_with_nulls(found), allow_nan=False) + "\n")
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # -- input ---------------------------------------------------------------------------------------
 
 
@@ -137,10 +157,17 @@ def read_text(argument: str | None, file: Path | None) -> str:
 
 def _decoded(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is not text
     except UnicodeDecodeError as error:
         raise InputError(
             f"byte {error.start} is not UTF-8",
             where=where,
             remedy="Convert the text first, for example with iconv -t UTF-8.",
         ) from error
+
+
+def _check_text(given: Any) -> None:
+    """Refuse bytes of an argument that are no text, which Python hands over as surrogates."""
+    for text in given if isinstance(given, list) else [given]:
+        if isinstance(text, str):
+            _decoded(text.encode("utf-8", "surrogateescape"), "argument")

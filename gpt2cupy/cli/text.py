@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
-from . import options, shell
+from . import options, progress, shell
 
 
 def score(
@@ -24,6 +23,8 @@ def score(
     quantize: options.Quantize = None,
     batch_invariant: options.BatchInvariant = False,
     revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
     tokenizer: options.Tokenizer = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a window; by default the context.")
@@ -31,6 +32,11 @@ def score(
     stride: Annotated[
         int | None, typer.Option(help="How far each window moves; by default half of it.")
     ] = None,
+    bos: Annotated[
+        bool,
+        typer.Option("--bos/--no-bos", help="Score the first token too, after the model's bos."),
+    ] = True,
+    special: options.Special = False,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="First each token: id, logprob and text.")
     ] = False,
@@ -45,29 +51,30 @@ def score(
     from ..lm import load
 
     lm = load(
-        model, dtype=dtype, device=device, revision=revision, tokenizer=tokenizer,
-        batch_invariant=batch_invariant, quantize=options.name_of(quantize),
+        model, dtype=dtype, device=device, revision=revision, variant=variant, adapter=adapter,
+        tokenizer=tokenizer, batch_invariant=batch_invariant, quantize=options.name_of(quantize),
     )  # fmt: skip
-    with lm:
+    with lm, progress.compiling(quiet=quiet):
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
         if not given:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
-        found = lm.score(given, window=window, stride=stride)
+        ids = lm.tokenizer.encode(given, allowed_special="all") if special else given
+        found = lm.score(ids, window=window, stride=stride, bos=bos)
         totals: dict[str, Any] = {
-            "tokens": len(found.tokens),
+            "count": len(found.tokens),
             "bytes": len(given.encode("utf-8", "replace")),
             "bits_per_byte": found.bits_per_byte(given),
             "perplexity": found.perplexity,
         }
         logprobs = found.logprobs.tolist()
         if as_json:
-            each = {"ids": found.tokens, "logprobs": logprobs} if tokens else {}
-            shell.write(json.dumps(totals | each) + "\n")
+            each = {"tokens": found.tokens, "logprobs": logprobs} if tokens else {}
+            shell.write_json(totals | each)
             return
         if tokens:
             for id_, logprob in zip(found.tokens, logprobs, strict=True):
                 shell.write(f"{id_}\t{logprob:.4f}\t{lm.tokenizer.decode([id_])!r}\n")
-        for label, value in totals.items():
+        for label, value in {"tokens": totals.pop("count"), **totals}.items():
             shown = f"{value:.4f}" if isinstance(value, float) else value
             shell.write(f"{label.replace('_', ' '):<14} {shown}\n")
 
@@ -82,9 +89,7 @@ def tokenize(
     revision: options.Revision = None,
     tokenizer: options.Tokenizer = None,
     decode: Annotated[bool, typer.Option("--decode", help="From ids to text.")] = False,
-    special: Annotated[
-        bool, typer.Option("--special", help="Special tokens in the text stand for themselves.")
-    ] = False,
+    special: options.Special = False,
     as_json: options.Json = False,
 ) -> None:
     """Token ids of a text, or with --decode the text of ids; loads no weights."""
@@ -100,12 +105,14 @@ def tokenize(
     coder = Tokenizer.from_path(resolve(model, revision) if tokenizer is None else tokenizer)
     if not decode:
         ids = coder.encode(given, allowed_special="all" if special else "none")
-        each = {"ids": ids, "tokens": [coder.decode([id_]) for id_ in ids]}
-        shell.write(json.dumps(each) + "\n" if as_json else " ".join(map(str, ids)) + "\n")
+        if as_json:
+            shell.write_json({"tokens": ids, "texts": [coder.decode([id_]) for id_ in ids]})
+        else:
+            shell.write(" ".join(map(str, ids)) + "\n")
         return
     ids = _ids(given)
     if as_json:
-        shell.write(json.dumps({"ids": ids, "text": coder.decode(ids)}) + "\n")
+        shell.write_json({"tokens": ids, "text": coder.decode(ids)})
     else:
         # Into a pipe or a file goes the text alone, as it was before it was encoded.
         at_terminal = sys.stdout is not None and sys.stdout.isatty()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import checkpoint, loading, output
-from ..errors import Gpt2CupyError, InputError
+from ..errors import Gpt2CupyError, InputError, shown
 from ..ids import check_tokens
 from ..model import GPT2
 from ..quantize import MATRICES, through_int8
@@ -94,7 +94,7 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
     """The comparisons of one dtype after another."""
     if settings.against not in AGAINST:
         raise InputError(
-            f"unknown reference {settings.against!r}",
+            f"unknown reference {shown(settings.against)}",
             where="--against",
             remedy=f"Use {' or '.join(AGAINST)}.",
         )
@@ -117,14 +117,12 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
     for dtype in dtypes:
         held = loading.resolve_dtype(dtype, source.dtype, kind)
         weights = _host_weights(source, held, settings.quantize)
-        invariant, quantize = settings.batch_invariant, settings.quantize
-        model = GPT2(source.config, weights, batch_invariant=invariant)
+        placed = weights
         if kind != "cpu":
             # From the files again, so that an error of loading would be seen.
             tensors, to = source.tensors(), (held, kind, index)
-            model = loading.place(
-                source.config, tensors, *to, quantize=quantize, batch_invariant=invariant
-            )
+            placed = loading.place(source.config, tensors, *to, quantize=settings.quantize)
+        model = GPT2(source.config, placed, batch_invariant=settings.batch_invariant)
         ids, prefilled = _tokens(settings, source, model)
         paths = settings.path or None
         if theirs is None:

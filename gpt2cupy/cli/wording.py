@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from typer.models import OptionInfo
 
-from ..errors import Gpt2CupyError
+from ..errors import Gpt2CupyError, InputError
 
 # A value as errors show it: quoted, in parentheses, or up to what ends a word or a sentence.
 _VALUE = r"=('[^']*'|\([^)]*\)|[^\s,;]*[^\s,;.])?"
@@ -46,6 +46,14 @@ def reworded(text: str, options: dict[str, str]) -> str:
         text = re.sub(rf"(?<![\w-])({'|'.join(long)})(?!\w)", lambda m: options[m[1]], text)
     # A shell has no None: it leaves the option out.
     return text.replace(", or None", "")
+
+
+def is_usage(error: Gpt2CupyError, options: dict[str, str]) -> bool:
+    """Whether the value of an option is at fault, not a text, a file or the machine."""
+    named = error.where in options or error.where in options.values()
+    return isinstance(error, InputError) and (
+        named or error.where in ("SamplingParams", "score", "profile")
+    )
 
 
 def in_options(error: Gpt2CupyError, options: dict[str, str]) -> Gpt2CupyError:

@@ -6,44 +6,51 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..model import GPT2
 from . import autotune
-from .eager import EagerDecoder
-from .graph import GraphDecoder
-from .persistent import PersistentDecoder, check, why_not
+from .decoder import Decoder, Replay, launched
+from .graph import captured
+from .persistent import check, persistent_step, why_not
 from .prompt import PromptRunner, sample_first
 from .state import DecodeState
+from .step import StepFunction, ops_step
 
 __all__ = [
     "DecodeState",
-    "EagerDecoder",
-    "GraphDecoder",
-    "PersistentDecoder",
+    "Decoder",
     "PromptRunner",
+    "StepFunction",
+    "captured",
     "decoder",
+    "launched",
+    "ops_step",
     "paths",
+    "persistent_step",
     "sample_first",
     "times",
     "usable",
     "why_not",
 ]
 
+# What users name: what a step computes, and how it is replayed. The plainest first.
+_PATHS: dict[str, tuple[StepFunction, Replay]] = {
+    "eager": (ops_step, launched),
+    "graph": (ops_step, captured),
+    "persistent": (persistent_step, captured),
+}
 
-def paths(xp: Any) -> dict[str, type[EagerDecoder]]:
-    """The ways to run a step on the arrays of NumPy or CuPy by name, the plainest first."""
-    if xp is np:
-        return {"eager": EagerDecoder}
-    return {"eager": EagerDecoder, "graph": GraphDecoder, "persistent": PersistentDecoder}
+
+def paths(xp: Any) -> tuple[str, ...]:
+    """Names of the ways to run a step on the arrays of NumPy or CuPy, the plainest first."""
+    return ("eager",) if xp is np else tuple(_PATHS)
 
 
-def usable(model: GPT2, rows: int) -> dict[str, type[EagerDecoder]]:
+def usable(model: GPT2, rows: int) -> tuple[str, ...]:
     """Those of :func:`paths` that a model has for so many rows."""
-    return {
-        name: path
-        for name, path in paths(model.xp).items()
-        if name != "persistent" or why_not(model, rows) is None
-    }
+    return tuple(
+        name for name in paths(model.xp) if name != "persistent" or why_not(model, rows) is None
+    )
 
 
 def times(model: GPT2, rows: int) -> dict[str, float]:
@@ -53,11 +60,12 @@ def times(model: GPT2, rows: int) -> dict[str, float]:
     """
     found = usable(model, rows)
     if "persistent" not in found:
-        return {list(found)[-1]: 0.0}
-    return autotune.fastest(model, rows, {name: found[name] for name in ("graph", "persistent")})
+        return {found[-1]: 0.0}
+    decoders = {name: Decoder(model, *_PATHS[name], name) for name in ("graph", "persistent")}
+    return autotune.fastest(model, rows, decoders)
 
 
-def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> EagerDecoder:
+def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> Decoder:
     """A decoder by name; "auto" is the fastest for so many rows, without them a graph.
 
     Raises
@@ -71,10 +79,10 @@ def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> EagerDe
         name = next(iter(times(model, rows))) if rows else plain
     if name not in known:
         raise InputError(
-            f"there is no decode path {name!r} here",
+            f"there is no decode path {shown(name)} here",
             where="decode",
             remedy=f"Use {', '.join(known)} or auto. Graphs need a GPU.",
         )
     if name == "persistent" and rows:
         check(model, rows)
-    return known[name](model)
+    return Decoder(model, *_PATHS[name], name)

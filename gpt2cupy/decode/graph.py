@@ -1,4 +1,4 @@
-"""The decode step as a CUDA graph: the launches of the eager step, captured once and replayed."""
+"""Recorded launches as a CUDA graph: captured once, and then one launch for all of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from ..ops.core import blas
 from ..ops.core.device import has_clusters
-from ..ops.core.tape import Launch
-from .eager import EagerDecoder
+from ..ops.core.tape import Launch, load
 
 
 def _may_overlap(before: Any, call: Launch) -> bool:
@@ -22,10 +21,16 @@ def _may_overlap(before: Any, call: Launch) -> bool:
 def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
     """A graph of recorded launches, as a function that launches it on the current stream.
 
+    On sm_90 and newer, neighbouring kernels that know how to wait for each other are captured
+    with programmatic edges: while one runs, the next already loads its weights. The first kernel
+    of a graph starts only when the one before is complete; that is what lets the others read
+    positions and past keys before they wait.
+
     Whoever keeps it must keep ``calls`` too: they hold the arrays that the graph works on.
     """
     import cupy
 
+    load(calls)  # nothing may be loaded while a stream is being captured
     overlap = has_clusters()  # programmatic edges came with the same chips
     stream = cupy.cuda.Stream(non_blocking=True)
     # Nobody may wait for a stream that is being captured.
@@ -53,19 +58,3 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], None]:
             graph.launch(cupy.cuda.get_current_stream())
 
     return run
-
-
-class GraphDecoder(EagerDecoder):
-    """Replays the eager step from a graph: one launch a step, whatever its number of kernels.
-
-    It has no forward of its own. On sm_90 and newer, neighbouring kernels that know how
-    to wait for each other are captured with programmatic edges: while one runs, the next
-    already loads its weights. The first kernel of a step starts only when the step before
-    is complete; that is what lets the others read positions and past keys before they
-    wait.
-    """
-
-    name = "graph"
-
-    def _ready(self, calls: list[Callable[[], Any]]) -> Callable[[], None]:
-        return captured(calls)

@@ -10,9 +10,8 @@ from ..errors import InputError
 from ..model import GPT2
 from ..ops.gpt2 import step
 from ..quantize import QuantizedMatrix
-from .eager import choose
-from .graph import GraphDecoder
 from .state import DecodeState
+from .step import sample_next
 
 
 def why_not(model: GPT2, rows: int) -> str | None:
@@ -40,36 +39,35 @@ def check(model: GPT2, rows: int) -> None:
         )
 
 
-class PersistentDecoder(GraphDecoder):
-    """Replays a graph of two kernels: :func:`gpt2cupy.ops.gpt2.step.decode_step`, and the choice.
+def persistent_step(model: GPT2, state: DecodeState) -> None:
+    """Queue one step as two kernels: :func:`gpt2cupy.ops.gpt2.step.decode_step`, and sampling.
 
-    For few rows of half precision on sm_90 and newer. The first kernel takes the whole GPU:
-    one block on each multiprocessor, which wait for each other, so it is launched
-    cooperatively and refused where they cannot all run.
+    For few rows of fp16 or bf16 on sm_90 and newer. The first kernel takes the whole GPU: one
+    block on each multiprocessor, which wait for each other, so it is launched cooperatively and
+    refused where they cannot all run.
+
+    Raises
+    ------
+    InputError
+        If the model has no such step for the rows of ``state``.
     """
-
-    name = "persistent"
-
-    def _prepare_model(self, rows: int) -> None:
-        """The weights are all that it reads."""
-
-    def _step(self, state: DecodeState) -> None:
-        model, config, weights = self.model, self.model.config, self.model.weights
-        check(model, state.batch)
-        words = model.xp.zeros(step.words_size(state.batch, config.n_embd), np.uint8)
-        arrays: dict[str, Any] = {name: getattr(weights, name) for name in step.WEIGHTS}
-        step.decode_step(
-            state.ids,
-            state.positions,
-            state.slots,
-            arrays,
-            state.cache.k,
-            state.cache.v,
-            words,
-            scale=config.attention_scale(0),
-            by_layer=config.scale_attn_by_inverse_layer_idx,
-            eps=config.layer_norm_epsilon,
-            activation=config.activation,
-            out=state.logits,
-        )
-        choose(state, state.logits, state.rows)
+    check(model, state.batch)
+    config, weights = model.config, model.weights
+    if state.mailboxes is None:
+        state.mailboxes = model.xp.zeros(step.mailboxes_size(state.batch, config.n_embd), np.uint8)
+    arrays: dict[str, Any] = {name: getattr(weights, name) for name in step.WEIGHTS}
+    step.decode_step(
+        state.ids,
+        state.positions,
+        state.slots,
+        arrays,
+        state.cache.k,
+        state.cache.v,
+        state.mailboxes,
+        scale=config.attention_scale(0),
+        by_layer=config.scale_attn_by_inverse_layer_idx,
+        eps=config.layer_norm_epsilon,
+        activation=config.activation,
+        out=state.logits,
+    )
+    sample_next(state, state.logits, state.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,23 @@ from ..model import GPT2
 from ..ops.core.tape import recorded
 from ..ops.quantized import scratch_size
 from ..workspace import PackedPrompts, Workspace
-from .eager import choose
 from .graph import captured
 from .state import DecodeState
+from .step import sample_next
 
 # Tokens of a graph; a prompt takes the next larger one, at most half as many again.
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+@dataclass
+class _Bucket:
+    """The graph for prompts of up to so many tokens."""
+
+    packed: PackedPrompts  # its input
+    kept: Any  # what must live as long as it
+    calls: list[Callable[[], Any]]  # its launches
+    x: Any  # its output
+    launch: Callable[[], None] | None = None  # once it is captured
 
 
 class PromptRunner:
@@ -44,16 +56,28 @@ class PromptRunner:
         rows = self._sequences(cache.slots)
         self._last = Workspace(model.config, rows, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
-        # By rows, backend and kind of choice: the input, what must live as long as the graph, the
-        # graph, its output.
-        self._buckets: dict[
-            tuple[Any, ...], tuple[PackedPrompts, Any, Callable[[], None], Any]
-        ] = {}
+        self._buckets: dict[tuple[Any, ...], _Bucket] = {}  # by rows, backend, kind of sampling
 
     @property
     def nbytes(self) -> int:
         """Bytes of its activations."""
         return self.work.nbytes + self._last.nbytes
+
+    def record(self, total: int, sequences: int, state: DecodeState | None = None) -> None:
+        """Record what :meth:`run` will run for sequences with so many tokens in all.
+
+        Its kernels are compiled from now on, beside others.
+        """
+        if self.model.xp is np:
+            return
+        if state is not None and self._dequantises():
+            state = None
+        if rows := self._bucket_size(total):
+            self._bucket(rows, state)
+            return
+        packed = PackedPrompts(total, self._sequences(sequences), self.model.xp)
+        with recorded():
+            self._queue(packed, total, state)
 
     def run(
         self,
@@ -68,7 +92,7 @@ class PromptRunner:
         tokens, slots
             As in :meth:`GPT2.prefill`.
         state : DecodeState, optional
-            For one sequence in a cache of one slot: choose its first token too, in the same
+            For one sequence in a cache of one slot: sample its first token too, in the same
             graph, so that these kernels need no launch of their own and load their weights
             while the prompt's last ones run. Where the logits need a matrix that has to be
             dequantised, behind the graph: each bucket would keep memory for all of it.
@@ -80,8 +104,8 @@ class PromptRunner:
             nothing of use.
         """
         total = sum(len(t) for t in tokens)
-        rows = next((n for n in BUCKETS if n >= total), 0)
-        if not self._graphs or not rows or rows > self.work.rows:
+        rows = self._bucket_size(total)
+        if not rows:
             packed = PackedPrompts(total, self._sequences(len(tokens)), self.model.xp)
             packed.fill(tokens, slots, self.cache)
             return self._queue(packed, max(len(t) for t in tokens), state)
@@ -89,15 +113,17 @@ class PromptRunner:
             x = self.run(tokens, slots)
             sample_first(self.model, state, x[:1], 0)
             return x
-        kind = () if state is None else (state, state.counts, state.bias, state.plain)
-        # Identities, which stay theirs because the bucket keeps the objects.
-        key = rows, self.model.backend, *map(id, kind)
-        if key not in self._buckets:
-            self._buckets[key] = self._capture(rows, state, kind)
-        packed, _, launch, x = self._buckets[key]
-        packed.fill(tokens, slots, self.cache)
-        launch()
-        return x
+        bucket = self._bucket(rows, state)
+        if bucket.launch is None:
+            bucket.launch = captured(bucket.calls)
+        bucket.packed.fill(tokens, slots, self.cache)
+        bucket.launch()
+        return bucket.x
+
+    def _bucket_size(self, total: int) -> int:
+        """Rows of the graph for so many tokens; 0 where they are run launch by launch."""
+        rows = next((n for n in BUCKETS if n >= total), 0)
+        return rows if self._graphs and rows <= self.work.rows else 0
 
     def _sequences(self, count: int) -> int:
         # BLAS sums a product of one row in another order than one of several: on NumPy a single
@@ -116,17 +142,21 @@ class PromptRunner:
             sample_first(self.model, state, x[:1], 0)
         return x
 
-    def _capture(
-        self, rows: int, state: DecodeState | None, kind: tuple[Any, ...]
-    ) -> tuple[PackedPrompts, Any, Callable[[], None], Any]:
-        packed = PackedPrompts(rows, min(rows, self.cache.slots), self.model.xp)
-        with recorded() as calls:
-            x = self._queue(packed, rows, state)
-        return packed, (kind, calls), captured(calls), x
+    def _bucket(self, rows: int, state: DecodeState | None) -> _Bucket:
+        """The bucket of so many rows, recorded if it is new."""
+        kind = () if state is None else (state, state.counts, state.bias, state.plain)
+        # Identities, which stay theirs because the bucket keeps the objects.
+        key = rows, self.model.backend, *map(id, kind)
+        if key not in self._buckets:
+            packed = PackedPrompts(rows, min(rows, self.cache.slots), self.model.xp)
+            with recorded() as calls:
+                x = self._queue(packed, rows, state)
+            self._buckets[key] = _Bucket(packed, kind, calls, x)
+        return self._buckets[key]
 
 
 def sample_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
-    """Queue the choice of a row's first token, given the residual stream [1, C] before it."""
+    """Queue the sampling of a row's first token, given the residual stream [1, C] before it."""
     logits = state.logits[row : row + 1]
     model.logits(x, state.work.first(1), logits)
-    choose(state, logits, state.rows[row : row + 1])
+    sample_next(state, logits, state.rows[row : row + 1])

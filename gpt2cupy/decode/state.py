@@ -42,6 +42,9 @@ class DecodeState:
     logits, scratch : array of float32 [B, Vp]
     counts, bias : array [B, V] or None
         Allocated when the first request asks for a penalty or a bias.
+    mailboxes : array of uint8 or None
+        What the blocks of a persistent step tell each other through; allocated when one is
+        prepared.
     ring : array of uint8 [B, RING, 16]
         Where chosen tokens reach the host; on the GPU, mapped pinned memory.
     """
@@ -62,10 +65,11 @@ class DecodeState:
         wide = self.work.x.dtype
         self.logits = xp.zeros((batch, config.padded_vocab_size), wide)
         self.scratch = xp.zeros((batch, config.padded_vocab_size), wide)
-        self.shaped: set[int] = set()  # rows whose choice needs more than a temperature
-        self._one_kernel = model.batch_invariant  # chooses, whatever the rows ask for
+        self.shaped: set[int] = set()  # rows whose sampling needs more than a temperature
+        self._one_kernel = model.batch_invariant  # samples, whatever the rows ask for
         self.counts: Any = None
         self.bias: Any = None
+        self.mailboxes: Any = None
         shape = (batch, RING, RING_ENTRY.itemsize)
         if xp is np:
             self.ring = np.zeros(shape, np.uint8)
@@ -86,7 +90,7 @@ class DecodeState:
 
     @property
     def plain(self) -> bool:
-        """Whether the kernel for no more than a temperature may choose."""
+        """Whether the kernel for no more than a temperature may sample."""
         return not (self.shaped or self._one_kernel)
 
     def assign(self, row: int, slot: int, params: np.ndarray, plain: bool = True) -> None:
@@ -104,16 +108,19 @@ class DecodeState:
 
     def set_processors(self, row: int, counted: Any | None, bias: Any | None) -> None:
         """Start a row's token counts from its prompt's ids, and its logit bias; None clears."""
-        shape = (self.batch, self.vocab_size)
         if counted is not None and self.counts is None:
-            self.counts = self.xp.zeros(shape, np.int32)
-        if bias and self.bias is None:
-            self.bias = self.xp.zeros(shape, np.float32)
+            self.counts = self.xp.zeros((self.batch, self.vocab_size), np.int32)
         if self.counts is not None:
             line = np.zeros(self.vocab_size, np.int32)
             if counted is not None:
                 line[counted] = PROMPT_BIT
             self._write(self.counts, row, line[None])
+        self.set_bias(row, bias)
+
+    def set_bias(self, row: int, bias: Any | None) -> None:
+        """Give a row its logit bias, a mapping of token ids; None clears it."""
+        if bias and self.bias is None:
+            self.bias = self.xp.zeros((self.batch, self.vocab_size), np.float32)
         if self.bias is not None:
             values = np.zeros(self.vocab_size, np.float32)
             for token, value in (bias or {}).items():

@@ -8,6 +8,8 @@ read, so the GPU does not wait for Python.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from .. import ops
-from ..decode import DecodeState, PromptRunner, decoder, sample_first
-from ..errors import BusyError
+from ..decode import Decoder, DecodeState, PromptRunner, decoder, sample_first
+from ..errors import BusyError, ClosedError
 from ..model import GPT2
-from ..ops.core.device import memory_error
+from ..ops.core.device import device_errors, memory_error
+from ..ops.core.tape import recorded
 from ..sampling import SamplingParams
+from . import forks
 from .request import Request, Token
 
 PREFILL_ROWS = 1024  # prompt tokens run at once; longer prompts come in pieces
@@ -36,6 +40,7 @@ class _Sequence:
         self.first = 0  # ring step of its first token
         self.queued = 0  # tokens chosen or about to be
         self.read = 0  # tokens handed out
+        self.frees_ends = False  # whether its bias keeps ends back until min_new_tokens
 
 
 class Engine:
@@ -57,6 +62,8 @@ class Engine:
     ) -> None:
         self.model = model
         self._free = threading.Lock()  # until a run has ended
+        self._forks = 0  # since it was made: a run that began before is the parent's
+        forks.watch(self)
         self.active: dict[int, _Sequence] = {}
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
@@ -76,25 +83,49 @@ class Engine:
                 raise memory_error(error, f"a cache of {slots} slots") from error
 
     def _allocate(self, path: str, slots: int, capacity: int | None) -> None:
-        self.decoder = decoder(self.model, path, slots)
+        self._path = path
+        if path != "auto":
+            self.decoder = decoder(self.model, path, slots)  # refuses a path that is not there
+        self._started = False  # whether it ever ran a prompt
         self.backend = self.model.backend  # which the decoder was chosen for
         self.cache = self.model.new_cache(slots, capacity)
         self.state = DecodeState(self.model, self.cache, slots)
         rows = min(PREFILL_ROWS, slots * self.cache.capacity)
         self.prefill_work = self.model.new_workspace(rows)
-        graphs = self.decoder.name != "eager"
+        graphs = path != "eager"
         self.prompts = PromptRunner(self.model, self.cache, self.prefill_work, graphs=graphs)
         self.row_steps = np.zeros(slots, np.int64)  # the host's count of state.steps
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """What runs a step. Which path is the fastest is looked up or measured at first need."""
+        on_gpu = self.model.xp is not np
+        with (
+            self._on_device(),
+            device_errors("a decode path") if on_gpu else contextlib.nullcontext(),
+        ):
+            return decoder(self.model, self._path, self.slots)
 
     @property
     def slots(self) -> int:
         return self.state.batch
 
+    def after_fork(self) -> None:
+        """In a child: the parent's run goes on there, and CUDA is not here."""
+        self._forks += 1
+        self._free = threading.Lock()
+        self.active = {}
+
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
         """The engine's device and stream, left again before control returns to the caller."""
         with self.device, self.stream:
-            yield
+            if self.model.xp is not np:
+                yield
+                return
+            # NumPy would warn of an overflow; sampling marks what comes of it.
+            with np.errstate(over="ignore", invalid="ignore"):
+                yield
 
     def run(self, requests: Iterable[Request]) -> Iterator[Token]:
         """Generate until every request is finished, yielding tokens as they are chosen.
@@ -106,8 +137,15 @@ class Engine:
         BusyError
             If requests of an earlier call are still running, in this thread or
             another. Engines of one model may run side by side.
+        ClosedError
+            If it goes on after a fork, in the child.
+        DeviceError
+            If it begins in a child of the process that has the GPU.
         """
-        if not self._free.acquire(blocking=False):
+        if self._forks and self.model.xp is not np:
+            raise forks.no_gpu_here("Engine.run")
+        free = self._free
+        if not free.acquire(blocking=False):
             raise BusyError(
                 "this engine is running other requests",
                 where="Engine.run",
@@ -116,11 +154,14 @@ class Engine:
         try:
             yield from self._run(requests)
         finally:
-            self._free.release()
+            free.release()
 
     def _run(self, requests: Iterable[Request]) -> Iterator[Token]:
         waiting = deque(requests)
         self.active = {}
+        begun = self._forks
+        if begun:  # it may have come in the middle of a step
+            self.row_steps[:] = self.state.steps
         # NumPy runs a step when it is queued: a token must be out before the next step.
         at_once = self.model.xp is np
         try:
@@ -138,21 +179,34 @@ class Engine:
                 for token in tokens:
                     if token is not None:
                         yield token
+                        self._check_process(begun)
                 if at_once:
                     with self._on_device():
                         self._step()
         except GeneratorExit:
             raise
         except BaseException:
+            if begun != self._forks:
+                raise
             # It may have come between a step and its count, and the next run reads by the count.
             with self._on_device():
                 steps = self.state.steps
                 self.row_steps[:] = steps if self.model.xp is np else steps.get()
             raise
         finally:
-            with self._on_device():
-                for row in list(self.active):
-                    self._release(row)
+            if begun == self._forks:
+                with self._on_device():
+                    for row in list(self.active):
+                        self._release(row)
+
+    def _check_process(self, begun: int) -> None:
+        """Refuse to go on with a run of the parent's in a child."""
+        if begun != self._forks:
+            raise ClosedError(
+                "this run began before the process was forked",
+                where="Engine.run",
+                remedy="Start it again here.",
+            )
 
     def drop(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""
@@ -167,9 +221,7 @@ class Engine:
         for row in range(self.slots):
             if row not in self.active and waiting:
                 request = waiting.popleft()
-                room = self.cache.capacity - len(request.prompt) + 1
-                wanted = request.params.max_new_tokens
-                limit = room if wanted is None else min(wanted, room)
+                limit = request.params.limit(self.cache.capacity - len(request.prompt) + 1)
                 sequence = _Sequence(request, row, limit)
                 self.active[row] = sequence
                 self._enter(sequence)
@@ -182,10 +234,14 @@ class Engine:
         request, row = sequence.request, sequence.row
         params = request.params
         self.cache.reset(row)
-        settings = params.row(request.index, len(request.prompt), request.eos)
+        # The kernel keeps one end from being chosen too early, a bias the others.
+        first, *others = request.held_back or (-1,)
+        settings = params.row(request.index, len(request.prompt), first)
         self.state.assign(row, row, settings, params.plain)
         counted = request.prompt if params.counts_tokens else None
-        self.state.set_processors(row, counted, params.logit_bias)
+        bias = {**params.logit_bias, **dict.fromkeys(others, -math.inf)}
+        self.state.set_processors(row, counted, bias)
+        sequence.frees_ends = bool(others)
         self.state.seek(row, len(request.prompt) - 1)
 
     def _prefill_piece(self, rest: dict[int, np.ndarray]) -> None:
@@ -199,6 +255,8 @@ class Engine:
         rows = list(piece)
         # One sequence in an engine for one, to its end: the same graph chooses its first token.
         alone = self.slots == 1 and len(piece[0]) == len(rest[0])
+        if not self._started:
+            self._start(sum(map(len, piece.values())), len(piece), alone)
         x = self.prompts.run(list(piece.values()), rows, self.state if alone else None)
         done = []
         for index, row in enumerate(rows):
@@ -214,11 +272,24 @@ class Engine:
             sequence.queued = 1
             self.row_steps[row] += 1
 
+    def _start(self, total: int, sequences: int, alone: bool) -> None:
+        """Record all that the first tokens need, so that its kernels are compiled side by side."""
+        self.prompts.record(total, sequences, self.state if alone else None)
+        if self.model.xp is not np and not alone:
+            with recorded():
+                sample_first(self.model, self.state, self.state.work.x[:1], 0)
+        self.decoder.record(self.state)
+        self._started = True
+
     def _step(self) -> None:
         """Queue one step for all rows, unless every sequence has its last token queued."""
         wanting = [s for s in self.active.values() if s.queued < s.limit]
         if not wanting:
             return
+        for sequence in wanting:
+            params = sequence.request.params
+            if sequence.frees_ends and sequence.queued == params.min_new_tokens:
+                self.state.set_bias(sequence.row, params.logit_bias)
         self.decoder.step(self.state)
         self.row_steps += 1
         for sequence in self.active.values():
@@ -245,8 +316,12 @@ class Engine:
         token, logprob = self.state.read(sequence.row, sequence.first + sequence.read)
         sequence.read += 1
         reason = None
-        if token == request.eos:
+        if math.isnan(logprob):  # how sampling marks logits that are not finite
+            reason = "error"
+        elif token in request.ends:
             reason = "eos"
+        elif token in request.params.stop_token_ids:
+            reason = "stop"
         elif sequence.read >= sequence.limit:
             reason = "length"
         if reason:

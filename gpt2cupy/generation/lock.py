@@ -25,6 +25,7 @@ class SessionLock:
         self._name = name
         self._changed = threading.Condition()
         self._taken = self._over = False
+        self._forks = 0  # since this began
         # Not its number, which the next thread may get when this one has ended.
         self._holder: threading.Thread | None = None
 
@@ -45,18 +46,25 @@ class SessionLock:
                     remedy="Finish it or call its close() first, or load the model once more.",
                 )
             self._changed.wait_for(lambda: self._over or not self._taken)
-            self._taken = True
+            self._taken, forks = True, self._forks
             self.carry()
         try:
             yield
         finally:
-            with self._changed:
-                self._taken, self._holder = False, None
-                self._changed.notify()
+            if forks == self._forks:  # else it is the parent's turn that ends
+                with self._changed:
+                    self._taken, self._holder = False, None
+                    self._changed.notify()
 
     def carry(self) -> None:
         """Note that the turn is now this thread's: a stream may be read by several in turn."""
         self._holder = threading.current_thread()
+
+    def after_fork(self) -> None:
+        """In a child: nobody has the turn, for the parent's threads are not there."""
+        self._changed = threading.Condition()
+        self._taken, self._holder = False, None
+        self._forks += 1
 
     def end(self) -> None:
         """Let everyone through: what was shared is gone, and each caller finds that out."""

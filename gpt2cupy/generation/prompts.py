@@ -3,21 +3,193 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..config import GPT2Config
-from ..errors import InputError
-from ..ids import check_tokens
+from ..errors import ConfigError, Gpt2CupyError, InputError, kind_of, shown
+from ..ids import as_host, check_tokens
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
+from .generation_config import GenerationConfig
 from .request import Request
+
+_SEED_BITS = 53  # of a seed that is drawn: a number of JSON holds it exactly
+
+
+class PromptEncoder:
+    """Makes requests of prompts, with the beginnings and ends of a checkpoint.
+
+    Where its files disagree, generation_config.json goes first, then config.json, then
+    the tokenizer, as in ``generate`` of transformers.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    config : GPT2Config
+    generation : GenerationConfig
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: GPT2Config, generation: GenerationConfig
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.generation = generation
+
+    @property
+    def bos_token_id(self) -> int:
+        """The token from which an empty prompt starts."""
+        for known in (self.generation.bos_token_id, self.config.bos_token_id):
+            if known is not None:
+                return known
+        return self._of_tokenizer("bos_token")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, where a request does not say."""
+        known = self.generation.eos_token_ids or self.config.eos_token_ids
+        if known:
+            return known
+        try:
+            end = self._of_tokenizer("eos_token")
+        except Gpt2CupyError:  # it has none
+            return ()
+        return (end,) if end < self.config.vocab_size else ()
+
+    def _of_tokenizer(self, role: str) -> int:
+        """What the tokenizer's files say of a token, else its end-of-text token."""
+        known: dict[str, int] = getattr(self.tokenizer, "special_tokens", {})
+        if role in known:
+            return known[role]
+        return self.tokenizer.eot_token
+
+    def encode(self, prompt: Any) -> np.ndarray:
+        """Ids [T] of a prompt, checked; an empty one becomes the beginning-of-text token."""
+        ids = to_ids(prompt, self.tokenizer)
+        ids = ids if len(ids) else [self.bos_token_id]
+        if len(ids) > self.config.n_positions:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the context {self.config.n_positions}",
+                where="prompt",
+                remedy="Shorten the prompt.",
+            )
+        return check_tokens(ids, self.config)
+
+    def params(
+        self, params: SamplingParams | None, options: dict[str, Any], from_file: bool
+    ) -> SamplingParams:
+        """``params``, or the defaults, with single fields replaced.
+
+        Parameters
+        ----------
+        params : SamplingParams or None
+        options : dict
+        from_file : bool
+            Whether the defaults are those of generation_config.json.
+        """
+        if params is None and from_file:
+            params = self._from_file()
+        return with_options(params, options)
+
+    def _from_file(self) -> SamplingParams:
+        """The settings of generation_config.json; what it asks that we lack is a warning."""
+        found = self.generation
+        if found.lacking:
+            warnings.warn(
+                f"not supported and left out: {', '.join(found.lacking)} ({found.where})",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        try:
+            return SamplingParams(**found.settings)
+        except InputError as error:
+            raise ConfigError(error.what, where=found.where, remedy=error.remedy) from error
+
+    def requests(
+        self, prompts: Sequence[Any], params: SamplingParams, *, single: bool
+    ) -> list[Request]:
+        """``params.n`` requests for each prompt, with keys (number of the prompt, continuation).
+
+        Parameters
+        ----------
+        prompts : sequence
+        params : SamplingParams
+        single : bool
+            Whether errors need not say which prompt they mean.
+
+        Raises
+        ------
+        InputError
+            If prompt and new tokens do not fit the context, or an id is unknown.
+        """
+        ends = self._ends(params)
+        if params.stop:
+            self.tokenizer.require()
+        requests = []
+        for number, prompt in enumerate(prompts):
+            try:
+                ids = self._fitting(prompt, params)
+            except Gpt2CupyError as error:
+                if single:
+                    raise
+                place = place_of(number, prompt)
+                if error.where not in ("", "prompt"):
+                    place += f"; {error.where}"
+                raise type(error)(error.what, where=place, remedy=error.remedy) from error
+            own = params
+            if params.seed is None and not params.greedy:
+                own = dataclasses.replace(params, seed=secrets.randbits(_SEED_BITS))
+            requests += [Request((number, i), ids, own, index=i, eos=ends) for i in range(own.n)]
+        return requests
+
+    def _fitting(self, prompt: Any, params: SamplingParams) -> np.ndarray:
+        ids = self.encode(prompt)
+        room = self.config.n_positions + 1 - len(ids)
+        if params.must_fit > room:
+            name = "min" if params.must_fit != params.max_new_tokens else "max"
+            raise InputError(
+                f"{len(ids)} tokens of prompt and {params.must_fit} new ones exceed the context "
+                f"of {self.config.n_positions}",
+                where="prompt",
+                remedy=f"{room} new {'token fits' if room == 1 else 'tokens fit'}: lower "
+                f"{name}_new_tokens or shorten the prompt.",
+            )
+        return ids
+
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that end these requests, all of them and those of the bias checked."""
+        given, size = params.eos_token_id, self.config.vocab_size
+        if given is None:
+            ends = self.eos_token_ids
+        else:
+            several = (given,) if isinstance(given, int) else tuple(given)
+            ends = tuple(id_ for id_ in several if id_ >= 0)
+        named = {"eos_token_id": ends, "stop_token_ids": params.stop_token_ids}
+        for name, ids in {**named, "logit_bias": tuple(params.logit_bias)}.items():
+            if max(ids, default=0) >= size:
+                raise InputError(
+                    f"token id {max(ids)} is outside the vocabulary of {size}",
+                    where=name,
+                    remedy="Use ids of this model.",
+                )
+        held_back = {*ends, *params.stop_token_ids} if params.min_new_tokens else set()
+        if len(params.banned | held_back) >= size:
+            raise InputError(
+                "every token of the vocabulary is banned",
+                where="logit_bias",
+                remedy="Leave some, beside those that end the text.",
+            )
+        return ends
 
 
 def is_one(prompt: Any) -> bool:
     """Whether this is one prompt, text or token ids, rather than a list of prompts."""
+    prompt = _opened(prompt)
     if isinstance(prompt, str):
         return True
     if not _is_sequence(prompt):
@@ -25,83 +197,82 @@ def is_one(prompt: Any) -> bool:
     if isinstance(prompt, np.ndarray):
         return prompt.ndim < 2
     # No prompts at all is an empty list of them; an empty one is written "".
-    return len(prompt) > 0 and not (isinstance(prompt[0], str) or _is_sequence(prompt[0]))
+    return len(prompt) > 0 and not (isinstance(prompt[0], str) or _is_sequence(_opened(prompt[0])))
 
 
-def to_ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
+def several(prompts: Any) -> list[Any]:
+    """The prompts of a list of them, of rows of ids, or of what a tokenizer returned."""
+    return list(_opened(prompts))
+
+
+def place_of(number: int, prompt: Any) -> str:
+    """Which of several prompts: its number and how it begins."""
+    return f"prompt {number}, {shown(prompt, 24)}"
+
+
+def to_ids(prompt: Any, tokenizer: Tokenizer) -> Sequence[Any] | np.ndarray:
     """Token ids of a text, or those given; their values are not yet checked."""
+    prompt = _opened(prompt)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     if not _is_sequence(prompt):
         raise _wrong_kind(prompt)
-    return list(prompt)
-
-
-def encode(prompt: Any, tokenizer: Tokenizer, config: GPT2Config) -> np.ndarray:
-    """Ids [T] of a prompt, checked; an empty one becomes the end-of-text token."""
-    ids = to_ids(prompt, tokenizer) or [tokenizer.eot_token]
-    if len(ids) > config.n_positions:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, the context {config.n_positions}",
-            where="prompt",
-            remedy="Shorten the prompt.",
-        )
-    return check_tokens(ids, config)
+    return prompt
 
 
 def with_options(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
     """``params``, or the defaults, with single fields replaced."""
     if params is not None and not isinstance(params, SamplingParams):
         raise InputError(
-            f"params cannot be a {type(params).__name__}",
+            f"params cannot be {kind_of(params)}",
             where="params",
             remedy="Pass SamplingParams(...), or its fields as keyword arguments.",
         )
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := set(options) - names:
         raise InputError(
-            f"unknown sampling option {sorted(unknown)[0]!r}",
+            f"unknown sampling option {shown(sorted(unknown)[0])}",
             where="SamplingParams",
             remedy=f"Options: {', '.join(sorted(names))}.",
         )
     return dataclasses.replace(params or SamplingParams(), **options)
 
 
-def make_requests(
-    prompts: Sequence[Any], params: SamplingParams, tokenizer: Tokenizer, config: GPT2Config
-) -> list[Request]:
-    """``params.n`` requests for each prompt, with keys (number of the prompt, continuation).
+def warn_of_idle(params: SamplingParams) -> None:
+    """Warn the caller's caller of settings that change nothing in greedy decoding."""
+    if idle := params.without_effect():
+        verb = "does" if len(idle) == 1 else "do"
+        warnings.warn(
+            f"{', '.join(idle)} {verb} nothing without a temperature: decoding is greedy",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
-    Raises
-    ------
-    InputError
-        If prompt and new tokens do not fit the context, or an id is unknown.
-    """
-    eos = params.eos_token_id
-    if eos is None:
-        eos = -1 if config.eos_token_id is None else config.eos_token_id
-    for name, largest in (("eos_token_id", eos), ("logit_bias", max(params.logit_bias, default=0))):
-        if largest >= config.vocab_size:
+
+def _opened(value: Any) -> Any:
+    """Ids as a host array where a tensor holds them, or rows of them from a BatchEncoding."""
+    if isinstance(value, Mapping) and "input_ids" in value:
+        ids, mask = as_host(value["input_ids"]), value.get("attention_mask")
+        try:
+            return ids if mask is None else _unpadded(ids, as_host(mask))
+        except (TypeError, ValueError) as error:
             raise InputError(
-                f"token id {largest} is outside the vocabulary of {config.vocab_size}",
-                where=name,
-                remedy="Use ids of this model.",
-            )
-    requests = []
-    for number, prompt in enumerate(prompts):
-        ids = encode(prompt, tokenizer, config)
-        # Without a most, what must come has to fit.
-        name = "min_new_tokens" if params.max_new_tokens is None else "max_new_tokens"
-        wanted = getattr(params, name)
-        if len(ids) + wanted > config.n_positions + 1:
-            raise InputError(
-                f"{len(ids)} tokens of prompt and {wanted} new ones exceed the context of "
-                f"{config.n_positions}",
-                where=f"prompt {number}",
-                remedy=f"Shorten the prompt or lower {name}.",
-            )
-        requests += [Request((number, i), ids, params, index=i, eos=eos) for i in range(params.n)]
-    return requests
+                f"attention_mask does not fit input_ids: {error}",
+                where="prompt",
+                remedy="Pass both as the tokenizer returned them.",
+            ) from error
+    return as_host(value)
+
+
+def _unpadded(ids: Any, mask: Any) -> Any:
+    """What an attention mask leaves of ids: one list of them, or several."""
+    if len(ids) and _is_sequence(ids[0]):
+        return [_kept(row, kept) for row, kept in zip(ids, mask, strict=True)]
+    return _kept(ids, mask)
+
+
+def _kept(ids: Any, mask: Any) -> list[Any]:
+    return [id_ for id_, kept in zip(ids, mask, strict=True) if kept]
 
 
 def _is_sequence(value: Any) -> bool:
@@ -114,7 +285,7 @@ def _is_sequence(value: Any) -> bool:
 
 def _wrong_kind(prompt: Any) -> InputError:
     return InputError(
-        f"a prompt cannot be a {type(prompt).__name__}",
+        f"a prompt cannot be {kind_of(prompt)}",
         where="prompt",
         remedy="Pass text, token ids, or a list of either; decode bytes first.",
     )

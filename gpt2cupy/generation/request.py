@@ -23,15 +23,27 @@ class Request:
     params : SamplingParams
     index : int
         Which of ``params.n`` continuations.
-    eos : int
-        Token that ends it, or -1.
+    eos : int or tuple of int
+        Tokens that end it; -1 is none.
     """
 
     key: Any
     prompt: np.ndarray
     params: SamplingParams
     index: int = 0
-    eos: int = -1
+    eos: int | tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens of ``eos``."""
+        if isinstance(self.eos, int):
+            return () if self.eos < 0 else (self.eos,)
+        return self.eos
+
+    @property
+    def held_back(self) -> tuple[int, ...]:
+        """Tokens that cannot be chosen before ``min_new_tokens``."""
+        return (*self.ends, *self.params.stop_token_ids) if self.params.min_new_tokens else ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Token:
     logprob : float
         Under the raw logits.
     finish_reason : str or None
-        "eos" (``id`` is the end token), "length", or None while it goes on.
+        "eos" (``id`` is an end token), "stop" (it is of ``stop_token_ids``), "length",
+        "error" (the logits are not finite, and ``id`` means nothing), or None while it goes on.
     top : list of (int, float)
         The most probable tokens, where ``logprobs`` asks for them.
     """

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import ClosedError
 from ..model import GPT2
 from ..ops.core.device import device_errors
+from . import forks
 from .engine import Engine
 from .lock import SessionLock
 from .request import Request, Token
@@ -43,6 +44,23 @@ class Session:
         # Held while the generator runs: a thread that closes must not meet it there.
         self._stepping = threading.RLock()
         self._lock = SessionLock(name)
+        self._forks = 0  # since it was made: what began before is the parent's
+        self._parents: list[Any] = []  # what a child must not free, as CUDA is not there
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """In a child: calls of the parent's threads are not there, nor is CUDA."""
+        self._forks += 1
+        self._stepping = threading.RLock()
+        if self.gpu is not None:
+            self._parents += [self._running, self._engine, self._engines, self._model]
+        self._running, self._engine, self._engines = None, None, {}
+        self._lock.after_fork()
+
+    @property
+    def lost(self) -> bool:
+        """Whether this process is a child of the one that has the GPU."""
+        return self.gpu is not None and self._forks > 0
 
     @property
     def closed(self) -> bool:
@@ -50,6 +68,8 @@ class Session:
 
     @property
     def model(self) -> GPT2:
+        if self.lost:
+            raise forks.no_gpu_here(self._name)
         if self._model is None:
             raise ClosedError("this model is closed", where=self._name, remedy="Load it again.")
         return self._model
@@ -61,11 +81,14 @@ class Session:
     @contextlib.contextmanager
     def turn(self) -> Iterator[GPT2]:
         """The model for this call alone, its device the current one."""
+        self.check_open()
         with self._lock.take(), self._on_gpu():
             yield self.model
 
     def tokens(self, requests: list[Request], slots: int) -> Generator[Token, None, None]:
         """What the engine makes of the requests; holds the turn until they are done."""
+        self.check_open()
+        begun = self._forks
         with self._lock.take():
             self.check_open()
             wanting = [r for r in requests if r.params.max_new_tokens != 0]
@@ -75,24 +98,35 @@ class Session:
             with self._on_gpu():
                 self._running = self._engine_for(min(slots, len(wanting))).run(wanting)
             try:
-                while (token := self._next()) is not None:
+                while (token := self._next(begun)) is not None:
                     yield token
-                    self._lock.carry()
+                    if begun == self._forks:
+                        self._lock.carry()
             except GeneratorExit:
                 raise
             except BaseException:
+                if begun != self._forks:
+                    raise
                 # A step that ended half-way leaves the engine in disorder.
                 self._forget_engines()
                 raise
             finally:
-                with self._stepping:
-                    self._running.close()
-                self._running = None
-                if self.closed:
-                    self._forget_engines()  # close() may have come while one was made
-                    self._free_pools()
+                if begun == self._forks:
+                    with self._stepping:
+                        self._running.close()
+                    self._running = None
+                    if self.closed:
+                        self._forget_engines()  # close() may have come while one was made
+                        self._free_pools()
 
-    def _next(self) -> Token | None:
+    def _next(self, begun: int) -> Token | None:
+        if begun != self._forks and not self.lost:
+            raise ClosedError(
+                "this stream was opened before the process was forked",
+                where=self._name,
+                remedy="Open another one here.",
+            )
+        self.check_open()
         # Entered for each token: between two of a stream, device and GPU are the caller's.
         with self._on_gpu(), self._stepping:
             self.check_open()
@@ -108,6 +142,8 @@ class Session:
     def close(self) -> None:
         """Free everything; what is running ends with ClosedError at its next token."""
         self._model = None
+        if self.lost:
+            return
         self._lock.end()
         self._forget_engines()
         # Where another thread is executing a step, it notices afterwards.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import TokenizerError
+from ..errors import InputError, TokenizerError, shown
 from ..tokenizer import Tokenizer
 from .request import Request, Token
 
@@ -43,36 +43,51 @@ class Piece:
     tokens_per_second: float
     top: list[tuple[int, float]]
 
+    def __hash__(self) -> int:
+        return hash((self.text, self.token, self.logprob, self.finish_reason))
+
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished continuation.
+    """One finished continuation; equal to another if all that it holds is equal.
 
     Attributes
     ----------
     text : str
-        Without the prompt; U+FFFD where ``tokens`` are no text.
+        Without the prompt; U+FFFD where ``tokens`` are no text, "" where the model has
+        no tokenizer.
     tokens : list of int
     logprobs : list of float
         Of each token under the raw logits.
     finish_reason : str
         "eos", "stop" or "length".
-    prompt_tokens : int
+    prompt_ids : list of int
     top : list of list of (int, float)
         Most probable tokens of each step, where ``logprobs`` asks for them.
+    seed : int or None
+        What its random numbers came from, given or drawn; None in greedy decoding.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
-    prompt_tokens: int
+    prompt_ids: list[int]
     top: list[list[tuple[int, float]]]
+    seed: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_ids)
+
+    def __hash__(self) -> int:
+        return hash((self.text, *self.tokens, self.finish_reason, *self.prompt_ids, self.seed))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
-    """Log-probabilities of given text.
+    """Log-probabilities of given text; equal to another if tokens and values are equal.
 
     Attributes
     ----------
@@ -85,14 +100,39 @@ class Score:
     tokens: list[int]
     logprobs: np.ndarray
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Score):
+            return NotImplemented
+        return self.tokens == other.tokens and np.array_equal(self.logprobs, other.logprobs)
+
+    def __hash__(self) -> int:
+        return hash((*self.tokens, self.logprobs.tobytes()))
+
     @property
     def perplexity(self) -> float:
-        return math.exp(-float(self.logprobs.mean(dtype=np.float64)))
+        """e to the power of the mean negative log-probability; infinite beyond 709 nats."""
+        nats = -float(self.logprobs.mean(dtype=np.float64))
+        try:
+            return math.exp(nats)
+        except OverflowError:
+            return math.inf
 
     def bits_per_byte(self, text: str) -> float:
-        """Bits that the text costs per byte of its UTF-8."""
+        """Bits that the text costs per byte of its UTF-8.
+
+        Raises
+        ------
+        InputError
+            If the text is empty.
+        """
+        if not isinstance(text, str) or not text:
+            raise InputError(
+                f"{shown(text)} has no bytes",
+                where="bits_per_byte",
+                remedy="Pass the text that was scored.",
+            )
         total = -float(self.logprobs.sum(dtype=np.float64))
-        return total / math.log(2) / len(text.encode("utf-8"))
+        return total / math.log(2) / len(text.encode("utf-8", "replace"))
 
 
 class GrowingText:
@@ -109,9 +149,11 @@ class GrowingText:
 
     def push(self, token: Token) -> tuple[str, str | None]:
         """New text that is safe to show, and the finish reason if it has ended."""
+        if token.finish_reason == "error":
+            return "", "error"
         text = self.held
-        if token.finish_reason != "eos":
-            text += self._decode(token.id)
+        if token.finish_reason not in ("eos", "stop"):
+            text += self.decode(token.id)
         if token.finish_reason:
             text += self.decoder.flush()
         ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
@@ -121,7 +163,8 @@ class GrowingText:
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep], token.finish_reason
 
-    def _decode(self, id_: int) -> str:
+    def decode(self, id_: int) -> str:
+        """What an id adds to the text."""
         try:
             return self.decoder.push(id_)
         except TokenizerError:
@@ -142,7 +185,10 @@ class Collected:
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
         self.row = GrowingText(tokenizer, request.params.stop)
         self.parts: list[str] = []
-        self.done = Completion("", [], [], "length", len(request.prompt), [])
+        params = request.params
+        seed = None if params.greedy or params.seed is None else params.seed + request.index
+        seed = None if seed is None else seed % 2**64
+        self.done = Completion("", [], [], "length", request.prompt.tolist(), [], seed)
 
     def push(self, token: Token) -> bool:
         """Take one more token; whether it was the last."""

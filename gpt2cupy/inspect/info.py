@@ -11,11 +11,10 @@ from .. import decode, record
 from ..decode import autotune
 from ..errors import DeviceError
 from ..generation.engine import Engine
-from ..loading import load_model
+from ..loading import load_weights
 from ..model import GPT2
 from ..ops.core import compiler
 from ..ops.core.device import cupy_module
-from ..ops.gpt2 import step
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
 
@@ -29,10 +28,11 @@ def report(
     quantize: str | None = None,
 ) -> dict[str, Any]:
     """What would run for one model on one device, in JSON's types; sizes in bytes."""
-    model, source = load_model(
+    weights, source = load_weights(
         name, dtype=dtype, device=device, revision=revision, quantize=quantize
     )
-    config = model.config
+    config = source.config
+    model = GPT2(config, weights)
     engine = Engine(model)
     facts: dict[str, Any] = {"versions": record.versions(_PACKAGES)}
     if model.xp is np:
@@ -61,7 +61,6 @@ def report(
         },
         "memory": {
             "weights": model.weights.nbytes,
-            "norm shifts": model.shifts.nbytes,
             "cache": engine.cache.nbytes,
             "decode state": engine.state.nbytes,
             "prefill": engine.prompts.nbytes,
@@ -74,7 +73,7 @@ def decode_times(model: GPT2) -> dict[str, dict[str, float]]:
 
     On the current device and stream; measured where they are not remembered.
     """
-    choices = [rows for rows in step.ROWS if "persistent" in decode.usable(model, rows)]
+    choices = [rows for rows in compiler.STEP_ROWS if "persistent" in decode.usable(model, rows)]
     return {str(rows): decode.times(model, rows) for rows in choices}
 
 

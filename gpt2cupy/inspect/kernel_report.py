@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import checkpoint
 from ..config import GPT2Config
-from ..errors import InputError, NoDeviceError
+from ..errors import InputError, NoDeviceError, shown
 from ..loading import resolve_device, resolve_dtype
 from ..ops.core import compiler, launch
 from ..ops.core.device import device_arch
@@ -45,23 +45,17 @@ def report(
     """
     source = checkpoint.open(name, revision=revision)
     elem = resolve_dtype(dtype, source.dtype, "cuda")
-    head_size = source.config.head_size
-    if head_size > compiler.MAX_HEAD_SIZE:
-        raise InputError(
-            f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, not {head_size}",
-            where=name,
-            remedy="This model runs on the CPU only.",
-        )
+    variants = variants_of(source.config, name)
     if arch is not None:
         if arch not in occupancy.LIMITS:
             raise InputError(
-                f"unknown architecture {arch!r}",
+                f"unknown architecture {shown(arch)}",
                 where="--arch",
                 remedy=f"Use {', '.join(occupancy.LIMITS)}.",
             )
         return [
             _row(arch, file, defines, entry, found, threads, _computed(arch, found, threads))
-            for file, defines, entry, found, threads in _entries(arch, elem, source.config)
+            for file, defines, entry, found, threads in _entries(arch, elem, variants)
         ]
     kind, index = resolve_device(device)
     if kind == "cpu":
@@ -75,26 +69,44 @@ def report(
     with cupy.cuda.Device(index):
         arch = device_arch(index)
         rows = []
-        for file, defines, entry, found, threads in _entries(arch, elem, source.config):
-            inner = int(defines["K"]) if "K" in defines else None
-            module = launch.load(file, elem, head_size, inner)
+        for file, defines, entry, found, threads in _entries(arch, elem, variants):
+            module = launch.load(file, defines)
             told, resident = _asked(cupy, index, module.get_function(entry), found, threads)
             rows.append(_row(arch, file, defines, entry, told, threads, resident))
         return rows
 
 
+def variants_of(config: GPT2Config, name: str) -> list[tuple[str, dict[str, str]]]:
+    """Every (source, macros) pair that a model may launch, in any dtype."""
+    if config.head_size > compiler.MAX_HEAD_SIZE:
+        raise InputError(
+            f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
+            f"not {config.head_size}",
+            where=name,
+            remedy="This model runs on the CPU only.",
+        )
+    inner_sizes = tuple(dict.fromkeys((config.n_embd, config.inner_size)))
+    return [
+        (source, defines)
+        for source, defines in compiler.variants((config.head_size,), inner_sizes)
+        if source != "decode_step.cu" or defines["K"] == str(config.n_embd)
+    ]
+
+
 def _entries(
-    arch: str, elem: np.dtype, config: GPT2Config
+    arch: str, elem: np.dtype, variants: list[tuple[str, dict[str, str]]]
 ) -> Iterator[tuple[str, dict[str, str], str, occupancy.Resources, int | None]]:
     """(source, macros, entry, what its cubin says, threads of a block), compiled if need be."""
     macro = compiler.ELEMENT_TYPES[elem.name]
-    sizes = dict.fromkeys((config.n_embd, config.inner_size))
-    for file, defines in compiler.variants((config.head_size,), tuple(sizes)):
-        if defines.get("ELEM", macro) == macro:
-            path = compiler.cubin(file, defines, arch)
-            for entry, found in sorted(occupancy.read_cubin(path).items()):
-                # An entry without __launch_bounds__ is a step of a ladder, for tests and readers.
-                yield file, defines, entry, found, found.max_threads
+    requested = [
+        (file, defines, compiler.request(file, defines, arch))
+        for file, defines in variants
+        if defines.get("ELEM", macro) == macro
+    ]
+    for file, defines, cubin in requested:
+        for entry, found in sorted(occupancy.read_cubin(cubin.result()).items()):
+            # An entry without __launch_bounds__ is a step of a ladder, for tests and readers.
+            yield file, defines, entry, found, found.max_threads
 
 
 def _computed(

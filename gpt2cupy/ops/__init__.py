@@ -14,32 +14,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
     from .cached_attention import attention_decode, attention_prefill
-    from .gpt2.embedding import embedding, last_rows, lookup
+    from .gpt2.embedding import embedding, last_rows
     from .linear import bias_act, gemv, linear, norm_linear
+    from .lookup import lookup
     from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from .norm_backward import layer_norm_backward, rms_norm_backward
     from .quantized import dequantize, quantize
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
-    from .shift import shifted_bias
     from .softmax import softmax
 
 _MODULES = {
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
-    "attention_decode": "attention",
-    "attention_prefill": "attention",
+    "attention_decode": "cached_attention",
+    "attention_prefill": "cached_attention",
     "bias_act": "linear",
     "bias_gelu": "activation",
     "dequantize": "quantized",
-    "embedding": "embedding",
+    "embedding": "gpt2.embedding",
     "gelu": "activation",
     "gemv": "linear",
-    "last_rows": "embedding",
+    "last_rows": "gpt2.embedding",
     "layer_norm": "norm",
     "layer_norm_backward": "norm_backward",
     "linear": "linear",
-    "lookup": "embedding",
+    "lookup": "lookup",
     "norm_linear": "linear",
     "quantize": "quantized",
     "rms_norm": "norm",
@@ -48,7 +48,6 @@ _MODULES = {
     "rope_tables": "rope",
     "sample": "sampling",
     "sample_logits": "sampling",
-    "shifted_bias": "shift",
     "silu_mul": "activation",
     "softmax": "softmax",
     "target_logprobs": "sampling",
@@ -79,7 +78,6 @@ __all__ = [
     "rope_tables",
     "sample",
     "sample_logits",
-    "shifted_bias",
     "silu_mul",
     "softmax",
     "target_logprobs",

@@ -6,19 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from .core.compiler import constants
 from .core.device import has_clusters, has_mma, sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
 Array = Any
 
-_DECODE_WARPS, _MANY_WARPS = 8, 4  # MOST_WARPS and FEWEST_WARPS in attention_decode.cu
-_STREAM_STAGES = 2  # STAGES in attention_decode_rows.cu
 _INVARIANT_SPLIT = 2  # blocks of a head with batch_invariant: half-way between one row and many
 _MANY_PER_SM = 2  # blocks of a multiprocessor; where there would be more, they are smaller
 _FULL_PER_SM = 4  # where there would be even more, those of attention_decode_rows.cu have two warps
-_MMA_QUERIES, _MMA_GROUPS, _MMA_THREADS = 64, 2, 256  # BR, GROUPS, threads in ..._mma.cu
-_PREFILL_THREADS = 256  # SIDE x SIDE in attention_prefill.cu
 
 _PREFILL = (
     "qkv: ELEM[N,C3], k: ELEM[S,NH,T,HS], v: ELEM[S,NH,T,HS], starts: int32[R1], "
@@ -41,35 +38,12 @@ def _decode_kernel(source: str, ending: str) -> Kernel:
 
 
 # By the number of blocks that share a head.
-_BLOCKS = {1: "", 2: "_2", 4: "_4", 8: "_8"}
+_BLOCKS = {1: "", 2: "_c2", 4: "_c4", 8: "_c8"}
 ATTENTION_DECODE = {n: _decode_kernel("attention_decode.cu", e) for n, e in _BLOCKS.items()}
 ATTENTION_DECODE_MMA = {n: _decode_kernel("attention_decode_mma.cu", e) for n, e in _BLOCKS.items()}
 # One smaller block for each head of many rows; on tensor cores by its warps.
 ATTENTION_DECODE_MANY = _decode_kernel("attention_decode.cu", "_many")
-ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_{n}") for n in (2, 4)}
-
-
-def _query_tile(head_size: int) -> int:
-    """Queries of a block; BR in attention_prefill.cu."""
-    return 64 if head_size <= 64 else 32
-
-
-def _pitch(head_size: int) -> int:
-    """Bytes of a key in shared memory; PITCH in mma.cuh."""
-    return 2 * (head_size + (8 if head_size & (head_size - 1) else 0))
-
-
-def _mma_shared(head_size: int) -> int:
-    """Bytes of shared memory of attention_prefill_mma.cu: two tiles for each group of warps."""
-    keys = 64 if head_size <= 64 else 32  # BC there
-    handed = (4 + head_size // 2) * _MMA_THREADS // _MMA_GROUPS * 4
-    return _MMA_GROUPS * max(2 * 2 * keys * _pitch(head_size), handed)
-
-
-def _stream_shared(warps: int, head_size: int) -> int:
-    """Bytes of shared memory of attention_decode_rows.cu: keys and values of each warp's turns."""
-    keys = 32 if head_size <= 64 else 16  # KEYS there
-    return warps * _STREAM_STAGES * 2 * keys * _pitch(head_size)
+ATTENTION_DECODE_ROWS = {n: _decode_kernel("attention_decode_rows.cu", f"_w{n}") for n in (2, 4)}
 
 
 def _decode_cost(
@@ -139,12 +113,13 @@ def attention_prefill(
     args = (qkv, k, v, starts, slots, past, out, scale)
     sizes = {"elem": qkv.dtype, "head_size": head_size}
     if qkv.dtype != np.float32 and head_size % 16 == 0 and has_mma():
-        grid = (heads, -(-longest // _MMA_QUERIES), len(slots))
-        shared = _mma_shared(head_size)
-        launch(ATTENTION_PREFILL_MMA, grid, (_MMA_THREADS,), args, shared=shared, **sizes)
+        c = constants("attention_prefill_mma.cu", HS=head_size)
+        grid, block = (heads, -(-longest // c["BR"]), len(slots)), (c["GROUPS"] * c["THREADS"],)
+        launch(ATTENTION_PREFILL_MMA, grid, block, args, shared=c["SHARED_BYTES"], **sizes)
     else:
-        grid = (-(-longest // _query_tile(head_size)), heads, len(slots))
-        launch(ATTENTION_PREFILL, grid, (_PREFILL_THREADS,), args, **sizes)
+        c = constants("attention_prefill.cu", HS=head_size)
+        grid, block = (-(-longest // c["BR"]), heads, len(slots)), (c["SIDE"] * c["SIDE"],)
+        launch(ATTENTION_PREFILL, grid, block, args, **sizes)
     return out
 
 
@@ -191,17 +166,21 @@ def attention_decode(
     _, heads, _, head_size = k.shape
     if out is None:
         out = device_empty((len(qkv), heads * head_size), qkv.dtype)
-    halves = qkv.dtype != np.float32
-    mma = halves and head_size % 16 == 0 and has_mma()
+    wide = qkv.dtype == np.float32
+    mma = not wide and head_size % 16 == 0 and has_mma()
     blocks, shared = heads * len(qkv), 0
-    if halves and blocks > _MANY_PER_SM * sm_count() and not batch_invariant:
-        split, warps, kernel = 1, _MANY_WARPS, ATTENTION_DECODE_MANY
+    if not wide and blocks > _MANY_PER_SM * sm_count() and not batch_invariant:
+        split, kernel = 1, ATTENTION_DECODE_MANY
         if mma:
             warps = 4 if blocks <= _FULL_PER_SM * sm_count() else 2
-            kernel, shared = ATTENTION_DECODE_ROWS[warps], _stream_shared(warps, head_size)
+            kernel = ATTENTION_DECODE_ROWS[warps]
+            shared = warps * constants(kernel.source, HS=head_size)["WARP_BYTES"]
+        else:
+            warps = constants(kernel.source)["MANY_WARPS"]
     else:
         split = _invariant_split() if batch_invariant else _split(blocks)
-        warps, kernel = _DECODE_WARPS, (ATTENTION_DECODE_MMA if mma else ATTENTION_DECODE)[split]
+        kernel = (ATTENTION_DECODE_MMA if mma else ATTENTION_DECODE)[split]
+        warps = constants(kernel.source)["WARPS"]
     launch(
         kernel,
         (heads * split, len(qkv)),

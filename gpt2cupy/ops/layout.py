@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .core.compiler import constants
 from .core.launch import Kernel, device_empty, launch
 
 _STORED = ("float32", "float16", "bfloat16")
@@ -18,7 +19,6 @@ CONVERT = {
     name: Kernel("layout.cu", f"convert_{name}", f"x: {name}[N], out: ELEM[N], n: int64")
     for name in _STORED
 }
-_TILE, _TILE_ROWS = 32, 8  # TILE and TILE_ROWS in layout.cu
 _PIECE = 8 << 20  # bytes of pinned memory of one of the two stages
 
 
@@ -69,8 +69,9 @@ class Uploader:
         if transposed:
             raw = device_empty(source.shape[::-1], source.dtype)
             self.copy(source.T, raw)
-            grid = (-(-raw.shape[1] // _TILE), -(-raw.shape[0] // _TILE))
-            launch(TRANSPOSE[name], grid, (_TILE, _TILE_ROWS), (raw, target), elem=elem)
+            c = constants("layout.cu")
+            grid = (-(-raw.shape[1] // c["TILE"]), -(-raw.shape[0] // c["TILE"]))
+            launch(TRANSPOSE[name], grid, (c["TILE"], c["TILE_ROWS"]), (raw, target), elem=elem)
         else:
             raw = device_empty((source.size,), source.dtype)
             self.copy(source, raw)

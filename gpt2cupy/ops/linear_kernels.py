@@ -6,32 +6,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .core.compiler import constants
 from .core.device import has_clusters, has_mma, shared_limit, sm_count
 from .core.launch import Kernel, launch
 
 Array = Any
 
-THREADS = 256  # of a block of bias_act and linear_rows.cu
+THREADS = 256  # of a block of bias_act
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
-_SKINNY_ROWS, _SKINNY_TILE, _SPAN = 16, 8, 32  # most rows of skinny.cu and ROWS there; TILE; SPAN
-_SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
-_TILE, _CHUNK = 64, 64  # ROWS and OUTPUTS, and CHUNK, in tile.cuh
-_MOST_STAGES = 12  # in linear_rows.cu
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
 _FULL = 0.5  # share of the multiprocessors that must have a block of more than a tile of rows
-_STATIC = 1024  # bytes of its shared memory that are not the ring's nor the sums', at most
-_FIXED_TILE, _FIXED_WARPS = 8, 4  # ROWS and OUTPUTS, and WARPS, in linear_fixed.cu
-LONGEST_NORM = 2048  # longest row that the kernels normalise
-_LONGEST_BY_THREE = 4096  # longest row of which a warp has three outputs; ROWS in norm_gemv.cu
-_LONGEST_ONCE = 1024  # longest row that norm_gemv_once takes
-_NORM_ONCE_OUTPUTS, _NORM_ONCE_WARPS = 12, 4  # of a block; WARPS * ROWS_ONCE and WARPS there
+_STATIC = 1024  # bytes of its shared memory beside stages and sums, at most
 LONGEST = 8192  # longest row that fits their registers
 
 
-def entries(source: str, name: str, signature: str, **options: bool) -> dict[bool, Kernel]:
+def entries(source: str, name: str, signature: str, **options: Any) -> dict[bool, Kernel]:
     """The entry whose output is ELEM, and the one whose output is float32."""
     return {
         False: Kernel(source, name, signature.replace("OUT", "ELEM"), **options),
@@ -47,29 +39,22 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
-_NORM_GEMV_ONCE = (
-    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M], "
-    "eps: float, activation: int, M"
-)
 GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
 GEMV_ADD_ONCE = entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
-NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV_ONCE, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 # By the number of tiles of a block, and whether the output is float32.
 SKINNY_ADD = {
     (tiles, wide): kernel
     for tiles in (1, 2)
-    for wide, kernel in entries("skinny.cu", f"skinny_add_{tiles}", _SKINNY, overlaps=True).items()
+    for wide, kernel in entries("skinny.cu", f"skinny_add_t{tiles}", _SKINNY, overlaps=True).items()
 }
-SKINNY_ONE = entries("skinny.cu", "skinny_one", _SKINNY, overlaps=True)
-SKINNY_NORM = entries("skinny.cu", "skinny_norm", _NORM_GEMV, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
     for blocks in (1, 2, 4, 8)
     for wide, kernel in entries(
-        "linear_rows.cu", f"linear_rows_{blocks}", _SKINNY + ", K, ring: int", overlaps=True
+        "linear_rows.cu", f"linear_rows_c{blocks}", _SKINNY + ", K, stages: int", overlaps=True
     ).items()
 }
 LINEAR_FIXED = entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)
@@ -84,6 +69,11 @@ BIAS_ACT = entries(
 )
 
 
+def longest_norm() -> int:
+    """The longest row that the kernels of one row normalise."""
+    return constants("norm_gemv.cu")["LONGEST_NORM"]
+
+
 def fused_block(weight: Array, backend: str) -> tuple[int, int] | None:
     """(outputs, warps) of a block of norm_gemv.cu, which fuses what is around a product of one row.
 
@@ -91,9 +81,8 @@ def fused_block(weight: Array, backend: str) -> tuple[int, int] | None:
     """
     if backend != "ours" or not _fits_vectors(weight):
         return None
-    k = weight.shape[1]
-    # GROUPS * ROWS and WARPS in norm_gemv.cu
-    return (8 if k <= LONGEST_NORM else 3 if k <= _LONGEST_BY_THREE else 2), 4
+    c = constants("norm_gemv.cu", K=weight.shape[1])
+    return c["OUTPUTS"], c["WARPS"]
 
 
 def _fits_vectors(weight: Array) -> bool:
@@ -110,53 +99,21 @@ def launch_fused(
 
 
 def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a product of so many rows, and the fastest.
-
-    One row: only with K from 1025 to 2048 or above 4096; elsewhere norm_gemv.cu is faster.
-    """
+    """Whether skinny.cu is there for a product of so many rows: 2 to 16."""
     if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
         return False
-    k = weight.shape[1]
-    large = _LONGEST_ONCE < k <= LONGEST_NORM or k > _SKINNY_LONG
-    return (large if rows == 1 else rows <= _SKINNY_ROWS) and has_mma()
+    return 1 < rows <= constants("skinny.cu")["ROWS"] and has_mma()
 
 
-def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+def launch_skinny(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
     """The product of up to 16 rows; ``wide`` says that the output is float32."""
     m, k = weight.shape
-    if rows == 1:
-        _launch_tiles(SKINNY_ONE[wide], 1, weight, args)
-        return
     # Two tiles share what is loaded of x; with fewer blocks than multiprocessors one is faster.
-    two = k <= LONGEST_NORM and m >= 2 * _SKINNY_TILE * sm_count()
-    most = sm_count() * _BLOCKS_PER_SM
-    _launch_tiles(SKINNY_ADD[1 + two, wide], 1 + two, weight, args, most)
-
-
-def takes_skinny_norm(weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a norm and the product of its one row, and the fastest."""
-    k = weight.shape[1]
-    fits = k <= LONGEST_NORM and k % (_SPAN * _skinny_warps(2, k)) == 0
-    return fits and _one_turn(weight, 2 * _SKINNY_TILE) and takes_skinny(1, weight, backend)
-
-
-def launch_skinny_norm(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
-    """A norm and the product of its one row."""
-    _launch_tiles(SKINNY_NORM[wide], 2, weight, args)
-
-
-def _skinny_warps(tiles: int, k: int) -> int:
-    """WARPS in skinny.cu."""
-    return 4 if k <= 1024 else 6 - tiles if k <= 1280 else 8 if k % 1600 else 10
-
-
-def _launch_tiles(
-    kernel: Kernel, tiles: int, weight: Array, args: tuple[Any, ...], most: int | None = None
-) -> None:
-    m, k = weight.shape
-    blocks = -(-m // (tiles * _SKINNY_TILE))
-    threads = _skinny_warps(tiles, k) * WARP
-    launch(kernel, (min(blocks, most or blocks),), (threads,), args, elem=weight.dtype, inner=k)
+    two = k <= longest_norm() and m >= 2 * constants("skinny.cu")["TILE"] * sm_count()
+    c = constants("skinny.cu", K=k, TILES=1 + two)
+    blocks = min(-(-m // ((1 + two) * c["TILE"])), sm_count() * _BLOCKS_PER_SM)
+    kernel = SKINNY_ADD[1 + two, wide]
+    launch(kernel, (blocks,), (c["WARPS"] * WARP,), args, elem=weight.dtype, inner=k)
 
 
 def launch_gemv_add(
@@ -165,17 +122,6 @@ def launch_gemv_add(
     """The product of one row; ``wide`` says that the output is float32."""
     once = _one_turn(weight, fused[0])
     launch_fused((GEMV_ADD_ONCE if once else GEMV_ADD)[wide], fused, weight, args)
-
-
-def takes_norm_once(weight: Array, backend: str) -> bool:
-    """Whether norm_gemv_once can make the product of one normed row."""
-    fits = fused_block(weight, backend) is not None and weight.shape[1] <= _LONGEST_ONCE
-    return fits and _one_turn(weight, _NORM_ONCE_OUTPUTS)
-
-
-def launch_norm_once(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
-    """A norm and the product of its one row, given the product's shift."""
-    launch_fused(NORM_GEMV_ONCE[wide], (_NORM_ONCE_OUTPUTS, _NORM_ONCE_WARPS), weight, args)
 
 
 def _one_turn(weight: Array, outputs: int) -> bool:
@@ -188,13 +134,13 @@ def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
     few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
     if backend != "ours" or not few or not _fits_rows(weight) or not has_clusters():
         return False
-    if rows <= _TILE:
+    if rows <= constants("linear_rows.cu")["ROWS"]:
         return True
     # More than a tile only where each block is alone, with its share of K under way at once, and
     # most multiprocessors have one.
     plan = _rows_plan(rows, weight)
     full = plan.tiles[0] * plan.tiles[1] * plan.split > _FULL * sm_count()
-    return plan.spread and full and plan.split * plan.ring >= _chunks(weight)
+    return plan.spread and full and plan.split * plan.stages >= _chunks(weight)
 
 
 def _fits_rows(weight: Array) -> bool:
@@ -202,7 +148,7 @@ def _fits_rows(weight: Array) -> bool:
 
 
 def _chunks(weight: Array) -> int:
-    return -(-weight.shape[1] // _CHUNK)
+    return -(-weight.shape[1] // constants("linear_rows.cu")["CHUNK"])
 
 
 class _RowsPlan(NamedTuple):
@@ -211,7 +157,7 @@ class _RowsPlan(NamedTuple):
     tiles: tuple[int, int]  # along the outputs and the rows
     split: int  # blocks for each tile, which share K
     spread: bool  # whether each block has a multiprocessor for itself
-    ring: int  # stages of a block
+    stages: int  # of a block's pipeline
     shared: int  # bytes
 
 
@@ -219,22 +165,24 @@ def _rows_plan(rows: int, weight: Array, *, invariant: bool = False) -> _RowsPla
     """Two blocks on one multiprocessor would take twice as long while others have none.
 
     So blocks are spread. But a product with large weights waits for the memory, and with
-    two more loads are under way: from 355M on that is faster.
+    two more loads are in flight: with more than 5 MB of weights that is faster.
     """
-    tiles = -(-len(weight) // _TILE), -(-rows // _TILE)
+    c = constants("linear_rows.cu")
+    tiles = -(-len(weight) // c["OUTPUTS"]), -(-rows // c["ROWS"])
     spread = (
         not invariant and weight.nbytes <= _LARGEST_SPREAD and tiles[0] * tiles[1] <= sm_count()
     )
     # With batch_invariant K is split as for one row, however many there are.
     apart = tiles[0] * (1 if invariant else tiles[1])
     split = _rows_split(apart, _chunks(weight), sm_count() * (1 if spread else 2))
-    stage, sums = 2 * _TILE * _CHUNK * 2, _TILE * (_TILE + 4) * 4 * min(split, 2)
-    room = (shared_limit() - sums - _STATIC) // stage
-    ring = min(-(-_chunks(weight) // split), room, _MOST_STAGES if spread else _FEW_STAGES)
-    shared = ring * stage + sums
+    sums = c["SUMS_BYTES"] * min(split, 2)
+    fitting = (shared_limit() - sums - _STATIC) // c["STAGE_BYTES"]
+    most = c["MOST_STAGES"] if spread else _FEW_STAGES
+    stages = min(-(-_chunks(weight) // split), fitting, most)
+    shared = stages * c["STAGE_BYTES"] + sums
     if spread:  # more than half of what there is
         shared = max(shared, shared_limit() // 2 + 1)
-    return _RowsPlan(tiles, split, spread, ring, shared)
+    return _RowsPlan(tiles, split, spread, stages, shared)
 
 
 def _rows_split(tiles: int, chunks: int, room: int) -> int:
@@ -252,7 +200,8 @@ def launch_rows(
     plan = _rows_plan(len(x), weight, invariant=invariant)
     grid = (plan.tiles[0] * plan.split, plan.tiles[1])
     kernel = LINEAR_ROWS[plan.split, out.dtype == np.float32]
-    launch(kernel, grid, (THREADS,), (*args, plan.ring), elem=weight.dtype, shared=plan.shared)
+    block = (constants("linear_rows.cu")["THREADS"],)
+    launch(kernel, grid, block, (*args, plan.stages), elem=weight.dtype, shared=plan.shared)
 
 
 def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
@@ -260,6 +209,7 @@ def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...])
     if _fits_rows(weight) and has_mma():
         launch_rows(x, weight, out, args, invariant=True)
         return
-    grid = (-(-len(weight) // _FIXED_TILE), -(-len(x) // _FIXED_TILE))
+    c = constants("linear_fixed.cu")
+    grid = (-(-len(weight) // c["OUTPUTS"]), -(-len(x) // c["ROWS"]))
     kernel = LINEAR_FIXED[out.dtype == np.float32]
-    launch(kernel, grid, (_FIXED_WARPS * WARP,), args, elem=weight.dtype)
+    launch(kernel, grid, (c["WARPS"] * WARP,), args, elem=weight.dtype)

@@ -13,18 +13,15 @@ import numpy as np
 
 from .. import quantize as host
 from ..quantize import SCALE_DTYPE, QuantizedMatrix
+from .core.compiler import constants
 from .core.device import has_mma, sm_count
 from .core.launch import Kernel, device_empty, is_device_array, launch
 from .core.registry import op
-from .linear_kernels import LONGEST, LONGEST_NORM, WARP, entries
+from .linear_kernels import LONGEST, WARP, entries, longest_norm
 
 Array = Any
 
-_OUTPUTS = 8  # of a block of gemv_int8.cu; ROWS there
-_PIECE = 16  # weights of a load
-_SKINNY_ROWS = 16  # rows of skinny_int8.cu; ROWS there
 _MOST_ROWS = 64  # reading the weights four times is less than dequantising them
-_SKINNY_WARPS = 8  # of a block; WARPS there
 # Of gemv_int8.cu by its CHUNKS: as many as have registers at once. Blocks then take several turns.
 _THREADS_PER_SM = {1: 640, 2: 512}
 _SKINNY_BLOCKS_PER_SM = 4
@@ -64,12 +61,13 @@ EMBEDDING = Kernel(
 def reads_int8(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> bool:
     """Whether kernels read an int8 matrix [M, K] itself for so many rows of ``dtype``.
 
-    Not where float32 has more than one row, a half more than 64 (but for "invariant"),
+    Not where float32 has more than one row, fp16 and bf16 more than 64 (but for "invariant"),
     rows of the matrix cannot be read 16 bytes at a time, or the chip lacks the tensor core
     instruction; and not for "cublas".
     """
     m, k = shape
-    if k % _PIECE or k > LONGEST or m % _OUTPUTS:
+    c = constants("gemv_int8.cu")
+    if k % c["PIECE"] or k > LONGEST or m % c["ROWS"]:
         return False
     halves = np.dtype(dtype) != np.float32 and has_mma()
     if backend == "invariant":
@@ -85,7 +83,7 @@ def takes(x: Array, weight: QuantizedMatrix, backend: str) -> bool:
 def takes_norm(x: Array, weight: QuantizedMatrix, backend: str) -> bool:
     """Whether :func:`norm_product` is there for these."""
     one = len(x) == 1 and backend == "ours"
-    return one and weight.shape[1] <= LONGEST_NORM and takes(x, weight, backend)
+    return one and weight.shape[1] <= longest_norm() and takes(x, weight, backend)
 
 
 def scratch_size(rows: int, weights: Iterable[Any], dtype: Any, backend: str) -> int:
@@ -113,7 +111,7 @@ def product(
     bias, residual, out : array
         As in :func:`linear`.
     activation : int
-        Its code in activation.cuh.
+        Its code in epilogue.cuh.
     backend : {"ours", "invariant"}
         The latter has one kernel for any number of rows.
     """
@@ -122,11 +120,11 @@ def product(
     if len(x) == 1 and backend == "ours":
         _launch_gemv(GEMV_ADD[wide], m, k, args, x.dtype)
         return out
-    tile = 8 if k > 4096 else 16  # TILE in skinny_int8.cu
-    parts = -(-len(x) // _SKINNY_ROWS)
+    c = constants("skinny_int8.cu", K=k)
+    parts = -(-len(x) // c["ROWS"])
     most = max(1, sm_count() * _SKINNY_BLOCKS_PER_SM // parts)
-    grid = (min(-(-m // tile), most), parts)
-    launch(SKINNY[wide], grid, (_SKINNY_WARPS * WARP,), args, elem=x.dtype, inner=k)
+    grid = (min(-(-m // c["TILE"]), most), parts)
+    launch(SKINNY[wide], grid, (c["WARPS"] * c["WARP"],), args, elem=x.dtype, inner=k)
     return out
 
 
@@ -148,10 +146,9 @@ def norm_product(
 
 
 def _launch_gemv(kernel: Kernel, m: int, k: int, args: tuple[Any, ...], elem: np.dtype) -> None:
-    chunks = 2 if k > LONGEST_NORM else 1  # CHUNKS in gemv_int8.cu, and its THREADS
-    threads = WARP * -(-k // (_PIECE * WARP * chunks))
-    blocks = min(m // _OUTPUTS, sm_count() * (_THREADS_PER_SM[chunks] // threads))
-    launch(kernel, (blocks,), (threads,), args, elem=elem, inner=k)
+    c = constants("gemv_int8.cu", K=k)
+    blocks = min(m // c["ROWS"], sm_count() * (_THREADS_PER_SM[c["CHUNKS"]] // c["THREADS"]))
+    launch(kernel, (blocks,), (c["THREADS"],), args, elem=elem, inner=k)
 
 
 @op(reference="reference.dequantize")
@@ -171,7 +168,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
         out = scratch[: m * k].reshape(m, k)
     else:
         out = device_empty((m, k), dtype)
-    blocks = min(-(-m * k // (_PIECE * 256)), 16 * sm_count())
+    blocks = min(-(-m * k // (constants("quantize.cu")["PIECE"] * 256)), 16 * sm_count())
     args = (matrix.values, matrix.scales, out)
     launch(DEQUANTIZE, (blocks,), (256,), args, elem=out.dtype)
     return out

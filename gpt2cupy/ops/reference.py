@@ -57,7 +57,6 @@ __all__ = [
     "rope",
     "sample",
     "sample_logits",
-    "shifted_bias",
     "silu_mul",
     "softmax",
     "target_logprobs",
@@ -155,7 +154,6 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
-    shift: Array | None = None,
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
     return linear(h, weight, bias, activation=activation, out=out, backend=backend)
@@ -172,13 +170,6 @@ def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) ->
     rows = slice(first, first + len(x))
     out.values[rows], out.scales[:, rows] = made.values, made.scales
     return out
-
-
-def shifted_bias(
-    norm_bias: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
-) -> Array:
-    y = linear(_wide(norm_bias)[None], weight, bias)[0]
-    return _store(y, out, y.dtype)
 
 
 def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:

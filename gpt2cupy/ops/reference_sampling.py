@@ -117,9 +117,14 @@ def best(x: Array) -> int:
 
 
 def token_logprobs(logits: Array) -> Array:
-    """log softmax over the last axis."""
-    top = logits.max(axis=-1, keepdims=True)
-    return logits - (top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))
+    """log softmax over the last axis.
+
+    All of a row is NaN if one of its logits is NaN or positive infinity, or none is finite:
+    then so is the difference of the largest from itself.
+    """
+    with np.errstate(invalid="ignore"):
+        top = logits.max(axis=-1, keepdims=True)
+        return logits - (top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))
 
 
 def sample(
@@ -159,7 +164,7 @@ def sample(
             counts[row, token] += 1
         entry = entries[row, int(steps[row]) % entries.shape[1]]
         entry["id"] = token
-        entry["logprob"] = token_logprobs(raw)[token]
+        entry["logprob"] = token_logprobs(raw)[token]  # NaN if the logits are not finite
         entry["stamp"] = entry["stamp_again"] = steps[row] + np.uint32(1)
         steps[row] += np.uint32(1)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .core.compiler import constants
 from .core.device import has_clusters, sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, op
@@ -24,9 +25,6 @@ __all__ = [
     "top_logprobs",
 ]
 
-_THREADS = 1024  # THREADS in sampling.cu
-_PLAIN_THREADS = 512  # THREADS in sample_plain.cu
-
 SAMPLE = Kernel(
     "sampling.cu",
     "sample",
@@ -43,7 +41,7 @@ SAMPLE_PLAIN = {
         "positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], V: int, Vp, Q",
         overlaps=True,
     )
-    for parts, ending in ((1, ""), (2, "_2"), (4, "_4"), (8, "_8"))
+    for parts, ending in ((1, ""), (2, "_c2"), (4, "_c4"), (8, "_c8"))
 }
 SAMPLE_LOGITS = Kernel(
     "sample_logits.cu",
@@ -121,7 +119,9 @@ def sample(
         Tokens chosen so far in each row; advanced.
     ring : array of uint8 [B, Q, 16]
         ``RING_ENTRY`` of the last Q tokens of each row: id, log-probability
-        under the raw logits, and the step count as a stamp of either half.
+        under the raw logits, and the step count as a stamp of either half. The
+        log-probability is NaN where, and only where, the raw logits are not finite: one
+        is NaN or positive infinity, or none is a number above negative infinity.
     counts : array of int32 [B, V], optional
         How often each token was generated, plus ``PROMPT_BIT``; advanced.
     bias : array of float32 [B, V], optional
@@ -136,11 +136,17 @@ def sample(
     if plain:
         parts = _parts(len(logits))
         grid = (len(logits) * parts,)
-        launch(SAMPLE_PLAIN[parts], grid, (_PLAIN_THREADS,), (logits, *state, vocab_size))
+        launch(SAMPLE_PLAIN[parts], grid, _block(SAMPLE_PLAIN[parts]), (logits, *state, vocab_size))
         return
     if scratch is None:
         scratch = device_empty(logits.shape, logits.dtype)
-    launch(SAMPLE, (len(logits),), (_THREADS,), (logits, *state, counts, bias, scratch, vocab_size))
+    launch(
+        SAMPLE, (len(logits),), _block(SAMPLE), (logits, *state, counts, bias, scratch, vocab_size)
+    )
+
+
+def _block(kernel: Kernel) -> tuple[int]:
+    return (constants(kernel.source)["THREADS"],)
 
 
 def _parts(rows: int) -> int:
@@ -246,7 +252,7 @@ def sample_logits(
     seed -= (seed >> 63) << 64  # the same bits as a signed number
     settings = (temperature, top_k, top_p, min_p, seed)
     args = (logits, positions, scratch, out, *settings)
-    launch(SAMPLE_LOGITS, (len(logits),), (_THREADS,), args, elem=logits.dtype)
+    launch(SAMPLE_LOGITS, (len(logits),), _block(SAMPLE_LOGITS), args, elem=logits.dtype)
     return out
 
 
@@ -266,13 +272,15 @@ def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Arr
     """
     shape = (len(logits), count)
     ids, logprobs = device_empty(shape, np.int32), device_empty(shape, np.float32)
-    launch(TOP_LOGPROBS, (len(logits),), (_THREADS,), (logits, ids, logprobs, vocab_size))
+    launch(TOP_LOGPROBS, (len(logits),), _block(TOP_LOGPROBS), (logits, ids, logprobs, vocab_size))
     return ids, logprobs
 
 
 @op(reference="reference.target_logprobs")
 def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     """Log-probability of one given token per row; 0 where the target is no token.
+
+    It is NaN where, and only where, the row's logits are not finite, as in :func:`sample`.
 
     Parameters
     ----------
@@ -285,5 +293,10 @@ def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     array of float32 [N]
     """
     logprobs = device_empty((len(logits),), np.float32)
-    launch(TARGET_LOGPROBS, (len(logits),), (_THREADS,), (logits, targets, logprobs, vocab_size))
+    launch(
+        TARGET_LOGPROBS,
+        (len(logits),),
+        _block(TARGET_LOGPROBS),
+        (logits, targets, logprobs, vocab_size),
+    )
     return logprobs

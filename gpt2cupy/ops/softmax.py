@@ -12,7 +12,7 @@ from .core.registry import Cost, moved, op, written
 Array = Any
 
 _WARPS = 4  # rows of a block where a row has a warp
-_BLOCKS = 8  # BLOCKS in softmax_rows.cu: of a cluster
+_BLOCKS = 8  # of a cluster
 _HELD = 16  # HELD in softmax_rows.cu: channels of a thread
 _WIDE = 8192  # channels from which on a row has a cluster
 _SOFTMAX = "x: ELEM[*N,C], out: ELEM[*N,C]~, N, C, x_stride, out_stride"

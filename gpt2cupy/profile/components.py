@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import ops
-from ..decode import DecodeState, EagerDecoder
-from ..errors import InputError
+from ..decode import Decoder, DecodeState
+from ..errors import InputError, shown
 from ..model import GPT2
 from ..ops.core import registry
 from ..ops.core.launch import is_device_array
 from ..ops.core.registry import Cost
-from ..ops.core.tape import recorded
+from ..ops.core.tape import load, recorded
 from ..quantize import QuantizedMatrix
 
 # The rows of each table, in the order of the forward pass.
@@ -76,7 +76,9 @@ def component(name: str) -> str:
     found = covering if len(covering) == 1 else starting
     if len(found) != 1:
         raise InputError(
-            f"unknown component {name!r}", where="--component", remedy=f"Use {', '.join(known)}."
+            f"unknown component {shown(name)}",
+            where="--component",
+            remedy=f"Use {', '.join(known)}.",
         )
     return found[0]
 
@@ -148,7 +150,6 @@ def observed(around: Callable[[registry.Op, tuple, dict[str, Any]], Any]) -> Ite
 def _apart(
     x: Any, weight: Any, bias: Any, eps: float, *product: Any, h: Any = None, **options: Any
 ) -> Any:
-    options.pop("shift", None)  # that of a kernel of both
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *product, **options)
 
 
@@ -175,8 +176,8 @@ class _Places:
         return path, layer
 
 
-def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[Op]:
-    """The ops of one step of a decode path in order, labelled and counted.
+def ops_of_step(decoder: Decoder, state: DecodeState, context: float) -> list[Op]:
+    """The ops of one step of a decoder in order, labelled and counted.
 
     On the GPU the step is only recorded; on NumPy it is run once.
 
@@ -185,7 +186,7 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
     context : float
         Tokens that each row's slot holds before a step, for the cost of attention.
     """
-    places, found = _Places(path.model, state), list[Op]()
+    places, found = _Places(decoder.model, state), list[Op]()
 
     def around(op: registry.Op, args: tuple, options: dict[str, Any]) -> Any:
         begin, name = len(calls), op.__name__
@@ -199,9 +200,9 @@ def ops_of_step(path: EagerDecoder, state: DecodeState, context: float) -> list[
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
-    path._prepare_model(state.batch)
     with observed(around), recorded() as calls:
-        path._step(state)
+        decoder.function(decoder.model, state)
+    load(calls)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import Gpt2CupyError, InputError
 from ..output import file_errors
 
 
@@ -16,7 +16,7 @@ def matplotlib_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(
+        raise Gpt2CupyError(
             "matplotlib is not installed", where="--plot", remedy="Install gpt2cupy[bench]."
         ) from error
     return Figure

@@ -1,6 +1,6 @@
 """Text to token ids and back, from the files of a checkpoint."""
 
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import NoTokenizer, StreamDecoder, Tokenizer
 from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT
 
-__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "StreamDecoder", "Tokenizer"]
+__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "NoTokenizer", "StreamDecoder", "Tokenizer"]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import TokenizerError
-from ..files import open_plain
-from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, Vocabulary, reachable, token_texts
+from ..errors import NoTokenizerError, TokenizerError
+from ..file_kinds import LLMC, LLMC_TOKENIZER, LLMC_TOKENIZER_MAGIC, SAFETENSORS, TORCH, kind_of
+from . import tokenizer_json
+from .added_tokens import Added, read_added
+from .reading import broken, is_file, is_id, json_object, other_kind, read_file, read_head
+from .vocabulary import BYTE_SYMBOLS, AddedToken, Vocabulary, reachable, token_texts
 
-_LLMC_MAGIC, _LLMC_MODEL_MAGIC = 20240328, 20240326
 _LLMC_HEADER = 256 * 4
-_MAX_BYTES = 64 << 20  # far above any real tokenizer; bounds what a wrong file can cost
+_OTHERS = {
+    "vocab.txt": "the vocabulary of a WordPiece tokenizer, which is not read",
+    "tokenizer.model": "a sentencepiece model, which is not read",
+    "spiece.model": "a sentencepiece model, which is not read",
+    "vocab.json": "and no merges.txt",
+}
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
@@ -32,136 +37,76 @@ def read_folder(folder: Path) -> Vocabulary:
             where=str(folder),
             remedy="Pass tokenizer= with a folder, a tokenizer.json or an llm.c tokenizer file.",
         )
-    raise TokenizerError(
+    for name, meaning in _OTHERS.items():
+        if is_file(folder / name):
+            raise other_kind(f"the folder has {name}, {meaning}", folder)
+    raise NoTokenizerError(
         "the folder has no tokenizer",
         where=str(folder),
         remedy="It needs tokenizer.json, or vocab.json and merges.txt, or encoder.json and "
-        "vocab.bpe; or pass tokenizer= with the place of one.",
+        "vocab.bpe; or pass tokenizer= with the place of one, or token ids.",
     )
 
 
+def read_one_file(path: Path) -> Vocabulary:
+    """A file that is a tokenizer by itself: tokenizer.json by its name, or llm.c's."""
+    kind = kind_of(read_head(path))
+    if path.suffix == ".json" or kind == "json":
+        return read_tokenizer_json(path)
+    if kind == LLMC_TOKENIZER:
+        return read_llmc(path)
+    if kind in (LLMC, TORCH, SAFETENSORS):
+        raise NoTokenizerError(
+            "this is a file of weights, which holds no tokenizer",
+            where=str(path),
+            remedy="Pass tokenizer= with the folder or gpt2_tokenizer.bin of its tokenizer, or "
+            "token ids.",
+        )
+    if kind == "text":
+        raise TokenizerError(
+            "this is a text file, not a tokenizer",
+            where=str(path),
+            remedy="Pass the folder that holds vocab.json and merges.txt, or a tokenizer.json.",
+        )
+    raise broken("it is neither JSON nor llm.c's", path)
+
+
 def _read_pair(vocab_path: Path, merges_path: Path) -> Vocabulary:
-    lines = _read(merges_path).decode("utf-8", "surrogateescape").split("\n")
+    lines = read_file(merges_path).decode("utf-8", "surrogateescape").split("\n")
     merges = [
         line.rstrip("\r").split(" ")
         for line in lines
         if line.strip() and not line.startswith("#version")
     ]
-    added = _Added(vocab_path.parent)
-    return _bpe(_json_object(vocab_path), merges, added, where=str(merges_path))
+    vocab = json_object(vocab_path)
+    added = read_added(vocab_path.parent, vocab, vocab_path)
+    return _bpe(vocab, merges, added, added.prefix_space, merges_path)
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
-    """The `tokenizers` library's file, if it is GPT-2's kind of BPE and nothing else."""
-    whole = _json_object(path)
-    model = whole.get("model")
-    if not isinstance(model, dict):
-        raise _broken("there is no model in it", path)
-    splitter = whole.get("pre_tokenizer") or {}
-    outer = {
-        "model": model.get("type", "BPE") == "BPE",
-        "dropout": not model.get("dropout"),
-        "byte_fallback": not model.get("byte_fallback"),
-        "ignore_merges": not model.get("ignore_merges"),
-        "continuing_subword_prefix": not model.get("continuing_subword_prefix"),
-        "end_of_word_suffix": not model.get("end_of_word_suffix"),
-        "normalizer": whole.get("normalizer") is None,
-        "pre_tokenizer": _kind(splitter) == "ByteLevel" and splitter.get("use_regex", True) is True,
-        "add_prefix_space": _kind(splitter) == "" or splitter.get("add_prefix_space") is False,
-        "decoder": _kind(whole.get("decoder")) == "ByteLevel",
-        "post_processor": _adds_no_token(whole.get("post_processor")),
-    }
-    if wrong := [name for name, fits in outer.items() if not fits]:
-        raise TokenizerError(
-            f"not GPT-2's byte-level BPE: its {wrong[0]} differs",
-            where=str(path),
-            remedy="Only the tokenizers of GPT-2 checkpoints are read.",
-        )
-    vocab, merges, listed = model.get("vocab"), model.get("merges"), whole.get("added_tokens", [])
-    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(listed, list):
-        raise _broken("vocab, merges or added_tokens have the wrong type", path)
-    pairs = [line.split(" ") if isinstance(line, str) else line for line in merges]
-    added = _Added(path.parent)
-    for entry in listed:
-        added.note(entry, entry.get("id") if isinstance(entry, dict) else None, path)
-    return _bpe(vocab, pairs, added, where=str(path))
-
-
-def _kind(part: Any) -> str:
-    return part.get("type", "") if isinstance(part, dict) else ""
-
-
-def _adds_no_token(post_processor: Any) -> bool:
-    """Whether ids stay as they are: transformers 5 writes a template of nothing but the text."""
-    if _kind(post_processor) != "TemplateProcessing":
-        return _kind(post_processor) in ("", "ByteLevel")
-    parts = post_processor.get("single")
-    whole = isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], dict)
-    return whole and list(parts[0]) == ["Sequence"]
-
-
-class _Added:
-    """Added tokens and options that stand beside the vocabulary in a checkpoint folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.ids: dict[str, int] = {}
-        self.always: set[str] = set()
-        self.end = END_OF_TEXT
-        path = folder / "tokenizer_config.json"
-        options = _json_object(path) if is_file(path) else {}
-        for name in ("add_prefix_space", "add_bos_token"):
-            if options.get(name):
-                raise TokenizerError(
-                    f"{name} is not supported",
-                    where=str(path),
-                    remedy="Set it to false and write the space or token into the prompt.",
-                )
-        decoder = options.get("added_tokens_decoder") or {}
-        for id_, entry in decoder.items() if isinstance(decoder, dict) else ():
-            self.note(entry, int(id_) if id_.isdecimal() and len(id_) < 12 else None, path)
-        beside = folder / "added_tokens.json"
-        for token, id_ in (_json_object(beside) if is_file(beside) else {}).items():
-            self.note({"content": token, "special": token not in self.always}, id_, beside)
-        end = options.get("eos_token")
-        end = end.get("content") if isinstance(end, dict) else end
-        if isinstance(end, str) and end:
-            self.end = end
-
-    def note(self, entry: Any, id_: Any, path: Path) -> None:
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(content, str) or not content or not _is_id(id_):
-            raise _broken("an added token has no text or no id", path)
-        if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise TokenizerError(
-                f"the added token {content!r} takes lstrip, rstrip or single_word",
-                where=str(path),
-                remedy="Only plain added tokens are supported; set the three to false.",
-            )
-        self.ids[content] = id_
-        if entry.get("special", True):
-            self.always.discard(content)
-        else:
-            self.always.add(content)
+    """The `tokenizers` library's file, if its effect is that of GPT-2's BPE."""
+    whole = json_object(path)
+    vocab, merges, listed = tokenizer_json.parts(whole, path)
+    prefix = tokenizer_json.prefix_space(whole, path)
+    added = read_added(path.parent, vocab, path, listed)
+    return _bpe(vocab, merges, added, added.prefix_space if added.gpt2 else prefix, path)
 
 
 def _bpe(
-    vocab: dict[str, Any], merges: list[list[str]], added: _Added, *, where: str
+    vocab: dict[str, Any], merges: list[Any], added: Added, prefix_space: bool, path: Path
 ) -> Vocabulary:
     """Check a vocabulary (printable symbols to ids) against merges in order, and join them."""
-    if not all(map(_is_id, vocab.values())) or len(set(vocab.values())) != len(vocab):
-        raise _broken("an id of the vocabulary is not a number, or stands twice", Path(where))
-    for name in (END_OF_TEXT, added.end):
-        if name in vocab:
-            added.ids.setdefault(name, vocab[name])
+    if not all(map(is_id, vocab.values())) or len(set(vocab.values())) != len(vocab):
+        raise broken("an id of the vocabulary is not a number, or stands twice", path)
     owners = dict(zip(vocab.values(), vocab, strict=True))
-    for text, id_ in added.ids.items():
-        if owners.setdefault(id_, text) != text or vocab.get(text, id_) != id_:
-            raise _broken(f"the added token {text!r} clashes with the vocabulary", Path(where))
+    for text, token in added.tokens.items():
+        if owners.setdefault(token.id, text) != text or vocab.get(text, token.id) != token.id:
+            raise broken(f"the added token {text!r} clashes with the vocabulary", path)
     if lost := [symbol for symbol in BYTE_SYMBOLS if symbol not in vocab]:
-        raise TokenizerError(
-            f"the vocabulary has no token for byte {BYTE_SYMBOLS[lost[0]]:#04x}",
-            where=where,
-            remedy="Byte-level BPE needs all 256; some texts could not be encoded.",
+        raise other_kind(
+            f"the vocabulary has no token for byte {BYTE_SYMBOLS[lost[0]]:#04x}, so that some "
+            "texts could not be encoded",
+            path,
         )
     rules: list[tuple[int, int, int]] = []
     try:
@@ -169,15 +114,22 @@ def _bpe(
     except (KeyError, ValueError, TypeError) as error:
         raise TokenizerError(
             f"merge {len(rules)} does not fit the vocabulary: {merges[len(rules)]!r}"[:200],
-            where=where,
+            where=str(path),
             remedy="Take vocabulary and merges from the same checkpoint.",
         ) from error
-    alphabet = sorted(vocab[symbol] for symbol in BYTE_SYMBOLS)
+    alphabet = [vocab[symbol] for symbol in BYTE_SYMBOLS]
     texts = token_texts(vocab) | {
-        id_: text.encode("utf-8", "replace") for text, id_ in added.ids.items()
+        token.id: text.encode("utf-8", "replace") for text, token in added.tokens.items()
     }
-    merged = alphabet + reachable(alphabet, rules, where)
-    return Vocabulary(merged, texts, added.ids, frozenset(added.always), added.end)
+    learnt = reachable(sorted(alphabet), rules)
+    return Vocabulary(
+        sorted(alphabet) + (learnt or []),
+        texts,
+        added.tokens,
+        {role: added.tokens[text].id for role, text in added.roles.items()},
+        prefix_space,
+        rules if learnt is None else [],
+    )
 
 
 def read_llmc(path: Path) -> Vocabulary:
@@ -185,18 +137,12 @@ def read_llmc(path: Path) -> Vocabulary:
 
     It holds no merges and needs none: GPT-2's ids are in merge order.
     """
-    data = _read(path)
+    data = read_file(path)
     if len(data) < _LLMC_HEADER:
-        raise _broken("it is shorter than llm.c's header", path)
+        raise broken("it is shorter than llm.c's header", path)
     magic, version, count, end = np.frombuffer(data, "<i4", 4).tolist()
-    if magic == _LLMC_MODEL_MAGIC:
-        raise TokenizerError(
-            "this is a model of llm.c, not a tokenizer",
-            where=str(path),
-            remedy="Pass tokenizer= with the gpt2_tokenizer.bin that belongs to it.",
-        )
-    if magic != _LLMC_MAGIC or version not in (1, 2):
-        raise _broken(f"magic {magic} and version {version} are not llm.c's", path)
+    if magic != LLMC_TOKENIZER_MAGIC or version not in (1, 2):
+        raise broken(f"magic {magic} and version {version} are not llm.c's", path)
     # Version 1 did not store the end-of-text token: it was always GPT-2's.
     end = count - 1 if version == 1 else end
     texts: dict[int, bytes] = {}
@@ -204,62 +150,15 @@ def read_llmc(path: Path) -> Vocabulary:
     while len(texts) < count and place < len(data):
         size = data[place]
         if not size:
-            raise _broken(f"token {len(texts)} is empty", path)
+            raise broken(f"token {len(texts)} is empty", path)
         texts[len(texts)] = data[place + 1 : place + 1 + size]
         place += 1 + size
     if len(texts) != count or place != len(data) or end not in texts:
-        raise _broken("the number of tokens is not what the header says", path)
+        raise broken("the number of tokens is not what the header says", path)
     merged = [id_ for id_ in texts if id_ != end]
     ordinary = {texts[id_] for id_ in merged}
     if len(ordinary) != len(merged) or not all(bytes([b]) in ordinary for b in range(256)):
-        raise _broken("a token stands twice or a byte has none", path)
+        raise broken("a token stands twice or a byte has none", path)
     name = texts[end].decode("utf-8", "replace")
-    return Vocabulary(merged, texts, {name: end}, end=name)
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; a folder that may not be searched is an error."""
-    try:
-        return path.is_file()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open_plain(path) as file:
-            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
-                raise _broken(f"it is larger than {_MAX_BYTES >> 20} MiB", path)
-            return file.read()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> TokenizerError:
-    return TokenizerError(
-        f"cannot read the tokenizer: {error.strerror}",
-        where=str(path),
-        remedy="Check that the file exists and may be read.",
-    )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise _broken(f"not JSON: {error}", path) from error
-    if not isinstance(found, dict):
-        raise _broken("it is not a JSON object", path)
-    return found
-
-
-def _broken(what: str, path: Path) -> TokenizerError:
-    return TokenizerError(
-        f"the tokenizer file is broken: {what}",
-        where=str(path),
-        remedy="Download or copy it again.",
-    )
+    roles = {"bos_token": end, "eos_token": end}
+    return Vocabulary(merged, texts, {name: AddedToken(name, end)}, roles)

@@ -6,21 +6,25 @@ import codecs
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import tiktoken
 
-from ..errors import InputError, TokenizerError
-from .files import is_file, read_folder, read_llmc, read_tokenizer_json
-from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, Vocabulary
+from ..errors import InputError, NoTokenizerError, TokenizerError, kind_of, shown
+from .files import read_folder, read_llmc, read_one_file
+from .merging import Merger
+from .reading import is_file
+from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, WHITE_SPACE, AddedToken, Vocabulary
 
-__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "PATTERN", "StreamDecoder", "Tokenizer"]
+__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "PATTERN", "NoTokenizer", "StreamDecoder", "Tokenizer"]
 
 # How GPT-2 cuts text into words before byte pairs are merged. Possessive where nothing can be
 # given back, so that the regex engine keeps no stack for it.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
 # The rule \s+(?!\S) does keep a stack, of at most a million characters: longer runs of white
 # space are cut where it would cut them. Python's \s has four control characters too many.
-_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{2,}")
+_SPACES = re.compile(f"[{WHITE_SPACE}]{{2,}}")
+_LEADING = re.compile(f"[{WHITE_SPACE}]*")
 _LONG = 100_000
 
 
@@ -33,9 +37,15 @@ class Tokenizer:
     Attributes
     ----------
     vocab_size : int
-        Largest id plus one. A model with fewer rows than this cannot use the tokenizer.
+        Largest id plus one. Ids that the model does not have are errors where they are met.
+    ordinary_size : int
+        The same of the tokens that any text may give, without added ones.
     specials : dict of str to int
         Added tokens and their ids.
+    special_tokens : dict of str to int
+        Ids of bos_token, eos_token, pad_token, unk_token and so on, those that the
+        files name; GPT-2's own names stand for bos, eos and unk where transformers
+        assumes them.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -48,11 +58,20 @@ class Tokenizer:
             mergeable_ranks={texts[id_]: rank for rank, id_ in enumerate(merged)},
             special_tokens={},
         )
+        self._merger = None
+        if vocabulary.rules:
+            alphabet = {texts[id_]: id_ for id_ in merged[:256]}
+            self._merger = Merger([alphabet[bytes([i])] for i in range(256)], vocabulary.rules)
         self._texts = texts
-        self._always = vocabulary.always
-        self._end = vocabulary.end
-        self.specials = dict(vocabulary.added)
+        self._added = vocabulary.added
+        self._prefix_space = vocabulary.prefix_space
+        self.specials = {text: token.id for text, token in vocabulary.added.items()}
+        self.special_tokens = dict(vocabulary.roles)
         self.vocab_size = max(texts) + 1
+        self.ordinary_size = max([*merged, *(made for _, _, made in vocabulary.rules)]) + 1
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {len(self._texts)} tokens, special {', '.join(self.specials)}>"
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
@@ -60,14 +79,14 @@ class Tokenizer:
 
         Raises
         ------
+        NoTokenizerError
+            If there is none, or it is of another kind than GPT-2's.
         TokenizerError
-            If a file is missing, unreadable, broken, does not fit another, or
-            is not GPT-2's kind of tokenizer.
+            If a file is missing, unreadable, broken, or does not fit another.
         """
         path = Path(path)
-        if path.suffix == ".json":
-            return cls(read_tokenizer_json(path))
-        return cls.from_llmc(path) if is_file(path) else cls.from_folder(path)
+        one = path.suffix == ".json" or is_file(path)
+        return cls(read_one_file(path)) if one else cls.from_folder(path)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -82,13 +101,17 @@ class Tokenizer:
     @property
     def eot_token(self) -> int:
         """Id of the end-of-text token."""
-        if self._end not in self.specials:
+        end = self.special_tokens.get("eos_token", self.specials.get(END_OF_TEXT))
+        if end is None:
             raise TokenizerError(
-                f"the vocabulary has no {self._end}",
+                f"the vocabulary has no {END_OF_TEXT}",
                 where="tokenizer",
                 remedy="Give at least one token of prompt, or bos=False in score().",
             )
-        return self.specials[self._end]
+        return end
+
+    def require(self) -> None:
+        """Raise where there is no tokenizer, for what means nothing without text."""
 
     def encode(self, text: str, *, allowed_special: str | Collection[str] = "none") -> list[int]:
         """Ids of a text.
@@ -106,41 +129,74 @@ class Tokenizer:
         InputError
             If ``allowed_special`` names a token that does not exist.
         """
+        if not isinstance(text, str):
+            raise InputError(
+                f"a text cannot be {kind_of(text)}",
+                where="text",
+                remedy="Pass a string; decode bytes first.",
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         allowed = self._allowed(allowed_special)
+        parts: list[str | AddedToken] = [text]
+        # As in the tokenizers library, tokens that are normalized come second.
+        for normalized in (False, True):
+            tokens = [token for token in allowed if token.normalized is normalized]
+            if tokens:
+                parts = [
+                    piece
+                    for part in parts
+                    for piece in (_split(part, tokens) if isinstance(part, str) else (part,))
+                ]
         ids: list[int] = []
-        for part in _split(text, allowed):
-            if part in allowed:
-                ids.append(self.specials[part])
-            else:
+        for part in parts:
+            if isinstance(part, str):
                 ids += self._encode_words(part)
+            else:
+                ids.append(part.id)
         return ids
 
     def _encode_words(self, text: str) -> list[int]:
+        if self._prefix_space and text and not text.startswith(" "):
+            text = f" {text}"
+        if self._merger is not None:
+            return self._merger.encode(text)
         found: list[int] = []
         for part in _without_long_spaces(text):
             found += self._encoding.encode_ordinary(part)
         return found if self._ids is None else [self._ids[rank] for rank in found]
 
-    def _allowed(self, names: str | Collection[str]) -> frozenset[str]:
-        if names == "all":
-            return frozenset(self.specials)
-        chosen = frozenset() if names == "none" else frozenset(names)
-        if (isinstance(names, str) and chosen) or not chosen <= self.specials.keys():
+    def _allowed(self, names: str | Collection[str]) -> list[AddedToken]:
+        if isinstance(names, str) and names == "all":
+            return list(self._added.values())
+        try:
+            chosen = frozenset() if isinstance(names, str) else frozenset(names)
+        except TypeError:  # no collection, or not of strings
+            chosen = frozenset([""])
+        if (
+            names not in ("", "none")
+            if isinstance(names, str)
+            else not chosen <= self.specials.keys()
+        ):
             raise InputError(
-                f"no special tokens {names!r}",
+                f"no special tokens {shown(names)}",
                 where="allowed_special",
                 remedy=f"Use 'none', 'all', or some of {sorted(self.specials)}.",
             )
-        return chosen | self._always
+        return [t for t in self._added.values() if t.text in chosen or not t.special]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of ids, which need not be whole characters."""
         try:
             return b"".join([self._texts[id_] for id_ in ids])
+        except TypeError as error:
+            raise TokenizerError(
+                f"token ids must be integers, not {shown(ids)}",
+                where="decode",
+                remedy="Pass a list of integers.",
+            ) from error
         except KeyError as error:
             raise TokenizerError(
                 f"token id {error} is not in the vocabulary",
@@ -157,13 +213,31 @@ class Tokenizer:
         return StreamDecoder(self)
 
 
-def _split(text: str, tokens: Collection[str]) -> list[str]:
-    """The text cut before and after each of the tokens."""
-    if not any(token in text for token in tokens):
-        return [text]
+def _split(text: str, tokens: Collection[AddedToken]) -> Iterator[str | AddedToken]:
+    """The text cut before and after each of the tokens, without empty parts."""
+    by_text = {token.text: token for token in tokens if token.text in text}
     # Of several that begin at one place the longest is meant.
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    longest_first = sorted(by_text, key=len, reverse=True)
+    start = 0
+    for match in re.finditer("|".join(map(re.escape, longest_first)), text) if by_text else ():
+        token = by_text[match[0]]
+        if token.single_word:
+            raise InputError(
+                f"the text has {token.text!r}, which the tokenizer takes for a token only as a "
+                "word of its own; that is not supported",
+                where="text",
+                remedy="Pass token ids, or a tokenizer whose added tokens are not single_word.",
+            )
+        plain = text[start : match.start()]
+        plain = plain.rstrip(WHITE_SPACE) if token.lstrip else plain
+        if plain:
+            yield plain
+        yield token
+        start = max(start, match.end())
+        if token.rstrip:
+            start = cast("re.Match[str]", _LEADING.match(text, start)).end()
+    if start < len(text):
+        yield text[start:]
 
 
 def _without_long_spaces(text: str) -> Iterator[str]:
@@ -199,3 +273,51 @@ class StreamDecoder:
     def flush(self) -> str:
         """What remains at the end: U+FFFD for an unfinished character."""
         return self._utf8.decode(b"", final=True)
+
+
+class NoTokenizer(Tokenizer):
+    """Stands where a model's tokenizer cannot be read: ids pass, text raises and says why.
+
+    Parameters
+    ----------
+    reason : NoTokenizerError
+    """
+
+    def __init__(self, reason: NoTokenizerError) -> None:
+        self.reason = reason
+        self.specials = {}
+        self.special_tokens = {}
+        self.vocab_size = self.ordinary_size = 0
+
+    def _raise(self) -> NoTokenizerError:
+        return NoTokenizerError(
+            f"the model has no tokenizer, so it takes and returns token ids: {self.reason.what}",
+            where=self.reason.where,
+            remedy=self.reason.remedy,
+        )
+
+    @property
+    def eot_token(self) -> int:
+        raise self._raise()
+
+    def require(self) -> None:
+        raise self._raise()
+
+    def encode(self, text: str, *, allowed_special: str | Collection[str] = "none") -> list[int]:
+        raise self._raise()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        raise self._raise()
+
+    def stream(self) -> StreamDecoder:
+        return _NoText(self)
+
+
+class _NoText(StreamDecoder):
+    """The text of ids that no tokenizer knows: none."""
+
+    def push(self, id_: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""

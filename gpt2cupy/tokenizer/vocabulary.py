@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..errors import TokenizerError
-
 END_OF_TEXT = "<|endoftext|>"
+# What Unicode calls white space; Python's \s has four control characters more.
+_SPACE_CODES = (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B))
+WHITE_SPACE = "".join(map(chr, (*_SPACE_CODES, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)))
 
 
 def _byte_symbols() -> dict[str, int]:
@@ -21,6 +22,33 @@ BYTE_SYMBOLS = _byte_symbols()
 
 
 @dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched as a whole.
+
+    Attributes
+    ----------
+    text : str
+    id : int
+    special : bool
+        Matched only where allowed; else it is ordinary text to its users.
+    lstrip, rstrip : bool
+        White space before or behind it is swallowed.
+    single_word : bool
+        Matched only where no letter stands beside it.
+    normalized : bool
+        Matched after those that are not.
+    """
+
+    text: str
+    id: int
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """The tokens of a tokenizer.
 
@@ -30,23 +58,28 @@ class Vocabulary:
         Ids that encoding can make, in the order in which merges apply: bytes first.
     texts : dict of int to bytes
         Bytes of every id, the added tokens too.
-    added : dict of str to int
-        Tokens that are matched as a whole and only where allowed.
-    always : set of str
-        Those of ``added`` that are ordinary text to their users and matched everywhere.
-    end : str
-        The end-of-text token's name.
+    added : dict of str to AddedToken
+    roles : dict of str to int
+        Ids of bos_token, eos_token and so on.
+    prefix_space : bool
+        A space goes before a text that begins with none.
+    rules : list of (int, int, int)
+        Left, right and joined token of every merge, where their order is not that in
+        which they were learnt: then ``merged`` does not say what encoding does.
     """
 
     merged: list[int]
     texts: dict[int, bytes]
-    added: dict[str, int] = field(default_factory=dict)
-    always: frozenset[str] = frozenset()
-    end: str = END_OF_TEXT
+    added: dict[str, AddedToken] = field(default_factory=dict)
+    roles: dict[str, int] = field(default_factory=dict)
+    prefix_space: bool = False
+    rules: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def reachable(alphabet: list[int], rules: list[tuple[int, int, int]], where: str) -> list[int]:
+def reachable(alphabet: list[int], rules: list[tuple[int, int, int]]) -> list[int] | None:
     """Tokens that merging can make, by the rank of the rule that makes them.
+
+    None where a rule uses a token that only a later one makes.
 
     tiktoken knows tokens and ranks, not pairs: it joins any two neighbours whose
     bytes together are a token. That is the same as applying the rules exactly if
@@ -85,11 +118,7 @@ def reachable(alphabet: list[int], rules: list[tuple[int, int, int]], where: str
         elif token not in born and ranks[left, right] == rank and meet(left, right, rank):
             born[token], parts[token] = rank, (left, right)
     if any(left in born and right in born for left, right in skipped):
-        raise TokenizerError(
-            "a merge uses a token that only a later merge makes",
-            where=where,
-            remedy="Merges must stand in the order in which they were learnt.",
-        )
+        return None
     return list(parts)
 
 

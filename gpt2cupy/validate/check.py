@@ -120,16 +120,14 @@ def validate(
     return found + with_decoders(decoders, ids, prefilled, {"float64": exact, "full": full}, limit)
 
 
-def chosen_decoders(
-    model: GPT2, paths: Sequence[str] | None, rows: int
-) -> list[decode.EagerDecoder]:
+def chosen_decoders(model: GPT2, paths: Sequence[str] | None, rows: int) -> list[decode.Decoder]:
     """Eager, which the others are compared with, and the paths named; by default all there are."""
     names = decode.usable(model, rows) if paths is None else paths
     return [decode.decoder(model, name, rows) for name in dict.fromkeys(("eager", *names))]
 
 
 def with_decoders(
-    decoders: Sequence[decode.EagerDecoder],
+    decoders: Sequence[decode.Decoder],
     ids: np.ndarray,
     prefilled: int,
     references: dict[str, np.ndarray],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..config import GPT2Config
-from ..decode import DecodeState, EagerDecoder, PromptRunner
+from ..decode import Decoder, DecodeState, PromptRunner
 from ..decode.prompt import BUCKETS
 from ..model import GPT2
 from ..ops import reference
@@ -139,7 +139,7 @@ def feed(state: DecodeState, tokens: np.ndarray, position: int) -> None:
             array.set(whole)
 
 
-def cached(decoder: EagerDecoder, ids: np.ndarray, prefilled: int = 0) -> np.ndarray:
+def cached(decoder: Decoder, ids: np.ndarray, prefilled: int = 0) -> np.ndarray:
     """Logits [B, T - prefilled, V] of one decode step per token, each fed the given token."""
     model = decoder.model
     found = []

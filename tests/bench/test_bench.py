@@ -21,6 +21,7 @@ from gpt2cupy.cache import KVCache
 from gpt2cupy.decode import graph
 from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.record import ROOT
+from gpt2cupy.timing import Timing
 from gpt2cupy.weights import RESIDUAL_BIASES, Weights
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -352,9 +353,7 @@ def test_norm_and_product_apart_are_what_they_are_together():
     x, weight = rng.standard_normal((2, 8)), rng.standard_normal((5, 8))
     norm, bias = rng.standard_normal((2, 8)), rng.standard_normal(5)
     together = ops.norm_linear(x, *norm, 1e-5, weight, bias, activation="relu")
-    shift = ops.shifted_bias(norm[1], weight, bias)
-    options = {"activation": "relu", "shift": shift}
-    apart = ablation._norm_then_linear(x, *norm, 1e-5, weight, bias, **options)
+    apart = ablation._norm_then_linear(x, *norm, 1e-5, weight, bias, activation="relu")
     np.testing.assert_array_equal(together, apart)
 
 
@@ -378,6 +377,16 @@ def test_a_soak_becomes_a_record(tmp_path):
     assert set(results["counts"]) == set(soak.Load.WAYS), "every way was taken"
     assert sum(results["counts"].values()) == results["rows"][-1]["requests"] >= 400
     assert widths(tables.soak(entry)) == {6}
+
+
+def test_a_start_on_a_gpu_says_what_all_kernels_take():
+    timing = Timing.of([1.5]).as_dict()
+    results = {"model": "124M", "device": "cuda", "first_s": 2.5, "empty": timing, "warm": timing}
+    results["compile"] = {"seconds": 6.25, "cubins": 260, "cores": 16}
+    entry = {"date": "2026-01-02", "environment": {"gpu": "NVIDIA H200"}, "results": results}
+    made = tables.startup(entry)
+    assert widths(made) == {6} and "| 2.50 | 1.50 (1.50 to 1.50) | 6.2 |" in made
+    assert "260 cubins compiled on 16 cores" in made
 
 
 @pytest.mark.parametrize("name", soak.ALLOWED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from gpt2cupy import record
 
 sys.path.insert(0, str(record.ROOT / "bench"))
-from bench.report import gpu_test_tables, tables
+from bench.report import layout, peer_tables, profile_tables, tables
 
 _TIMING = {"median_us": 800.4, "p10_us": 790.0, "p90_us": 850.0, "runs": 50}
 
@@ -74,7 +75,7 @@ def test_a_table_is_written_from_its_record(example):
     assert run(example).returncode == 0
     text = (example / "README.md").read_text()
     assert "| float16 | 4 | eager | - | 800 | 512 | 1,000 | 4,000 |" in text
-    assert "NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02." in text
+    assert "NVIDIA" not in text, "the device stands once on a page, where the page wants it"
     assert text.startswith("A\n") and text.endswith("<!-- end -->\n\nB\n")
     assert run(example, "--check").returncode == 0
 
@@ -202,7 +203,8 @@ def profile_results():
     )
     operator |= dict.fromkeys(("self_cuda_ms", "self_cuda_percent", "cuda_total_ms"), 2.5)
     operator |= {"name": "aten::addmm", "cuda_avg_us": None, "calls": 2400}
-    operators = {"new_tokens": 50, "rows": [operator] * 30, "wall_ms": 700.0}
+    rows = [operator, *(operator | {"name": f"aten::op{n}"} for n in range(29))]
+    operators = {"new_tokens": 50, "rows": rows, "wall_ms": 700.0}
     operators |= {"self_cpu_total_ms": 653.0, "self_cuda_total_ms": 109.0}
     operators |= {"matrix_percent": 74.8, "idle_percent": 84.4}
     peer = {"settings": {"dtype": "float32"}, "tables": tables, "per_token": token}
@@ -274,7 +276,7 @@ SYNTHETIC = {
             {"model": "124M", "dtype": "float16", "batch": 1, "skipped": {}}
             | {
                 "engines": {
-                    "gpt2cupy graph": {"step": timing(100.0), "prefill": timing(900.0)}
+                    "gpt2cupy": {"step": timing(100.0), "prefill": timing(900.0)}
                     | {"load_s": 0.4, "first_run_s": 0.06},
                     # Compiles while it loads: its load_s has compile_s in it.
                     "PyTorch step": {"step": timing(300.0), "prefill": timing(4000.0)}
@@ -311,13 +313,14 @@ SAYS = {
         "| float16 | graph, gemv (only the KV cache) | 1 | 500 (500 to 500) | 2,000 | 20% |",
         "graph: one captured graph; gemv: our product. Left out: 1558M float32: needs 99 GiB.",
     ],
-    "peers": [
-        "| gpt2cupy graph | 1 | 100 (100 to 100) | 10,000 | 0.90 | 0.4 | 0.1 | 1.00 |",
-        "| PyTorch step | 1 | 300 (300 to 300) | 3,333 | 4.00 | 2.2 | 58.5 | 3.00 |",
+    "ladder": [
+        "| 5 | `graph` | 1 | 400 | 100 |",
+        "| 7 | `gemv` | 1 | 125 | 100 |",
     ],
     "profile-operators": [
         "| `aten::addmm` | 1.50 |",
-        "the first 20 of 30 operators. Self CPU 653.0 ms in all, self CUDA 109.0 ms; products are "
+        "the first 20 of 30 operators and kernels, those of one name added up. Self CPU 653.0 ms "
+        "in all, self CUDA 109.0 ms; matrix products are "
         "74.8 % of the GPU's time, which idles 84.4 % of 700 ms",
     ],
     "profile-model": [
@@ -361,13 +364,13 @@ def test_tables_of_what_only_a_gpu_measures(name):
     assert len(widths) == (name != "profile-pictures")
     assert [text for text in SAYS.get(name, []) if text not in made] == []
     assert name in ("profile-lost", "profile-added") or "not asked for" not in made
-    assert made.endswith("NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.\n")
+    assert (made.endswith(".\n") and "NVIDIA" not in made) or name.startswith("gpu-tests")
 
 
 def test_clocks_are_stated_where_the_record_has_them():
     record_ = entry(SYNTHETIC["gpu-tests"])
     record_["environment"] |= {"sm_clock_mhz": 1755, "max_sm_clock_mhz": 1980}
-    made = gpu_test_tables.gpu_tests(record_)
+    made = layout.environment({"gpu-tests": record_})
     assert "NVIDIA H200, SMs at 1755 of 1980 MHz, memory at ? MHz; driver" in made
 
 
@@ -389,7 +392,7 @@ def test_every_benchmark_has_a_section(report):
         for page in report.documents(record.ROOT)
         for _, name, _ in report._MARKED.findall(page.read_text(encoding="utf-8"))
     ]
-    assert set(marked) == set(report.SOURCES)
+    assert set(marked) == {report.ENVIRONMENT, *report.SOURCES}
 
 
 @pytest.mark.parametrize(
@@ -406,6 +409,96 @@ def test_a_record_names_no_folder_of_the_machine(monkeypatch, tmp_path, argument
     monkeypatch.setattr("sys.argv", [str(record.ROOT / "bench" / "decode.py"), argument])
     written = record.write(tmp_path / "record.json", {}, gpu=False)
     assert written["command"] == f"python bench/decode.py {shown}"
+
+
+def test_the_tables_of_peers_join_their_records():
+    found = {"peers": entry(SYNTHETIC["peers"]), "other": entry({})}
+    made = peer_tables.peers(found)
+    for said in (
+        "| gpt2cupy | 1 | 100 (100 to 100) | 10,000 | 0.90 | 0.4 | 0.1 | 1.00 |",
+        "| PyTorch step | 1 | 300 (300 to 300) | 3,333 | 4.00 | 2.2 | 58.5 | 3.00 |",
+    ):
+        assert said in made
+    made = peer_tables.summary(found)
+    header = "| engine | GPT-2 124M, tokens/s | GPT-2 1558M, tokens/s | gpt2cupy is faster by |"
+    assert made.startswith(header)
+    assert "| **gpt2cupy** | 10,000 | - |  |" in made
+    assert "CUDA graph | 3,333 | - | 3.0 x, - |" in made
+    assert "llama.cpp" not in made and "- where there is no record" in made
+    large = json.loads(json.dumps(SYNTHETIC["peers"]))
+    engines = large["rows"][0]["engines"]
+    large["rows"][0]["model"] = "1558M"
+    engines["llama.cpp"] = engines.pop("PyTorch step")
+    made = peer_tables.summary(found | {"peers-1558M": entry(large)})
+    assert "| **gpt2cupy** | 10,000 | 10,000 |  |" in made
+    assert "flash attention | - | 3,333 | -, 3.0 x |" in made
+
+
+def test_a_page_says_once_where_it_was_measured(example):
+    path = example / "README.md"
+    path.write_text(path.read_text() + "\n<!-- table: environment -->\n<!-- end -->\n")
+    assert run(example).stderr == ""
+    text = path.read_text()
+    assert text.count("Measured on NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02.") == 1
+    path.write_text("<!-- table: decode -->\n<!-- end -->\n")
+    assert "no table environment says" in run(example).stderr
+
+
+def test_every_table_has_a_sentence_above_it(report):
+    """A heading alone does not say what a table means."""
+    bare = []
+    for page in report.documents(record.ROOT):
+        lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line]
+        for above, line in itertools.pairwise(lines):
+            if line.startswith("<!-- table: ") and above.startswith(("#", "|")):
+                bare.append(f"{page.name}: {line}")
+    assert bare == []
+
+
+def test_environments_that_differ_are_told_apart():
+    one, cpu = entry({}), entry({}) | {"environment": {"cpu": "A CPU"}}
+    found = {"a": one, "b": one | {"date": "2026-01-05"}, "cpu": cpu}
+    assert layout.environment(found) == (
+        "Measured on NVIDIA H200; driver 580.1, CUDA 13.0; 2026-01-02 to 2026-01-05.\n\n"
+        "Also measured on A CPU; 2026-01-02 (cpu.json).\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("aten::addmm", "aten::addmm"),
+        ("void gemvNSP_kernel<float, 1, P<float const>, float>(P<float const>)", "gemvNSP_kernel"),
+        (
+            "std::enable_if<!(false), void>::type internal::gemvx::kernel<int, float>(int)",
+            "gemvx::kernel",
+        ),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, "
+            "std::array<char*, 3ul> >(int, at::native::CUDAFunctor_add<float>)",
+            "vectorized_elementwise_kernel<CUDAFunctor_add>",
+        ),
+        (
+            "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, 3>(char*)",
+            "CatArrayBatchedCopy",
+        ),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+        ("gemv_add_once_f32", "gemv_add_once_f32"),
+    ],
+)
+def test_kernel_names_are_short(name, shown):
+    assert layout.kernel(name) == shown
+
+
+def test_kernels_of_one_name_are_one_row():
+    row = {"self_cpu_percent": 1.0, "cpu_total_ms": 4.0, "self_cuda_ms": 3.0, "cuda_total_ms": 3.0}
+    row |= {"self_cpu_ms": 2.0, "cpu_avg_us": 2000.0, "cuda_avg_us": 1500.0, "calls": 2}
+    rows = [row | {"name": f"void k<{n}>(int)"} for n in (1, 2)]
+    host = row | {"name": "cudaLaunchKernel", "self_cuda_ms": 0.0, "self_cpu_ms": 90.0}
+    merged, last = profile_tables.by_kernel([host, *rows])
+    assert last["name"] == "cudaLaunchKernel", "the longest on the GPU first"
+    assert merged["name"] == "k" and merged["calls"] == 4 and merged["self_cuda_ms"] == 6.0
+    assert (merged["cpu_avg_us"], merged["cuda_avg_us"]) == (2000.0, 1500.0)
 
 
 @pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.json")), ids=lambda path: path.stem)

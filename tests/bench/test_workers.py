@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 
+from gpt2cupy import GPT2
 from gpt2cupy.record import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import shared
 import workers
 
 
@@ -174,16 +176,45 @@ def test_llama_bench_is_read(tmp_path, monkeypatch):
     tests = [{"n_prompt": 2, "n_gen": 0, "avg_ns": 5e6}, {"n_prompt": 0, "n_gen": 4, "avg_ns": 8e6}]
     program.write_text(f"#!/bin/sh\necho noise >&2\necho '{json.dumps(tests)}'\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    options = {"gguf": "m.gguf", "device": "cpu"}
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    (tmp_path / "gguf.py").write_text("")
+    package = tmp_path / "gguf-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: gguf\nVersion: 1.0\n")
+    (tmp_path / "model.gguf").write_text("made before")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = {"folder": str(tmp_path), "device": "cpu"}
+    job = JOB | {"dtype": "float16"}
     with workers.Comparison({"llama": workers.Spec("llama_bench", options)}) as comparison:
-        found = comparison.run(JOB, rounds=1)
-        several = comparison.run(JOB | {"prompts": [[1], [2]]}, rounds=1)
+        found = comparison.run(job, rounds=1)
+        several = comparison.run(job | {"prompts": [[1], [2]]}, rounds=1)
     llama = found["engines"]["llama"]
     assert llama["prefill"]["median_us"] == pytest.approx(5e3)
     assert llama["step"]["median_us"] == pytest.approx(2e3)
     assert llama["same_tokens"] is None
-    assert "one sequence" in several["skipped"]["llama"]
-    options = {"gguf": "", "device": "cpu"}
+    assert "llama-batched-bench is not on PATH" in several["skipped"]["llama"]
+    program = tmp_path / "llama-batched-bench"
+    program.write_text('#!/bin/sh\necho main: noise\necho \'{"t_pp": 0.006, "t_tg": 0.012}\'\n')
+    program.chmod(0o755)
     with workers.Comparison({"llama": workers.Spec("llama_bench", options)}) as comparison:
-        assert "--gguf" in comparison.run(JOB, rounds=1)["skipped"]["llama"]
+        several = comparison.run(job | {"prompts": [[1], [2]]}, rounds=1)
+        other = comparison.run(job | {"dtype": "float32"}, rounds=1)
+    assert several["engines"]["llama"]["prefill"]["median_us"] == pytest.approx(6e3)
+    assert several["engines"]["llama"]["step"]["median_us"] == pytest.approx(3e3)
+    assert "in float16" in other["skipped"]["llama"]
+
+
+def test_a_checkpoint_becomes_a_gguf_file(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="llama.cpp is timed with the extra bench")
+    monkeypatch.syspath_prepend(ROOT / "bench" / "peers")
+    import llama_bench
+
+    shared.write_checkpoint(tmp_path, shared.TINY, "float16")
+    found = gguf.GGUFReader(llama_bench.convert(tmp_path))
+    tensors = {tensor.name: tensor.data for tensor in found.tensors}
+    ours = GPT2.from_pretrained(str(tmp_path), device="cpu").weights
+    np.testing.assert_array_equal(tensors["blk.1.attn_qkv.weight"], ours.qkv_w[1])
+    np.testing.assert_array_equal(tensors["blk.0.ffn_down.bias"], ours.out_b[0])
+    np.testing.assert_array_equal(tensors["token_embd.weight"], ours.wte[: shared.TINY.vocab_size])
+    assert tensors["position_embd.weight"].dtype == np.float32
+    assert len(tensors) == 4 + 12 * shared.TINY.n_layer

@@ -14,18 +14,22 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from adapter_writer import write_adapter
 from builders import TINY, small_bpe, write_bpe, write_checkpoint
+from safetensors.numpy import load_file
+from torch_writer import write_zip
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 ROOT = Path(__file__).parents[2]
 LOAD = """
-import json, sys
+import json, os, sys
 from gpt2cupy import checkpoint
 from gpt2cupy.errors import CheckpointError
 from gpt2cupy.tokenizer import Tokenizer
 name, revision = sys.argv[1], sys.argv[2] or None
+options = {key.lower(): os.environ.get(key) for key in ("VARIANT", "ADAPTER")}
 try:
-    found = checkpoint.open(name, revision=revision)
+    found = checkpoint.open(name, revision=revision, **options)
     total = sum(float(array.astype("f8").sum()) for _, _, array in found.tensors())
     words = Tokenizer.from_path(found.path).vocab_size
     print(json.dumps({"path": str(found.path), "total": total, "words": words}))
@@ -199,5 +203,36 @@ def test_what_the_hub_does_not_give(hub, tmp_path, name, revision, settings, wha
 
 
 def test_a_repository_without_safetensors(hub, tmp_path):
-    (tmp_path / "hub" / "main" / "model.safetensors").unlink()
-    assert "save_pretrained" in load(hub, tmp_path / "home", "owner/model")["remedy"]
+    folder = tmp_path / "hub" / "main"
+    first = load(hub, tmp_path / "first", "owner/model")
+    write_zip(folder / "pytorch_model.bin", load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    hub.asked.clear()
+    found = load(hub, tmp_path / "home", "owner/model")
+    assert found["total"] == first["total"]
+    fetched = {line.split("/")[-1] for line in hub.asked if line.startswith("GET /owner/")}
+    assert fetched == {"config.json", "pytorch_model.bin", "vocab.json", "merges.txt"}
+    offline = load(hub, tmp_path / "home", "owner/model", HF_HUB_OFFLINE="1")
+    assert offline["total"] == first["total"]
+
+
+def test_a_variant_and_an_adapter(hub, tmp_path):
+    """Of each only what is asked for; an adapter in place of a model is said to be one."""
+    folder = tmp_path / "hub" / "main"
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    adapter = write_adapter(tmp_path / "hub" / "adapter")
+    (adapter / "README.md").write_text("not wanted")
+    hub.folders["owner/adapter"] = {"main": adapter}
+    plain = load(hub, tmp_path / "home", "owner/model", VARIANT="fp16")
+    hub.asked.clear()
+    found = load(hub, tmp_path / "home", "owner/model", VARIANT="fp16", ADAPTER="owner/adapter")
+    assert found["total"] != plain["total"]
+    fetched = {line.split("/")[-1] for line in hub.asked if line.startswith("GET /owner/")}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
+    assert "folder of an adapter" in load(hub, tmp_path / "home", "owner/adapter")["what"]
+
+
+def test_a_repository_without_weights(hub, tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / "hub" / "main" / name).unlink()
+    assert "no pytorch_model.bin" in load(hub, tmp_path / "home", "owner/model")["what"]

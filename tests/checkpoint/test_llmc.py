@@ -95,7 +95,7 @@ def test_the_versions_before_padding_are_named(path):
     assert "version 3" in refused(path).remedy
 
 
-@pytest.mark.parametrize("data", [b"", b"{}\n", b'{"n_embd": 32}\n', b"PK\x03\x04" + bytes(4000)])
+@pytest.mark.parametrize("data", [b"\x01\x02\x03", bytes(4000)], ids=len)
 def test_another_file(path, data):
     path.write_bytes(data)
-    assert "no checkpoint of llm.c" in refused(path).what
+    assert "no checkpoint that is known" in refused(path).what

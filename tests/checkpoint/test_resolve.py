@@ -18,7 +18,7 @@ def asked(monkeypatch, tmp_path):
     folder = tmp_path / "from-the-hub"
     write_checkpoint(folder, TINY)
 
-    def download(repository, revision):
+    def download(repository, revision, wanted):
         found.append((repository, revision))
         return folder
 
@@ -89,9 +89,3 @@ def test_revisions_are_for_the_hub(tmp_path, local):
     write_checkpoint(tmp_path, TINY)
     with pytest.raises(CheckpointError, match="revision"):
         checkpoint.open(str(tmp_path) if local else "shakespeare", revision="main")
-
-
-def test_a_safetensors_file_is_not_a_checkpoint(tmp_path):
-    write_checkpoint(tmp_path, TINY)
-    with pytest.raises(CheckpointError, match=r"folder with config\.json"):
-        checkpoint.open(tmp_path / "model.safetensors")

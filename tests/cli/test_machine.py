@@ -29,7 +29,6 @@ def test_info_names_what_would_run():
         "device",
         "kernel cache",
         "weights",
-        "norm shifts",
         "cache",
         "decode state",
     ):
@@ -98,9 +97,9 @@ def test_info_kernels_without_a_gpu():
         allowed = 8 if name == "attention_prefill_mma" and compiler.nvrtc_version() < (13, 0) else 0
         assert row["local_bytes"] <= allowed, f"{name} spills"
         if row["threads"] is None:
-            # Lower rungs of the ladders; everything else must say how it is launched.
-            rungs = ("layer_norm_naive", "gemv_naive", "gemv", "attention_naive")
-            assert name.removesuffix("_f32") in rungs
+            # Plainer versions, for readers; everything else must say how it is launched.
+            plainer = ("layer_norm_naive", "gemv_naive", "gemv", "attention_naive")
+            assert name.removesuffix("_f32") in plainer
         else:
             assert row["blocks_per_sm"] > 0 and 0 < row["occupancy"] <= 1
     table = done(*arguments).splitlines()
@@ -126,7 +125,7 @@ def test_kernels_differ_by_dtype_and_architecture():
 
 def test_info_kernels_of_an_unknown_architecture():
     code, _, err = call("info", "--kernels", "--arch", "sm_123")
-    assert code == 1 and "sm_123" in err and "sm_90" in err
+    assert code == 2 and "sm_123" in err and "sm_90" in err
 
 
 @pytest.mark.parametrize("arch", ["foo", "sm_70", "sm_99", "sm_123", "sm_750"])
@@ -179,3 +178,40 @@ def test_compile_counts_what_it_made(monkeypatch, tmp_path):
     made = len(list(tmp_path.iterdir()))
     assert shown == f"{made} cubins for sm_80, sm_90 in {tmp_path}\n"
     assert made == 2 * len(list(compiler.variants()))
+
+
+def test_compile_for_one_model(monkeypatch, tmp_path):
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.ops.core import compiler
+
+    seen = []
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        compiler, "compile_source", lambda source, options: seen.append(options) or b"cubin"
+    )
+    shown = done("compile", "--model", "shakespeare", "--arch", "sm_90")
+    assert shown.startswith(f"{len(seen)} cubins for sm_90 in")
+    macros = {option for options in seen for option in options if option.startswith("-D")}
+    assert {m for m in macros if m[2:4] in ("HS", "K=")} == {"-DHS=64", "-DK=256", "-DK=1024"}
+    code, _, err = call("compile", "--model", str(tmp_path / "nothing"), "--arch", "sm_90")
+    assert code == 1 and "nothing" in err
+
+
+def test_compile_stops_at_an_error_and_drops_the_rest(monkeypatch, tmp_path):
+    pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
+    from gpt2cupy.errors import CompileError
+    from gpt2cupy.ops.core import compiler, jobs
+
+    seen = []
+
+    def refuse(source, options):
+        seen.append(source)
+        raise CompileError("refused", where=source, remedy="none")
+
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "compile_source", refuse)
+    monkeypatch.setattr(jobs, "threads", lambda: 1)
+    monkeypatch.setattr(compiler._jobs, "_pool", None)
+    code, _, err = call("compile", "--arch", "sm_90")
+    assert code == 1 and "refused" in err and not compiler._jobs._under_way
+    assert len(seen) < len(list(compiler.variants())), "what had not begun was left"

@@ -53,10 +53,13 @@ def test_score_as_json_with_windows(lm, tmp_path):
     found = lm.score(text, window=16, stride=4)
     assert row["perplexity"] == found.perplexity != lm.score(text).perplexity
     assert row["bits_per_byte"] == found.bits_per_byte(text)
-    assert (row["tokens"], row["ids"]) == (len(found.tokens), found.tokens)
+    assert (row["count"], row["tokens"]) == (len(found.tokens), found.tokens)
     assert row["logprobs"] == found.logprobs.tolist()
     short = json.loads(done("score", text, *CPU, "--json"))
-    assert not {"ids", "logprobs"} & short.keys()
+    assert not {"tokens", "logprobs"} & short.keys()
+    without = json.loads(done("score", text, *CPU, "--json", "--no-bos"))
+    assert without["count"] == short["count"] - 1
+    assert without["perplexity"] == lm.score(text, bos=False).perplexity
 
 
 def test_a_batch_invariant_score():
@@ -79,7 +82,7 @@ def test_tokenize(lm):
     ids = lm.tokenizer.encode(text)
     assert done("tokenize", text) == " ".join(map(str, ids)) + "\n"
     row = json.loads(done("tokenize", text, "--json"))
-    assert row == {"ids": ids, "tokens": [lm.tokenizer.decode([id_]) for id_ in ids]}
+    assert row == {"tokens": ids, "texts": [lm.tokenizer.decode([id_]) for id_ in ids]}
 
 
 @settings(max_examples=25)
@@ -94,7 +97,7 @@ def test_ids_in_every_writing(lm):
     for ids in (("395", "304"), ("395 304",), ("395,304",), ("[395, 304]",)):
         assert done("tokenize", "--decode", *ids) == text
     row = json.loads(done("tokenize", "--decode", "--json", "395", "304"))
-    assert row == {"ids": [395, 304], "text": text}
+    assert row == {"tokens": [395, 304], "text": text}
     assert done("tokenize", "--decode", stdin=b" \n") == ""
 
 

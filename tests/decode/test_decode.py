@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from gpt2cupy import GPT2, SamplingParams, decode
 from gpt2cupy.cache import KVCache
-from gpt2cupy.decode import DecodeState, EagerDecoder, GraphDecoder, PromptRunner, graph, prompt
+from gpt2cupy.decode import (
+    Decoder,
+    DecodeState,
+    PromptRunner,
+    captured,
+    graph,
+    launched,
+    prompt,
+)
+from gpt2cupy.decode import step as step_module
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
 from gpt2cupy.ops.core import blas
@@ -23,24 +32,20 @@ from gpt2cupy.workspace import Workspace
 DEVICE = SimpleNamespace(zeros=np.zeros, empty=np.empty, asarray=np.asarray)  # stands for CuPy
 
 
-class Spelled(EagerDecoder):
-    """Its step is one call, which writes down the kind of step that was recorded."""
+def spelled(model):
+    """A decoder whose step is one call, which writes down the kind of step that was recorded."""
+    ran, recorded_for = [], []
 
-    def __init__(self, model):
-        super().__init__(model)
-        self.ran, self.kinds = [], 0
+    def step(model, state):
+        label = (state.plain, model.backend)
+        recorded_for.append(state)
+        submit(lambda: ran.append(label))
 
-    def _kind(self, state):
-        self.kinds += 1
-        return super()._kind(state)
-
-    def _step(self, state):
-        label = (state.plain, self.model.backend)
-        submit(lambda: self.ran.append(label))
+    return Decoder(model, step, launched, "spelled"), ran, recorded_for
 
 
 def a_model():
-    return SimpleNamespace(backend="ours", prepare_step=lambda rows: None)
+    return SimpleNamespace(backend="ours")
 
 
 def a_state():
@@ -48,25 +53,35 @@ def a_state():
 
 
 def test_the_launches_shown_are_those_of_the_step_asked_for():
-    decoder, state = Spelled(a_model()), a_state()
+    (decoder, ran, recorded_for), state = spelled(a_model()), a_state()
     for plain, gemv in [(True, "ours"), (False, "ours"), (True, "cublas"), (True, "ours")] * 2:
         state.plain, decoder.model.backend = plain, gemv
         decoder.prepare(state)
-        assert decoder.ran == []
+        assert ran == []
         (call,) = decoder.calls
         call()
-        assert decoder.ran.pop() == (plain, gemv)
+        assert ran.pop() == (plain, gemv)
         decoder.step(state, 2)
-        assert decoder.ran == [(plain, gemv)] * 2
-        decoder.ran.clear()
-    assert len(decoder._prepared) == 3
+        assert ran == [(plain, gemv)] * 2
+        ran.clear()
+    assert recorded_for == [state] * 3
 
 
-def test_a_step_looks_up_what_to_run_once():
-    decoder, state = Spelled(a_model()), a_state()
+def test_several_steps_look_up_once_what_to_run():
+    class State(SimpleNamespace):
+        asked = 0
+
+        @property
+        def plain(self):
+            self.asked += 1
+            return True
+
+    state = State(xp=DEVICE, batch=1, counts=None, bias=None)
+    decoder, ran, recorded_for = spelled(a_model())
+    decoder.step(state)  # recorded, which asks too
+    asked = state.asked
     decoder.step(state, 5)
-    decoder.step(state)
-    assert decoder.kinds == 2 and len(decoder.ran) == 6
+    assert state.asked == asked + 1 and len(ran) == 6 and len(recorded_for) == 1
 
 
 def random_requests(rng, count, capacity):
@@ -101,17 +116,22 @@ def test_leaving_idle_rows_out_changes_no_bit_of_the_others(seed, slots):
     """Where the product of a row does not depend on how many there are, as BLAS's may."""
     weights = GPT2.random(TINY, 1, device="cpu").weights
     model, found = GPT2(TINY, weights, batch_invariant=True), []
-    step_used_rows = EagerDecoder._step_used_rows
+    run_used_rows = step_module._run_used_rows
+
+    def run_all_rows(model, state):
+        model.decode(state.ids, state.positions, state.slots, state.cache, state.work, state.logits)
+        step_module.sample_next(state, state.logits, state.rows)
+
     with pytest.MonkeyPatch.context() as patch:
         rows = rows_of_steps(patch)
-        for way in (EagerDecoder._step, step_used_rows):
-            patch.setattr(EagerDecoder, "_step_used_rows", way)
+        for way in (run_all_rows, run_used_rows):
+            patch.setattr(step_module, "_run_used_rows", way)
             rows.clear()
             # A capacity below n_positions: idle rows that were left running stay in the table.
             engine = Engine(model, slots, 24)
             requests = list(random_requests(np.random.default_rng(seed), 2 * slots, 24))
             found.append([(t.key, t.id, t.logprob) for t in engine.run(requests)])
-            if way is step_used_rows:
+            if way is run_used_rows:
                 assert 2 <= min(rows) <= max(rows) <= slots
     assert found[0] == found[1]
 
@@ -291,21 +311,18 @@ def test_a_capture_that_fails_is_ended(streams, monkeypatch, error, spoilt):
 
 
 def test_a_graph_that_could_not_be_captured_is_captured_again(streams):
-    class Broken(GraphDecoder):
-        broken = True
+    broken = [True]
 
-        def _step(self, state):
-            submit(self._launch)
+    def launch():
+        if broken:
+            raise ValueError("no such kernel")
 
-        def _launch(self):
-            if self.broken:
-                raise ValueError("no such kernel")
-
-    decoder, state = Broken(a_model()), a_state()
+    decoder = Decoder(a_model(), lambda model, state: submit(launch), captured, "broken")
+    state = a_state()
     for _ in range(2):
         with pytest.raises(ValueError, match="no such kernel"):
             decoder.step(state)
-    decoder.broken = False
+    broken.clear()
     decoder.step(state)
     assert Stream.capturing is None
 

@@ -141,7 +141,8 @@ def test_logits_have_the_same_bits_in_any_batch(xp, dtype, name, batch):
     prompts = [rng.integers(0, config.vocab_size, n).astype(np.int32) for n in lengths]
     alone = logits_of(model, prompts[:1], 0, [])
     assert np.isfinite(alone).all() and len(np.unique(alone)) > 100
-    for cuts in ([], [1], [7, 13, 40], [longest // 2, longest - 1]):
+    every = ([], [1], [7, 13, 40], [longest // 2, longest - 1])
+    for cuts in every if xp is not np else every[::2]:
         place = int(rng.integers(batch))
         order = [*prompts[1 : place + 1], prompts[0], *prompts[place + 1 :]]
         np.testing.assert_array_equal(logits_of(model, order, place, cuts), alone, str(cuts))
@@ -296,12 +297,12 @@ def pretend(monkeypatch, chip):
 @pytest.mark.parametrize(
     ("chip", "dtype", "m", "k", "entry", "blocks"),
     [
-        ("sm_90", "float16", 2304, 768, "linear_rows_4", (144, 64)),
-        ("sm_90", "float16", 768, 3072, "linear_rows_8", (96, 64)),
-        ("sm_90", "float16", 50304, 768, "linear_rows_1", (786, 64)),
+        ("sm_90", "float16", 2304, 768, "linear_rows_c4", (144, 64)),
+        ("sm_90", "float16", 768, 3072, "linear_rows_c8", (96, 64)),
+        ("sm_90", "float16", 50304, 768, "linear_rows_c1", (786, 64)),
         ("sm_90", "float16", 96, 99, "linear_fixed", (12, 8)),
         ("sm_90", "float32", 768, 768, "linear_fixed_f32", (96, 8)),
-        ("sm_80", "float16", 768, 3072, "linear_rows_1", (12, 64)),
+        ("sm_80", "float16", 768, 3072, "linear_rows_c1", (12, 64)),
         ("sm_75", "float16", 768, 3072, "linear_fixed", (96, 8)),
     ],
 )
@@ -322,7 +323,7 @@ def test_any_number_of_rows_has_one_attention(launches, monkeypatch, chip, split
     pretend(monkeypatch, chip)
     cache = np.empty((1, 12, 8, 64), dtype)
     mma = "_mma" if dtype == "float16" and chip != "sm_75" else ""
-    entry = f"attention_decode{mma}" + (f"_{split}" if split > 1 else "")
+    entry = f"attention_decode{mma}" + (f"_c{split}" if split > 1 else "")
     for rows in (1, 4, 30, 300):
         at, qkv = np.zeros(rows, np.int32), np.empty((rows, 3 * 768), dtype)
         out = np.empty((rows, 768), dtype)

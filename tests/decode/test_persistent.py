@@ -93,13 +93,13 @@ def measured(monkeypatch, tmp_path):
     """The measurements that were made, and what they say."""
     found = SimpleNamespace(times={"graph": 120.0, "persistent": 100.0}, made=[])
 
-    def measure(model, rows, paths):
-        found.made.append((rows, *paths))
+    def measure(model, rows, decoders):
+        found.made.append((rows, *decoders))
         return dict(found.times)
 
     monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(autotune, "_measure", measure)
-    monkeypatch.setattr(autotune, "_key", lambda model, rows, paths: f"gpu {rows}")
+    monkeypatch.setattr(autotune, "_key", lambda model, rows, decoders: f"gpu {rows}")
     return found
 
 
@@ -192,7 +192,7 @@ def against_numpy(dtype_name, rows, channels):
         arrays,
         k,
         v,
-        cupy.zeros(step.words_size(rows, channels), np.uint8),
+        cupy.zeros(step.mailboxes_size(rows, channels), np.uint8),
         scale=config.attention_scale(0),
         by_layer=False,
         eps=config.layer_norm_epsilon,
@@ -271,11 +271,10 @@ def a_state(model, rows, position, fill=0.0):
 
 def steps(model, state, count=4, epoch=None):
     """The logits of some steps."""
-    decoder = decode.PersistentDecoder(model)
+    decoder = decode.decoder(model, "persistent")
     decoder.prepare(state)
     if epoch is not None:
-        (words,) = (v for v in decoder.calls[0].values if getattr(v, "dtype", None) == np.uint8)
-        words[:4].view(np.uint32)[...] = epoch
+        state.mailboxes[:4].view(np.uint32)[...] = epoch
     found = []
     for _ in range(count):
         decoder.step(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
@@ -29,5 +30,9 @@ def test_every_public_name_and_field_is_there(tool):
     text = tool.page()
     for name in set(gpt2cupy.__all__) - {"__version__"}:
         assert f"## gpt2cupy.{name}\n" in text
+    for name in ("Engine", "KVCache", "DecodeState", "Weights", "launch"):
+        assert re.search(rf"^### gpt2cupy\.[\w.]+\.{name}$", text, re.MULTILINE)
+    for internal in ("GPT2.run_packed", "SamplingParams.plain"):
+        assert f"### {internal}\n" not in text
     for field in vars(gpt2cupy.SamplingParams()):
         assert f"- `{field}` (" in text

@@ -12,7 +12,7 @@ from kernel_entries import kernel_entries
 from gpt2cupy import loading
 from gpt2cupy.record import ROOT
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGE_IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 _BLOCK = re.compile(r"^```(python[^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -54,15 +54,37 @@ def test_all_blocks_run_on_a_gpu(page, tmp_path, monkeypatch):
         exec(code, namespace)
 
 
-def test_the_readme_has_blocks_of_both_kinds():
-    assert {kind for kind, _ in blocks(ROOT / "README.md")} == {"python", "python gpu"}
+def test_blocks_of_both_kinds_are_found():
+    assert {kind for kind, _ in blocks(ROOT / "docs" / "how-it-works.md")} == {
+        "python",
+        "python gpu",
+    }
+    assert {kind for kind, _ in blocks(ROOT / "README.md")} == {"python"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
 def test_links_lead_to_files(page):
-    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if not (page.parent / target).exists()]
+    missing = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        if not other.exists() or (anchor and anchor not in anchors(other)):
+            missing.append(target + anchor)
     assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_project_has_one_address():
+    """Clone lines, links and the notebook name the repository of pyproject.toml."""
+    url = re.search(r'^Homepage = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    texts.append((ROOT / "docs" / "colab.ipynb").read_text(encoding="utf-8"))
+    found = re.findall(r"https://github\.com/[\w-]*gpt2cupy[\w-]*/[\w-]+", "\n".join(texts))
+    assert len(found) >= 3 and set(found) == {url}
 
 
 def test_the_readme_names_every_make_target():

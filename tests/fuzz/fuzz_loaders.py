@@ -41,6 +41,7 @@ from builders import (
     write_llmc,
     write_llmc_tokenizer,
 )
+from torch_writer import nanogpt, nanogpt_tensors, write_legacy, write_zip
 
 ARTIFACTS = Path(__file__).parents[2] / "build" / "fuzz"
 CONFIG = GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=2)
@@ -84,6 +85,9 @@ def targets(folder: Path) -> list[Target]:
     words_json = tokenizer_json(*small_bpe(), post_processor=template)
     (whole / "tokenizer.json").write_text(json.dumps(words_json))
     write_llmc(folder / "model.bin", CONFIG, Weights.random(CONFIG, 0))
+    saved = nanogpt(CONFIG, nanogpt_tensors(CONFIG, Weights.random(CONFIG, 0)))
+    write_zip(folder / "ckpt.pt", saved)
+    write_legacy(folder / "old.pt", saved)
     tokens = [bytes([byte]) for byte in range(256)] + [b"<|endoftext|>"]
     write_llmc_tokenizer(folder / "tokenizer.bin", tokens, 256)
     return [
@@ -91,6 +95,8 @@ def targets(folder: Path) -> list[Target]:
         Target(single / "model.safetensors", load, single),
         Target(shards / "model.safetensors.index.json", load, shards),
         Target(folder / "model.bin", load),
+        Target(folder / "ckpt.pt", load),
+        Target(folder / "old.pt", load),
         Target(words / "vocab.json", tokenize, words),
         Target(words / "merges.txt", tokenize, words),
         Target(whole / "tokenizer.json", tokenize, whole),

@@ -78,7 +78,7 @@ def read(tmp_path, cubin: bytes) -> dict[str, tuple[int, int, int]]:
 def test_cubins_are_read_as_the_compiler_says(source, arch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     code = dict(compiler.source_closure(source))[source]
-    values = {"ELEM": "__half", "HS": "64", "K": "256"}
+    values = {"ELEM": "__half", "HS": "64", "K": "256", "BATCH": "1"}
     macros = [f"-D{macro}={values[macro]}" for macro in compiler.macros(source)]
     cubin, log = compiled(code, source, compiler.OWN_FEATURES.get(arch, arch), *macros)
     assert read(tmp_path, cubin) == told(log)
@@ -198,8 +198,9 @@ def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
     matrix = quantize(x)
     dequantize(matrix, half)
     embedding(ids, ids, matrix, np.ones((5, 768), half), out=x)
+    c = compiler.constants("layout.cu")
     for kernel in (*layout.TRANSPOSE.values(), *layout.CONVERT.values()):
-        seen[kernel.source, kernel.entry] = layout._TILE * layout._TILE_ROWS
+        seen[kernel.source, kernel.entry] = c["TILE"] * c["TILE_ROWS"]
     assert len(seen) == 9 + 2 * 3
     for source in {source for source, _ in seen}:
         found = read_cubin(compiler.cubin(source, {"ELEM": "__half"}, "sm_90"))
@@ -217,11 +218,10 @@ def test_skinny_has_the_warps_it_is_launched_with(k):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
     for name, entry in found.items():
-        tiles = 2 if name.startswith(("skinny_add_2", "skinny_norm")) else 1
-        assert entry.max_threads == WARP * linear_kernels._skinny_warps(tiles, k), name
-    evenly = k % (linear_kernels._SPAN * linear_kernels._skinny_warps(2, k)) == 0
-    assert ("skinny_norm" in found) == (k <= linear_kernels.LONGEST_NORM and evenly)
-    assert ("skinny_add_2" in found) == (k <= linear_kernels.LONGEST_NORM)
+        tiles = 2 if name.startswith("skinny_add_t2") else 1
+        c = compiler.constants("skinny.cu", K=k, TILES=tiles)
+        assert entry.max_threads == WARP * c["WARPS"], name
+    assert ("skinny_add_t2" in found) == (k <= linear_kernels.longest_norm())
 
 
 @pytest.mark.gpu

@@ -142,20 +142,20 @@ def test_the_library_is_not_given_what_does_not_fit(monkeypatch, changed):
     ("rows", "m", "k", "expected"),
     [
         # A block a multiprocessor, of 132, as near to that as K can be shared out.
-        (17, 2304, 768, ("linear_rows_2", (72, 1), 6, True)),
-        (64, 768, 768, ("linear_rows_8", (96, 1), 2, True)),
-        (64, 768, 3072, ("linear_rows_8", (96, 1), 6, True)),
-        (64, 1280, 1280, ("linear_rows_4", (80, 1), 5, True)),
-        # Large weights: twice as many, with a short ring.
-        (64, 3072, 1024, ("linear_rows_4", (192, 1), 4, False)),
-        (64, 4800, 1600, ("linear_rows_2", (150, 1), 4, False)),
-        (64, 1600, 6400, ("linear_rows_8", (200, 1), 4, False)),
+        (17, 2304, 768, ("linear_rows_c2", (72, 1), 6, True)),
+        (64, 768, 768, ("linear_rows_c8", (96, 1), 2, True)),
+        (64, 768, 3072, ("linear_rows_c8", (96, 1), 6, True)),
+        (64, 1280, 1280, ("linear_rows_c4", (80, 1), 5, True)),
+        # Large weights: twice as many, with few stages.
+        (64, 3072, 1024, ("linear_rows_c4", (192, 1), 4, False)),
+        (64, 4800, 1600, ("linear_rows_c2", (150, 1), 4, False)),
+        (64, 1600, 6400, ("linear_rows_c8", (200, 1), 4, False)),
         # More than a tile of rows: where blocks hold their share of K at once and half the chip
         # has one.
-        (128, 768, 3072, ("linear_rows_4", (48, 2), 12, True)),
-        (128, 3072, 768, ("linear_rows_1", (48, 2), 12, True)),
-        (128, 2304, 768, ("linear_rows_1", (36, 2), 12, True)),
-        (256, 768, 768, ("linear_rows_2", (24, 4), 6, True)),
+        (128, 768, 3072, ("linear_rows_c4", (48, 2), 12, True)),
+        (128, 3072, 768, ("linear_rows_c1", (48, 2), 12, True)),
+        (128, 2304, 768, ("linear_rows_c1", (36, 2), 12, True)),
+        (256, 768, 768, ("linear_rows_c2", (24, 4), 6, True)),
         (256, 2304, 768, "library"),
         (256, 768, 3072, "library"),
         (257, 768, 768, "library"),
@@ -201,11 +201,11 @@ def test_a_plan_for_tens_of_rows_fits_the_chip(rows, m, eighths, chip, invariant
     assert plan.shared <= shared
     assert plan.tiles[0] * 64 >= m and plan.tiles[1] * 64 >= rows
     assert plan.split == 1 or clusters
-    # A ring has room for both groups of warps, or for all chunks.
+    # The stages are enough for both groups of warps, or for all chunks.
     chunks = -(-eighths // 8)
     share = -(-chunks // plan.split)
-    assert 1 <= plan.ring <= 12 and (plan.ring >= 2 or plan.ring >= share)
-    assert plan.ring <= share
+    assert 1 <= plan.stages <= 12 and (plan.stages >= 2 or plan.stages >= share)
+    assert plan.stages <= share
     if plan.spread:
         assert plan.tiles[0] * plan.tiles[1] * plan.split <= sms and 2 * plan.shared > shared
     if invariant:

@@ -165,6 +165,23 @@ def test_any_number_of_blocks_chooses_the_same_beside_nan(temperature, parts, vo
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [V, 20000, 50257])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_logits_that_are_not_finite_are_marked(parts, vocabulary, of_parts):
+    """The mark that the engine reads: a log-probability of NaN there, and nowhere else."""
+    import cupy
+
+    logits = rows_that_are_not_all_numbers(vocabulary)
+    row = SamplingParams(seed=5, temperature=0.7).row(0, 0, 7)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(logits.max(axis=-1))
+    for plain in (False, True):
+        rows, positions = [row] * len(logits), np.arange(len(logits))
+        found = choose(cupy, logits, rows, positions, plain=plain)
+        assert np.isnan(found[2]["logprob"]).tolist() == (~finite).tolist()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("vocabulary", [50257, 70000])  # one turn of a thread, two, or many
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -397,3 +414,11 @@ def test_target_logprobs(xp):
     ours = ours if xp is np else ours.get()
     exact = reference_sampling.token_logprobs(logits[:, :V].astype(np.float64))
     np.testing.assert_allclose(ours, [exact[0, 0], exact[1, V - 1], 0], atol=5e-6)
+
+
+def test_a_target_in_a_row_that_is_not_finite_has_no_logprob(xp):
+    logits = np.full((12, VP), np.nan, np.float32)
+    logits[:, :V] = rows_that_are_not_all_numbers()
+    ours = ops.target_logprobs(xp.asarray(logits), V, xp.zeros(12, np.int32))
+    ours = ours if xp is np else ours.get()
+    assert np.isnan(ours).tolist() == [i not in (6, 7, 9) for i in range(12)]

@@ -105,6 +105,36 @@ def test_fields_of_the_configuration(tmp_path, agree, fields):
     agree()
 
 
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "60KB"}], ids=["one", "shards"])
+def test_variants(tmp_path, their_logits, shards):
+    """A folder with two sets of weights: each name gives those that transformers takes."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    write_checkpoint(tmp_path, TINY, 0)
+    write_checkpoint(tmp_path / "other", TINY, 1)
+    other = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "other", dtype=torch.float16)
+    other.save_pretrained(tmp_path, variant="fp16", **shards)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, variant="fp16").float().eval()
+    ours = gpt2cupy.GPT2.from_pretrained(tmp_path, variant="fp16", device="cpu")(IDS)
+    expected = their_logits(theirs, IDS)
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert checkpoint.open(tmp_path, variant="fp16").dtype == np.float16
+    assert checkpoint.open(tmp_path).dtype == np.float32
+
+
+def test_heads_for_other_tasks(tmp_path, agree):
+    """A classifier's and a value head beside the model; position_ids of old checkpoints."""
+    write_checkpoint(tmp_path, TINY)
+    heads = {
+        "score.weight": np.ones((2, 32), np.float32),
+        "v_head.summary.weight": np.ones((1, 32), np.float32),
+        "transformer.position_ids": np.arange(48)[None],
+    }
+    edit(tmp_path, lambda tensors: tensors.update(heads))
+    with pytest.warns(RuntimeWarning, match="do not enter the logits"):
+        agree()
+
+
 def test_a_configuration_that_transformers_wrote(tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.GPT2Config(n_layer=3, n_inner=7, activation_function="silu").save_pretrained(

@@ -157,5 +157,5 @@ def test_the_engine_passes_what_this_test_does():
     """SamplingParams has no processor that is missing here, but for those only we have."""
     names = {name for options in CASES.values() for name in options}
     own = {"presence_penalty", "frequency_penalty"}
-    others = {"max_new_tokens", "seed", "stop", "eos_token_id", "n", "logprobs"}
+    others = {"max_new_tokens", "seed", "stop", "eos_token_id", "stop_token_ids", "n", "logprobs"}
     assert {f.name for f in dataclasses.fields(SamplingParams)} == names | own | others

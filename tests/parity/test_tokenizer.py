@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2cupy.checkpoint.resolve import EMBEDDED
-from gpt2cupy.errors import TokenizerError
 from gpt2cupy.tokenizer import BYTE_SYMBOLS, END_OF_TEXT, Tokenizer
 
 ODD = [
@@ -121,11 +120,7 @@ def test_any_merges(tmp_path, seed):
     write_bpe(tmp_path, vocab, merges)
     theirs = tokenizers.Tokenizer(models.BPE(vocab, merges))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    try:
-        ours = Tokenizer.from_folder(tmp_path)
-    except TokenizerError as error:
-        assert "later merge" in error.what
-        return
+    ours = Tokenizer.from_folder(tmp_path)
     for _ in range(50):
         text = "".join(rng.choices(letters, k=rng.randint(1, 40)))
         assert ours.encode(text) == theirs.encode(text).ids, (merges, text)

@@ -9,9 +9,9 @@ import pytest
 from builders import TINY
 from pretended_gpu import PROMPT, SMALL
 
-import gpt2cupy
 from gpt2cupy import GPT2, ops, profile
-from gpt2cupy.decode import PersistentDecoder, persistent
+from gpt2cupy.decode import Decoder, launched, persistent, persistent_step
+from gpt2cupy.decode.step import sample_next
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops.core import registry
 from gpt2cupy.profile import components, result
@@ -133,16 +133,16 @@ def test_a_kernel_that_fuses_a_block_needs_entries_and_nothing_else(model, monke
 
     monkeypatch.setattr(ops, "attention_block", attention_block, raising=False)
 
-    class Fused(gpt2cupy.decode.EagerDecoder):
-        def _step(self, state):
-            module = gpt2cupy.decode.eager
-            for w in self.model.layers:
-                args = w["ln1_w"], w["ln1_b"], 1e-5, w["qkv_w"], w["qkv_b"]
-                module.ops.attention_block(state.work.x, *args)
-            module.choose(state, state.logits, state.rows)
+    def fused_step(model, state):
+        for w in model.layers:
+            args = w["ln1_w"], w["ln1_b"], 1e-5, w["qkv_w"], w["qkv_b"]
+            ops.attention_block(state.work.x, *args)
+        sample_next(state, state.logits, state.rows)
+
+    fused = Decoder(model, fused_step, launched, "fused")
 
     session = Session(model, PROMPT, SMALL)
-    found = components.ops_of_step(Fused(model), session.state, 4.0)
+    found = components.ops_of_step(fused, session.state, 4.0)
     labels = [f"blocks.{n}/attention/attention block" for n in range(TINY.n_layer)]
     assert [op.label for op in found] == [*labels, "sampling"]
     assert found[0].costs == [cost] and found[0].touches("qkv product")
@@ -167,7 +167,8 @@ def test_a_persistent_step_is_one_op_of_everything(monkeypatch, model):
     monkeypatch.setattr(persistent.step, "launch", lambda *_, **options: None)
     session = Session(model, PROMPT, SMALL)
     state, w = session.state, model.weights
-    whole, sampling = components.ops_of_step(PersistentDecoder(model), state, 6.0)
+    decoder = Decoder(model, persistent_step, launched, "persistent")
+    whole, sampling = components.ops_of_step(decoder, state, 6.0)
     assert (whole.label, sampling.label) == ("blocks", "sampling")
     assert all(whole.touches(name) for name in components.NAMES)
     (cost,) = whole.costs

@@ -170,7 +170,8 @@ def host(array: Any) -> np.ndarray:
 def model_on(xp: Any, config: GPT2Config, weights: Weights) -> GPT2:
     """The model on the CPU for NumPy, on the first GPU for CuPy."""
     tensors = weight_tensors(config, weights)
-    return place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
+    placed = place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
+    return GPT2(config, placed)
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

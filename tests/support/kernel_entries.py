@@ -28,7 +28,7 @@ def kernel_entries() -> set[tuple[str, str]]:
                 for parameter, argument in zip(parameters, given, strict=True):
                     expanded = re.sub(rf"(?:##)?\b{parameter}\b", argument, expanded)
                 code += "\n" + expanded
-        attributes = r"(?:(?:CLUSTER|__launch_bounds__)\([^)]*\)\s*)*"
+        attributes = r"(?:(?:__cluster_dims__|__launch_bounds__)\([^)]*\)\s*)*"
         pattern = r'extern "C" __global__ void\s+' + attributes + r"(\w+)\("
         found |= {(path.name, entry) for entry in re.findall(pattern, code)}
         assert code.count('extern "C"') == len(re.findall(pattern, code)), path.name

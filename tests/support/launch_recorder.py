@@ -88,11 +88,18 @@ def pytest_configure(config: pytest.Config) -> None:
         launched.add(f"{kernel.source} {kernel.entry}")
         return lambda *args, **options: None
 
-    launch._function = function
+    launch._function = launch._requested = function
     import error_rule
 
     error_rule.check = np.testing.assert_array_equal = lambda *args, **options: None
     np.testing.assert_allclose = np.testing.assert_array_equal
+    import op_cases
+
+    from gpt2cupy.ops import reference
+
+    # What is launched depends on no value.
+    op_cases.SEEDS = range(1)
+    reference._product = lambda x, weight, backend: np.zeros((len(x), len(weight)), np.float32)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ from builders import TINY, copied, model_on
 from error_rule import DTYPES
 
 from gpt2cupy import GPT2, GPT2Config, decode
-from gpt2cupy.decode import EagerDecoder
+from gpt2cupy.decode import Decoder, decoder, launched, ops_step
 from gpt2cupy.errors import InputError
 from gpt2cupy.record import ROOT
 from gpt2cupy.validate import (
@@ -25,30 +25,24 @@ GPT2_SHAPE = GPT2Config.from_name("gpt2")
 LIMIT = Limit(1e-6, 1e-7, 1e-7)
 
 
-class Broken(EagerDecoder):
-    """Its step is another model's, while the prompt is its own model's."""
-
-    name = "broken"
-
-    def __init__(self, model, other):
-        super().__init__(model)
-        self.other = other
-        other.prepare_step(1)  # as its own decoder would
-
-    def _step(self, state):
-        good, self.model = self.model, self.other
-        super()._step(state)
-        self.model = good
+def by(step, model):
+    """An eager decoder whose step is another function."""
+    return Decoder(model, step, launched, "broken")
 
 
-class Forgetful(EagerDecoder):
-    """Loses the first key of one row."""
+def broken(model, other):
+    """A decoder whose step is another model's, while the prompt is its own model's."""
+    return by(lambda model, state: ops_step(other, state), model)
 
-    name = "forgetful"
 
-    def step(self, state, n=1):
+def forgetful(model):
+    """A decoder that loses the first key of one row."""
+
+    def step(model, state):
         state.cache.k[1, 1, :, 0] = 0
-        super().step(state, n)
+        ops_step(model, state)
+
+    return by(step, model)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def test_bisecting_names_the_op_that_is_wrong(xp, bisect_step, name, layer, rows
     model, other = model_on(xp, TINY, weights), model_on(xp, TINY, changed)
     ids = random_ids(model, rows, 10)
     departure, count = bisect_step.bisect(
-        lambda: EagerDecoder(model), lambda: Broken(model, other), ids
+        lambda: decoder(model, "eager"), lambda: broken(model, other), ids
     )
     assert count == 1 + 5 * TINY.n_layer + 2
     op = departure.op
@@ -92,7 +86,7 @@ def test_bisecting_finds_attention_logits_and_embedding(bisect_step):
         changed = GPT2(TINY, copied(TINY, model.weights))
         change(changed)
         found, _ = bisect_step.bisect(
-            lambda: EagerDecoder(model), lambda: Broken(model, changed), ids
+            lambda: decoder(model, "eager"), lambda: broken(model, changed), ids
         )
         return found and (found.op.name, found.op.layer, found.op.writes)
 
@@ -115,30 +109,29 @@ def test_bisecting_sees_a_wrong_choice_a_wrong_cache_and_other_ops(bisect_step):
     model = GPT2(TINY, Weights.random(TINY, 0))
     ids = random_ids(model, 2, 10)
 
-    class Stuck(EagerDecoder):
-        def _step(self, state):
-            before = state.steps.copy()
-            super()._step(state)
-            if state.steps.any():
-                state.steps[...] = before
+    def stuck(model, state):
+        before = state.steps.copy()
+        ops_step(model, state)
+        if state.steps.any():
+            state.steps[...] = before
 
-    class Shorter(EagerDecoder):
-        def _step(self, state):
-            self.model.decode(
-                state.ids, state.positions, state.slots, state.cache, state.work, state.logits
-            )
+    def shorter(model, state):
+        arrays = state.ids, state.positions, state.slots
+        model.decode(*arrays, state.cache, state.work, state.logits)
 
-    bench = bisect_step.Bench(lambda: EagerDecoder(model), ids)
+    bench = bisect_step.Bench(lambda: decoder(model, "eager"), ids)
     first, again = bench.after(99)[0], bench.after(99)[0]
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name], name)
     assert first["steps"].tolist() == [1, 1]
-    found, count = bisect_step.bisect(lambda: EagerDecoder(model), lambda: Stuck(model), ids)
+    found, count = bisect_step.bisect(
+        lambda: decoder(model, "eager"), lambda: by(stuck, model), ids
+    )
     assert found.op.writes == "next token" and found.op.index == count - 1
     assert set(found.differences) == {"steps"}
     with pytest.raises(InputError, match="same ops"):
-        bisect_step.bisect(lambda: EagerDecoder(model), lambda: Shorter(model), ids)
-    found, _ = bisect_step.bisect(lambda: EagerDecoder(model), lambda: Forgetful(model), ids)
+        bisect_step.bisect(lambda: decoder(model, "eager"), lambda: by(shorter, model), ids)
+    found, _ = bisect_step.bisect(lambda: decoder(model, "eager"), lambda: forgetful(model), ids)
     assert found.op.writes == "the state" and set(found.differences) == {"k"}
 
 
@@ -157,12 +150,14 @@ def test_eager_is_not_compared_with_itself(bisect_step, monkeypatch, capsys, opt
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_the_command_compares_another_path(bisect_step, monkeypatch, capsys, changed):
-    def decoder(model, path):
+    def chosen(model, path):
+        if path == "eager":
+            return decoder(model, path)
         weights = copied(model.config, model.weights)
         weights.out_w[0] += changed
-        return Broken(model, GPT2(model.config, weights))
+        return broken(model, GPT2(model.config, weights))
 
-    monkeypatch.setattr(bisect_step.decode, "decoder", decoder)
+    monkeypatch.setattr(bisect_step.decode, "decoder", chosen)
     assert run_main(bisect_step, monkeypatch, "--position", "5") == changed
     said = "broken leaves eager at op 5: layer 0" if changed else "broken does not leave eager"
     assert capsys.readouterr().out.startswith(said)
@@ -187,6 +182,6 @@ def test_no_path_leaves_eager_in_any_op(bisect_step, dtype_name, rows):
     ids = random_ids(model, rows, 10)
     for path in decode.usable(model, rows):
         found, count = bisect_step.bisect(
-            lambda: EagerDecoder(model), lambda path=path: decode.decoder(model, path), ids
+            lambda: decoder(model, "eager"), lambda path=path: decode.decoder(model, path), ids
         )
         assert found is None and count == 1 + 5 * TINY.n_layer + 2

@@ -20,7 +20,7 @@ from rich.console import Console
 from gpt2cupy import GPT2, GPT2Config, decode
 from gpt2cupy.cli import validation
 from gpt2cupy.cli.validation import Settings, run
-from gpt2cupy.decode import EagerDecoder
+from gpt2cupy.decode import Decoder, decoder, launched, ops_step
 from gpt2cupy.errors import Gpt2CupyError, InputError
 from gpt2cupy.record import ROOT
 from gpt2cupy.validate import Comparison, Limit, continued, random_ids, runs, table, validate
@@ -115,14 +115,14 @@ def test_only_the_steps_after_the_prompt_are_compared(xp):
     assert whole[0].steps[2 * 2].reference_top == found[0].steps[0].reference_top
 
 
-class Forgetful(EagerDecoder):
-    """Loses the first key of one row."""
+def forgetful(model):
+    """A decoder that loses the first key of one row."""
 
-    name = "forgetful"
-
-    def step(self, state, n=1):
+    def step(model, state):
         state.cache.k[1, 1, :, 0] = 0
-        super().step(state, n)
+        ops_step(model, state)
+
+    return Decoder(model, step, launched, "forgetful")
 
 
 def test_a_decoder_that_loses_a_key_fails_where_it_matters():
@@ -133,7 +133,7 @@ def test_a_decoder_that_loses_a_key_fails_where_it_matters():
     exact = runs.exact(TINY, model.weights, ids)
     limit = Limit.of(runs.full(model, ids), exact, model.dtype)
     references = {"float64": exact, "full": runs.full(model, ids)}
-    decoders = [EagerDecoder(model), Forgetful(model)]
+    decoders = [decoder(model, "eager"), forgetful(model)]
     found = with_decoders(decoders, ids, 0, references, limit)
     assert [c.passed for c in found] == [True, True, False, False, False]
     assert [c.against for c in found[2:]] == ["float64", "full", "eager"]
@@ -288,7 +288,7 @@ def test_exit_codes(tmp_path):
     good = command_line("--steps", "3", "--json")
     assert good.returncode == 0 and json.loads(good.stdout)["passed"]
     wrong = command_line("--steps", "3", "--dtype", "float8")
-    assert wrong.returncode == 1 and "unknown dtype" in wrong.stderr
+    assert wrong.returncode == 2 and "unknown dtype" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     # Weights so large that float32 overflows: not what the checkpoint says, so a failure.
     weights = Weights.random(TINY, 0)

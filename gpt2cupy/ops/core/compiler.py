@@ -1,5 +1,6 @@
 """From a file in cuda_src to a cubin on disk: NVRTC, and a cache that a second process only reads.
 
+NVRTC releases the interpreter, so kernels are compiled side by side, a thread on each core.
 Works without a GPU: ``gpt2cupy compile --arch sm_90`` fills the cache ahead of time.
 """
 
@@ -15,12 +16,15 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from ...digest import cuda_code, digest_cuda
 from ...errors import CompileError
+from .constexpr import Constants
 from .device import import_cupy
+from .jobs import Jobs
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -39,11 +43,19 @@ NEWER_CHIPS = {
 # products of a warpgroup (wgmma).
 OWN_FEATURES = {"sm_90": "sm_90a"}
 
-# decode_step.cu: head size, and the least and most n_embd: each warp has a part of it, and the ring
-# in shared memory still holds enough.
-STEP_HEAD_SIZE, STEP_CHANNELS = 64, (256, 2048)
+# decode_step.cu is compiled for each number of rows: a run needs one.
+STEP_ROWS = (1, 2, 4)
 
-_compiling = threading.Lock()
+_jobs = Jobs("gpt2cupy-nvrtc")
+watched = _jobs.watched  # with watched(callback): tells it how many are compiled, and of how many
+
+_unwritable = threading.Lock()  # of the thread that makes the folder of this process, and says so
+os.register_at_fork(
+    before=_unwritable.acquire,
+    after_in_parent=_unwritable.release,
+    after_in_child=_unwritable.release,
+)
+
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -55,6 +67,7 @@ def variants(
         "ELEM": tuple(ELEMENT_TYPES.values()),
         "HS": tuple(map(str, head_sizes)),
         "K": tuple(map(str, inner_sizes)),
+        "BATCH": tuple(map(str, STEP_ROWS)),
     }
     for source in sources():
         needed = macros(source)
@@ -69,9 +82,10 @@ def variants(
 
 def takes_step(defines: Mapping[str, str]) -> bool:
     """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    shortest, longest = STEP_CHANNELS
+    c = constants("decode_step.cu")
     channels, head_size = int(defines["K"]), int(defines["HS"])
-    return head_size == STEP_HEAD_SIZE and shortest <= channels <= longest and not channels % 64
+    fits = c["STEP_FEWEST_CHANNELS"] <= channels <= c["STEP_MOST_CHANNELS"]
+    return head_size == c["STEP_HEAD_SIZE"] and fits and not channels % head_size
 
 
 @functools.cache
@@ -110,12 +124,12 @@ def sources() -> tuple[str, ...]:
 def macros(source: str) -> tuple[str, ...]:
     """The macros that a source is compiled with, as its text says.
 
-    ELEM if it names the element type; HS and K if it, or what it includes, gives them a value
-    where there is none (``#ifndef K``).
+    ELEM if it names the element type; HS, K and BATCH if it, or what it includes, gives them a
+    value where there is none (``#ifndef K``).
     """
-    code = {name: cuda_code(text) for name, text in source_closure(source)}
+    code = {name: _code(text) for name, text in source_closure(source)}
     found = ["ELEM"] if re.search(r"\b(ELEM|elem_t)\b", code[source]) else []
-    for macro in ("HS", "K"):
+    for macro in ("HS", "K", "BATCH"):
         if any(re.search(rf"^# ?ifndef {macro}$", text, re.MULTILINE) for text in code.values()):
             found.append(macro)
     return tuple(found)
@@ -129,7 +143,17 @@ def _on_tensor_cores(source: str) -> bool:
 @functools.cache
 def source_digests(source: str) -> dict[str, str]:
     """The digest of each file of :func:`source_closure`, by name."""
-    return {name: digest_cuda(text) for name, text in source_closure(source)}
+    return {name: _digest(text) for name, text in source_closure(source)}
+
+
+# Most headers belong to many sources.
+_code, _digest = functools.cache(cuda_code), functools.cache(digest_cuda)
+
+
+@functools.cache
+def constants(source: str, **sizes: int) -> Constants:
+    """The constants that a source and its includes declare, for some sizes (K, HS)."""
+    return Constants((text for _, text in source_closure(source)), sizes)
 
 
 def cache_dir() -> Path:
@@ -176,7 +200,14 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
-    """Path of the compiled source; compiles at most once per key over all processes.
+    """Path of the compiled source: :func:`request`, waited for."""
+    return request(source, defines, arch).result()
+
+
+def request(source: str, defines: Mapping[str, str], arch: str) -> Future[Path]:
+    """The path of the compiled source, which is compiled meanwhile if there is none yet.
+
+    A key is compiled at most once by a process, and by none that finds it in the cache.
 
     Parameters
     ----------
@@ -187,10 +218,16 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
     arch : str
         ``sm_90`` and the like.
 
+    Returns
+    -------
+    Future of Path
+        Its ``result()`` waits, and raises CompileError if NVRTC does not know the
+        architecture or refuses the source.
+
     Raises
     ------
     CompileError
-        If NVRTC is missing, does not know the architecture, or refuses the source.
+        If NVRTC is missing.
     """
     target = OWN_FEATURES.get(arch, arch)
     options = [f"-arch={target}", "-std=c++17", *(f"-D{k}={v}" for k, v in sorted(defines.items()))]
@@ -198,12 +235,15 @@ def cubin(source: str, defines: Mapping[str, str], arch: str) -> Path:
         repr((source_digests(source), options, nvrtc_version())).encode()
     ).hexdigest()
     name = f"{Path(source).stem}-{arch}-{key[:24]}.cubin"
-    # One thread at a time: what the first compiles, the others find.
-    with _compiling:
-        return _find_or_compile(name, source, options)
+    if (path := _find(name)) is None:
+        return _jobs.start(name, lambda: _find(name) or _compile(name, source, options))
+    found: Future[Path] = Future()
+    found.set_result(path)
+    return found
 
 
-def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
+def _find(name: str) -> Path | None:
+    """Where a cubin is kept, if it is."""
     folders = [cache_dir()]
     if _process_dir.cache_info().currsize:
         folders.append(Path(_process_dir().name))
@@ -211,24 +251,31 @@ def _find_or_compile(name: str, source: str, options: list[str]) -> Path:
         with contextlib.suppress(OSError):  # out of reach: writing there says so
             if (folder / name).is_file():
                 return folder / name
-    binary = compile_source(source, options)
+    return None
+
+
+def _compile(name: str, source: str, options: list[str]) -> Path:
+    folder, binary = cache_dir(), compile_source(source, options)
     try:
-        return write_atomically(folders[0] / name, binary)
+        return write_atomically(folder / name, binary)
     except OSError as error:
-        warnings.warn(
-            f"kernels cannot be kept in {folders[0]} ({error.strerror}); every process will "
-            "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    try:
-        return write_atomically(Path(_process_dir().name) / name, binary)
-    except OSError as error:
-        raise CompileError(
-            f"there is no place to keep compiled kernels: {error.strerror}",
-            where=str(folders[0]),
-            remedy="Set GPT2CUPY_CACHE_DIR or TMPDIR to a folder that can be written.",
-        ) from error
+        refused = error
+    with _unwritable:
+        if not _process_dir.cache_info().currsize:
+            warnings.warn(
+                f"kernels cannot be kept in {folder} ({refused.strerror}); every process will "
+                "compile them again. Set GPT2CUPY_CACHE_DIR to a folder that can be written.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        try:
+            return write_atomically(Path(_process_dir().name) / name, binary)
+        except OSError as error:
+            raise CompileError(
+                f"there is no place to keep compiled kernels: {error.strerror}",
+                where=str(folder),
+                remedy="Set GPT2CUPY_CACHE_DIR or TMPDIR to a folder that can be written.",
+            ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> Path:

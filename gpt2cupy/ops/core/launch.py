@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from .signature import (
     refusal,
 )
 from .signature import NULL as NULL
-from .tape import THREAD, Launch, Prepared, submit
+from .tape import THREAD, Later, Launch, Prepared, submit
 
 # What this process loaded: source, architecture and macros -> the cubin.
 loaded: dict[tuple[str, ...], Path] = {}
@@ -58,7 +58,7 @@ class Kernel:
     signature : str
         Parameters as the module's docstring shows them.
     overlaps : bool
-        Whether it calls ``wait_for_inputs``: then it may start before its
+        Whether it calls ``griddepcontrol_wait``: then it may start before its
         predecessor ends. A kernel that does not must be launched the plain way.
     writes_weights : bool
         Whether it writes what the next one may load before it waits: then that one
@@ -66,6 +66,9 @@ class Kernel:
     cooperative : bool
         Whether its blocks wait for each other: then the launch is refused where they
         cannot all run at once, and the next kernel starts when it has ended.
+    macros : mapping
+        Those that this entry needs beside element type and sizes, where its source is
+        compiled for each entry.
     """
 
     def __init__(
@@ -77,66 +80,56 @@ class Kernel:
         overlaps: bool = False,
         writes_weights: bool = False,
         cooperative: bool = False,
+        macros: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
         self.entry = entry
         self.overlaps = overlaps
         self.writes_weights = writes_weights
         self.cooperative = cooperative
+        self.macros = macros or {}
         self.parameters = tuple(parse(part) for part in re.split(r",\s+", signature))
         self.facts = facts_reader(self.parameters)
 
-    def function(self, elem: np.dtype | None, head_size: int | None, inner: int | None) -> Any:
-        """The loaded kernel for one element type and size on the current device."""
-        sizes = head_size, inner
-        return load(self.source, elem, *sizes, self.cooperative).get_function(self.entry)
+    def defines(
+        self, elem: np.dtype | None, head_size: int | None, inner: int | None
+    ) -> dict[str, str]:
+        """The macros that its source is compiled with for an element type and sizes."""
+        macros = compiler.macros(self.source)
+        defines = dict(self.macros)
+        if "ELEM" in macros:
+            name = np.dtype(elem).name
+            if name not in compiler.ELEMENT_TYPES:
+                raise InputError(
+                    f"kernels have no element type {name}",
+                    where=self.source,
+                    remedy=f"Use {', '.join(compiler.ELEMENT_TYPES)}.",
+                )
+            defines["ELEM"] = compiler.ELEMENT_TYPES[name]
+        if "HS" in macros:
+            if head_size is None or not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
+                raise InputError(
+                    f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
+                    f"not {head_size}",
+                    where=self.source,
+                    remedy="Run this model with device='cpu'.",
+                )
+            defines["HS"] = str(head_size)
+        if "K" in macros:
+            defines["K"] = str(inner)
+        return defines
 
 
-def load(
-    source: str,
-    elem: np.dtype | None,
-    head_size: int | None = None,
-    inner: int | None = None,
-    cooperative: bool = False,
-) -> Any:
-    """The RawModule of one source, element type and size on the current device."""
-    return _load(current_device(), source, elem, head_size, inner, cooperative)
+def load(source: str, defines: Mapping[str, str], cooperative: bool = False) -> Any:
+    """The RawModule of a source compiled with some macros, on the current device."""
+    return _load(current_device(), source, tuple(sorted(defines.items())), cooperative)
 
 
 @functools.cache
-def _load(
-    device: int,
-    source: str,
-    elem: np.dtype | None,
-    head_size: int | None,
-    inner: int | None,
-    cooperative: bool,
-) -> Any:
+def _load(device: int, source: str, defines: tuple[tuple[str, str], ...], cooperative: bool) -> Any:
     import cupy
 
-    macros = compiler.macros(source)
-    defines = {}
-    if "ELEM" in macros:
-        name = np.dtype(elem).name
-        if name not in compiler.ELEMENT_TYPES:
-            raise InputError(
-                f"kernels have no element type {name}",
-                where=source,
-                remedy=f"Use {', '.join(compiler.ELEMENT_TYPES)}.",
-            )
-        defines["ELEM"] = compiler.ELEMENT_TYPES[name]
-    if "HS" in macros:
-        if head_size is None or not 1 <= head_size <= compiler.MAX_HEAD_SIZE:
-            raise InputError(
-                f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
-                f"not {head_size}",
-                where=source,
-                remedy="Run this model with device='cpu'.",
-            )
-        defines["HS"] = str(head_size)
-    if "K" in macros:
-        defines["K"] = str(inner)
-    path = compiler.cubin(source, defines, device_arch(device))
+    path = compiler.cubin(source, dict(defines), device_arch(device))
     module = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative)
     try:
         module.compile()
@@ -147,7 +140,7 @@ def _load(
             remedy="Delete the file; it is compiled again at the next start. If that does not "
             "help, the driver is older than NVRTC: update it, or install the extra that fits it.",
         ) from error
-    about = tuple(f"{name}={value}" for name, value in defines.items())
+    about = tuple(f"{name}={value}" for name, value in defines)
     loaded[(source, device_arch(device)) + about] = path  # noqa: RUF005 (Python 3.10 in an index)
     return module
 
@@ -161,10 +154,25 @@ def _function(
     inner: int | None,
     shared: int,
 ) -> Any:
-    function = kernel.function(elem, head_size, inner)
+    defines = kernel.defines(elem, head_size, inner)
+    function = load(kernel.source, defines, kernel.cooperative).get_function(kernel.entry)
     if shared > PLAIN_SHARED:
         function.max_dynamic_shared_size_bytes = shared_limit() - function.shared_size_bytes
     return function
+
+
+@functools.cache
+def _requested(
+    device: int,
+    kernel: Kernel,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    shared: int,
+) -> Later:
+    """The function of a launch that is recorded: it is compiled meanwhile."""
+    compiler.request(kernel.source, kernel.defines(elem, head_size, inner), device_arch(device))
+    return Later(lambda: _function(device, kernel, elem, head_size, inner, shared))
 
 
 def launch(
@@ -264,7 +272,9 @@ def _checked(
     pairs = neighbours(kernel.parameters, args)
     for pair in pairs:
         _refuse_meeting(kernel, pair, pointers)
-    function = _function(device, kernel, elem, head_size, inner, shared)
+    of = device, kernel, elem, head_size, inner, shared
+    # What is recorded is compiled meanwhile.
+    function = _function(*of) if THREAD.calls is None else _requested(*of)
     alone = kernel.writes_weights or kernel.cooperative
     return Launch(function, grid, block, values, kernel.overlaps, shared, alone), pairs
 

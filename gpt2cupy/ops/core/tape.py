@@ -7,7 +7,7 @@ import functools
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,34 @@ class _Thread(threading.local):
 THREAD = _Thread()
 
 
+class Later:
+    """A kernel that may still be compiled while launches of it are recorded.
+
+    Parameters
+    ----------
+    load : callable
+        Waits for the compiler and returns the loaded cupy.RawKernel.
+    """
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.load = load
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        self.load()(*args, **options)
+
+
 class Launch:
     """A kernel with its grid and its checked, cast arguments.
 
     Parameters
     ----------
-    function : cupy.RawKernel
+    function : cupy.RawKernel or Later
     grid, block : tuple of int
     values : tuple
         CuPy arrays and NumPy scalars, as the kernel takes them.
     overlaps : bool
         Whether the kernel waits for its predecessor by itself, so that it may
-        start before that one ends (``wait_for_inputs`` in common.cuh).
+        start before that one ends (``griddepcontrol_wait`` in common.cuh).
     shared : int
         Bytes of dynamic shared memory of a block.
     writes_weights : bool
@@ -60,6 +76,11 @@ class Launch:
         self.overlaps = overlaps
         self.shared = shared
         self.writes_weights = writes_weights
+
+    def load(self) -> None:
+        """Wait for the kernel if it is still being compiled, and load it."""
+        if isinstance(self.function, Later):
+            self.function = self.function.load()
 
     def __call__(self) -> None:
         self.function(self.grid, self.block, self.values, shared_mem=self.shared)
@@ -157,12 +178,18 @@ def submit(call: Callable[[], Any]) -> None:
         calls.append(call)
 
 
+def recording() -> bool:
+    """Whether launches of this thread are being recorded."""
+    return THREAD.calls is not None
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Callable[[], Any]]]:
     """Collect the launches made inside instead of running them.
 
     They hold their arrays, and are valid as long as those are what is meant:
-    checks are made once, when recording, and not again when replaying.
+    checks are made once, when recording, and not again when replaying. Their kernels are
+    compiled side by side from now on; :func:`load` waits for them.
     """
     calls: list[Callable[[], Any]] = []
     THREAD.calls = calls
@@ -170,3 +197,10 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
         yield calls
     finally:
         THREAD.calls = None
+
+
+def load(calls: Iterable[Callable[[], Any]]) -> None:
+    """Wait for the kernels of recorded launches, and load them."""
+    for call in calls:
+        if isinstance(call, Launch):
+            call.load()

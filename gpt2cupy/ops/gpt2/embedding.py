@@ -26,12 +26,6 @@ LAST_ROWS = Kernel(
     "x: float32[N,C], attended: ELEM[N,C], starts: int32[S], y: float32[R,C], out: ELEM[R,C], C",
     overlaps=True,
 )
-_LOOKUP = "[*N], table: ELEM[V,C], out: ELEM[*N,C]!, V, C, out_stride"
-# By the bytes of an id.
-LOOKUP = {
-    4: Kernel("lookup.cu", "lookup", "ids: int32" + _LOOKUP),
-    8: Kernel("lookup.cu", "lookup_i64", "ids: int64" + _LOOKUP),
-}
 
 
 def _cost(ids: Array, positions: Array, wte: Array, wpe: Array, out: Array | None) -> Cost:
@@ -66,51 +60,6 @@ def embedding(
         out = device_empty((len(ids), wte.shape[1]), np.float32)
     threads = _threads(wte.shape[1])
     launch(EMBEDDING, (len(ids),), (threads,), (ids, positions, wte, wpe, out), elem=wte.dtype)
-    return out
-
-
-def _check_lookup(ids: Array, table: Array, *, out: Array | None = None) -> None:
-    if ids.dtype not in (np.int32, np.int64) or table.ndim != 2:
-        raise InputError(
-            f"ids are {ids.dtype.name}, and the table is of shape {list(table.shape)}",
-            where="lookup",
-            remedy="Give ids as int32 or int64, and a table of shape [V, C].",
-        )
-
-
-def _lookup_cost(ids: Array, table: Array, out: Array | None) -> Cost:
-    size = ids.size * table.shape[1]
-    return Cost(moved(ids) + size * table.itemsize + written(out, size, table.dtype), 0)
-
-
-@op(reference="reference.lookup", cost=_lookup_cost, check=_check_lookup)
-def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
-    """``table[ids]``: an embedding alone.
-
-    Parameters
-    ----------
-    ids : array of int32 or int64 [...]
-        One outside the table gives a row of zeros.
-    table : array [V, C]
-    out : array [..., C], optional
-        Of the table's dtype.
-
-    Returns
-    -------
-    array [..., C]
-        Of the table's dtype.
-
-    Raises
-    ------
-    InputError
-        If ``ids`` are no integers or the table is no matrix; on the GPU also for a dtype, layout,
-        alignment or device that the kernel does not take, and for an ``out`` that overlaps.
-    """
-    channels = table.shape[1]
-    if out is None:
-        out = device_empty((*ids.shape, channels), table.dtype)
-    grid = (ids.size if channels else 0,)
-    launch(LOOKUP[ids.itemsize], grid, (_threads(channels),), (ids, table, out), elem=table.dtype)
     return out
 
 

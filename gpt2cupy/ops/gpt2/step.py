@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.compiler import STEP_CHANNELS
-from ..core.compiler import STEP_HEAD_SIZE as HEAD_SIZE
+from ..core.compiler import STEP_ROWS, constants
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
 from ..core.registry import Cost, moved, op
@@ -16,11 +15,7 @@ from ..linear import ACTIVATION_CODES
 
 Array = Any
 
-ROWS = (1, 2, 4)  # of the entries
-_WIDE = 4  # inner size over n_embd; WIDE in step_words.cuh, like the next two
-_CONSUMERS, _MOST_PARTS = 8, 8
-_SHARED, _GROUP = 226 << 10, 64  # SHARED and GROUP in step_product.cuh
-_THREADS = (_CONSUMERS + 1) * 32
+ROWS = STEP_ROWS  # of the entries
 
 _SIGNATURE = (
     "ids: int32[N], positions: int32[N], slots: int32[N], wte: ELEM[Vp,K], wpe: ELEM[P,K], "
@@ -28,11 +23,17 @@ _SIGNATURE = (
     "proj_w: ELEM[L,K,K], proj_b: float32[L,K], ln2_w: ELEM[L,K], ln2_b: ELEM[L,K], "
     "fc_w: ELEM[L,F,K], fc_b: ELEM[L,F], out_w: ELEM[L,K,F], out_b: float32[L,K], "
     "lnf_w: ELEM[K], lnf_b: ELEM[K], lm_head: ELEM[Vp,K], "
-    "k: ELEM[L,S,NH,T,HS], v: ELEM[L,S,NH,T,HS], words: uint8[W], logits: float32[N,Vp], "
+    "k: ELEM[L,S,NH,T,HS], v: ELEM[L,S,NH,T,HS], mailboxes: uint8[W], logits: float32[N,Vp], "
     "scale: float, by_layer: int, eps: float, activation: int, L, S, T, P, Vp"
 )
 DECODE_STEP = {
-    rows: Kernel("decode_step.cu", f"decode_step_{rows}", _SIGNATURE, cooperative=True)
+    rows: Kernel(
+        "decode_step.cu",
+        f"decode_step_b{rows}",
+        _SIGNATURE,
+        cooperative=True,
+        macros={"BATCH": str(rows)},
+    )
     for rows in ROWS
 }
 WEIGHTS = (
@@ -41,26 +42,31 @@ WEIGHTS = (
 )  # fmt: skip
 
 
+def _constants() -> Mapping[str, int]:
+    return constants("decode_step.cu")
+
+
 def why_not(rows: int, channels: int, inner: int, head_size: int, dtype: Any) -> str | None:
     """Why the current device has no such step for a model's sizes; None if it has."""
     if rows not in ROWS:
         return f"it takes {', '.join(map(str, ROWS))} rows, not {rows}"
-    if head_size != HEAD_SIZE or inner != _WIDE * channels:
+    c = _constants()
+    if head_size != c["STEP_HEAD_SIZE"] or inner != c["WIDE"] * channels:
         return (
-            f"it takes heads of {HEAD_SIZE} and an inner size of {_WIDE} n_embd, "
+            f"it takes heads of {c['STEP_HEAD_SIZE']} and an inner size of {c['WIDE']} n_embd, "
             f"not {head_size} and {inner / channels:g}"
         )
-    shortest, longest = STEP_CHANNELS
+    shortest, longest = c["STEP_FEWEST_CHANNELS"], c["STEP_MOST_CHANNELS"]
     if not shortest <= channels <= longest:
         return f"it takes n_embd from {shortest} to {longest}, not {channels}"
     if np.dtype(dtype).itemsize != 2:
         return f"it takes float16 and bfloat16, not {np.dtype(dtype).name}"
     if not has_clusters():
         return "it needs compute capability 9.0"
-    if shared_limit() < _SHARED:
-        return f"it needs {_SHARED >> 10} KiB of shared memory a block"
-    if channels > _GROUP * blocks(channels):
-        return f"it needs {-(-channels // _GROUP)} multiprocessors for n_embd {channels}"
+    if shared_limit() < c["SHARED"]:
+        return f"it needs {c['SHARED'] >> 10} KiB of shared memory a block"
+    if channels > c["GROUP"] * blocks(channels):
+        return f"it needs {-(-channels // c['GROUP'])} multiprocessors for n_embd {channels}"
     return None
 
 
@@ -69,10 +75,12 @@ def blocks(channels: int) -> int:
     return min(sm_count(), channels)
 
 
-def words_size(rows: int, channels: int) -> int:
-    """Bytes of what blocks tell each other; zeroed before the first step, and kept."""
-    floats = 2 * channels + channels // HEAD_SIZE * _MOST_PARTS * (HEAD_SIZE + 4)
-    elements = 3 * channels + channels + _WIDE * channels
+def mailboxes_size(rows: int, channels: int) -> int:
+    """Bytes of the mailboxes of all blocks; zeroed before the first step, and kept."""
+    c = _constants()
+    head_size = c["STEP_HEAD_SIZE"]
+    floats = 2 * channels + channels // head_size * c["MOST_PARTS"] * (head_size + 4)
+    elements = 3 * channels + channels + c["WIDE"] * channels
     return 16 + rows * (8 * floats + 4 * elements)
 
 
@@ -107,7 +115,7 @@ def decode_step(
     weights: Mapping[str, Array],
     k: Array,
     v: Array,
-    words: Array,
+    mailboxes: Array,
     *,
     scale: float,
     by_layer: bool,
@@ -125,8 +133,8 @@ def decode_step(
         :data:`WEIGHTS` by name.
     k, v : array [L, S, NH, T, HS]
         Read up to the position, which is written.
-    words : array of uint8 [:func:`words_size`]
-        Of this kind of step alone.
+    mailboxes : array of uint8 [:func:`mailboxes_size`]
+        Of steps of this many rows alone.
     scale : float
         Of attention in layer 0; divided by the layer's number where ``by_layer``.
     eps : float
@@ -134,16 +142,16 @@ def decode_step(
         As :func:`gpt2cupy.ops.linear` takes it.
     out : array of float32 [N, Vp]
     """
-    channels = weights["wpe"].shape[-1]
+    c, channels = _constants(), weights["wpe"].shape[-1]
     arrays = [weights[name] for name in WEIGHTS]
     options = (scale, by_layer, eps, ACTIVATION_CODES[activation])
     launch(
         DECODE_STEP[len(ids)],
         (blocks(channels),),
-        (_THREADS,),
-        (ids, positions, slots, *arrays, k, v, words, out, *options),
+        (c["THREADS"],),
+        (ids, positions, slots, *arrays, k, v, mailboxes, out, *options),
         elem=k.dtype,
-        head_size=HEAD_SIZE,
+        head_size=c["STEP_HEAD_SIZE"],
         inner=channels,
-        shared=_SHARED,
+        shared=c["SHARED"],
     )

@@ -13,10 +13,11 @@ import time
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
-from gpt2cupy.ops.core import compiler, launch
+from gpt2cupy.ops.core import compiler, jobs, launch
 from gpt2cupy.record import ROOT
 
 pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
@@ -25,16 +26,16 @@ ARCH = "sm_90"
 HALF = {"ELEM": "__half"}
 WANTED = [
     (source, defines)
-    for source, defines in compiler.variants((64,), (768,))
+    for source, defines in compiler.variants((64,), (256,))
     if defines.get("ELEM", "__half") == "__half"
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
 _SECOND = """
-from gpt2cupy.ops import compiler
+from gpt2cupy.ops.core import compiler
 import gpt2cupy.ops.core.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
-every = compiler.variants((64,), (768,))
+every = compiler.variants((64,), (256,))
 wanted = [(s, d) for s, d in every if d.get("ELEM", "__half") == "__half"]
 print(sum(compiler.cubin(s, d, "sm_90").stat().st_size > 0 for s, d in wanted))
 """
@@ -46,17 +47,6 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(folder))
     compiler._process_dir.cache_clear()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory):
-    """A cache with every kernel for one architecture, dtype and head size."""
-    folder = tmp_path_factory.mktemp("filled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2CUPY_CACHE_DIR", str(folder))
-        for source, defines in WANTED:
-            compiler.cubin(source, defines, ARCH)
     return folder
 
 
@@ -98,7 +88,7 @@ def forget():
         ("linear.cu", ("ELEM",)),  # K is a parameter there
         ("skinny.cu", ("ELEM", "K")),
         ("attention_decode.cu", ("ELEM", "HS")),
-        ("decode_step.cu", ("ELEM", "HS", "K")),
+        ("decode_step.cu", ("ELEM", "HS", "K", "BATCH")),
     ],
 )
 def test_a_source_says_its_macros(source, macros):
@@ -117,24 +107,24 @@ def test_tensor_cores_take_no_float():
     assert "skinny.cu" not in with_float and {"norm.cu", "linear_fixed.cu"} <= with_float
 
 
-def test_every_kernel_compiles_and_has_its_entries(filled):
-    cubins = sorted(filled.glob("*.cubin"))
-    assert len(cubins) == len(WANTED) == len(compiler.sources())
-    for path in cubins:
-        assert path.read_bytes()[:4] == b"\x7fELF", path
-    by_source = {path.name.split("-")[0] + ".cu": path.read_bytes() for path in cubins}
-    for kernel in every_kernel():
-        section = f".text.{kernel.entry}\0".encode()
-        assert section in by_source[kernel.source], kernel.entry
+@pytest.mark.parametrize("source", compiler.sources())
+def test_every_kernel_compiles_and_has_its_entries(source):
+    half = np.dtype(np.float16)
+    kernels = [kernel for kernel in every_kernel() if kernel.source == source]
+    asked = [(kernel, kernel.defines(half, 64, 256)) for kernel in kernels]
+    assert all((source, defines) in WANTED for _, defines in asked)
+    cubins = [compiler.request(source, defines, ARCH) for _, defines in asked]
+    for kernel, cubin in zip(kernels, cubins, strict=True):
+        data = cubin.result().read_bytes()
+        assert data[:4] == b"\x7fELF" and f".text.{kernel.entry}\0".encode() in data, kernel.entry
 
 
 def every_kernel() -> list[launch.Kernel]:
     """Every Kernel that a module of ops declares."""
     # Some modules share their name with a function of ops: ask for them by their full name.
-    names = (
-        "activation", "cached_attention", "gpt2.embedding", "layout", "norm", "norm_backward", "linear_kernels",
-        "quantized", "rope", "sampling", "softmax", "gpt2.step",
-    )  # fmt: skip
+    names = ("cached_attention", "gpt2.embedding", "layout", "norm", "linear_kernels")
+    names += ("quantized", "sampling", "gpt2.step")
+    names += ("activation", "lookup", "norm_backward", "rope", "softmax")
     modules = [importlib.import_module(f"gpt2cupy.ops.{name}") for name in names]
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
@@ -155,13 +145,16 @@ def test_no_vector_asks_for_more_alignment_than_launch_checks(sources):
     compiler.compile_source("probe.cu", ["-arch=sm_90", "-std=c++17"])
 
 
-def test_a_second_process_compiles_nothing(filled):
+def test_a_second_process_compiles_nothing(cache, fake):
+    for source, defines in WANTED:
+        compiler.cubin(source, defines, ARCH)
+    assert len(fake) == len(WANTED)
     second = subprocess.run(
         [sys.executable, "-c", _SECOND],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"GPT2CUPY_CACHE_DIR": str(filled)},
+        env=os.environ | {"GPT2CUPY_CACHE_DIR": str(cache)},
     )
     assert second.returncode == 0, second.stderr
     assert int(second.stdout) == len(WANTED)
@@ -198,7 +191,7 @@ def test_another_nvrtc_changes_the_key(cache, fake, monkeypatch):
 
 def test_a_changed_include_changes_the_key(cache, fake, sources):
     before = {s: compiler.cubin(s, HALF, ARCH) for s in ("linear.cu", "norm.cu")}
-    include = sources / "activation.cuh"
+    include = sources / "epilogue.cuh"
     include.write_text(include.read_text() + "// a comment\n")
     forget()
     assert {s: compiler.cubin(s, HALF, ARCH) for s in before} == before
@@ -294,6 +287,96 @@ def test_threads_compile_a_kernel_once(cache, fake, monkeypatch):
     for thread in threads:
         thread.join(60)
     assert len(fake) == 1
+
+
+def test_different_kernels_are_compiled_side_by_side(cache, fake, monkeypatch):
+    # Each waits until the other is being compiled too.
+    monkeypatch.setattr(jobs, "threads", lambda: 2)
+    monkeypatch.setattr(compiler._jobs, "_pool", None)
+    both, quick = threading.Barrier(2), compiler.compile_source
+
+    def compile_source(source, options):
+        both.wait(60)
+        return quick(source, options)
+
+    monkeypatch.setattr(compiler, "compile_source", compile_source)
+    asked = [compiler.request(source, HALF, ARCH) for source in ("norm.cu", "embedding.cu")]
+    assert {cubin.result(60).read_bytes() for cubin in asked} == {
+        b"cubin of norm.cu",
+        b"cubin of embedding.cu",
+    }
+
+
+def test_a_failure_reaches_all_who_wait_and_leaves_no_lock(cache, fake, monkeypatch):
+    quick, asked = compiler.compile_source, threading.Event()
+
+    def refuse(source, options):
+        asked.wait(60)
+        raise CompileError("refused", where=source, remedy="none")
+
+    monkeypatch.setattr(compiler, "compile_source", refuse)
+    waiting = [compiler.request("norm.cu", HALF, ARCH) for _ in range(2)]
+    asked.set()
+    for cubin in waiting:
+        with pytest.raises(CompileError, match="refused"):
+            cubin.result(60)
+    monkeypatch.setattr(compiler, "compile_source", quick)
+    assert compiler.cubin("norm.cu", HALF, ARCH).is_file(), "it is tried again"
+
+
+def test_threads_that_cannot_keep_kernels_share_one_folder_and_warn_once(
+    tmp_path, fake, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPT2CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    compiler._process_dir.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        asked = [compiler.request(source, HALF, ARCH) for source in compiler.sources()]
+        paths = [cubin.result(60) for cubin in asked]
+    assert len(said) == 1 and "GPT2CUPY_CACHE_DIR" in str(said[0].message)
+    assert len({path.parent for path in paths}) == 1 and all(path.is_file() for path in paths)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_compiles_for_itself(cache, fake, monkeypatch):
+    """What its parent has under way will never end in the child."""
+    started, go, quick = threading.Event(), threading.Event(), compiler.compile_source
+
+    def compile_source(source, options):
+        started.set()
+        go.wait(60)
+        return quick(source, options)
+
+    monkeypatch.setattr(compiler, "compile_source", compile_source)
+    parents = compiler.request("norm.cu", HALF, ARCH)
+    assert started.wait(60)
+    child = os.fork()
+    if not child:
+        done = False
+        try:
+            monkeypatch.setattr(compiler, "compile_source", quick)
+            done = compiler.request("norm.cu", HALF, ARCH).result(30).is_file()
+        finally:
+            os._exit(0 if done else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not parents.done()
+    go.set()
+    assert parents.result(60).is_file()
+
+
+def test_who_watches_is_told_how_many_are_compiled(cache, fake):
+    told = []
+    with compiler.watched(lambda *counts: told.append(counts)):
+        asked = [compiler.request(source, HALF, ARCH) for source in ("norm.cu", "embedding.cu")]
+        for cubin in asked:
+            cubin.result(60)
+        while told[-1][0] != told[-1][1]:  # told by the thread that compiled
+            time.sleep(0.01)
+        compiler.cubin("norm.cu", HALF, ARCH)
+    compiler.cubin("layout.cu", HALF, ARCH)
+    assert sorted(told, key=sum)[-1] in [(1, 1), (2, 2)] and len(told) == 4
+    assert all(ended <= started for ended, started in told)
 
 
 @pytest.mark.parametrize("step", ["fdopen", "replace"])

@@ -7,6 +7,7 @@ import pytest
 
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops.core import launch
+from gpt2cupy.ops.core.tape import load, recorded
 
 
 class Memory:
@@ -54,6 +55,28 @@ def try_launch(**changed):
     launch.launch(KERNEL, (1,), (32,), (*arrays.values(), 1e-5), elem=half)
 
 
+def test_what_is_recorded_is_compiled_meanwhile_and_loaded_when_it_is_needed(launched, monkeypatch):
+    """So that the kernels of a step are compiled side by side, and not each before the next."""
+    requested, loaded, function = [], [], launch._function
+    monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(launch.compiler, "request", lambda *given: requested.append(given))
+    monkeypatch.setattr(launch, "_function", lambda *key: loaded.append(key) or function(*key))
+    launch._requested.cache_clear()
+    with recorded() as calls:
+        try_launch()
+        try_launch()
+    assert requested == [("norm.cu", {"ELEM": "__half"}, "sm_90")], "once for all launches of it"
+    assert len(calls) == 2 and not loaded and not launched
+    calls[0]()
+    assert len(loaded) == len(launched) == 1, "it also runs without load()"
+    load(calls)
+    assert len(loaded) == 3 and len(launched) == 1
+    for call in calls:
+        call()
+    assert len(loaded) == 3 and len(launched) == 3
+    launch._requested.cache_clear()
+
+
 def test_scalars_are_cast_and_letters_bound(launched):
     try_launch()
     (_, _, values), *_ = launched
@@ -98,8 +121,7 @@ def test_rows_that_cannot_be_aligned_are_taken(launched):
         ("attention_decode.cu", np.dtype(np.float16), 0, "up to 128"),
     ],
 )
-def test_load_refuses(monkeypatch, source, elem, head_size, says):
-    monkeypatch.setattr(launch, "current_device", lambda: 0)
+def test_what_no_kernel_is_compiled_for_is_refused(source, elem, head_size, says):
     with pytest.raises(InputError, match=says) as caught:
-        launch.load(source, elem, head_size)
+        launch.Kernel(source, "entry", "N").defines(elem, head_size, None)
     assert caught.value.where == source and caught.value.remedy

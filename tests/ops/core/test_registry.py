@@ -8,7 +8,6 @@ import pkgutil
 import sys
 import threading
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ import gpt2cupy.ops
 from gpt2cupy import ops
 from gpt2cupy.ops.core import registry
 from gpt2cupy.ops.core.registry import Cost, moved, op, written
+from gpt2cupy.record import ROOT
 
 for _module in pkgutil.walk_packages(gpt2cupy.ops.__path__, "gpt2cupy.ops."):
     importlib.import_module(_module.name)
@@ -28,7 +28,7 @@ EVERY = dict(registry.registered)
 
 def test_every_op_has_a_row_or_tests_elsewhere():
     assert set(EVERY) == {*ROWS, *ELSEWHERE}
-    assert all((Path(__file__).parent.parent.parent / name).exists() for name in ELSEWHERE.values())
+    assert all((ROOT / "tests" / name).exists() for name in ELSEWHERE.values())
     # Tables are made on the host, for an op that reads them.
     assert set(ops.__all__) - {"rope_tables"} <= set(EVERY)
 

@@ -33,10 +33,6 @@ def add_layer_norm(rng, dtype):
     return (draw(rng, (N, C), dtype), draw(rng, (N, C)), *_norm(rng, dtype)), {}
 
 
-def add_rms_norm(rng, dtype):
-    return (draw(rng, (2, N, C), dtype), draw(rng, (2, N, C), dtype), draw(rng, C, dtype)), {}
-
-
 def attention_decode(rng, dtype):
     rows = np.array([2, 0], INT), np.array([15, 0], INT)
     return (draw(rng, (2, 3 * C), dtype), *_cache(rng, dtype), *rows, 0.125), {}
@@ -52,17 +48,9 @@ def bias_act(rng, dtype):
     return (x, bias, "gelu_tanh"), {"residual": draw(rng, (N, M), dtype)}
 
 
-def bias_gelu(rng, dtype):
-    return (draw(rng, (N, M), dtype), draw(rng, M, dtype)), {}
-
-
 def embedding(rng, dtype):
     ids, positions = np.array([4, 0, 4], INT), np.array([1, 0, 6], INT)
     return (ids, positions, draw(rng, (5, C), dtype), draw(rng, (7, C), dtype)), {}
-
-
-def gelu(rng, dtype):
-    return (draw(rng, (2, N, M), dtype), "tanh"), {}
 
 
 def last_rows(rng, dtype):
@@ -74,22 +62,38 @@ def layer_norm(rng, dtype):
     return (draw(rng, (N, C)), *_norm(rng, dtype)), {}
 
 
-def layer_norm_backward(rng, dtype):
-    return (draw(rng, (N, C), dtype), draw(rng, (N, C), dtype), draw(rng, C, dtype)), {}
-
-
 def linear(rng, dtype):
     x, weight, bias = draw(rng, (N, C), dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)
     return (x, weight, bias), {"activation": "gelu_tanh"}
 
 
-def lookup(rng, dtype):
-    return (np.array([[4, 0, -1], [5, 2, 2]], INT), draw(rng, (5, C), dtype)), {}
-
-
 def norm_linear(rng, dtype):
     weight, bias = draw(rng, (M, C), dtype), draw(rng, M, dtype)
     return (draw(rng, (1, C)), *_norm(rng, dtype), 1e-5, weight, bias), {"activation": "relu"}
+
+
+def target_logprobs(rng, dtype):
+    return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
+
+
+def add_rms_norm(rng, dtype):
+    return (draw(rng, (2, N, C), dtype), draw(rng, (2, N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def bias_gelu(rng, dtype):
+    return (draw(rng, (N, M), dtype), draw(rng, M, dtype)), {}
+
+
+def gelu(rng, dtype):
+    return (draw(rng, (2, N, M), dtype), "tanh"), {}
+
+
+def layer_norm_backward(rng, dtype):
+    return (draw(rng, (N, C), dtype), draw(rng, (N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def lookup(rng, dtype):
+    return (np.array([[4, 0, -1], [5, 2, 2]], INT), draw(rng, (5, C), dtype)), {}
 
 
 def rms_norm(rng, dtype):
@@ -106,10 +110,6 @@ def rope(rng, dtype):
     return (draw(rng, (2, N, 4, 32), dtype), *tables, positions), {"interleaved": True}
 
 
-def shifted_bias(rng, dtype):
-    return (draw(rng, C, dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)), {}
-
-
 def silu_mul(rng, dtype):
     return (draw(rng, (2, N, M), dtype), draw(rng, (2, N, M), dtype)), {}
 
@@ -118,25 +118,21 @@ def softmax(rng, dtype):
     return (draw(rng, (2, N, M), dtype),), {}
 
 
-def target_logprobs(rng, dtype):
-    return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
-
-
 ROWS: dict[str, Row] = {
     make.__name__: make
     for make in (
         add_layer_norm, add_rms_norm, attention_decode, attention_prefill, bias_act, bias_gelu,
         embedding, gelu, last_rows, layer_norm, layer_norm_backward, linear, lookup, norm_linear,
-        rms_norm, rms_norm_backward, rope, shifted_bias, silu_mul, softmax, target_logprobs,
+        rms_norm, rms_norm_backward, rope, silu_mul, softmax, target_logprobs,
     )
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
 ELSEWHERE = {
-    "decode_step": "test_persistent.py",
-    "dequantize": "test_quantized.py",
-    "gemv": "test_ops.py",
-    "quantize": "test_quantized.py",
-    "sample": "test_sampling.py",
-    "sample_logits": "test_row_ops.py",
-    "top_logprobs": "test_sampling.py",
+    "decode_step": "decode/test_persistent.py",
+    "dequantize": "ops/test_quantized.py",
+    "gemv": "ops/test_ops.py",
+    "quantize": "ops/test_quantized.py",
+    "sample_logits": "ops/test_row_ops.py",
+    "sample": "ops/test_sampling.py",
+    "top_logprobs": "ops/test_sampling.py",
 }
