@@ -138,7 +138,7 @@ class PromptEncoder:
                 if single:
                     raise
                 place = place_of(number, prompt)
-                if error.where not in ("", "prompt"):
+                if error.where not in ("", "prompt", "ids"):
                     place += f"; {error.where}"
                 raise type(error)(error.what, where=place, remedy=error.remedy) from error
             own = params

@@ -97,7 +97,8 @@ def facts_reader(parameters: tuple[Parameter, ...]) -> Any:
         else:
             lines += [*read, f"{pointer}_device = memory.device_id"]
             facts += [layout, f"{name}.dtype", f"{pointer}_device"]
-    result = f"({', '.join(facts)}), ({''.join(f'{p}, ' for p in pointers)}), {' | '.join(pointers) or 0}"
+    listed = "".join(f"{pointer}, " for pointer in pointers)
+    result = f"({', '.join(facts)}), ({listed}), {' | '.join(pointers) or 0}"
     body = "".join(f"    {line}\n" for line in [*lines, f"return {result}"])
     scope: dict[str, Any] = {}
     exec(f"def facts({', '.join([*settings, *names])}):\n{body}", scope)
