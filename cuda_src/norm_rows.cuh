@@ -237,7 +237,9 @@ template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void rows_in_passes(const NormRows<X, R>& rows, float (*shared)[WARP]) {
   griddepcontrol_wait();
   int turn = 0;
-  for (int row = blockIdx.x; row < rows.N; row += gridDim.x, turn ^= 1)
+  // Rows of a warp each are met here too, where their stride keeps them from being read in pieces.
+  int first = blockIdx.x * blockDim.y + threadIdx.y;
+  for (int row = first; row < rows.N; row += gridDim.x * blockDim.y, turn ^= 1)
     row_in_passes<VEC, CENTRED, ADD>(rows, row, shared[0], shared[CENTRED ? 1 : turn]);
 }
 

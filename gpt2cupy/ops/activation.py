@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 from ..errors import InputError
@@ -23,14 +25,14 @@ SILU_MUL = Kernel(
 )
 
 
-def _grid(*arrays: Array) -> tuple[int, ...]:
+@functools.lru_cache(4096)
+def _grid(shape: tuple[int, ...], itemsize: int, contiguous: bool) -> tuple[int, ...]:
     """Blocks for all elements, which the kernel takes one by one where pieces do not fit."""
-    elements = 16 // arrays[0].itemsize
-    for array in arrays:
-        # What lies between the rows of a view may be no multiple of a piece.
-        if not array._c_contiguous or not array.ndim or array.shape[-1] % elements:
-            elements = 1
-    return (-(-arrays[0].size // (elements * _THREADS * _PIECES)),)
+    elements = 16 // itemsize
+    # What lies between the rows of a view may be no multiple of a piece.
+    if not contiguous or not shape or shape[-1] % elements:
+        elements = 1
+    return (-(-math.prod(shape) // (elements * _THREADS * _PIECES)),)
 
 
 def _check_gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> None:
@@ -51,7 +53,13 @@ def _check_bias_gelu(
 def _gelu(x: Array, bias: Array | None, approximate: str, out: Array | None) -> Array:
     if out is None:
         out = device_empty(x.shape, x.dtype)
-    launch(GELU[approximate], _grid(x, out), (_THREADS,), (x, bias, out), elem=x.dtype)
+    launch(
+        GELU[approximate],
+        _grid(x.shape, x.itemsize, x._c_contiguous and out._c_contiguous),
+        (_THREADS,),
+        (x, bias, out),
+        elem=x.dtype,
+    )
     return out
 
 
@@ -158,5 +166,7 @@ def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
     """
     if out is None:
         out = device_empty(gate.shape, gate.dtype)
-    launch(SILU_MUL, _grid(gate, up, out), (_THREADS,), (gate, up, out), elem=gate.dtype)
+    contiguous = gate._c_contiguous and up._c_contiguous and out._c_contiguous
+    grid = _grid(gate.shape, gate.itemsize, contiguous)
+    launch(SILU_MUL, grid, (_THREADS,), (gate, up, out), elem=gate.dtype)
     return out

@@ -6,6 +6,7 @@ Kernels: cuda_src/norm.cu and rms_norm.cu.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from .core.device import sm_count
@@ -48,13 +49,14 @@ LAYER_NORM_NAIVE = Kernel(
 
 @functools.lru_cache(4096)
 def _blocks(
-    size: int, channels: int, itemsize: int, added: bool = False
+    shape: tuple[int, ...], itemsize: int, added: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Grid and block. How many threads share a row must follow from the row alone.
 
     Then the order of its additions does not depend on how many rows there are.
     """
-    rows = size // channels if channels else 0
+    channels = shape[-1] if shape else 0  # which launch() refuses
+    rows = math.prod(shape[:-1]) if channels else 0
     elements = 16 // itemsize
     # Pieces of a row, and how many of them a thread keeps in registers.
     pieces, each = (channels, 4) if channels % elements else (channels // elements, 2)
@@ -67,19 +69,6 @@ def _blocks(
     # A block takes several rows where not all run at once.
     at_once = max(1, _THREADS // (block[0] * block[1])) * sm_count()
     return (min(blocks, at_once),), block
-
-
-def _launch(
-    kernel: Kernel,
-    x: Array,
-    itemsize: int,
-    elem: Any,
-    args: tuple[Any, ...],
-    added: bool = False,
-) -> None:
-    # A kernel that is given no dimension is refused by launch().
-    grid, block = _blocks(x.size, x.shape[-1] if x.ndim else 0, itemsize, added)
-    launch(kernel, grid, block, args, elem=elem)
 
 
 def _norm_cost(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Cost:
@@ -151,7 +140,8 @@ def layer_norm(
     if out is None:
         out = device_empty(x.shape, elem)
     kernel = LAYER_NORM[x.dtype == elem]
-    _launch(kernel, x, x.itemsize, elem, (x, weight, bias, out, eps))
+    grid, block = _blocks(x.shape, x.itemsize)
+    launch(kernel, grid, block, (x, weight, bias, out, eps), elem=elem)
     return out
 
 
@@ -190,7 +180,8 @@ def rms_norm(
     elem = x.dtype if weight is None else weight.dtype
     if out is None:
         out = device_empty(x.shape, elem)
-    _launch(RMS_NORM[x.dtype == elem], x, x.itemsize, elem, (x, weight, out, eps))
+    grid, block = _blocks(x.shape, x.itemsize)
+    launch(RMS_NORM[x.dtype == elem], grid, block, (x, weight, out, eps), elem=elem)
     return out
 
 
@@ -234,7 +225,8 @@ def add_layer_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_LAYER_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, bias, y, eps)
-    _launch(kernel, x, max(x.itemsize, residual.itemsize), elem, args, True)
+    grid, block = _blocks(x.shape, max(x.itemsize, residual.itemsize), True)
+    launch(kernel, grid, block, args, elem=elem)
     return y, total
 
 
@@ -277,7 +269,8 @@ def add_rms_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_RMS_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, y, eps)
-    _launch(kernel, x, max(x.itemsize, residual.itemsize), elem, args, True)
+    grid, block = _blocks(x.shape, max(x.itemsize, residual.itemsize), True)
+    launch(kernel, grid, block, args, elem=elem)
     return y, total
 
 

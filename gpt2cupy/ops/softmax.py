@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from .core.device import current_device, has_clusters
@@ -25,10 +26,11 @@ SOFTMAX = {
 
 @functools.lru_cache(4096)
 def _blocks(
-    device: int, size: int, channels: int, itemsize: int
+    device: int, shape: tuple[int, ...], itemsize: int
 ) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
     """Whether clusters share a row, grid and block; they follow from the row alone."""
-    rows = size // channels if channels else 0
+    channels = shape[-1] if shape else 0  # which launch() refuses
+    rows = math.prod(shape[:-1]) if channels else 0
     # The row may begin between two pieces, and a piece more hold its end.
     if channels + 16 // itemsize <= _HELD * 32:
         return False, (-(-rows // _WARPS),), (32, _WARPS)
@@ -72,7 +74,6 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
     """
     if out is None:
         out = device_empty(x.shape, x.dtype)
-    channels = x.shape[-1] if x.ndim else 0
-    clustered, grid, block = _blocks(current_device(), x.size, channels, x.itemsize)
+    clustered, grid, block = _blocks(current_device(), x.shape, x.itemsize)
     launch(SOFTMAX[clustered], grid, block, (x, out), elem=x.dtype)
     return out

@@ -77,6 +77,30 @@ def test_norms_without_parameters_and_in_place(xp, dtype, name):
     check(host(ours), getattr(reference, name)(x, *nothing), exact, dtype, name)
 
 
+@pytest.mark.parametrize("channels", [99, 128, 512, 4096, 9000])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_rms_norm", "softmax", "gelu"])
+def test_rows_of_an_odd_stride_in_place(xp, dtype, channels, name):
+    """They begin anywhere, so that pieces of 16 bytes would not fit."""
+    rng = np.random.default_rng(0)
+    wide_x = draw(rng, (9, channels + 1), dtype)
+    x, w = wide_x[:, :channels], draw(rng, channels, dtype)
+    params = {"layer_norm": (w, w), "rms_norm": (w,), "add_rms_norm": (w,)}.get(name, ())
+    given, *args = on(xp, wide_x, *params)
+    rows = given[:, :channels]
+    if name == "add_rms_norm":
+        residual = xp.array(given)[:, :channels]
+        exact = reference.rms_norm(2 * wide(x)[0], *wide(*params))
+        baseline = reference.add_rms_norm(x, x, *params)[0]
+        ours, total = ops.add_rms_norm(rows, residual, *args, out=(rows, residual))
+        np.testing.assert_array_equal(host(total), (x + x).astype(dtype))
+    else:
+        exact = getattr(reference, name)(*wide(x, *params))
+        baseline = getattr(reference, name)(x, *params)
+        ours = getattr(ops, name)(rows, *args, out=rows)
+    check(host(ours), baseline, exact, dtype, name)
+    np.testing.assert_array_equal(host(given)[:, channels], wide_x[:, channels])
+
+
 @pytest.mark.parametrize("rows", [1, 4, 19, 99, 2500])
 @pytest.mark.parametrize("channels", [111, 768, 4096])
 def test_a_row_does_not_feel_the_others(xp, dtype, rows, channels):
@@ -322,6 +346,6 @@ def test_threads_of_a_row_follow_from_the_row_alone(monkeypatch):
     norm._blocks.cache_clear()
     for channels in WIDTHS:
         for itemsize in (2, 4):
-            blocks = {norm._blocks(n * channels, channels, itemsize)[1] for n in (1, 7, 5000)}
+            blocks = {norm._blocks((n, channels), itemsize)[1] for n in (1, 7, 5000)}
             assert len(blocks) == 1
     norm._blocks.cache_clear()
