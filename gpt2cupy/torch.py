@@ -52,7 +52,7 @@ _DTYPES = {
 }
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KNOWN = 4096  # signatures that a thread remembers
-_library = torch.library.Library("gpt2cupy", "DEF")
+_library: Any = torch.library.Library("gpt2cupy", "DEF")  # type: ignore[no-untyped-call]
 
 
 class _Programs(threading.local):
@@ -113,6 +113,7 @@ def _checked(
     # This thread may not have touched the GPU yet: setting its device gives it the context.
     cupy_module().cuda.runtime.setDevice(device)
     views = [None if tensor is None else _view(tensor) for tensor in tensors]
+    launches: list[Any]
     with recorded() as launches:
         call(*views, *rest)
     places = {id(view): place for place, view in enumerate(views) if view is not None}

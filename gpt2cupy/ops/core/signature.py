@@ -76,7 +76,10 @@ def facts_reader(parameters: tuple[Parameter, ...]) -> Any:
     for the parameters it has, since it runs at every call: a loop takes twice as long.
     """
     settings = ["kernel", "device", "grid", "block", "elem", "head_size", "inner", "shared"]
-    names, lines, facts, pointers = [], [], list(settings), []
+    facts = list(settings)
+    names: list[str] = []
+    lines: list[str] = []
+    pointers: list[str] = []
     for parameter in parameters:
         if parameter.dims is None:
             if parameter.cast is not None:

@@ -7,7 +7,7 @@ import functools
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,12 +158,12 @@ class Prepared:
         self._addresses = addresses.buffer_info()[0]
         self._memory = cells, addresses
 
-    def run(self, pointers: tuple[int, ...]) -> None:
+    def run(self, pointers: Sequence[int]) -> None:
         """Launch it on the current stream with these pointers, 0 for None."""
         self._write(*pointers)
         self._start(self._stream(self.device).ptr, self._addresses, 0)
 
-    def run_on(self, stream: int, pointers: tuple[int, ...]) -> None:
+    def run_on(self, stream: int, pointers: Sequence[int]) -> None:
         """Launch it on the stream with this address."""
         self._write(*pointers)
         self._start(stream, self._addresses, 0)
