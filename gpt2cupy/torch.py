@@ -113,9 +113,9 @@ def _checked(
     # This thread may not have touched the GPU yet: setting its device gives it the context.
     cupy_module().cuda.runtime.setDevice(device)
     views = [None if tensor is None else _view(tensor) for tensor in tensors]
-    launches: list[Any]
-    with recorded() as launches:
+    with recorded() as calls:
         call(*views, *rest)
+    launches: list[Any] = calls
     places = {id(view): place for place, view in enumerate(views) if view is not None}
     program = []
     for launch in launches:
