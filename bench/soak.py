@@ -160,7 +160,7 @@ class Load:
         requests = self.requests()
         for token in self.engine.run(requests):
             if token.id % 50 == 0:
-                self.engine.drop(token.key)
+                self.engine.cancel(token.key)
         return len(requests)
 
     def leave_engine(self) -> int:

@@ -9,7 +9,6 @@ from builders import small_bpe, write_bpe
 import gpt2cupy
 from gpt2cupy import GPT2, LanguageModel, SamplingParams
 from gpt2cupy.errors import InputError
-from gpt2cupy.generation.request import Token
 from gpt2cupy.generation.text import GrowingText
 from gpt2cupy.tokenizer import Tokenizer
 
@@ -55,7 +54,7 @@ def test_streaming_never_splits_a_character(lm):
     tokens = lm.tokenizer.encode("é€😀")
     assert len(tokens) > 3, "these characters take several tokens each"
     row = GrowingText(lm.tokenizer, ())
-    texts = [row.push(Token(0, token, 0.0, None, []))[0] for token in tokens]
+    texts = [row.push(token, None)[0] for token in tokens]
     assert "".join(texts) == "é€😀" and "\ufffd" not in "".join(texts)
     assert [text for text in texts if text] == ["é", "€", "😀"]
 
@@ -120,7 +119,7 @@ def push_all(lm, text, stops):
     singles = [lm.tokenizer.encode(chr(byte))[0] for byte in text.encode()]
     for place, token in enumerate(singles):
         last = "length" if place == len(singles) - 1 else None
-        piece, reason = row.push(Token(0, token, 0.0, last, []))
+        piece, reason = row.push(token, last)
         shown.append(piece)
         if reason:
             return shown, reason

@@ -146,7 +146,7 @@ def test_a_dropped_request_frees_its_slot(xp):
     for token in engine.run(wanted):
         seen.append(token.key)
         if token.key == 0 and seen.count(0) == 3:
-            engine.drop(0)
+            engine.cancel(0)
     assert seen == [0] * 3 + [1] * 12
     assert engine.cache.lengths.tolist() == [0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,17 @@ from .step import sample_next
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
+class Shape(NamedTuple):
+    """What a graph for prompts takes at most: tokens in all, sequences, tokens of the longest."""
+
+    rows: int
+    sequences: int
+    longest: int
+
+
 @dataclass
 class _Bucket:
-    """The graph for prompts of up to so many tokens."""
+    """The graph for prompts of up to a shape."""
 
     packed: PackedPrompts  # its input
     kept: Any  # what must live as long as it
@@ -56,15 +64,15 @@ class PromptRunner:
         rows = self._sequences(cache.slots)
         self._last = Workspace(model.config, rows, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
-        self._buckets: dict[tuple[Any, ...], _Bucket] = {}  # by rows, backend, kind of sampling
+        self._buckets: dict[tuple[Any, ...], _Bucket] = {}  # by shape, backend, kind of sampling
 
     @property
     def nbytes(self) -> int:
         """Bytes of its activations."""
         return self.work.nbytes + self._last.nbytes
 
-    def record(self, total: int, sequences: int, state: DecodeState | None = None) -> None:
-        """Record what :meth:`run` will run for sequences with so many tokens in all.
+    def record(self, lengths: Sequence[int], state: DecodeState | None = None) -> None:
+        """Record what :meth:`run` will run for sequences with so many new tokens each.
 
         Its kernels are compiled from now on, beside others.
         """
@@ -72,12 +80,12 @@ class PromptRunner:
             return
         if state is not None and self._dequantises():
             state = None
-        if rows := self._bucket_size(total):
-            self._bucket(rows, state)
+        if shape := self._shape(lengths):
+            self._bucket(shape, state)
             return
-        packed = PackedPrompts(total, self._sequences(sequences), self.model.xp)
+        packed = PackedPrompts(sum(lengths), self._sequences(len(lengths)), self.model.xp)
         with recorded():
-            self._queue(packed, total, state)
+            self._queue(packed, max(lengths), state)
 
     def run(
         self,
@@ -103,27 +111,31 @@ class PromptRunner:
             Residual stream of each sequence's last token; rows past the last sequence hold
             nothing of use.
         """
-        total = sum(len(t) for t in tokens)
-        rows = self._bucket_size(total)
-        if not rows:
-            packed = PackedPrompts(total, self._sequences(len(tokens)), self.model.xp)
+        lengths = [len(t) for t in tokens]
+        shape = self._shape(lengths)
+        if shape is None:
+            packed = PackedPrompts(sum(lengths), self._sequences(len(tokens)), self.model.xp)
             packed.fill(tokens, slots, self.cache)
-            return self._queue(packed, max(len(t) for t in tokens), state)
+            return self._queue(packed, max(lengths), state)
         if state is not None and self._dequantises():
             x = self.run(tokens, slots)
             sample_first(self.model, state, x[:1], 0)
             return x
-        bucket = self._bucket(rows, state)
+        bucket = self._bucket(shape, state)
         if bucket.launch is None:
             bucket.launch = captured(bucket.calls)
         bucket.packed.fill(tokens, slots, self.cache)
         bucket.launch()
         return bucket.x
 
-    def _bucket_size(self, total: int) -> int:
-        """Rows of the graph for so many tokens; 0 where they are run launch by launch."""
-        rows = next((n for n in BUCKETS if n >= total), 0)
-        return rows if self._graphs and rows <= self.work.rows else 0
+    def _shape(self, lengths: Sequence[int]) -> Shape | None:
+        """The graph for sequences of such lengths; None where they are run launch by launch."""
+        rows = next((n for n in BUCKETS if n >= sum(lengths)), 0)
+        if not self._graphs or not rows or rows > self.work.rows:
+            return None
+        # A grid for sequences and lengths that do not occur is blocks that start for nothing.
+        sequences = min(1 << (len(lengths) - 1).bit_length(), self.cache.slots)
+        return Shape(rows, sequences, next(n for n in BUCKETS if n >= max(lengths)))
 
     def _sequences(self, count: int) -> int:
         # BLAS sums a product of one row in another order than one of several: on NumPy a single
@@ -142,21 +154,35 @@ class PromptRunner:
             sample_first(self.model, state, x[:1], 0)
         return x
 
-    def _bucket(self, rows: int, state: DecodeState | None) -> _Bucket:
-        """The bucket of so many rows, recorded if it is new."""
+    def _bucket(self, shape: Shape, state: DecodeState | None) -> _Bucket:
+        """The bucket of a shape, recorded if it is new."""
         kind = () if state is None else (state, state.counts, state.bias, state.plain)
         # Identities, which stay theirs because the bucket keeps the objects.
-        key = rows, self.model.backend, *map(id, kind)
+        key = *shape, self.model.backend, *map(id, kind)
         if key not in self._buckets:
-            packed = PackedPrompts(rows, min(rows, self.cache.slots), self.model.xp)
+            packed = PackedPrompts(shape.rows, shape.sequences, self.model.xp)
             with recorded() as calls:
-                x = self._queue(packed, rows, state)
+                x = self._queue(packed, shape.longest, state)
             self._buckets[key] = _Bucket(packed, kind, calls, x)
         return self._buckets[key]
 
 
 def sample_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
-    """Queue the sampling of a row's first token, given the residual stream [1, C] before it."""
-    logits = state.logits[row : row + 1]
-    model.logits(x, state.work.first(1), logits)
-    sample_next(state, logits, state.rows[row : row + 1])
+    """Queue the sampling of the first tokens of neighbouring rows, the first of them ``row``.
+
+    Parameters
+    ----------
+    model : GPT2
+    state : DecodeState
+    x : array [R, C]
+        Residual stream of the last token of each one's prompt.
+    row : int
+    """
+    # BLAS sums a product of one row in another order than one of several, so NumPy takes them one
+    # by one: the bits of a text do not depend on the prompts that ran beside its own.
+    together = 1 if model.xp is np else len(x)
+    for start in range(0, len(x), together):
+        lines = slice(row + start, row + start + together)
+        logits = state.logits[lines]
+        model.logits(x[start : start + together], state.work.first(together), logits)
+        sample_next(state, logits, state.rows[lines])

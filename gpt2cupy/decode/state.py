@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from ..ops.reference_sampling import PROMPT_BIT
 from ..ops.sampling import RING_ENTRY
 from ..sampling import SamplingParams
 
-RING = 8  # tokens of a row that may wait to be read; a step is queued before the last is read
+RING = 16  # tokens of a row that may wait to be read: those of the steps queued ahead, and more
+
+_BY_ROW = ("ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring")
 
 
 class DecodeState:
@@ -77,6 +81,7 @@ class DecodeState:
         else:
             host, self.ring = _mapped(xp, shape)
         self._entries = host.view(RING_ENTRY)[..., 0]
+        self._views: dict[int, DecodeState] = {}
 
     @property
     def batch(self) -> int:
@@ -106,10 +111,66 @@ class DecodeState:
         """Say which position a row's last fed token has, before its next token is chosen."""
         self._write(self.positions, row, np.array([position], np.int32))
 
+    def enter(
+        self,
+        first: int,
+        slots: Sequence[int],
+        params: Sequence[np.ndarray],
+        plain: Sequence[bool],
+        positions: Sequence[int],
+    ) -> None:
+        """:meth:`assign` and :meth:`seek` for neighbouring rows, the first of them ``first``."""
+        for row, simple in enumerate(plain, first):
+            (self.shaped.discard if simple else self.shaped.add)(row)
+        self._write(self.slots, first, np.array(slots, np.int32))
+        lines = [each.view(np.uint8).reshape(1, -1) for each in params]
+        self._write(self.params, first, np.concatenate(lines))
+        self._write(self.positions, first, np.array(positions, np.int32))
+
+    def move(self, row: int, to: int) -> None:
+        """Let another row go on with what a row does; its token ring stays its own."""
+        (self.shaped.add if row in self.shaped else self.shaped.discard)(to)
+        for array in (self.ids, self.positions, self.slots, self.params, self.counts, self.bias):
+            if array is None:
+                continue
+            source, target = array[row : row + 1], array[to : to + 1]
+            if self.xp is np:
+                target[...] = source
+            else:
+                stream = self.xp.cuda.get_current_stream()
+                target.data.copy_from_device_async(source.data, source.nbytes, stream)
+
+    def release(self, first: int, end: int) -> None:
+        """Leave rows to nobody."""
+        self.shaped.difference_update(range(first, end))
+        self._write(self.slots, first, np.full(end - first, -1, np.int32))
+
+    def first(self, rows: int) -> DecodeState:
+        """The same memory, seen as a state of fewer rows."""
+        if rows == self.batch:
+            return self
+        if rows not in self._views:
+            view = copy.copy(self)
+            for name in _BY_ROW:
+                setattr(view, name, getattr(self, name)[:rows])
+            view.work = self.work.first(rows)
+            self._views[rows] = view
+            self._share_processors()
+        return self._views[rows]
+
+    def _share_processors(self) -> None:
+        """Let views see counts and bias, which appear when a request needs them."""
+        for rows, view in self._views.items():
+            for name in ("counts", "bias"):
+                array = getattr(self, name)
+                if array is not None and getattr(view, name) is None:
+                    setattr(view, name, array[:rows])
+
     def set_processors(self, row: int, counted: Any | None, bias: Any | None) -> None:
         """Start a row's token counts from its prompt's ids, and its logit bias; None clears."""
         if counted is not None and self.counts is None:
             self.counts = self.xp.zeros((self.batch, self.vocab_size), np.int32)
+        self._share_processors()
         if self.counts is not None:
             line = np.zeros(self.vocab_size, np.int32)
             if counted is not None:
@@ -121,42 +182,82 @@ class DecodeState:
         """Give a row its logit bias, a mapping of token ids; None clears it."""
         if bias and self.bias is None:
             self.bias = self.xp.zeros((self.batch, self.vocab_size), np.float32)
+        self._share_processors()
         if self.bias is not None:
             values = np.zeros(self.vocab_size, np.float32)
             for token, value in (bias or {}).items():
                 values[token] = value
             self._write(self.bias, row, values[None])
 
-    def _write(self, array: Any, row: int, value: np.ndarray) -> None:
-        """Set one row, in the order of the stream."""
+    def _write(self, array: Any, first: int, values: np.ndarray) -> None:
+        """Set neighbouring rows, in the order of the stream."""
+        part = array[first : first + len(values)]
         if self.xp is np:
-            array[row : row + 1] = value
-        else:
-            array[row : row + 1].set(value)
+            part[...] = values
+        elif len(values):
+            part.set(values)
 
     def read(self, row: int, step: int) -> tuple[int, float]:
         """Wait for token number ``step`` of a row: its id and log-probability."""
-        entry = self._entries[row, step % RING]
-        stamp = np.uint32(step + 1)
+        ids, logprobs = self.read_rows(slice(row, row + 1), np.array([step]))
+        return int(ids[0]), float(logprobs[0])
+
+    def read_rows(self, rows: slice, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for one token of each of some rows.
+
+        Parameters
+        ----------
+        rows : slice
+        steps : array of int [N]
+            Number of the token of each row.
+
+        Returns
+        -------
+        ids : numpy.ndarray of int32 [N]
+        logprobs : numpy.ndarray of float32 [N]
+
+        Raises
+        ------
+        DeviceError
+            If the step ended without writing them.
+        """
+        places = np.arange(rows.start, rows.stop), steps % RING
+        stamps = (steps + 1).astype(np.uint32)
         if self.xp is not np:
-            stream = self.xp.cuda.get_current_stream()
-            spins = 0
+            self._wait(places, stamps)
+        # The stamps are there, and each came with the half of the entry that it belongs to.
+        entries = self._entries[places]
+        return entries["id"].copy(), entries["logprob"].copy()
 
-            def arrived() -> bool:
-                return entry["stamp"] == stamp and entry["stamp_again"] == stamp
+    def _wait(self, places: tuple[np.ndarray, np.ndarray], stamps: np.ndarray) -> None:
+        stream = self.xp.cuda.get_current_stream()
+        spins = 0
 
-            while not arrived():
-                spins += 1
-                # The stamp comes through memory; asking the driver is only for the case that
-                # the step died and never writes it.
-                if spins % 4096 == 0 and stream.done and not arrived():
-                    stream.synchronize()
-                    raise DeviceError(
-                        "a decode step ended without writing its token",
-                        where=f"row {row}, step {step}",
-                        remedy="This is a bug of gpt2cupy; please report it.",
-                    )
-        return int(entry["id"]), float(entry["logprob"])
+        def arrived() -> bool:
+            entries = self._entries[places]
+            both = (entries["stamp"] == stamps) & (entries["stamp_again"] == stamps)
+            return bool(both.all())
+
+        while not arrived():
+            spins += 1
+            # The stamp comes through memory; asking the driver is only for the case that
+            # the step died and never writes it.
+            if spins % 1024 == 0 and stream.done and not arrived():
+                stream.synchronize()
+                raise DeviceError(
+                    "a decode step ended without writing its token",
+                    where=f"rows {places[0].tolist()}",
+                    remedy="This is a bug of gpt2cupy; please report it.",
+                )
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """Pinned memory that a device array is being copied to, in the order of the stream."""
+        cupy = self.xp
+        pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
+        stream = cupy.cuda.get_current_stream().ptr
+        to = cupy.cuda.runtime.memcpyDeviceToHost
+        cupy.cuda.runtime.memcpyAsync(pinned.ptr, array.data.ptr, array.nbytes, to, stream)
+        return np.frombuffer(pinned, array.dtype, array.size).reshape(array.shape)
 
 
 def _mapped(cupy: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:

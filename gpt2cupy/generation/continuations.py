@@ -9,9 +9,11 @@ from typing import Any
 
 from ..tokenizer import Tokenizer
 from . import prompts, scoring
+from .collect import Collector
 from .request import Request
+from .results import tokens_of
 from .session import Session
-from .text import Collected, Completion, GrowingText, Piece
+from .text import Completion, GrowingText, Piece
 
 
 def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator[Piece]:
@@ -23,21 +25,22 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
         If logits are not finite, in place of the piece that they would have given.
     """
     start = time.perf_counter()
-    row, first = GrowingText(tokenizer, request.params.stop), 0.0
+    row, first, count = GrowingText(tokenizer, request.params.stop), 0.0, 0
     # Closed by name: a traceback may keep this frame, and the turn with it.
-    with contextlib.closing(session.tokens([request], 1)) as tokens:
-        for count, token in enumerate(tokens):
+    with contextlib.closing(session.blocks([request], 1)) as blocks:
+        for token in (token for block in blocks for token in tokens_of(block)):
             now = time.perf_counter()
             first = first or now
-            text, reason = row.push(token)
+            text, reason = row.push(token.id, token.finish_reason)
             if reason == "error":
                 raise scoring.non_finite(
                     session.model, f"new token {count + 1}", failed=(request.key,)
                 )
             rate = count / (now - first) if count else 0.0
+            count += 1
             yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
             if reason:
-                session.drop(token.key)
+                session.cancel(token.key)
 
 
 def complete(
@@ -68,13 +71,15 @@ def complete(
     NonFiniteError
         If logits are not finite; the other requests are finished first.
     """
-    rows = {request.key: Collected(tokenizer, request) for request in requests}
-    with contextlib.closing(session.tokens(requests, max_batch)) as tokens:
-        for token in tokens:
-            if rows[token.key].push(token):
-                session.drop(token.key)
-    failed = tuple(key for key, row in rows.items() if row.done.finish_reason == "error")
-    found = [None if key in failed else row.completion() for key, row in rows.items()]
+    collector = Collector(tokenizer, requests)
+    with contextlib.closing(session.blocks(requests, max_batch)) as blocks:
+        for block in blocks:
+            for key in collector.push(block):
+                session.cancel(key)
+    done = collector.completions()
+    pairs = list(zip(requests, done, strict=True))
+    failed = tuple(request.key for request, each in pairs if each.finish_reason == "error")
+    found = [None if request.key in failed else each for request, each in pairs]
     n = requests[0].params.n if requests else 1
     result = _grouped(found, n, single)
     if failed:

@@ -25,6 +25,8 @@ class Request:
         Which of ``params.n`` continuations.
     eos : int or tuple of int
         Tokens that end it; -1 is none.
+    priority : int
+        Requests with a smaller one are admitted first.
     """
 
     key: Any
@@ -32,6 +34,7 @@ class Request:
     params: SamplingParams
     index: int = 0
     eos: int | tuple[int, ...] = ()
+    priority: int = 0
 
     @property
     def ends(self) -> tuple[int, ...]:

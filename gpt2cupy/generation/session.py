@@ -15,7 +15,8 @@ from ..ops.core.device import device_errors
 from . import forks
 from .engine import Engine
 from .lock import SessionLock
-from .request import Request, Token
+from .request import Request
+from .results import Block
 
 
 class Session:
@@ -85,7 +86,7 @@ class Session:
         with self._lock.take(), self._on_gpu():
             yield self.model
 
-    def tokens(self, requests: list[Request], slots: int) -> Generator[Token, None, None]:
+    def blocks(self, requests: list[Request], slots: int) -> Generator[Block, None, None]:
         """What the engine makes of the requests; holds the turn until they are done."""
         self.check_open()
         begun = self._forks
@@ -96,10 +97,10 @@ class Session:
                 return
             # Not held by this frame, so that close() frees it while a stream is open.
             with self._on_gpu():
-                self._running = self._engine_for(min(slots, len(wanting))).run(wanting)
+                self._running = self._engine_for(min(slots, len(wanting))).blocks(wanting)
             try:
-                while (token := self._next(begun)) is not None:
-                    yield token
+                while (block := self._next(begun)) is not None:
+                    yield block
                     if begun == self._forks:
                         self._lock.carry()
             except GeneratorExit:
@@ -119,7 +120,7 @@ class Session:
                         self._forget_engines()  # close() may have come while one was made
                         self._free_pools()
 
-    def _next(self, begun: int) -> Token | None:
+    def _next(self, begun: int) -> Block | None:
         if begun != self._forks and not self.lost:
             raise ClosedError(
                 "this stream was opened before the process was forked",
@@ -127,17 +128,17 @@ class Session:
                 remedy="Open another one here.",
             )
         self.check_open()
-        # Entered for each token: between two of a stream, device and GPU are the caller's.
+        # Entered for each block: between two of a stream, device and GPU are the caller's.
         with self._on_gpu(), self._stepping:
             self.check_open()
-            token = next(self._running, None)
+            block = next(self._running, None)
         self.check_open()
-        return token
+        return block
 
-    def drop(self, key: Any) -> None:
+    def cancel(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""
         if self._engine is not None:
-            self._engine.drop(key)
+            self._engine.cancel(key)
 
     def close(self) -> None:
         """Free everything; what is running ends with ClosedError at its next token."""

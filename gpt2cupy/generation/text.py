@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import numpy as np
 
 from ..errors import InputError, TokenizerError, shown
 from ..tokenizer import Tokenizer
-from .request import Request, Token
 
 
 @dataclass(frozen=True)
@@ -145,23 +143,25 @@ class GrowingText:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.decoder = tokenizer.stream()
         self.stops = stops
+        # All that may stand at the end of a text before the rest of a stop string.
+        self._openings = tuple(stop[:size] for stop in stops for size in range(1, len(stop)))
         self.held = ""  # text that may be the beginning of a stop string
 
-    def push(self, token: Token) -> tuple[str, str | None]:
+    def push(self, id_: int, finish_reason: str | None) -> tuple[str, str | None]:
         """New text that is safe to show, and the finish reason if it has ended."""
-        if token.finish_reason == "error":
+        if finish_reason == "error":
             return "", "error"
         text = self.held
-        if token.finish_reason not in ("eos", "stop"):
-            text += self.decode(token.id)
-        if token.finish_reason:
+        if finish_reason not in ("eos", "stop"):
+            text += self.decode(id_)
+        if finish_reason:
             text += self.decoder.flush()
         ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         if ends:
             return text[: min(ends)], "stop"
-        keep = 0 if token.finish_reason else self._open_stop(text)
+        keep = 0 if finish_reason else self._open_stop(text)
         self.held = text[len(text) - keep :]
-        return text[: len(text) - keep], token.finish_reason
+        return text[: len(text) - keep], finish_reason
 
     def decode(self, id_: int) -> str:
         """What an id adds to the text."""
@@ -172,34 +172,15 @@ class GrowingText:
 
     def _open_stop(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""
-        most = max((len(stop) - 1 for stop in self.stops), default=0)
-        for size in range(min(most, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self.stops):
-                return size
-        return 0
+        if not text.endswith(self._openings):
+            return 0
+        return max(len(each) for each in self._openings if text.endswith(each))
 
 
-class Collected:
-    """A continuation collected token by token until it ends."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
-        self.row = GrowingText(tokenizer, request.params.stop)
-        self.parts: list[str] = []
-        params = request.params
-        seed = None if params.greedy or params.seed is None else params.seed + request.index
-        seed = None if seed is None else seed % 2**64
-        self.done = Completion("", [], [], "length", request.prompt.tolist(), [], seed)
-
-    def push(self, token: Token) -> bool:
-        """Take one more token; whether it was the last."""
-        text, reason = self.row.push(token)
-        self.parts.append(text)
-        self.done.tokens.append(token.id)
-        self.done.logprobs.append(token.logprob)
-        self.done.top.append(token.top)
-        if reason:
-            self.done = dataclasses.replace(self.done, finish_reason=reason)
-        return reason is not None
-
-    def completion(self) -> Completion:
-        return dataclasses.replace(self.done, text="".join(self.parts))
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of a whole continuation; ids that the tokenizer has not become U+FFFD."""
+    try:
+        return tokenizer.decode(ids)
+    except TokenizerError:
+        growing = GrowingText(tokenizer, ())
+        return "".join(map(growing.decode, ids)) + growing.decoder.flush()

@@ -32,6 +32,9 @@ class Ids:
     def stream(self):
         return SimpleNamespace(push=lambda id_: f"{id_} ", flush=str)
 
+    def decode(self, ids):
+        return "".join(f"{id_} " for id_ in ids)
+
 
 @pytest.fixture
 def lm():

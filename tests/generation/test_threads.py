@@ -129,9 +129,9 @@ def test_a_run_cut_off_in_a_step_leaves_the_engine_in_order(model, before):
 
 def test_dropping_what_does_not_run_is_nothing(model):
     engine = Engine(model)
-    engine.drop(0)
+    engine.cancel(0)
     expected = text(engine, 0)
-    engine.drop(0)
+    engine.cancel(0)
     assert text(engine, 0) == expected
 
 
