@@ -17,7 +17,7 @@ LAYERS = (
     ("_version", "digest", "errors", "file_kinds", "files"),
     ("config", "output", "quantize"),
     ("ids", "timing", "tokenizer", "weights"),
-    ("cache", "checkpoint", "ops.reference_sampling"),
+    ("cache", "checkpoint", "ops.reference_rows", "ops.reference_sampling"),
     ("ops.core", "ops.reference", "sampling", "workspace"),
     ("ops", "record"),
     ("ops.gpt2",),

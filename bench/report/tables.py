@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import batch_tables, gpu_test_tables, profile_tables, quantization_tables, validate_tables
+from . import (
+    batch_tables,
+    gpu_test_tables,
+    op_tables,
+    profile_tables,
+    quantization_tables,
+    validate_tables,
+)
 from .layout import Record, caption, left_out, number, rate, spread, table
 
 
@@ -283,6 +290,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
+    "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),
     "invariance": ("invariance", invariance),

@@ -1,4 +1,4 @@
-"""The array functions of a GPT-2: NumPy in -> reference.py, CuPy in -> the CUDA kernel.
+"""Array functions of transformers: NumPy in -> reference.py, CuPy in -> the CUDA kernel.
 
 A function's module is imported when the function is first used, so what was imported says what
 was used (record.py).
@@ -12,45 +12,74 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .activation import bias_gelu, gelu, silu_mul
     from .cached_attention import attention_decode, attention_prefill
     from .gpt2.embedding import embedding, last_rows
     from .linear import bias_act, gemv, linear, norm_linear
-    from .norm import add_layer_norm, layer_norm
+    from .lookup import lookup
+    from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+    from .norm_backward import layer_norm_backward, rms_norm_backward
     from .quantized import dequantize, quantize
-    from .sampling import sample, target_logprobs, top_logprobs
+    from .rope import rope, rope_tables
+    from .sampling import sample, sample_logits, target_logprobs, top_logprobs
+    from .softmax import softmax
 
 _MODULES = {
     "add_layer_norm": "norm",
+    "add_rms_norm": "norm",
     "attention_decode": "cached_attention",
     "attention_prefill": "cached_attention",
     "bias_act": "linear",
+    "bias_gelu": "activation",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
+    "gelu": "activation",
     "gemv": "linear",
     "last_rows": "gpt2.embedding",
     "layer_norm": "norm",
+    "layer_norm_backward": "norm_backward",
     "linear": "linear",
+    "lookup": "lookup",
     "norm_linear": "linear",
     "quantize": "quantized",
+    "rms_norm": "norm",
+    "rms_norm_backward": "norm_backward",
+    "rope": "rope",
+    "rope_tables": "rope",
     "sample": "sampling",
+    "sample_logits": "sampling",
+    "silu_mul": "activation",
+    "softmax": "softmax",
     "target_logprobs": "sampling",
     "top_logprobs": "sampling",
 }
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention_decode",
     "attention_prefill",
     "bias_act",
+    "bias_gelu",
     "dequantize",
     "embedding",
+    "gelu",
     "gemv",
     "last_rows",
     "layer_norm",
+    "layer_norm_backward",
     "linear",
+    "lookup",
     "norm_linear",
     "quantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "rope_tables",
     "sample",
+    "sample_logits",
+    "silu_mul",
+    "softmax",
     "target_logprobs",
     "top_logprobs",
 ]

@@ -1,80 +1,187 @@
-"""Layer norm, alone and with the residual addition before it. Kernels: cuda_src/norm.cu."""
+"""Layer norm and RMS norm, alone and with the residual addition before them.
+
+Kernels: cuda_src/norm.cu and rms_norm.cu.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+from .core.device import sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
 Array = Any
+Pair = tuple[Array | None, Array | None]
 
-_WARPS = 4  # rows of a block
+_WARPS = 4  # rows of a block where a row has a warp
+_THREADS = 1024  # of a multiprocessor that run at once, by the registers that they need
 
-_LAYER_NORM = "x: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], eps: float, N, C"
-LAYER_NORM = Kernel("norm.cu", "layer_norm", _LAYER_NORM, overlaps=True)
-LAYER_NORM_NAIVE = Kernel("norm.cu", "layer_norm_naive", _LAYER_NORM)
-ADD_LAYER_NORM = Kernel(
+
+def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], dict[bool, Kernel]]:
+    """The kernels alone and with an addition, by whether x, or the residual, is ELEM."""
+    after = f"weight: ELEM[C]?, {bias}out: ELEM[*N,C]~, eps: float, N, C, x_stride, "
+    alone, added = {}, {}
+    for elem, dtype, ending in ((True, "ELEM", ""), (False, "float32", "_f32")):
+        alone[elem] = Kernel(
+            source, entry + ending, f"x: {dtype}[*N,C], {after}out_stride", overlaps=True
+        )
+        added[elem] = Kernel(
+            source,
+            f"add_{entry}{ending}",
+            f"x: ELEM[*N,C], residual: {dtype}[*N,C], total: {dtype}[*N,C]~, {after}"
+            "residual_stride, total_stride, out_stride",
+            overlaps=True,
+        )
+    return alone, added
+
+
+LAYER_NORM, ADD_LAYER_NORM = _kernels("norm.cu", "layer_norm", "bias: ELEM[C]?, ")
+RMS_NORM, ADD_RMS_NORM = _kernels("rms_norm.cu", "rms_norm", "")
+LAYER_NORM_NAIVE = Kernel(
     "norm.cu",
-    "add_layer_norm",
-    "x: ELEM[N,C], residual: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], "
-    "eps: float, N, C",
-    overlaps=True,
+    "layer_norm_naive",
+    "x: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], eps: float, N, C",
 )
 
 
-def _grid(rows: int) -> tuple[int, ...]:
-    return (-(-rows // _WARPS),)
+@functools.lru_cache(4096)
+def _blocks(
+    shape: tuple[int, ...], itemsize: int, added: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Grid and block. How many threads share a row must follow from the row alone.
+
+    Then the order of its additions does not depend on how many rows there are.
+    """
+    channels = shape[-1] if shape else 0  # which launch() refuses
+    rows = math.prod(shape[:-1]) if channels else 0
+    elements = 16 // itemsize
+    # Pieces of a row, and how many of them a thread keeps in registers.
+    pieces, each = (channels, 4) if channels % elements else (channels // elements, 2)
+    if pieces <= each * 32:
+        blocks, block = -(-rows // _WARPS), (32, _WARPS)
+    else:
+        blocks, block = rows, (min(1024, -(-pieces // (32 * each)) * 32), 1)
+    if added:  # the kernels of a sum have a block for each row
+        return (blocks,), block
+    # A block takes several rows where not all run at once.
+    at_once = max(1, _THREADS // (block[0] * block[1])) * sm_count()
+    return (min(blocks, at_once),), block
 
 
-def _norm_cost(x: Array, weight: Array, bias: Array, out: Array | None) -> Cost:
+def _norm_cost(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Cost:
     """Mean (1), variance (3), normalise (2), weight and bias (2): 8 per value."""
-    return Cost(moved(x, weight, bias) + written(out, x.size, weight.dtype), 8 * x.size)
+    kind = x.dtype if weight is None else weight.dtype
+    return Cost(moved(x, weight, bias) + written(out, x.size, kind), 8 * x.size)
+
+
+def _rms_cost(x: Array, weight: Array | None, out: Array | None) -> Cost:
+    """Squares (2), normalise (1), weight (1): 4 per value."""
+    kind = x.dtype if weight is None else weight.dtype
+    return Cost(moved(x, weight) + written(out, x.size, kind), 4 * x.size)
 
 
 def _add_norm_cost(
-    x: Array, residual: Array, weight: Array, bias: Array, out: Array | None
+    x: Array, residual: Array, weight: Array | None, bias: Array | None, out: Pair | None
 ) -> Cost:
     """Layer norm of the sum, which is written too."""
-    norm = _norm_cost(residual, weight, bias, out)
-    return Cost(norm.bytes + moved(x, residual), norm.flops + x.size)
+    kind = x.dtype if weight is None else weight.dtype
+    y, total = (None, None) if out is None else out
+    sums = written(y, x.size, kind) + written(total, x.size, residual.dtype)
+    return Cost(moved(x, residual, weight, bias) + sums, 9 * x.size)
+
+
+def _add_rms_cost(x: Array, residual: Array, weight: Array | None, out: Pair | None) -> Cost:
+    """RMS norm of the sum, which is written too."""
+    return Cost(_add_norm_cost(x, residual, weight, None, out).bytes, 5 * x.size)
 
 
 @op(reference="reference.layer_norm", cost=_norm_cost)
 def layer_norm(
-    x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
 ) -> Array:
     """Normalise each row: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
     Parameters
     ----------
-    x : array [N, C]
-        The residual stream; float32 on the GPU.
-    weight, bias : array [C]
+    x : array [..., C]
+        Of weight's dtype, or float32: the residual stream of a model. On the GPU it may be
+        a view whose rows lie one stride apart.
+    weight, bias : array [C] or None
+        None stands for ones, and for zeros; without a weight the result is of x's dtype.
     eps : float
         Added to the variance, which divides by C.
-    out : array [N, C], optional
-        Of weight's dtype.
+    out : array [..., C], optional
+        Of weight's dtype; may be x.
 
     Returns
     -------
-    array [N, C]
+    array [..., C]
         Of weight's dtype; sums are kept in float32.
 
     Raises
     ------
     InputError
-        On the GPU, for a wrong dtype, shape or layout.
+        For a width that does not fit; on the GPU also for a dtype, layout, alignment or device
+        that the kernel does not take, and for an ``out`` that overlaps an input.
 
     Notes
     -----
     Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
+    elem = x.dtype if weight is None else weight.dtype
     if out is None:
-        out = device_empty(x.shape, weight.dtype)
-    launch(
-        LAYER_NORM, _grid(len(x)), (32 * _WARPS,), (x, weight, bias, out, eps), elem=weight.dtype
-    )
+        out = device_empty(x.shape, elem)
+    kernel = LAYER_NORM[x.dtype == elem]
+    grid, block = _blocks(x.shape, x.itemsize)
+    launch(kernel, grid, block, (x, weight, bias, out, eps), elem=elem)
+    return out
+
+
+@op(reference="reference.rms_norm", cost=_rms_cost)
+def rms_norm(
+    x: Array, weight: Array | None, eps: float = 1e-6, *, out: Array | None = None
+) -> Array:
+    """Divide each row by its root mean square: ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    Parameters
+    ----------
+    x : array [..., C]
+        Of weight's dtype, or float32. On the GPU it may be a view whose rows lie one stride
+        apart.
+    weight : array [C] or None
+        None stands for ones; the result is then of x's dtype.
+    eps : float
+        Added to the mean of the squares.
+    out : array [..., C], optional
+        Of weight's dtype; may be x.
+
+    Returns
+    -------
+    array [..., C]
+        Of weight's dtype; sums are kept in float32.
+
+    Raises
+    ------
+    InputError
+        As :func:`layer_norm`.
+
+    Notes
+    -----
+    Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    elem = x.dtype if weight is None else weight.dtype
+    if out is None:
+        out = device_empty(x.shape, elem)
+    grid, block = _blocks(x.shape, x.itemsize)
+    launch(RMS_NORM[x.dtype == elem], grid, block, (x, weight, out, eps), elem=elem)
     return out
 
 
@@ -82,37 +189,95 @@ def layer_norm(
 def add_layer_norm(
     x: Array,
     residual: Array,
-    weight: Array,
-    bias: Array,
+    weight: Array | None,
+    bias: Array | None,
     eps: float = 1e-5,
     *,
-    out: Array | None = None,
-) -> Array:
-    """``residual += x`` in place, then the layer norm of ``residual``.
+    out: Pair | None = None,
+) -> tuple[Array, Array]:
+    """``total = x + residual``, and the layer norm of ``total``.
 
     Parameters
     ----------
-    x : array [N, C]
+    x : array [..., C]
         Of weight's dtype.
-    residual : array [N, C]
-        float32 on the GPU; updated in place.
-    weight, bias : array [C]
+    residual : array [..., C]
+        Of weight's dtype, or float32.
+    weight, bias : array [C] or None
     eps : float
-    out : array [N, C], optional
-        Of weight's dtype.
+    out : pair of arrays [..., C], optional
+        For the result, of weight's dtype, and for the sum, of the residual's: the residual
+        itself to add in place. Either may be None.
 
     Returns
     -------
-    array [N, C]
-        Of weight's dtype.
+    y : array [..., C]
+        The layer norm of the sum as it is stored, of weight's dtype.
+    total : array [..., C]
+        The sum, of the residual's dtype.
 
     Raises
     ------
     InputError
-        On the GPU, for a wrong dtype, shape or layout.
+        As :func:`layer_norm`.
     """
-    if out is None:
-        out = device_empty(x.shape, weight.dtype)
-    args = (x, residual, weight, bias, out, eps)
-    launch(ADD_LAYER_NORM, _grid(len(x)), (32 * _WARPS,), args, elem=weight.dtype)
-    return out
+    elem = x.dtype if weight is None else weight.dtype
+    y, total = _pair(x, residual, elem, out)
+    kernel = ADD_LAYER_NORM[residual.dtype == elem]
+    args = (x, residual, total, weight, bias, y, eps)
+    grid, block = _blocks(x.shape, max(x.itemsize, residual.itemsize), True)
+    launch(kernel, grid, block, args, elem=elem)
+    return y, total
+
+
+@op(reference="reference.add_rms_norm", cost=_add_rms_cost)
+def add_rms_norm(
+    x: Array,
+    residual: Array,
+    weight: Array | None,
+    eps: float = 1e-6,
+    *,
+    out: Pair | None = None,
+) -> tuple[Array, Array]:
+    """``total = x + residual``, and the RMS norm of ``total``.
+
+    Parameters
+    ----------
+    x : array [..., C]
+        Of weight's dtype.
+    residual : array [..., C]
+        Of weight's dtype, or float32.
+    weight : array [C] or None
+    eps : float
+    out : pair of arrays [..., C], optional
+        For the result, of weight's dtype, and for the sum, of the residual's: the residual
+        itself to add in place. Either may be None.
+
+    Returns
+    -------
+    y : array [..., C]
+        The RMS norm of the sum as it is stored, of weight's dtype.
+    total : array [..., C]
+        The sum, of the residual's dtype.
+
+    Raises
+    ------
+    InputError
+        As :func:`layer_norm`.
+    """
+    elem = x.dtype if weight is None else weight.dtype
+    y, total = _pair(x, residual, elem, out)
+    kernel = ADD_RMS_NORM[residual.dtype == elem]
+    args = (x, residual, total, weight, y, eps)
+    grid, block = _blocks(x.shape, max(x.itemsize, residual.itemsize), True)
+    launch(kernel, grid, block, args, elem=elem)
+    return y, total
+
+
+def _pair(x: Array, residual: Array, elem: Any, out: Pair | None) -> tuple[Array, Array]:
+    y, total = (None, None) if out is None else out
+    if y is None:
+        y = device_empty(x.shape, elem)
+    if total is None:
+        total = device_empty(x.shape, residual.dtype)
+    return y, total

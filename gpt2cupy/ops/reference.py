@@ -7,7 +7,6 @@ narrower than float32 are computed in float32, as the kernels do.
 
 from __future__ import annotations
 
-import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,43 +14,59 @@ import numpy as np
 
 from .. import quantize as host
 from ..quantize import QuantizedMatrix
-from .reference_sampling import sample, target_logprobs, top_logprobs
+from .reference_rows import (
+    activate,
+    add_layer_norm,
+    add_rms_norm,
+    bias_gelu,
+    gelu,
+    layer_norm,
+    layer_norm_backward,
+    lookup,
+    rms_norm,
+    rms_norm_backward,
+    rope,
+    silu_mul,
+    softmax,
+)
+from .reference_rows import store as _store
+from .reference_rows import wide as _wide
+from .reference_sampling import sample, sample_logits, target_logprobs, top_logprobs
 
 Array = Any
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention_decode",
     "attention_prefill",
     "bias_act",
+    "bias_gelu",
     "dequantize",
     "embedding",
+    "gelu",
     "last_rows",
     "layer_norm",
+    "layer_norm_backward",
     "linear",
+    "lookup",
     "norm_linear",
     "quantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
     "sample",
+    "sample_logits",
+    "silu_mul",
+    "softmax",
     "target_logprobs",
     "top_logprobs",
 ]
 
 
-def _wide(array: Array) -> Array:
-    """The array in the precision that sums are kept in."""
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
-
-
 def _dense(matrix: Array | QuantizedMatrix, dtype: Any = np.float32) -> Array:
     """A matrix that may be in int8 as an array."""
     return host.dequantize(matrix, dtype) if isinstance(matrix, QuantizedMatrix) else matrix
-
-
-def _store(value: Array, out: Array | None, dtype: Any) -> Array:
-    if out is None:
-        return value.astype(dtype, copy=False)
-    out[...] = value
-    return out
 
 
 def embedding(
@@ -69,65 +84,6 @@ def embedding(
 def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
     last = np.maximum(starts[1:] - 1, 0)
     out[0][...], out[1][...] = x[last], attended[last]
-
-
-def layer_norm(
-    x: Array, weight: Array, bias: Array, eps: float = 1e-5, *, out: Array | None = None
-) -> Array:
-    wide = _wide(x)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
-    variance = np.mean(centred * centred, axis=-1, keepdims=True)
-    y = centred / np.sqrt(variance + wide.dtype.type(eps)) * _wide(weight) + _wide(bias)
-    return _store(y, out, weight.dtype)
-
-
-def add_layer_norm(
-    x: Array,
-    residual: Array,
-    weight: Array,
-    bias: Array,
-    eps: float = 1e-5,
-    *,
-    out: Array | None = None,
-) -> Array:
-    residual += x
-    return layer_norm(residual, weight, bias, eps, out=out)
-
-
-def activate(x: Array, activation: str | None) -> Array:
-    """Apply an activation by name; None is the identity."""
-    if activation is None:
-        return x
-    if activation == "gelu_tanh":
-        inner = x * x
-        inner *= 0.044715
-        inner += 1
-        inner *= x
-        inner *= math.sqrt(2 / math.pi)
-        np.tanh(inner, out=inner)
-        inner += 1
-        inner *= x
-        inner *= 0.5
-        return inner
-    if activation == "gelu_erf":
-        return 0.5 * x * (1 + _erf(x * x.dtype.type(math.sqrt(0.5))))
-    if activation == "relu":
-        return np.maximum(x, 0)
-    if activation == "silu":
-        # exp of a large positive number overflows to inf, and x / inf is the right 0.
-        with np.errstate(over="ignore"):
-            return x / (1 + np.exp(-x))
-    if activation == "tanh":
-        return np.tanh(x)
-    raise ValueError(f"unknown activation {activation!r}")
-
-
-_erf_scalar: Any = np.frompyfunc(math.erf, 1, 1)
-
-
-def _erf(x: Array) -> Array:
-    # NumPy has no erf; the standard library's is exact to double precision.
-    return _erf_scalar(x).astype(x.dtype)
 
 
 def bias_act(

@@ -169,6 +169,34 @@ def sample(
         steps[row] += np.uint32(1)
 
 
+def sample_logits(
+    logits: Array,
+    positions: Array | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    out: Array | None = None,
+    scratch: Array | None = None,
+) -> Array:
+    settings = np.zeros((), ROW_PARAMS)
+    settings["temperature"], settings["top_k"] = temperature, top_k
+    settings["top_p"], settings["min_p"], settings["eos"] = top_p, min_p, -1
+    ids = np.empty(len(logits), np.int32)
+    for row, raw in enumerate(logits):
+        position = row if positions is None else int(positions[row])
+        x = process_logits(raw, settings, position, None, None)
+        if temperature > 0:
+            x = x + gumbel(seed, position, len(x))
+        ids[row] = best(x)
+    if out is None:
+        return ids
+    out[...] = ids
+    return out
+
+
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
     logprobs = token_logprobs(logits[:, :vocab_size])
     order = np.argsort(-logprobs, axis=-1, kind="stable")[:, :count]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from .core.compiler import constants
 from .core.device import has_clusters, sm_count
 from .core.launch import Kernel, device_empty, launch
@@ -14,7 +15,15 @@ from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any
 
-__all__ = ["PROMPT_BIT", "RING_ENTRY", "ROW_PARAMS", "sample", "target_logprobs", "top_logprobs"]
+__all__ = [
+    "PROMPT_BIT",
+    "RING_ENTRY",
+    "ROW_PARAMS",
+    "sample",
+    "sample_logits",
+    "target_logprobs",
+    "top_logprobs",
+]
 
 SAMPLE = Kernel(
     "sampling.cu",
@@ -34,6 +43,12 @@ SAMPLE_PLAIN = {
     )
     for parts, ending in ((1, ""), (2, "_c2"), (4, "_c4"), (8, "_c8"))
 }
+SAMPLE_LOGITS = Kernel(
+    "sample_logits.cu",
+    "sample_logits",
+    "logits: ELEM[*B,V], positions: int32[B]?, scratch: float32[B,V]!, ids: int32[B]!, "
+    "temperature: float, top_k: int, top_p: float, min_p: float, seed: int64, V, logits_stride",
+)
 TOP_LOGPROBS = Kernel(
     "sampling.cu",
     "top_logprobs",
@@ -139,6 +154,106 @@ def _parts(rows: int) -> int:
     if not has_clusters():
         return 1
     return max(parts for parts in SAMPLE_PLAIN if parts == 1 or rows * parts <= sm_count())
+
+
+def _check(
+    logits: Array,
+    positions: Array | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    out: Array | None = None,
+    scratch: Array | None = None,
+) -> None:
+    wrong = [
+        name
+        for name, fine in (
+            ("logits", logits.ndim == 2 and (logits.shape[1] > 0 or not len(logits))),
+            ("temperature", 0 <= temperature < float("inf")),
+            ("top_k", top_k >= 0),
+            ("top_p", 0 < top_p <= 1),
+            ("min_p", 0 <= min_p <= 1),
+            ("seed", 0 <= seed < 1 << 64),
+        )
+        if not fine
+    ]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]} is outside its range",
+            where=f"sample_logits: {wrong[0]}",
+            remedy="Give logits as [B, V], temperature and top_k from 0, top_p above 0 up to 1, "
+            "min_p from 0 to 1, and a seed of 64 bits.",
+        )
+
+
+def _logits_cost(logits: Array) -> Cost:
+    """The logits once, and an id per row; scale, maximum, exponential and sum: 4 per logit."""
+    return Cost(logits.nbytes + 4 * len(logits), 4 * logits.size)
+
+
+@op(reference="reference.sample_logits", cost=_logits_cost, check=_check)
+def sample_logits(
+    logits: Array,
+    positions: Array | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    out: Array | None = None,
+    scratch: Array | None = None,
+) -> Array:
+    """A token of each row of logits: ``argmax(logits / temperature + noise)`` of those kept.
+
+    That is a draw from ``softmax(logits / temperature)`` where the noise is Gumbel's. It is
+    Philox of (seed, position, token), the same on CPU and GPU.
+
+    Parameters
+    ----------
+    logits : array [B, V]
+    positions : array of int32 [B], optional
+        What parts the noise of one row and step from that of another; by default the row's number.
+    temperature : float
+        0 takes the largest logit.
+    top_k : int
+        Keep the tokens whose logit is at least the k-th largest; 0 keeps all.
+    top_p : float
+        Keep the most probable tokens, until those before have this much of what top-k left.
+    min_p : float
+        Keep the tokens that have at least this share of the largest probability.
+    seed : int
+        64 bits.
+    out : array of int32 [B], optional
+    scratch : array of float32 [B, V], optional
+        Working memory of the GPU; NumPy needs none.
+
+    Returns
+    -------
+    array of int32 [B]
+
+    Raises
+    ------
+    InputError
+        For settings outside their range, or logits that are no matrix with a column; on the GPU
+        also for a dtype, layout, alignment or device that the kernel does not take.
+
+    Notes
+    -----
+    Gumbel-max: Maddison, Tarlow, Minka, "A* Sampling", 2014.
+    """
+    if out is None:
+        out = device_empty((len(logits),), np.int32)
+    if scratch is None:
+        scratch = device_empty(logits.shape, np.float32)
+    seed -= (seed >> 63) << 64  # the same bits as a signed number
+    settings = (temperature, top_k, top_p, min_p, seed)
+    args = (logits, positions, scratch, out, *settings)
+    launch(SAMPLE_LOGITS, (len(logits),), _block(SAMPLE_LOGITS), args, elem=logits.dtype)
+    return out
 
 
 @op(reference="reference.top_logprobs")

@@ -181,13 +181,14 @@ def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
         monkeypatch.setitem(inside, "launch", launch)
         if "device_empty" in inside:
             monkeypatch.setitem(inside, "device_empty", np.empty)
-    monkeypatch.setitem(quantize.__wrapped__.__globals__, "sm_count", lambda: 132)
+    for function in (quantize, layer_norm):
+        monkeypatch.setitem(function.__wrapped__.__globals__, "sm_count", lambda: 132)
     monkeypatch.setattr(registry, "_device_types", {np.ndarray, QuantizedMatrix})
     half, single = np.float16, np.float32
     x, weight, bias = np.ones((2, 768), single), np.ones(768, half), np.ones(768, half)
     out = np.empty((2, 768), half)
     layer_norm(x, weight, bias, out=out)
-    add_layer_norm(out, x, weight, bias, out=out)
+    add_layer_norm(out, x, weight, bias, out=(out, x))
     ids = np.zeros(2, np.int32)
     embedding(ids, ids, np.ones((5, 768), half), np.ones((5, 768), half), out=x)
     last_rows(x, out, np.arange(3, dtype=np.int32), out=(x, out))
@@ -204,7 +205,11 @@ def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
     for source in {source for source, _ in seen}:
         found = read_cubin(compiler.cubin(source, {"ELEM": "__half"}, "sm_90"))
         for entry in (entry for at, entry in seen if at == source):
-            assert found[entry].max_threads == seen[source, entry], entry
+            # How many threads share a row of a norm follows from the row; others have one size.
+            most = found[entry].max_threads
+            assert seen[source, entry] == most or (
+                source == "norm.cu" and seen[source, entry] < most
+            )
 
 
 @pytest.mark.parametrize("k", [8, 768, 1024, 1152, 1280, 1312, 1600, 2048, 3200, 8000])

@@ -35,19 +35,6 @@ def test_layer_norm(xp, dtype, channels, outlier):
     check_together(found, dtype, "layer_norm")
 
 
-@pytest.mark.parametrize("channels", [19, 768, 1600, 2052])
-def test_add_layer_norm_updates_the_residual(xp, dtype, channels):
-    rng = np.random.default_rng(0)
-    x, r = draw(rng, (3, channels), dtype), draw(rng, (3, channels), np.float32)
-    w, b = draw(rng, channels, dtype), draw(rng, channels, dtype)
-    exact = reference.add_layer_norm(*wide(x, r, w, b))
-    baseline = reference.add_layer_norm(x, r.copy(), w, b)
-    residual = xp.array(r)
-    ours = ops.add_layer_norm(xp.asarray(x), residual, xp.asarray(w), xp.asarray(b))
-    check(host(ours), baseline, exact, dtype, "add_layer_norm")
-    np.testing.assert_array_equal(host(residual), r + x.astype(np.float32))
-
-
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17])
 @pytest.mark.parametrize(
     ("m", "k"), [(1, 8), (19, 99), (99, 768), (2304, 768), (768, 3072), (1600, 6400)]
@@ -106,6 +93,7 @@ def plain_sm_90(monkeypatch):
     def forget():
         launch._function.cache_clear()
         launch._load.cache_clear()
+        launch.THREAD.known.clear()
         launch._requested.cache_clear()
 
     monkeypatch.setattr(compiler, "OWN_FEATURES", {})

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from op_cases import draw
 
+from gpt2cupy import ops
+
 # Given random numbers and the dtype of a model: the op's arguments, and those with a keyword.
 Row = Callable[[np.random.Generator, np.dtype], tuple[tuple, dict[str, Any]]]
 INT = np.int32
@@ -74,11 +76,54 @@ def target_logprobs(rng, dtype):
     return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
 
 
+def add_rms_norm(rng, dtype):
+    return (draw(rng, (2, N, C), dtype), draw(rng, (2, N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def bias_gelu(rng, dtype):
+    return (draw(rng, (N, M), dtype), draw(rng, M, dtype)), {}
+
+
+def gelu(rng, dtype):
+    return (draw(rng, (2, N, M), dtype), "tanh"), {}
+
+
+def layer_norm_backward(rng, dtype):
+    return (draw(rng, (N, C), dtype), draw(rng, (N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def lookup(rng, dtype):
+    return (np.array([[4, 0, -1], [5, 2, 2]], INT), draw(rng, (5, C), dtype)), {}
+
+
+def rms_norm(rng, dtype):
+    return (draw(rng, (2, N, C), dtype), draw(rng, C, dtype)), {}
+
+
+def rms_norm_backward(rng, dtype):
+    return layer_norm_backward(rng, dtype)
+
+
+def rope(rng, dtype):
+    tables = ops.rope_tables(16, 24)
+    positions = np.array([[3, 0, 15], [9, 16, -1]], INT)
+    return (draw(rng, (2, N, 4, 32), dtype), *tables, positions), {"interleaved": True}
+
+
+def silu_mul(rng, dtype):
+    return (draw(rng, (2, N, M), dtype), draw(rng, (2, N, M), dtype)), {}
+
+
+def softmax(rng, dtype):
+    return (draw(rng, (2, N, M), dtype),), {}
+
+
 ROWS: dict[str, Row] = {
     make.__name__: make
     for make in (
-        add_layer_norm, attention_decode, attention_prefill, bias_act, embedding, last_rows,
-        layer_norm, linear, norm_linear, target_logprobs,
+        add_layer_norm, add_rms_norm, attention_decode, attention_prefill, bias_act, bias_gelu,
+        embedding, gelu, last_rows, layer_norm, layer_norm_backward, linear, lookup, norm_linear,
+        rms_norm, rms_norm_backward, rope, silu_mul, softmax, target_logprobs,
     )
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
@@ -87,6 +132,7 @@ ELSEWHERE = {
     "dequantize": "ops/test_quantized.py",
     "gemv": "ops/test_ops.py",
     "quantize": "ops/test_quantized.py",
+    "sample_logits": "ops/test_row_ops.py",
     "sample": "ops/test_sampling.py",
     "top_logprobs": "ops/test_sampling.py",
 }

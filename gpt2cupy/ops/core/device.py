@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,9 +90,8 @@ def cupy_module() -> Any:
 
 
 def current_device() -> int:
-    import cupy
-
-    return cupy.cuda.runtime.getDevice()
+    # Asked for at every launch: an import statement would take longer than the answer.
+    return sys.modules["cupy"].cuda.runtime.getDevice()
 
 
 def sm_count() -> int:

@@ -1,13 +1,8 @@
 """launch(): check a kernel's arguments, cast its scalars, start it. The only user of RawModule.
 
-A kernel declares its parameters once, in the order of its C signature::
-
-    Kernel("norm.cu", "layer_norm",
-           "x: float32[N,C], weight: ELEM[C], bias: ELEM[C], out: ELEM[N,C], eps: float, N, C")
-
-Letters in brackets are bound by the first array that has them and must agree
-afterwards; a letter that stands alone passes what was bound as an int. So sizes
-cannot contradict the arrays, and nothing is left for the kernel to trust.
+How a kernel declares its parameters: :mod:`.signature`. A call whose arrays have the dtypes,
+shapes, layouts and devices of an earlier one, and whose scalars are the same, is not checked
+again: it is found by these facts, and only alignment and overlap are looked at.
 """
 
 from __future__ import annotations
@@ -15,9 +10,9 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,38 +26,26 @@ from .device import has_mma as has_mma
 from .device import memory_error as memory_error
 from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
-from .tape import Later, Launch, recording, submit
+from .signature import (
+    ALIGNMENT,
+    Neighbours,
+    Refusal,
+    bind,
+    facts_reader,
+    foreign,
+    meet,
+    neighbours,
+    overlap,
+    parse,
+    refusal,
+)
+from .signature import NULL as NULL
+from .tape import THREAD, Later, Launch, Prepared, submit
 
-ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
-NULL = np.uintp(0)
 # What this process loaded: source, architecture and macros -> the cubin.
 loaded: dict[tuple[str, ...], Path] = {}
 PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
-
-
-class Parameter(NamedTuple):
-    """One parameter of a kernel: an array (dtype and dims), a scalar (cast) or a bound letter."""
-
-    name: str
-    dtype: np.dtype | None  # of an array; None stands for ELEM
-    dims: tuple[str | int, ...] | None
-    cast: Any  # of a scalar
-    optional: bool
-
-
-_SCALARS = {"int": np.int32, "float": np.float32, "int64": np.int64}
-_ARRAY = re.compile(r"(\w+): (\w+)\[([\w,]*)\](\??)$")
-
-
-def _parse(text: str) -> Parameter:
-    if match := _ARRAY.match(text):
-        name, dtype, dims, optional = match.groups()
-        letters = tuple(int(d) if d.isdigit() else d for d in dims.split(","))
-        return Parameter(
-            name, None if dtype == "ELEM" else np.dtype(dtype), letters, None, bool(optional)
-        )
-    name, _, kind = text.partition(": ")
-    return Parameter(name, None, None, _SCALARS[kind] if kind else None, False)
+_KNOWN = 4096  # signatures that a thread remembers
 
 
 class Kernel:
@@ -105,7 +88,8 @@ class Kernel:
         self.writes_weights = writes_weights
         self.cooperative = cooperative
         self.macros = macros or {}
-        self.parameters = tuple(_parse(part) for part in re.split(r",\s+", signature))
+        self.parameters = tuple(parse(part) for part in re.split(r",\s+", signature))
+        self.facts = facts_reader(self.parameters)
 
     def defines(
         self, elem: np.dtype | None, head_size: int | None, inner: int | None
@@ -229,74 +213,70 @@ def launch(
         not C-contiguous, or does not start at a multiple of 16 bytes.
     """
     device = current_device()
+    recording = THREAD.calls is not None
+    try:
+        key, pointers, bits = kernel.facts(
+            kernel, device, grid, block, elem, head_size, inner, shared, *args
+        )
+    except AttributeError:
+        raise foreign(kernel.parameters, args, _where(kernel)) from None
+    prepared = THREAD.known.get(key)
+    if prepared is not None and not bits % ALIGNMENT and not recording:
+        for pair in prepared.pairs:
+            # Most are told apart here; meet() looks closer.
+            if pair[2] < pointers[pair[0]] - pointers[pair[1]] < pair[3]:
+                _refuse_meeting(kernel, pair, pointers)
+        prepared.run(pointers)
+        return
+    call, pairs = _checked(
+        kernel, grid, block, args, pointers, device, elem, head_size, inner, shared
+    )
+    if 0 in grid:  # nothing to do, which the driver would refuse
+        return
+    submit(call)
+    if not recording and not kernel.cooperative and hasattr(call.function, "kernel"):
+        if len(THREAD.known) >= _KNOWN:
+            THREAD.known.clear()
+        THREAD.known[key] = Prepared(call, device, pairs)
+
+
+def _refuse_meeting(kernel: Kernel, pair: Neighbours, pointers: Sequence[int]) -> None:
+    if meet(pair, pointers[pair.written] - pointers[pair.other]):
+        raise overlap(kernel.parameters, pair, _where(kernel))
+
+
+def _where(kernel: Kernel) -> str:
+    return f"{kernel.source}: {kernel.entry}"
+
+
+def _checked(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    args: tuple[Any, ...],
+    pointers: Sequence[int],
+    device: int,
+    elem: np.dtype | None,
+    head_size: int | None,
+    inner: int | None,
+    shared: int,
+) -> tuple[Launch, tuple[Neighbours, ...]]:
+    """The launch, and the arrays in it that may not overlap, or an error."""
     bound: dict[str, int] = {} if head_size is None else {"HS": head_size}
     if inner is not None:
         bound["K"] = inner
-    values: list[Any] = []
-    given = iter(args)
-    for parameter in kernel.parameters:
-        name, dtype, dims, cast, optional = parameter
-        if dims is None:
-            values.append(np.int32(bound[name]) if cast is None else cast(next(given)))
-            continue
-        array = next(given)
-        if array is None and optional:
-            values.append(NULL)
-            continue
-        shape = array.shape
-        # One comparison each on the way through; what exactly is wrong is found out only then.
-        if array.dtype != (dtype or elem) or len(shape) != len(dims):
-            _refuse(kernel, parameter, array, elem, bound)
-        for size, letter in zip(shape, dims, strict=True):
-            if size != (bound.setdefault(letter, size) if isinstance(letter, str) else letter):
-                _refuse(kernel, parameter, array, elem, bound)
-        data = array.data
-        misaligned = data.ptr % ALIGNMENT and data.ptr % _granule(array)
-        if not array._c_contiguous or misaligned or data.device_id != device:
-            _refuse(kernel, parameter, array, elem, bound)
-        values.append(array)
+    try:
+        values = bind(kernel.parameters, args, elem, bound, device)
+    except Refusal as refused:
+        raise refusal(refused, _where(kernel), elem, bound, device) from None
+    pairs = neighbours(kernel.parameters, args)
+    for pair in pairs:
+        _refuse_meeting(kernel, pair, pointers)
     of = device, kernel, elem, head_size, inner, shared
-    function = _requested(*of) if recording() else _function(*of)
-    submit(
-        Launch(
-            function,
-            grid,
-            block,
-            tuple(values),
-            kernel.overlaps,
-            shared,
-            kernel.writes_weights or kernel.cooperative,
-        )
-    )
-
-
-def _granule(array: Any) -> int:
-    """The alignment a kernel may count on: that of a row, up to 16 bytes.
-
-    A row of 59 halves takes 118 bytes, so only the first row of such an array
-    can be aligned further; kernels then use narrower accesses. Integers are
-    read one by one, but for int8, which are weights.
-    """
-    if array.dtype.kind in "iu" and array.dtype != np.int8:
-        return array.itemsize
-    row = array.shape[-1] * array.itemsize
-    return min(row & -row, ALIGNMENT)
-
-
-def _refuse(
-    kernel: Kernel, parameter: Parameter, array: Any, elem: Any, bound: dict[str, int]
-) -> None:
-    expected = np.dtype(parameter.dtype or elem).name
-    assert parameter.dims is not None
-    dims = ", ".join(f"{d}={bound[d]}" if d in bound else str(d) for d in parameter.dims)
-    contiguous = "contiguous" if array.flags.c_contiguous else "not contiguous"
-    raise InputError(
-        f"{parameter.name} is {array.dtype.name}{list(array.shape)}, {contiguous}, on device "
-        f"{array.data.device_id} at address 0x{array.data.ptr:x}; the kernel takes a contiguous "
-        f"{expected}[{dims}] on device {current_device()}, aligned to {_granule(array)} bytes",
-        where=f"{kernel.source}: {kernel.entry}",
-        remedy="Nothing is copied or cast silently: convert or copy the array first.",
-    )
+    # What is recorded is compiled meanwhile.
+    function = _function(*of) if THREAD.calls is None else _requested(*of)
+    alone = kernel.writes_weights or kernel.cooperative
+    return Launch(function, grid, block, values, kernel.overlaps, shared, alone), pairs
 
 
 def is_device_array(array: Any) -> bool:

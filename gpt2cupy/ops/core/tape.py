@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-_tape = threading.local()
+
+class _Thread(threading.local):
+    """What belongs to one thread: the tape being recorded, and launches known by their facts."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], Any]] | None = None
+        self.known: dict[tuple[Any, ...], Prepared] = {}
+
+
+THREAD = _Thread()
 
 
 class Later:
@@ -105,9 +117,61 @@ class Launch:
             raise cupy.cuda.driver.CUDADriverError(int(error))
 
 
+class Prepared:
+    """A checked launch to be run again with other pointers, past CuPy's handling of arguments.
+
+    CuPy makes an object of every argument of every call. Here all of them lie in memory
+    once, eight bytes each, and only pointers are written before a launch. So one belongs to
+    one thread.
+
+    Parameters
+    ----------
+    call : Launch
+        Checked, and run once: the thread has a context.
+    device : int
+    pairs : tuple
+        The arrays that may not overlap, as ``signature.neighbours`` returns them.
+    """
+
+    def __init__(self, call: Launch, device: int, pairs: Any = ()) -> None:
+        import cupy
+
+        self.call = call  # keeps the module loaded
+        self.device = device
+        self.pairs = pairs
+        arrays = [isinstance(value, (cupy.ndarray, np.uintp)) for value in call.values]
+        count = self.arrays = sum(arrays)
+        # Arrays come first in every signature, so one call writes all pointers.
+        assert all(arrays[:count]), call.function
+        cells = array("Q", bytes(8 * len(call.values)))
+        for place, value in enumerate(call.values[count:], count):
+            # Little-endian, as every machine with CUDA: the value's bytes come first.
+            cells[place] = int.from_bytes(value.tobytes(), "little")
+        start = cells.buffer_info()[0]
+        addresses = array("Q", range(start, start + 8 * len(cells), 8))
+        self._write = functools.partial(struct.Struct(f"{count}Q").pack_into, cells, 0)
+        self._stream = cupy.cuda.get_current_stream
+        sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
+        self._start = functools.partial(
+            cupy.cuda.driver.launchKernel, call.function.kernel.ptr, *sizes, call.shared
+        )
+        self._addresses = addresses.buffer_info()[0]
+        self._memory = cells, addresses
+
+    def run(self, pointers: Sequence[int]) -> None:
+        """Launch it on the current stream with these pointers, 0 for None."""
+        self._write(*pointers)
+        self._start(self._stream(self.device).ptr, self._addresses, 0)
+
+    def run_on(self, stream: int, pointers: Sequence[int]) -> None:
+        """Launch it on the stream with this address."""
+        self._write(*pointers)
+        self._start(stream, self._addresses, 0)
+
+
 def submit(call: Callable[[], Any]) -> None:
     """Run a checked launch, or put it on the tape while one is being recorded."""
-    calls = getattr(_tape, "calls", None)
+    calls = THREAD.calls
     if calls is None:
         call()
     else:
@@ -116,7 +180,7 @@ def submit(call: Callable[[], Any]) -> None:
 
 def recording() -> bool:
     """Whether launches of this thread are being recorded."""
-    return getattr(_tape, "calls", None) is not None
+    return THREAD.calls is not None
 
 
 @contextlib.contextmanager
@@ -128,11 +192,11 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
     compiled side by side from now on; :func:`load` waits for them.
     """
     calls: list[Callable[[], Any]] = []
-    _tape.calls = calls
+    THREAD.calls = calls
     try:
         yield calls
     finally:
-        _tape.calls = None
+        THREAD.calls = None
 
 
 def load(calls: Iterable[Callable[[], Any]]) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
+import types
+
 import numpy as np
 import pytest
 
@@ -23,6 +28,7 @@ class DeviceArray:
     def __init__(self, shape, dtype, *, ptr=4096, device=0, contiguous=True):
         host = np.empty(shape, dtype)
         self.shape, self.dtype, self.itemsize = host.shape, host.dtype, host.itemsize
+        self.strides = host.strides if contiguous else tuple(2 * s for s in host.strides)
         self.data = Memory(ptr, device)
         self._c_contiguous = contiguous
         self.flags = type("Flags", (), {"c_contiguous": contiguous})
@@ -124,3 +130,117 @@ def test_what_no_kernel_is_compiled_for_is_refused(source, elem, head_size, says
     with pytest.raises(InputError, match=says) as caught:
         launch.Kernel(source, "entry", "N").defines(elem, head_size, None)
     assert caught.value.where == source and caught.value.remedy
+
+
+# -- launches that are found again ---------------------------------------------------------------
+
+
+IN_PLACE = launch.Kernel(
+    "rms_norm.cu",
+    "rms_norm",
+    "x: ELEM[*N,C], w: ELEM[C]?, out: ELEM[*N,C]~, eps: float, N, C, x_stride, out_stride",
+)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """What reaches the driver: (function, sizes, stream, values of 8 bytes each)."""
+    calls, checked = [], []
+
+    def start(function, *rest):
+        *sizes, stream, addresses, _ = rest
+        places = np.ctypeslib.as_array((ctypes.c_uint64 * 8).from_address(addresses))
+        values = [ctypes.c_uint64.from_address(int(place)).value for place in places]
+        calls.append((function, tuple(sizes), stream, values))
+
+    cupy = types.ModuleType("cupy")
+    cupy.ndarray = DeviceArray
+    cupy.cuda = types.SimpleNamespace(
+        driver=types.SimpleNamespace(launchKernel=start),
+        get_current_stream=lambda device: types.SimpleNamespace(ptr=70 + device),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
+    kernel = types.SimpleNamespace(ptr=123)
+
+    def function(*key):
+        checked.append(key)
+        run = lambda *call, shared_mem: None  # noqa: E731
+        run.kernel = kernel
+        return run
+
+    monkeypatch.setattr(launch, "_function", function)
+    launch.THREAD.known.clear()
+    yield types.SimpleNamespace(calls=calls, checked=checked)
+    launch.THREAD.known.clear()
+
+
+def in_place(eps=1e-5, grid=(2,), **changed):
+    half = np.dtype(np.float16)
+    arrays = {
+        "x": DeviceArray((2, 3, 8), half, ptr=4096),
+        "w": DeviceArray((8,), half, ptr=8192),
+        "out": DeviceArray((2, 3, 8), half, ptr=16384),
+    } | changed
+    launch.launch(IN_PLACE, grid, (32,), (*arrays.values(), eps), elem=half)
+
+
+def test_a_launch_is_checked_once_and_then_only_its_pointers_change(driver):
+    in_place()
+    assert len(driver.checked) == 1 and not driver.calls, "the first goes by CuPy"
+    in_place(x=DeviceArray((2, 3, 8), np.float16, ptr=32768))
+    in_place(w=None)
+    in_place(w=None)
+    assert len(driver.checked) == 2, "None is another signature"
+    (first, second) = driver.calls
+    assert first[:3] == second[:3] == (123, (2, 1, 1, 32, 1, 1, 0), 70)
+    eps = int(np.float32(1e-5).view(np.uint32))
+    assert first[3] == [32768, 8192, 16384, eps, 6, 8, 8, 8]
+    assert second[3] == [4096, 0, 16384, eps, 6, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"x": DeviceArray((2, 3, 8), np.float16, contiguous=False)}, "not contiguous"),
+        ({"x": DeviceArray((2, 3, 8), np.float16, ptr=4104)}, "aligned to 16 bytes"),
+        ({"x": DeviceArray((2, 3, 8), np.float16, device=1)}, "on device 1 .* on device 0"),
+        ({"x": DeviceArray((2, 3, 8), np.float32)}, "x is float32"),
+        ({"w": DeviceArray((9,), np.float16)}, r"w is float16\[9\]"),
+        ({"out": DeviceArray((2, 2, 8), np.float16)}, r"out is float16\[2, 2, 8\]"),
+        ({"out": DeviceArray((2, 3, 8), np.float16, ptr=4112)}, "out shares memory with x"),
+        ({"out": DeviceArray((2, 3, 8), np.float16, ptr=8192 - 32)}, "out shares memory with w"),
+        ({"x": np.zeros((2, 3, 8), np.float16)}, "x is a numpy.ndarray, not an array on the GPU"),
+    ],
+)
+def test_arguments_that_changed_are_still_refused(driver, changed, says):
+    in_place()
+    in_place()
+    with pytest.raises(InputError, match=says) as caught:
+        in_place(**changed)
+    assert "rms_norm.cu: rms_norm" in str(caught.value) and caught.value.remedy
+    assert len(driver.calls) == 1
+
+
+def test_an_output_may_be_the_input_itself(driver):
+    same = DeviceArray((2, 3, 8), np.float16, ptr=4096)
+    for _ in range(3):
+        in_place(x=same, out=same)
+    assert len(driver.checked) == 1 and len(driver.calls) == 2
+
+
+def test_other_scalars_and_sizes_are_other_launches(driver):
+    for eps, grid in ((1e-5, (2,)), (1e-6, (2,)), (1e-5, (3,))):
+        in_place(eps=eps, grid=grid)
+    assert len(driver.checked) == 3 and not driver.calls
+    in_place(grid=(0,))
+    assert len(driver.checked) == 4, "nothing to do is checked too, and not launched"
+    assert not driver.calls
+
+
+def test_each_thread_checks_for_itself(driver):
+    in_place()
+    thread = threading.Thread(target=in_place)
+    thread.start()
+    thread.join()
+    assert len(driver.checked) == 2

@@ -29,7 +29,8 @@ EVERY = dict(registry.registered)
 def test_every_op_has_a_row_or_tests_elsewhere():
     assert set(EVERY) == {*ROWS, *ELSEWHERE}
     assert all((ROOT / "tests" / name).exists() for name in ELSEWHERE.values())
-    assert set(ops.__all__) <= set(EVERY)
+    # Tables are made on the host, for an op that reads them.
+    assert set(ops.__all__) - {"rope_tables"} <= set(EVERY)
 
 
 @pytest.mark.parametrize("name", [name for name, each in EVERY.items() if each.reference])

@@ -1,0 +1,88 @@
+"""What a call costs: each op with ``out=`` beside CuPy's bare launches of the same kernels.
+
+    python bench/call_cost.py [--op rms_norm,...] [--runs 50]
+
+The bare launch is RawKernel with the same arguments, as a user of CuPy would write it.
+Arrays are small, so the host is what is timed: calls back to back, then one wait.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arguments import chosen, main, names, parsed, parser
+from shared import Kept
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
+from op_cases import CASES
+
+SHAPES = {"rope": (4, 8, 64)}
+SHAPE = (4, 768)
+CALLS = 200  # of a run
+
+
+def per_call(call: Callable[[], Any], runs: int) -> dict[str, float]:
+    import cupy
+
+    seconds = []
+    for _ in range(runs + 2):
+        cupy.cuda.get_current_stream().synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        seconds.append((time.perf_counter() - start) / CALLS)
+    us = np.asarray(seconds[2:]) * 1e6
+    return {"median_us": float(np.median(us)), "p90_us": float(np.percentile(us, 90))}
+
+
+def measure(name: str, runs: int) -> dict[str, Any]:
+    import cupy
+
+    from gpt2cupy.ops.core.tape import recorded
+
+    case, shape = CASES[name], SHAPES.get(name, SHAPE)
+    host = case.inputs(np.random.default_rng(0), shape)
+    arrays = [cupy.asarray(a) for a in host]
+    out = [cupy.empty(s, kind or arrays[0].dtype) for s, kind in case.outputs(*arrays)]
+    with recorded() as launches:
+        case.ours(arrays, out)
+
+    for launch in launches:
+        launch.load()
+
+    def bare() -> None:
+        for launch in launches:
+            launch.function(launch.grid, launch.block, launch.values, shared_mem=launch.shared)
+
+    row: dict[str, Any] = {"op": name, "shape": list(shape), "launches": len(launches)}
+    row["bare"] = per_call(bare, runs)
+    row["ours"] = per_call(lambda: case.ours(arrays, out), runs)
+    row["above_us"] = row["ours"]["median_us"] - row["bare"]["median_us"]
+    return row
+
+
+def run() -> None:
+    options = parser(__doc__, "call_cost.json", devices=("cuda",))
+    options.add_argument("--op", type=names, default=list(CASES))
+    options.add_argument("--runs", type=int, default=50)
+    args = parsed(options)
+    chosen(args.op, CASES, "op")
+    with Kept(args.out, {"shape": list(SHAPE)}, gpu=True) as kept:
+        for name in args.op:
+            row = measure(name, args.runs)
+            kept.rows.append(row)
+            print(
+                f"{name}: ours {row['ours']['median_us']:.2f} us, bare "
+                f"{row['bare']['median_us']:.2f} us, above {row['above_us']:+.2f} us",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,198 @@
+"""Times ops beside PyTorch on the same arrays; what bench/ops.py calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import numpy as np
+import torch
+from op_cases import CASES, Case
+
+from gpt2cupy.loading import resolve_dtype
+from gpt2cupy.torch import _view
+from gpt2cupy.validate.rule import Limit, errors
+
+NODES = 200  # of the graph that times the GPU alone
+CHECKED = 256  # rows whose errors are taken
+COLD_BYTES = 2 << 30  # at most, of the arrays that its nodes read
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    us = np.asarray(seconds) * 1e6
+    p50, p95, p99 = np.percentile(us, [50, 95, 99])
+    return {"p50_us": p50, "p95_us": p95, "p99_us": p99, "mean_us": us.mean(), "runs": len(us)}
+
+
+def from_python(call: Callable[[], Any], runs: int, inner: int = 50) -> dict[str, float]:
+    """Wall-clock time of a call, one after the other until the GPU is done."""
+    seconds = []
+    for number in range(runs + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(inner):
+            call()
+        torch.cuda.synchronize()
+        if number >= 3:
+            seconds.append((time.perf_counter() - start) / inner)
+    return spread(seconds)
+
+
+def captured(calls: list[Callable[[], Any]]) -> Any:
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph
+
+
+def gpu_alone(
+    calls: list[Callable[[], Any]], runs: int, flush: Callable[[], Any] | None
+) -> dict[str, float]:
+    """Time of a node of a graph of these calls, between events."""
+    graph = captured(calls)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds = []
+    for number in range(runs + 2):
+        if flush:
+            flush()
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        if number >= 2:
+            seconds.append(first.elapsed_time(last) / 1e3 / len(calls))
+    return spread(seconds)
+
+
+class Side:
+    """One way to compute a case: how it is called on a set of arrays."""
+
+    def __init__(self, name: str, bound: Callable[[list[Any]], Callable[[], Any]]) -> None:
+        self.name, self.bound = name, bound
+
+
+def sides(case: Case) -> list[Side]:
+    compiled = torch.compile(case.torch, dynamic=False)
+
+    def ours(tensors: list[Any]) -> Callable[[], Any]:
+        out = [
+            torch.empty(shape, dtype=_torch_dtype(kind, tensors[0]), device="cuda")
+            for shape, kind in case.outputs(*tensors)
+        ]
+        arrays, results = [_view(t) for t in tensors], [_view(t) for t in out]
+
+        def call() -> Any:
+            case.ours(arrays, results)
+            return out if len(out) > 1 and not case.exact_result else out[0]
+
+        return call
+
+    def plain(function: Callable[..., Any]) -> Callable[[list[Any]], Callable[[], Any]]:
+        return lambda tensors: lambda: function(*tensors)
+
+    cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream).use()
+    return [
+        Side("ours", ours),
+        Side("ours_torch", plain(case.ours_torch)),
+        Side("eager", plain(case.torch)),
+        Side("compiled", plain(compiled)),
+    ]
+
+
+def _torch_dtype(kind: Any, x: Any) -> Any:
+    return x.dtype if kind is None else {np.int32: torch.int32, np.float32: torch.float32}[kind]
+
+
+def measure(name: str, shape: tuple[int, ...], dtype: str, args: Any) -> dict[str, Any]:
+    case = CASES[name]
+    torch._dynamo.reset()
+    kind = getattr(torch, dtype)
+    host = case.inputs(np.random.default_rng(0), shape)
+    tables = name == "rope"  # which stay in float32
+
+    def tensors() -> list[Any]:
+        made = [torch.tensor(a, device="cuda") for a in host]
+        return [t if tables and i else t.to(kind) for i, t in enumerate(made)]
+
+    one = tensors()
+    inputs = sum(t.numel() * t.element_size() for t in one)
+    written = case.outputs(*one)[: 1 if case.exact_result else None]
+    size = inputs + sum(int(np.prod(s)) * (4 if k else one[0].element_size()) for s, k in written)
+    nodes = int(max(2, min(NODES, COLD_BYTES // (2 * size))))
+    sets = [one, *([t.clone() for t in one] for _ in range(nodes - 1))]
+    # Of what all nodes share nothing may stay in the cache.
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    buffer = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    flush = buffer.zero_ if nodes * size < 8 * cache else None
+    row: dict[str, Any] = {"op": name, "shape": list(shape), "dtype": dtype, "bytes": size}
+    row["copy"] = copied(size, nodes, args.runs, flush)
+
+    # Rows are alike: the errors are those of the first.
+    part = [t[:CHECKED] if t.dim() > 1 and len(t) == len(one[0]) else t for t in one]
+    if case.exact_result:
+        exact = case.exact(*map(_host, part))
+    else:
+        exact = first(case.exact(*(t.double().cpu().numpy() for t in part)))
+    found = {}
+    for side in sides(case):
+        call = side.bound(one)
+        found[side.name] = _host(first(call())[:CHECKED])
+        row[side.name] = {
+            "python": from_python(call, args.runs),
+            "graph": from_python(captured([call]).replay, args.runs),
+            "gpu_warm": gpu_alone([call] * nodes, args.runs, None),
+            "gpu_cold": gpu_alone([side.bound(each) for each in sets], args.runs, flush),
+        }
+    judge(row, case, found, exact, dtype)
+    return row
+
+
+def first(result: Any) -> Any:
+    return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _host(tensor: Any) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def copied(size: int, nodes: int, runs: int, flush: Callable[[], Any] | None) -> dict[str, float]:
+    """A copy that reads and writes as many bytes as the op, cold, by the driver."""
+    half = max(size // 2, 16)
+    pairs = [torch.empty((2, half), dtype=torch.uint8, device="cuda") for _ in range(nodes)]
+    return gpu_alone([lambda p=p: p[1].copy_(p[0]) for p in pairs], runs, flush)
+
+
+def judge(
+    row: dict[str, Any], case: Case, found: dict[str, np.ndarray], exact: np.ndarray, dtype: str
+) -> None:
+    """Errors of each side; what is outside the rule keeps no speed."""
+    for name in ("ours", "ours_torch", "eager"):
+        if case.exact_result:
+            row[name]["right"] = name == "eager" or bool((found[name] == exact).all())
+            inside = row[name]["right"]
+        else:
+            largest, rms = errors(found[name], exact)
+            mean = float(np.abs(found[name] - exact).mean())
+            row[name] |= {"max_error": largest, "rms_error": rms, "mean_error": mean}
+            held = resolve_dtype(dtype, np.dtype(np.float32), "cuda")
+            inside = name == "eager" or Limit.of(found["eager"], exact, held).admits(largest, rms)
+        if not inside:
+            for way in ("python", "graph", "gpu_warm", "gpu_cold"):
+                row[name][way] = None
+
+
+def all_ops(wanted: list[str], shapes: list[Any], dtypes: list[str], args: Any) -> Any:
+    """A row for each op, shape and dtype, on a stream of its own."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+        for name in wanted:
+            for shape in shapes:
+                for dtype in dtypes:
+                    yield measure(name, shape, dtype, args)

@@ -1,0 +1,50 @@
+// A token of each row of logits, by settings that all rows share.
+//
+//   token = argmax(x)                  temperature 0
+//         = argmax(x' + Gumbel noise)  otherwise: a draw from softmax(x'), where x' = x /
+//         temperature
+//                                      with all but the top-k, top-p and min-p tokens taken out
+//
+// Shapes    logits [B, V], a stride between rows; positions [B] or null for the row's number;
+//           scratch [B, V]; ids [B]
+// Dtypes    logits ELEM; positions and ids int; scratch float
+// Bytes     V (sizeof ELEM + 4) a row to write scratch, and 4 V for each of up to 10 passes over it
+// Work      a block per row, as in sampling.cu, whose draw it shares. The noise of a token depends
+// on
+//           (seed, position, token) alone.
+#include "sampling_block.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample_logits(const elem_t* logits,
+                                                                       const int* positions,
+                                                                       float* scratch,
+                                                                       int* ids,
+                                                                       float temperature,
+                                                                       int top_k,
+                                                                       float top_p,
+                                                                       float min_p,
+                                                                       long long seed,
+                                                                       int V,
+                                                                       int logits_stride) {
+  __shared__ Best bests[THREADS / WARP];
+  __shared__ u64 bins[256];
+  logits += (size_t)blockIdx.x * logits_stride;
+  float* x = scratch + (size_t)blockIdx.x * V;
+  bool random = temperature > 0.0f;
+  Best own = {MINUS_INFINITY, V};
+  for (int v = threadIdx.x; v < V; v += THREADS) {
+    float value = to_float(logits[v]);
+    if (random) x[v] = value = value / temperature;
+    own = better(own, Best{value, v});
+  }
+  Best best = block_best(own, bests);
+  if (random) {
+    RowParams p = {};
+    p.seed = (u64)seed;
+    p.top_k = top_k;
+    p.top_p = top_p;
+    p.min_p = min_p;
+    int position = positions ? positions[blockIdx.x] : (int)blockIdx.x;
+    best = draw(x, V, p, best.value, position, bests, bins);
+  }
+  if (threadIdx.x == 0) ids[blockIdx.x] = min(best.id, V - 1);  // a row of NaN has no best
+}

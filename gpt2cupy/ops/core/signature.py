@@ -1,0 +1,333 @@
+"""What a kernel takes: its parameters, read from a text, and arrays checked against them.
+
+A kernel declares its parameters once, in the order of its C signature::
+
+    Kernel("rms_norm.cu", "rms_norm",
+           "x: ELEM[*N,C], weight: ELEM[C]?, out: ELEM[*N,C]~, eps: float, N, C, x_stride, "
+           "out_stride")
+
+Letters in brackets are bound by the first array that has them and must agree
+afterwards; a letter that stands alone passes what was bound as an int. So sizes
+cannot contradict the arrays, and nothing is left for the kernel to trust.
+
+A first letter with a star stands for any number of leading dimensions, of which
+the letter is the product. Such an array may be a view with one row stride,
+which the name with ``_stride`` passes, in elements.
+
+After the brackets: ``?`` for an array that may be None, ``!`` for one that is
+written and shares no memory with another, ``~`` for one that is written and may
+be one of the others itself, with the same layout.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...errors import InputError
+
+ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
+NULL = np.uintp(0)
+
+_SCALARS = {"int": np.int32, "float": np.float32, "int64": np.int64}
+_ARRAY = re.compile(r"(\w+): (\w+)\[([*\w,]*)\]([?!~]*)$")
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel: an array (dtype and dims), a scalar (cast) or a bound letter."""
+
+    name: str
+    dtype: np.dtype | None  # of an array; None stands for ELEM
+    dims: tuple[str | int, ...] | None
+    cast: Any  # of a scalar
+    optional: bool = False
+    leads: bool = False  # the first letter stands for all leading dimensions
+    written: bool = False
+    in_place: bool = False  # it may be an input itself
+
+
+def parse(text: str) -> Parameter:
+    """A parameter from the text that declares it."""
+    if match := _ARRAY.match(text):
+        name, dtype, dims, marks = match.groups()
+        letters = tuple(int(d) if d.isdigit() else d for d in dims.lstrip("*").split(","))
+        return Parameter(
+            name,
+            None if dtype == "ELEM" else np.dtype(dtype),
+            letters,
+            None,
+            "?" in marks,
+            dims.startswith("*"),
+            "!" in marks or "~" in marks,
+            "~" in marks,
+        )
+    name, _, kind = text.partition(": ")
+    return Parameter(name, None, None, _SCALARS[kind] if kind else None)
+
+
+def facts_reader(parameters: tuple[Parameter, ...]) -> Any:
+    """A function of a launch's settings and arguments: what its checks rest on, and its pointers.
+
+    It returns (facts, pointers, bits): a key under which a checked launch is found again,
+    the address of each array (0 for None), and all addresses ored together. Written out
+    for the parameters it has, since it runs at every call: a loop takes twice as long.
+    """
+    settings = ["kernel", "device", "grid", "block", "elem", "head_size", "inner", "shared"]
+    facts = list(settings)
+    names: list[str] = []
+    lines: list[str] = []
+    pointers: list[str] = []
+    for parameter in parameters:
+        if parameter.dims is None:
+            if parameter.cast is not None:
+                names.append(parameter.name)
+                facts.append(parameter.name)
+            continue
+        name, pointer = parameter.name, f"_{len(pointers)}"
+        names.append(name)
+        pointers.append(pointer)
+        layout = f"{name}.shape if {name}._c_contiguous else ({name}.shape, {name}.strides)"
+        read = [f"memory = {name}.data", f"{pointer} = memory.ptr"]
+        if parameter.optional:
+            lines.append(f"if {name} is None: {pointer} = {pointer}_facts = 0")
+            lines.append("else:")
+            lines += [f"    {line}" for line in read]
+            lines.append(f"    {pointer}_facts = {layout}, {name}.dtype, memory.device_id")
+            facts.append(f"{pointer}_facts")
+        else:
+            lines += [*read, f"{pointer}_device = memory.device_id"]
+            facts += [layout, f"{name}.dtype", f"{pointer}_device"]
+    listed = "".join(f"{pointer}, " for pointer in pointers)
+    result = f"({', '.join(facts)}), ({listed}), {' | '.join(pointers) or 0}"
+    body = "".join(f"    {line}\n" for line in [*lines, f"return {result}"])
+    scope: dict[str, Any] = {}
+    exec(f"def facts({', '.join([*settings, *names])}):\n{body}", scope)
+    return scope["facts"]
+
+
+class Refusal(Exception):
+    """An array does not fit its parameter; says only which."""
+
+    def __init__(self, parameter: Parameter, array: Any) -> None:
+        self.parameter, self.array = parameter, array
+
+
+def bind(
+    parameters: tuple[Parameter, ...],
+    args: tuple[Any, ...],
+    elem: np.dtype | None,
+    bound: dict[str, int],
+    device: int,
+) -> tuple[Any, ...]:
+    """The kernel's arguments: arrays as they are, scalars cast, letters bound.
+
+    Raises
+    ------
+    Refusal
+        For the first array of another dtype, shape, layout, alignment or device.
+    """
+    values: list[Any] = []
+    given = iter(args)
+    for parameter in parameters:
+        name, dtype, dims, cast, optional, leads, *_ = parameter
+        if dims is None:
+            values.append(np.int32(bound[name]) if cast is None else cast(next(given)))
+            continue
+        array = next(given)
+        if array is None and optional:
+            values.append(NULL)
+            # Nothing is read with the stride of what is not there.
+            bound.setdefault(f"{name}_stride", 0)
+            continue
+        shape = array.shape
+        # One comparison each on the way through; what exactly is wrong is found out only then.
+        if array.dtype != (dtype or elem):
+            raise Refusal(parameter, array)
+        if leads:
+            shape = rows(array, len(dims) - 1)
+            if shape is None:
+                raise Refusal(parameter, array)
+            *shape, bound[f"{name}_stride"] = shape
+        elif not array._c_contiguous:
+            raise Refusal(parameter, array)
+        if len(shape) != len(dims):
+            raise Refusal(parameter, array)
+        for size, letter in zip(shape, dims, strict=True):
+            if size != (bound.setdefault(letter, size) if isinstance(letter, str) else letter):
+                raise Refusal(parameter, array)
+        data = array.data
+        if data.device_id != device or data.ptr % granule(array):
+            raise Refusal(parameter, array)
+        values.append(array)
+    return tuple(values)
+
+
+def rows(array: Any, kept: int) -> tuple[int, ...] | None:
+    """Rows, the last ``kept`` sizes, and the row stride in elements; None without one stride.
+
+    A row is the last ``kept`` dimensions, which must lie together.
+    """
+    shape = array.shape
+    if len(shape) < kept:
+        return None
+    leading, row = shape[: len(shape) - kept], shape[len(shape) - kept :]
+    length = math.prod(row)
+    count = math.prod(leading)
+    if array._c_contiguous:
+        return (count, *row, length)
+    if not kept:  # kernels read single values one after the other
+        return None
+    strides = [stride // array.itemsize for stride in array.strides]
+    expected = 1
+    for size, stride in zip(reversed(row), reversed(strides), strict=False):
+        if size != 1 and stride != expected:
+            return None
+        expected *= size
+    between = None  # elements from one row to the next
+    expected = 0
+    for size, stride in reversed(list(zip(leading, strides, strict=False))):
+        if size == 1:
+            continue
+        if between is None:
+            between = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    if between is None:
+        between = length
+    return (count, *row, between) if between >= length else None
+
+
+def granule(array: Any) -> int:
+    """The alignment a kernel may count on: that of a row, up to 16 bytes.
+
+    A row of 59 fp16 elements takes 118 bytes, so only the first row of such an array
+    can be aligned further; kernels then use narrower accesses. Integers are
+    read one by one, but for int8, which are weights.
+    """
+    if array.dtype.kind in "iu" and array.dtype != np.int8:
+        return array.itemsize
+    row = array.shape[-1] * array.itemsize if array.shape else array.itemsize
+    if not array._c_contiguous:
+        for size, stride in zip(array.shape[:-1], array.strides, strict=False):
+            if size != 1:
+                row |= abs(stride)
+    return min(row & -row, ALIGNMENT) or ALIGNMENT
+
+
+def span(array: Any) -> int:
+    """Bytes from an array's first element to behind its last."""
+    if array._c_contiguous:
+        return math.prod(array.shape) * array.itemsize
+    last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True))
+    return last + array.itemsize
+
+
+class Neighbours(NamedTuple):
+    """Two arrays of a launch, by their places among its arrays, of which one is written."""
+
+    written: int
+    other: int
+    low: int  # at distances from here to `high` between their starts their spans meet
+    high: int
+    in_place: bool  # a distance of 0 is allowed
+    rows: tuple[int, int, int]  # their common row stride in bytes, or 0, and their rows' lengths
+
+
+def neighbours(parameters: tuple[Parameter, ...], args: tuple[Any, ...]) -> tuple[Neighbours, ...]:
+    """Each written array with each other one."""
+    taken = [p for p in parameters if p.dims is not None or p.cast is not None]
+    arrays = [(p, a) for p, a in zip(taken, args, strict=True) if p.dims is not None]
+    found = []
+    for i, (parameter, array) in enumerate(arrays):
+        if not parameter.written or array is None:
+            continue
+        for j, (theirs, other) in enumerate(arrays):
+            if i == j or other is None or (theirs.written and j > i):
+                continue
+            alike = array.dtype == other.dtype and _layout(array) == _layout(other)
+            in_place = parameter.in_place and theirs.leads and not theirs.written and alike
+            (stride, row), (their_stride, their_row) = (
+                _rows_of(parameter, array),
+                _rows_of(theirs, other),
+            )
+            rows = (stride if stride == their_stride else 0, row, their_row)
+            found.append(Neighbours(i, j, -span(array), span(other), in_place, rows))
+    return tuple(found)
+
+
+def _rows_of(parameter: Parameter, array: Any) -> tuple[int, int]:
+    """Row stride and row length in bytes; no stride where nothing lies between rows."""
+    if not parameter.leads or array._c_contiguous:
+        return 0, 0
+    assert parameter.dims is not None
+    *sizes, stride = rows(array, len(parameter.dims) - 1) or (0,)
+    return stride * array.itemsize, math.prod(sizes[1:]) * array.itemsize
+
+
+def meet(pair: Neighbours, distance: int) -> bool:
+    """Whether the two share memory at this distance, and may not."""
+    if not pair.low < distance < pair.high or (pair.in_place and not distance):
+        return False
+    stride, written, other = pair.rows
+    # Rows of one stride can lie between each other, as the two sides of one array do.
+    return not stride or distance % stride < other or -distance % stride < written
+
+
+def _layout(array: Any) -> Any:
+    return array.shape, None if array._c_contiguous else array.strides
+
+
+def refusal(
+    refused: Refusal, where: str, elem: np.dtype | None, bound: dict[str, int], device: int
+) -> InputError:
+    """The error that says what an array is and what the kernel takes."""
+    parameter, array = refused.parameter, refused.array
+    expected = np.dtype(parameter.dtype or elem).name
+    assert parameter.dims is not None
+    dims = ", ".join(f"{d}={bound[d]}" if d in bound else str(d) for d in parameter.dims)
+    contiguous = "contiguous" if array.flags.c_contiguous else "not contiguous"
+    takes = "contiguous"
+    if parameter.leads:
+        dims = f"..., {dims.partition(', ')[2]}"
+        if "N" in bound:
+            dims += f" with N={bound['N']} rows"
+        takes = "contiguous or evenly spaced rows of"
+    return InputError(
+        f"{parameter.name} is {array.dtype.name}{list(array.shape)}, {contiguous}, on device "
+        f"{array.data.device_id} at address 0x{array.data.ptr:x}; the kernel takes "
+        f"{'a ' if takes == 'contiguous' else ''}{takes} "
+        f"{expected}[{dims}] on device {device}, aligned to {granule(array)} bytes",
+        where=where,
+        remedy="Nothing is copied or cast silently: convert or copy the array first.",
+    )
+
+
+def overlap(parameters: tuple[Parameter, ...], pair: Neighbours, where: str) -> InputError:
+    """The error for an output that lies in the memory of another array."""
+    names = [p.name for p in parameters if p.dims is not None]
+    return InputError(
+        f"{names[pair.written]} shares memory with {names[pair.other]}",
+        where=where,
+        remedy="Give an output memory of its own, or, where the op works in place, the very "
+        "same array.",
+    )
+
+
+def foreign(parameters: tuple[Parameter, ...], args: tuple[Any, ...], where: str) -> InputError:
+    """The error for what is no array of a GPU."""
+    taken = [p for p in parameters if p.dims is not None or p.cast is not None]
+    for parameter, given in zip(taken, args, strict=False):
+        data = getattr(given, "data", None)
+        absent = given is None and parameter.optional
+        if parameter.dims is not None and not absent and not hasattr(data, "device_id"):
+            kind = f"{type(given).__module__}.{type(given).__qualname__}"
+            return InputError(
+                f"{parameter.name} is a {kind}, not an array on the GPU",
+                where=where,
+                remedy="Nothing is copied silently: move it there first, by cupy.asarray.",
+            )
+    return InputError("arguments are missing", where=where, remedy="Give one for each parameter.")

@@ -1,0 +1,71 @@
+"""Rows of a table by their numbers. Kernels: cuda_src/lookup.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .core.launch import Kernel, device_empty, launch
+from .core.registry import Cost, moved, op, written
+
+Array = Any
+
+_LOOKUP = "[*N], table: ELEM[V,C], out: ELEM[*N,C]!, V, C, out_stride"
+# By the bytes of an id.
+LOOKUP = {
+    4: Kernel("lookup.cu", "lookup", "ids: int32" + _LOOKUP),
+    8: Kernel("lookup.cu", "lookup_i64", "ids: int64" + _LOOKUP),
+}
+
+
+def _check(ids: Array, table: Array, *, out: Array | None = None) -> None:
+    if ids.dtype not in (np.int32, np.int64) or table.ndim != 2:
+        raise InputError(
+            f"ids are {ids.dtype.name}, and the table is of shape {list(table.shape)}",
+            where="lookup",
+            remedy="Give ids as int32 or int64, and a table of shape [V, C].",
+        )
+
+
+def _cost(ids: Array, table: Array, out: Array | None) -> Cost:
+    size = ids.size * table.shape[1]
+    return Cost(moved(ids) + size * table.itemsize + written(out, size, table.dtype), 0)
+
+
+@op(reference="reference.lookup", cost=_cost, check=_check)
+def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
+    """``table[ids]``: an embedding alone.
+
+    Parameters
+    ----------
+    ids : array of int32 or int64 [...]
+        One outside the table gives a row of zeros.
+    table : array [V, C]
+    out : array [..., C], optional
+        Of the table's dtype.
+
+    Returns
+    -------
+    array [..., C]
+        Of the table's dtype.
+
+    Raises
+    ------
+    InputError
+        If ``ids`` are no integers or the table is no matrix; on the GPU also for a dtype, layout,
+        alignment or device that the kernel does not take, and for an ``out`` that overlaps.
+    """
+    channels = table.shape[1]
+    if out is None:
+        out = device_empty((*ids.shape, channels), table.dtype)
+    grid = (ids.size if channels else 0,)
+    launch(
+        LOOKUP[ids.itemsize],
+        grid,
+        (min(256, max(1, -(-channels // 32)) * 32),),
+        (ids, table, out),
+        elem=table.dtype,
+    )
+    return out
