@@ -10,13 +10,18 @@
 #define HS 64
 #endif
 
+// A distance between heads is a number of heads, of HS elements each: the compiler computes an
+// address from two ints and the constant HS with fewer instructions and registers than from a
+// stride in elements. A kernel that reads many tokens goes from q alone, by to_k and to_v: every
+// pointer that a loop uses takes two registers.
 struct Head {
-  const elem_t *q, *new_k, *new_v;  // of the first new token; of the next, qkv_stride on
+  const elem_t *q, *new_k, *new_v;  // of the first new token; of the next, qkv_heads on
   elem_t *k, *v;                    // of the slot [T, HS]
-  elem_t* out;                      // of the first new token; of the next, out_stride on
+  elem_t* out;                      // of the first new token; of the next, out_heads on
   int past;                         // tokens that the cache has
   int count;                        // new tokens; none in an idle row
-  int qkv_stride, out_stride;
+  int qkv_heads, out_heads;         // heads of a row of qkv, and of out
+  int to_k, to_v;                   // heads from q to new_k and new_v
 };
 
 // Where the keys of a head begin in one layer of the cache.
@@ -40,7 +45,8 @@ __device__ inline Head head_of(const elem_t* qkv,
   size_t cache = cache_offset(slot, head, NH, T);
   qkv += row * 3 * C + head * HS;
   out += row * C + head * HS;
-  return {qkv, qkv + C, qkv + 2 * C, k + cache, v + cache, out, past, count, 3 * NH * HS, NH * HS};
+  return {qkv,  qkv + C, qkv + 2 * C, k + cache, v + cache, out,
+          past, count,   3 * NH,      NH,        NH,        2 * NH};
 }
 
 // A head of row `row` of a decode batch: one new token, or none if the slot is -1 or the position

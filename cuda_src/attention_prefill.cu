@@ -30,14 +30,14 @@ constexpr int CPT = BC / SIDE;               // key columns of a thread
 constexpr int DPT = (HS + SIDE - 1) / SIDE;  // output channels of a thread
 constexpr int SPAN = 32;                     // products of a score that are summed together
 
-// Where key and value of position t lie: in the cache, or in qkv if the token is new.
-struct KeyValue {
-  const elem_t *key, *value;
-};
-__device__ inline KeyValue key_value(const Head& head, int t) {
-  bool cached = t < head.past;
-  int at = cached ? t * HS : (t - head.past) * head.qkv_stride;
-  return {(cached ? head.k : head.new_k) + at, (cached ? head.v : head.new_v) + at};
+// Where the key or value of position t lies: in the cache, or in qkv if the token is new. `cached`
+// is the head's k or v, `to_new` its to_k or to_v.
+__device__ inline const elem_t* key_or_value(const Head& head,
+                                             const elem_t* cached,
+                                             int to_new,
+                                             int t) {
+  return t < head.past ? cached + (size_t)t * HS
+                       : head.q + (size_t)((t - head.past) * head.qkv_heads + to_new) * HS;
 }
 
 __device__ inline float half_warp_max(float x) { return warp_max<SIDE>(x); }
@@ -65,11 +65,11 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
 
   for (int i = tid; i < rows * HS; i += SIDE * SIDE) {
     int r = i / HS, c = i % HS, t = past + first + r;
-    size_t from = (size_t)(first + r) * head.qkv_stride + c;
-    Q[r][c] = to_float(head.q[from]) * scale;
+    const elem_t* token = head.q + (size_t)((first + r) * head.qkv_heads) * HS + c;
+    Q[r][c] = to_float(*token) * scale;
     if (t < T) {
-      head.k[(size_t)t * HS + c] = head.new_k[from];
-      head.v[(size_t)t * HS + c] = head.new_v[from];
+      head.k[(size_t)t * HS + c] = token[(size_t)head.to_k * HS];
+      head.v[(size_t)t * HS + c] = token[(size_t)head.to_v * HS];
     }
   }
 
@@ -82,9 +82,8 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
     __syncthreads();
     for (int i = tid; i < BC * HS; i += SIDE * SIDE) {
       int r = i / HS, c = i % HS, t = min(t0 + r, keys - 1);
-      KeyValue token = key_value(head, t);
-      K[r][c] = to_float(token.key[c]);
-      V[r][c] = to_float(token.value[c]);
+      K[r][c] = to_float(key_or_value(head, head.k, head.to_k, t)[c]);
+      V[r][c] = to_float(key_or_value(head, head.v, head.to_v, t)[c]);
     }
     __syncthreads();
 
@@ -162,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention_prefill(const
     for (int d = 0; d < DPT; d++) {
       int c = tx + d * SIDE;
       if (c < HS)
-        head.out[(size_t)(first + r) * head.out_stride + c] = from_float<elem_t>(o[i][d] / l[i]);
+        head.out[(first + r) * head.out_heads * HS + c] = from_float<elem_t>(o[i][d] / l[i]);
     }
   }
 }
@@ -181,7 +180,7 @@ extern "C" __global__ void attention_naive(const elem_t* qkv,
   Head head =
       prefill_head(qkv, k, v, starts, slots, past_tokens, out, blockIdx.y, blockIdx.z, NH, T);
   if (token >= head.count) return;
-  size_t from = (size_t)token * head.qkv_stride, to = (size_t)(head.past + token) * HS;
+  size_t from = (size_t)(token * head.qkv_heads) * HS, to = (size_t)(head.past + token) * HS;
   for (int c = lane; c < HS; c += WARP) {
     head.k[to + c] = head.new_k[from + c];
     head.v[to + c] = head.new_v[from + c];
@@ -189,7 +188,8 @@ extern "C" __global__ void attention_naive(const elem_t* qkv,
   constexpr int PER_LANE = (HS + WARP - 1) / WARP;
   float m = MINUS_INFINITY, l = 0.0f, o[PER_LANE] = {};
   for (int t = 0; t <= head.past + token; t++) {
-    auto [key, value] = key_value(head, t);
+    const elem_t* key = key_or_value(head, head.k, head.to_k, t);
+    const elem_t* value = key_or_value(head, head.v, head.to_v, t);
     float score = 0.0f;
     for (int c = lane; c < HS; c += WARP) score += to_float(head.q[from + c]) * to_float(key[c]);
     score = warp_sum(score) * scale;
@@ -204,5 +204,5 @@ extern "C" __global__ void attention_naive(const elem_t* qkv,
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++)
     if (lane + i * WARP < HS)
-      head.out[(size_t)token * head.out_stride + lane + i * WARP] = from_float<elem_t>(o[i] / l);
+      head.out[token * head.out_heads * HS + lane + i * WARP] = from_float<elem_t>(o[i] / l);
 }

@@ -61,11 +61,12 @@ __device__ inline void fetch(KeyTile& tile, const Head& head, int t0, int keys, 
     int r = i / UNITS, c = i % UNITS * VEC, t = min(t0 + r, keys - 1);
     int at = swizzled<UNITS>(r, i % UNITS);
     // New tokens are read from qkv: the block that writes them to the cache may not have run yet.
-    const elem_t* key = t < head.past ? head.k + (t * HS + c)
-                                      : head.new_k + ((t - head.past) * head.qkv_stride + c);
+    const elem_t* key = t < head.past
+                            ? head.k + (t * HS + c)
+                            : head.q + ((t - head.past) * head.qkv_heads * HS + head.to_k * HS + c);
     cp_async(&tile.key[at], key);
     cp_async(&tile.value[at],
-             t < head.past ? head.v + (t * HS + c) : key + (head.new_v - head.new_k));
+             t < head.past ? head.v + (t * HS + c) : key + (head.to_v - head.to_k) * HS);
   }
   cp_async_commit();
 }
@@ -106,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int r = min(warp * 16 + across + half * 8, rows - 1);
-    const unsigned* row = reinterpret_cast<const unsigned*>(head.q + (first + r) * head.qkv_stride);
+    const unsigned* row =
+        reinterpret_cast<const unsigned*>(head.q + (first + r) * head.qkv_heads * HS);
 #pragma unroll
     for (int c = 0; c < HS / 16; c++) {
       query[c][half] = row[c * 8 + along];
@@ -119,14 +121,15 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
   using Piece = Vec<elem_t, VEC>;
   constexpr int COPIES = (BR * UNITS + GROUPS * THREADS - 1) / (GROUPS * THREADS);
   Piece new_keys[COPIES], new_values[COPIES];
-  int last = min(rows, T - past - first);  // rows of the tile that have a place
+  int k_to_v = (head.to_v - head.to_k) * HS;  // one pointer for both
+  int last = min(rows, T - past - first);     // rows of the tile that have a place
 #pragma unroll
   for (int n = 0; n < COPIES; n++) {
     int i = n * GROUPS * THREADS + threadIdx.x;
-    int from = (first + i / UNITS) * head.qkv_stride + i % UNITS * VEC;
+    int from = (first + i / UNITS) * head.qkv_heads * HS + i % UNITS * VEC;
     if (i >= last * UNITS) break;
     new_keys[n] = *reinterpret_cast<const Piece*>(head.new_k + from);
-    new_values[n] = *reinterpret_cast<const Piece*>(head.new_v + from);
+    new_values[n] = *reinterpret_cast<const Piece*>(head.new_k + from + k_to_v);
   }
 #pragma unroll
   for (int n = 0; n < COPIES; n++) {
@@ -139,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
 
   float o[HS / 8][4] = {}, m[2] = {MINUS_INFINITY, MINUS_INFINITY}, l[2] = {};
   float factor = scale * LOG2_E;  // exp(x) = 2^(x log2 e)
-  for (int buffer = 0; t0 < keys; t0 += GROUPS * BC, buffer ^= 1) {
+  for (; t0 < keys; t0 += GROUPS * BC) {
+    int buffer = t0 / (GROUPS * BC) % 2;  // computed: the loop needs every register
     cp_async_wait<0>();
     // Behind it the tile is complete for all threads, and the other is read no more.
     group_sync(group);
@@ -253,11 +257,11 @@ extern "C" __global__ void __launch_bounds__(GROUPS* THREADS, HS <= 64 ? 2 : 1)
   for (int half = 0; half < 2; half++) {
     l[half] += __shfl_xor_sync(FULL_MASK, l[half], 1);
     l[half] += __shfl_xor_sync(FULL_MASK, l[half], 2);
-    int r = warp * 16 + across + half * 8;
-    if (r >= rows) continue;
+    int position = seen + across + half * 8;
+    if (position >= keys) continue;
     float share = 1.0f / l[half];
     // Loaded again: the loop needs every register.
-    size_t token = starts[blockIdx.z] + first + r;
+    size_t token = starts[blockIdx.z] + (position - head.past);
     unsigned* row = reinterpret_cast<unsigned*>(out + token * NH * HS + blockIdx.x * HS);
 #pragma unroll
     for (int d = 0; d < HS / 8; d++)
