@@ -1,8 +1,9 @@
 """Products with a weight matrix, and what is fused with them.
 
-One row goes to norm_gemv.cu; 2 to 16 rows of fp16 and bf16 to skinny.cu, up to 64, and with some
-weights up to 256, to linear_rows.cu, more to cuBLASLt; what those cannot take to linear.cu and
-cuBLAS. The backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
+One row goes to norm_gemv.cu, or to skinny.cu in large models of fp16 and bf16; 2 to 16 rows of
+those to skinny.cu, up to 64, and with some weights up to 256, to linear_rows.cu, more to cuBLASLt;
+what those cannot take to linear.cu and cuBLAS. The backend "invariant" takes linear_rows.cu or
+linear_fixed.cu for any number.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def gemv(
             bias_act(product, bias, activation, residual=residual, out=out)
         return out
     args = (x, weight, bias, residual, out, code)
-    if (fused := fused_block(weight, backend)) is not None:
+    if takes_skinny(1, weight, backend):
+        launch_skinny(1, weight, args, wide)
+    elif (fused := fused_block(weight, backend)) is not None:
         launch_gemv_add(fused, weight, args, wide)
     else:
         grid = (-(-len(weight) // _SCALAR_OUTPUTS),)
@@ -258,7 +261,7 @@ def linear(
         return gemv(x, weight, bias, out=out, backend=backend, **epilogue)
     if takes_skinny(len(x), weight, backend):
         args = (x, weight, bias, residual, out, code)
-        launch_skinny(weight, args, out.dtype == np.float32)
+        launch_skinny(len(x), weight, args, out.dtype == np.float32)
         return out
     if takes_linear_rows(len(x), weight, backend):
         launch_rows(x, weight, out, (x, weight, bias, residual, out, code))

@@ -15,6 +15,7 @@ Array = Any
 THREADS = 256  # of a block of bias_act
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
+_SKINNY_SHORT, _SKINNY_LONG = 1024, 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
@@ -49,6 +50,7 @@ SKINNY_ADD = {
     for tiles in (1, 2)
     for wide, kernel in entries("skinny.cu", f"skinny_add_t{tiles}", _SKINNY, overlaps=True).items()
 }
+SKINNY_ONE = entries("skinny.cu", "skinny_one", _SKINNY, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
@@ -99,21 +101,43 @@ def launch_fused(
 
 
 def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a product of so many rows: 2 to 16."""
+    """Whether skinny.cu is there for a product of so many rows, and the fastest.
+
+    One row: only with K from 1025 to 2048 or above 4096; elsewhere norm_gemv.cu is faster.
+    """
     if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
         return False
-    return 1 < rows <= constants("skinny.cu")["ROWS"] and has_mma()
+    k = weight.shape[1]
+    large = _SKINNY_SHORT < k <= longest_norm() or k > _SKINNY_LONG
+    return (large if rows == 1 else rows <= constants("skinny.cu")["ROWS"]) and has_mma()
 
 
-def launch_skinny(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -> None:
     """The product of up to 16 rows; ``wide`` says that the output is float32."""
     m, k = weight.shape
+    if rows == 1:
+        _launch_tiles(SKINNY_ONE[wide], 1, weight, args)
+        return
     # Two tiles share what is loaded of x; with fewer blocks than multiprocessors one is faster.
     two = k <= longest_norm() and m >= 2 * constants("skinny.cu")["TILE"] * sm_count()
-    c = constants("skinny.cu", K=k, TILES=1 + two)
-    blocks = min(-(-m // ((1 + two) * c["TILE"])), sm_count() * _BLOCKS_PER_SM)
-    kernel = SKINNY_ADD[1 + two, wide]
-    launch(kernel, (blocks,), (c["WARPS"] * WARP,), args, elem=weight.dtype, inner=k)
+    most = sm_count() * _BLOCKS_PER_SM
+    _launch_tiles(SKINNY_ADD[1 + two, wide], 1 + two, weight, args, most)
+
+
+def _launch_tiles(
+    kernel: Kernel, tiles: int, weight: Array, args: tuple[Any, ...], most: int | None = None
+) -> None:
+    m, k = weight.shape
+    c = constants("skinny.cu", K=k, TILES=tiles)
+    blocks = -(-m // (tiles * c["TILE"]))
+    launch(
+        kernel,
+        (min(blocks, most or blocks),),
+        (c["WARPS"] * WARP,),
+        args,
+        elem=weight.dtype,
+        inner=k,
+    )
 
 
 def launch_gemv_add(
