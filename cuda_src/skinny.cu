@@ -2,28 +2,33 @@
 //
 //   skinny_add_tT   y[n] = activation(W x[n] + bias) + residual[n]
 //   skinny_one      the same for one row
+//   skinny_norm     y = activation(W layer_norm(x) + bias) for one row
 //
-// Shapes    x [N, K], N <= 16; W [M, K] rows; bias [M]; residual and y [N, M]
-// Dtypes    W and x are ELEM (fp16 or bf16); bias, residual and y are ELEM or float (entries
-//           ..._f32)
+// Shapes    x [N, K], N <= 16; W [M, K] rows; norm weight and norm bias [K]; bias [M];
+//           residual and y [N, M]
+// Dtypes    W, the norm and x are ELEM (fp16 or bf16), x before a norm is float (the residual
+//           stream); bias, residual and y are ELEM or float (entries ..._f32)
 // Bytes     M K sizeof ELEM, read once for all rows of x; x is read from L2 by every block
 // FLOPs     2 N M K
-// Work      a block makes all N rows of T times 8 outputs; its warps share K. In mma.m16n8k16 the
-//           rows of x are the 16 and the rows of W the 8. A lane loads 16 bytes, eight inputs of
-//           one row, and gives them to two mma in the order in which they lie: which inputs a
-//           fragment calls k = 0 .. 15 does not matter as long as both operands agree. So weights
-//           do not pass through shared memory. The first are loaded before griddepcontrol.wait. The
-//           sums of the warps are added through shared memory.
+// Work      a block makes all N rows of T (skinny_norm: 2) times 8 outputs; its warps share K. In
+//           mma.m16n8k16 the rows of x are the 16 and the rows of W the 8. A lane loads 16 bytes,
+//           eight inputs of one row, and gives them to two mma in the order in which they lie:
+//           which inputs a fragment calls k = 0 .. 15 does not matter as long as both operands
+//           agree. So weights do not pass through shared memory. The first are loaded before
+//           griddepcontrol.wait. The sums of the warps are added through shared memory.
 //
-// A single row goes to shared memory: each warp writes the part of K that it multiplies. A norm is
-// a kernel of its own: here, every block would have to normalise all rows, which takes longer than
-// a node of the graph.
+// A single row goes to shared memory: each warp writes the part of K that it multiplies, normalised
+// if need be. With more rows the norm is a kernel of its own: here, every block would have to
+// normalise all rows, which takes longer than a node of the graph.
 //
-// skinny_one is for large models: with K at most 1024, and from 2049 to 4096, norm_gemv.cu has less
-// to do behind griddepcontrol.wait.
+// Both entries for one row are for large models: with K at most 1024, and from 2049 to 4096,
+// norm_gemv.cu has less to do behind griddepcontrol.wait.
 //
 // Needs sm_80 (mma.m16n8k16); older chips take norm_gemv.cu for one row, else the library's
 // product.
+//
+// Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are merged as in
+//           Chan, Golub, LeVeque, 1979
 #include "epilogue.cuh"
 #include "mma.cuh"
 
@@ -117,9 +122,63 @@ struct RowPart {
   }
 };
 
-template <int MOST, int TILES, typename out_t>
-__device__ inline void gemm(
-    const elem_t* x, const elem_t* weight, const Epilogue<out_t>& epilogue, int N, int M) {
+// The warp's part of the normalised row, rounded to ELEM as by a norm of its own. The parts are of
+// one size.
+template <int TILES>
+__device__ inline RowPart<TILES> normalised(const float* x,
+                                            const RowPart<TILES>& norm_weight,
+                                            const RowPart<TILES>& norm_bias,
+                                            float eps) {
+  using Row = RowPart<TILES>;
+  static_assert(K == PART<TILES> * WARPS<TILES>, "K");
+  __shared__ float means[WARPS<TILES>], squares[WARPS<TILES>];
+  float values[Row::LOADS][VEC] = {}, sum = 0.0f, square = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Row::LOADS; i++)
+    if (Row::there(i)) load_floats(x + Row::first() + Row::place(i), values[i]);
+#pragma unroll
+  for (int i = 0; i < Row::LOADS; i++) sum += sum_of(values[i]);
+  float own_mean = warp_sum(sum) * (1.0f / PART<TILES>);
+#pragma unroll
+  for (int i = 0; i < Row::LOADS; i++) {
+    float d[VEC];
+#pragma unroll
+    for (int j = 0; j < VEC; j++) d[j] = (values[i][j] - own_mean) * (values[i][j] - own_mean);
+    square += Row::there(i) ? sum_of(d) : 0.0f;
+  }
+  square = warp_sum(square);
+  if (threadIdx.x % WARP == 0) {
+    means[threadIdx.x / WARP] = own_mean;
+    squares[threadIdx.x / WARP] = square;
+  }
+  __syncthreads();
+  float mean = sum_of(means) * (1.0f / WARPS<TILES>), variance = sum_of(squares);
+#pragma unroll
+  for (int w = 0; w < WARPS<TILES>; w++) {
+    float off = means[w] - mean;
+    variance = fmaf(off * off, PART<TILES>, variance);
+  }
+  float inverse = rsqrtf(variance * (1.0f / K) + eps);
+  Row normed;
+#pragma unroll
+  for (int i = 0; i < Row::LOADS; i++)
+#pragma unroll
+    for (int j = 0; j < VEC; j++)
+      normed.pieces[i].value[j] = from_float<elem_t>(fmaf((values[i][j] - mean) * inverse,
+                                                          to_float(norm_weight.pieces[i].value[j]),
+                                                          to_float(norm_bias.pieces[i].value[j])));
+  return normed;
+}
+
+template <bool NORM, int MOST, int TILES, typename in_t, typename out_t>
+__device__ inline void gemm(const in_t* x,
+                            const elem_t* norm_weight,
+                            const elem_t* norm_bias,
+                            const elem_t* weight,
+                            const Epilogue<out_t>& epilogue,
+                            float eps,
+                            int N,
+                            int M) {
   constexpr int OUTPUTS = TILES * TILE;  // of a block at a time
   constexpr int STRIDE = WARPS<TILES> * WARP / OUTPUTS;
   constexpr int EACH = (MOST + STRIDE - 1) / STRIDE;
@@ -139,14 +198,19 @@ __device__ inline void gemm(
   auto writes = [&](int e) { return row + e * STRIDE < N && m < M; };
   auto place = [&](int e) { return (row + e * STRIDE) * M + m; };  // of at most 16 rows
   float own_bias = epilogue.bias_at(m, m < M), own_residual[EACH];
-  RowPart<TILES> x_part;
+  RowPart<TILES> x_part, scale, offset;
+  if constexpr (NORM) {
+    scale.load(norm_weight);
+    offset.load(norm_bias);
+  }
   griddepcontrol_wait();
 #pragma unroll
   for (int e = 0; e < EACH; e++) own_residual[e] = epilogue.residual_at(place(e), writes(e));
-  if constexpr (ONE) {
+  if constexpr (NORM)
+    x_part = normalised(x, scale, offset, eps);
+  else if constexpr (ONE)
     x_part.load(x);
-    x_part.store(row_of_x[warp]);
-  }
+  if constexpr (ONE) x_part.store(row_of_x[warp]);
 
   for (int buffer = 0; first < M; buffer ^= 1) {
     float d[TILES][2][4] = {};
@@ -204,7 +268,16 @@ __device__ inline void gemm(
   extern "C" __global__ void __launch_bounds__(WARPS<tiles>* WARP)                          \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual, \
            out_t* y, int activation, int N, int M) {                                        \
-    gemm<most, tiles, out_t>(x, weight, {bias, residual, y, activation}, N, M);             \
+    gemm<false, most, tiles, elem_t, out_t>(x, nullptr, nullptr, weight,                    \
+                                            {bias, residual, y, activation}, 0.0f, N, M);   \
+  }
+
+#define SKINNY_NORM_ENTRY(name, out_t)                                                            \
+  extern "C" __global__ void __launch_bounds__(WARPS<2>* WARP)                                    \
+      name(const float* x, const elem_t* norm_weight, const elem_t* norm_bias,                    \
+           const elem_t* weight, const out_t* bias, out_t* y, float eps, int activation, int M) { \
+    gemm<true, 1, 2, float, out_t>(x, norm_weight, norm_bias, weight,                             \
+                                   {bias, nullptr, y, activation}, eps, 1, M);                    \
   }
 
 SKINNY_ADD_ENTRY(skinny_add_t1, ROWS, 1, elem_t)
@@ -215,5 +288,9 @@ SKINNY_ADD_ENTRY(skinny_add_t2_f32, ROWS, 2, float)
 #endif
 SKINNY_ADD_ENTRY(skinny_one, 1, 1, elem_t)
 SKINNY_ADD_ENTRY(skinny_one_f32, 1, 1, float)
+#if K <= LONGEST_NORM && K % (K <= 1280 ? 128 : K % 1600 ? 256 : 320) == 0  // parts of one size
+SKINNY_NORM_ENTRY(skinny_norm, elem_t)
+SKINNY_NORM_ENTRY(skinny_norm_f32, float)
+#endif
 
 #endif

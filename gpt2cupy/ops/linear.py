@@ -29,9 +29,11 @@ from .linear_kernels import (
     launch_invariant,
     launch_rows,
     launch_skinny,
+    launch_skinny_norm,
     longest_norm,
     takes_linear_rows,
     takes_skinny,
+    takes_skinny_norm,
 )
 from .norm import layer_norm
 
@@ -193,7 +195,10 @@ def norm_linear(
     code = ACTIVATION_CODES[activation]
     wide = out.dtype == np.float32
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    launch_fused(NORM_GEMV[wide], fused, weight, args)
+    if takes_skinny_norm(weight, backend):
+        launch_skinny_norm(weight, args, wide)
+    else:
+        launch_fused(NORM_GEMV[wide], fused, weight, args)
     return out
 
 

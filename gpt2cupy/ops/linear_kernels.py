@@ -51,6 +51,7 @@ SKINNY_ADD = {
     for wide, kernel in entries("skinny.cu", f"skinny_add_t{tiles}", _SKINNY, overlaps=True).items()
 }
 SKINNY_ONE = entries("skinny.cu", "skinny_one", _SKINNY, overlaps=True)
+SKINNY_NORM = entries("skinny.cu", "skinny_norm", _NORM_GEMV, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
@@ -122,6 +123,18 @@ def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -
     two = k <= longest_norm() and m >= 2 * constants("skinny.cu")["TILE"] * sm_count()
     most = sm_count() * _BLOCKS_PER_SM
     _launch_tiles(SKINNY_ADD[1 + two, wide], 1 + two, weight, args, most)
+
+
+def takes_skinny_norm(weight: Array, backend: str) -> bool:
+    """Whether skinny.cu is there for a norm and the product of its one row, and the fastest."""
+    k, c = weight.shape[1], constants("skinny.cu", K=weight.shape[1], TILES=2)
+    fits = k <= longest_norm() and k % (c["SPAN"] * c["WARPS"]) == 0
+    return fits and _one_turn(weight, 2 * c["TILE"]) and takes_skinny(1, weight, backend)
+
+
+def launch_skinny_norm(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """A norm and the product of its one row."""
+    _launch_tiles(SKINNY_NORM[wide], 2, weight, args)
 
 
 def _launch_tiles(
