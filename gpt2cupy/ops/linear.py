@@ -27,11 +27,13 @@ from .linear_kernels import (
     launch_fused,
     launch_gemv_add,
     launch_invariant,
+    launch_norm_once,
     launch_rows,
     launch_skinny,
     launch_skinny_norm,
     longest_norm,
     takes_linear_rows,
+    takes_norm_once,
     takes_skinny,
     takes_skinny_norm,
 )
@@ -62,10 +64,15 @@ def _norm_cost(
     weight: Array,
     bias: Array | None,
     out: Array | None,
+    shift: Array | None,
 ) -> Cost:
-    """The norm once and the product, with nothing written between them."""
+    """The norm once and the product, with nothing written between them.
+
+    A shift is read in place of both biases.
+    """
     (m, k), n = weight.shape, len(x)
-    read = moved(x, norm_weight, norm_bias, weight, bias)
+    biases = (norm_bias, bias) if shift is None else (shift,)
+    read = moved(x, norm_weight, weight, *biases)
     size = written(out, n * m, norm_weight.dtype)
     return Cost(read + size, 8 * x.size + 2 * n * m * k)
 
@@ -142,6 +149,7 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
+    shift: Array | None = None,
 ) -> Array:
     """``linear(layer_norm(x), weight, bias)``; one kernel for one row on the GPU.
 
@@ -165,6 +173,10 @@ def norm_linear(
         As in :func:`linear`.
     scratch : array [n], optional
         As in :func:`linear`.
+    shift : array of float32 [M], optional
+        ``shifted_bias(norm_bias, weight, bias)``, made before: with it one row has a kernel
+        that does less, where :func:`gpt2cupy.ops.shift.takes_shift` says so. Elsewhere it
+        changes nothing.
 
     Returns
     -------
@@ -194,6 +206,9 @@ def norm_linear(
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
     wide = out.dtype == np.float32
+    if shift is not None and takes_norm_once(weight, backend):
+        launch_norm_once(weight, (x, norm_weight, weight, shift, out, eps, code), wide)
+        return out
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
     if takes_skinny_norm(weight, backend):
         launch_skinny_norm(weight, args, wide)

@@ -15,7 +15,7 @@ Array = Any
 THREADS = 256  # of a block of bias_act
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
-_SKINNY_SHORT, _SKINNY_LONG = 1024, 4096  # with a longer K one row goes to skinny.cu too
+_SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
@@ -40,9 +40,14 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
+_NORM_GEMV_ONCE = (
+    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M], "
+    "eps: float, activation: int, M"
+)
 GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
 GEMV_ADD_ONCE = entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
+NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV_ONCE, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 # By the number of tiles of a block, and whether the output is float32.
 SKINNY_ADD = {
@@ -77,6 +82,11 @@ def longest_norm() -> int:
     return constants("norm_gemv.cu")["LONGEST_NORM"]
 
 
+def longest_once() -> int:
+    """The longest row that norm_gemv_once takes; with a longer one skinny.cu is faster."""
+    return constants("norm_gemv.cu")["LONGEST_ONCE"]
+
+
 def fused_block(weight: Array, backend: str) -> tuple[int, int] | None:
     """(outputs, warps) of a block of norm_gemv.cu, which fuses what is around a product of one row.
 
@@ -109,7 +119,7 @@ def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
     if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
         return False
     k = weight.shape[1]
-    large = _SKINNY_SHORT < k <= longest_norm() or k > _SKINNY_LONG
+    large = longest_once() < k <= longest_norm() or k > _SKINNY_LONG
     return (large if rows == 1 else rows <= constants("skinny.cu")["ROWS"]) and has_mma()
 
 
@@ -159,6 +169,22 @@ def launch_gemv_add(
     """The product of one row; ``wide`` says that the output is float32."""
     once = _one_turn(weight, fused[0])
     launch_fused((GEMV_ADD_ONCE if once else GEMV_ADD)[wide], fused, weight, args)
+
+
+def takes_norm_once(weight: Array, backend: str) -> bool:
+    """Whether norm_gemv_once can make the product of one row after its norm."""
+    fits = fused_block(weight, backend) is not None and weight.shape[1] <= longest_once()
+    return fits and _one_turn(weight, _norm_once_block()[0])
+
+
+def launch_norm_once(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """A norm and the product of its one row, given the product's shift."""
+    launch_fused(NORM_GEMV_ONCE[wide], _norm_once_block(), weight, args)
+
+
+def _norm_once_block() -> tuple[int, int]:
+    c = constants("norm_gemv.cu")
+    return c["WARPS"] * c["ROWS_ONCE"], c["WARPS"]
 
 
 def _one_turn(weight: Array, outputs: int) -> bool:
