@@ -53,9 +53,10 @@ def _norm_then_linear(
     eps: float,
     *args: Any,
     h: Any = None,
+    shift: Any = None,
     **options: Any,
 ) -> Any:
-    """What ops.norm_linear computes, as two ops."""
+    """What ops.norm_linear computes, as two ops, which have no use for a shift."""
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *args, **options)
 
 

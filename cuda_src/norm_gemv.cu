@@ -1,12 +1,14 @@
 // The GEMVs of the decode step at one row: with the layer norm before, or the residual after.
 //
 //   norm_gemv        y = activation(W layer_norm(x) + bias)
+//   norm_gemv_once   the same, where a single pass of the grid makes all outputs; given
+//                    shift = W norm_bias + bias instead of the two
 //   gemv_add         y = activation(W x + bias) + residual
-//   gemv_add_once    the same, where a single pass of the grid makes all outputs
+//   gemv_add_once    the same, likewise in a single pass
 //
-// Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, residual and y [M]
+// Shapes    W [M, K] rows; x, norm weight and norm bias [K]; bias, shift, residual and y [M]
 // Dtypes    W and the norm are ELEM; x is float before a norm (the residual stream), else ELEM;
-//           bias, residual and y are ELEM or float (entries ..._f32)
+//           bias, residual and y are ELEM or float (entries ..._f32); shift is float
 // Bytes     M K sizeof ELEM; everything else is small and read from L2
 // FLOPs     2 M K
 // Work      K is a compile-time macro, so a warp keeps its part of x in registers, where it also
@@ -17,8 +19,8 @@
 //           than giving each to all lanes. A long K is split over SPLIT warps, whose sums are added
 //           through shared memory.
 //           Every instruction between griddepcontrol.wait and the store is on the step's critical
-//           path, and fetching it counts as much as running it: gemv_add_once converts its weights
-//           to float before it.
+//           path, and fetching it counts as much as running it: the entries ..._once do before it
+//           all that does not need x.
 // Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
 //
 // It is the last version of the ladder in linear.cu.
@@ -28,9 +30,12 @@
 #define K 768
 #endif
 
+#define LONGEST_ONCE 1024  // K of norm_gemv_once at most: its weights lie in registers as floats
+
 constexpr int WARPS = 4;                         // of a block
 constexpr int SPLIT = K > LONGEST_NORM ? 4 : 1;  // warps that share a row of weights
 constexpr int ROWS = K <= 4096 && K > LONGEST_NORM ? 3 : 2;
+constexpr int ROWS_ONCE = 3;            // of norm_gemv_once
 constexpr int GROUPS = WARPS / SPLIT;   // groups of warps that share outputs
 constexpr int OUTPUTS = GROUPS * ROWS;  // of a block at a time
 
@@ -83,9 +88,9 @@ __device__ inline void load_norm(const elem_t* source, int k0, Vec<elem_t, VEC> 
       values[c] = *reinterpret_cast<const Vec<elem_t, VEC>*>(source + k0 + c * SPAN);
 }
 
-// x = (x - mean) / sqrt(var + eps), over the registers of one warp. VEC sums side by side: one
-// after the other, each addition would wait for the one before.
-__device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
+// x = x - mean, over the registers of one warp. VEC sums side by side: one after the other, each
+// addition would wait for the one before.
+__device__ inline void centre(float (&x)[CHUNKS][VEC], int k0) {
   float sums[VEC] = {};
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
@@ -100,6 +105,11 @@ __device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
   for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
     for (int i = 0; i < VEC; i++) x[c][i] = inside(k0, c) ? x[c][i] - mean : 0.0f;
+}
+
+// x = (x - mean) / sqrt(var + eps), likewise.
+__device__ inline void normalise(float (&x)[CHUNKS][VEC], int k0, float eps) {
+  centre(x, k0);
   float squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
@@ -156,7 +166,7 @@ __device__ inline void convert(const Vec<elem_t, VEC> (&rows)[ROWS][CHUNKS],
 }
 
 // ONCE, which is gemv_add_once: there is a single pass of the grid, and the weights are converted
-// to float before x is known.
+// to float before x is known. norm_gemv_once is shifted_gemv below.
 template <bool NORM, bool ONCE, typename in_t, typename out_t>
 __device__ inline void gemv(const in_t* x,
                             const elem_t* norm_weight,
@@ -246,6 +256,66 @@ __device__ inline void gemv(const in_t* x,
   }
 }
 
+// The GEMV after a norm where a single pass of the grid makes all outputs, ROWS_ONCE a warp. What
+// does not need x is done before griddepcontrol.wait: with d = x - mean,
+//
+//   W layer_norm(x) + bias = (W g) d / sqrt(var + eps) + shift     shift = W b + bias; g, b: norm
+//
+// so that after it only the mean is computed before the products, and the squares of d are summed
+// beside them. The shift is the same in every step, and was computed before the first.
+template <typename out_t>
+__device__ inline void shifted_gemv(const float* x,
+                                    const elem_t* norm_weight,
+                                    const elem_t* weight,
+                                    const float* shift,
+                                    const Epilogue<out_t>& epilogue,
+                                    float eps,
+                                    int M) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int k0 = lane * VEC;
+  int first = (blockIdx.x * WARPS + warp) * ROWS_ONCE;
+  int row = lane / SHARING<ROWS_ONCE>;  // of the outputs, as scattered_sum leaves them
+  bool writer = lane % SHARING<ROWS_ONCE> == 0 && row < ROWS_ONCE && first + row < M;
+
+  griddepcontrol_launch_dependents();
+  Vec<elem_t, VEC> rows[ROWS_ONCE][CHUNKS], scale[CHUNKS];
+  load_rows<true>(weight, first, k0, M, rows);
+  load_norm(norm_weight, k0, scale);
+  // It is never null: the test changes how NVRTC orders the loads, 117 registers instead of 121 in
+  // float at K = 768.
+  float own_shift = shift && writer ? shift[first + row] : 0.0f;
+  float scaled[ROWS_ONCE][CHUNKS][VEC];
+  unsigned known = 0;
+#pragma unroll
+  for (int r = 0; r < ROWS_ONCE; r++)
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      if (inside(k0, c))
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+          scaled[r][c][i] = to_float(rows[r][c].value[i]) * to_float(scale[c].value[i]);
+          known |= __float_as_uint(scaled[r][c][i]);
+        }
+  griddepcontrol_wait();
+
+  float d[CHUNKS][VEC];
+  load_inputs(x + zero_after(known, M), k0, d);
+  centre(d, k0);
+  float sums[ROWS_ONCE] = {}, squares = 0.0f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+    if (inside(k0, c))
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+#pragma unroll
+        for (int r = 0; r < ROWS_ONCE; r++) sums[r] = fmaf(scaled[r][c][i], d[c][i], sums[r]);
+        squares = fmaf(d[c][i], d[c][i], squares);
+      }
+  float own = scattered_sum(sums);
+  float result = fmaf(own, rsqrtf(warp_sum(squares) * (1.0f / K) + eps), own_shift);
+  if (writer) epilogue.y[first + row] = from_float<out_t>(activate(result, epilogue.activation));
+}
+
 #define GEMV_ADD_ENTRY(name, out_t, once)                                                          \
   extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                        \
       name(const elem_t* x, const elem_t* weight, const out_t* bias, const out_t* residual,        \
@@ -262,6 +332,13 @@ __device__ inline void gemv(const in_t* x,
                                     {bias, nullptr, y, activation}, eps, M);                      \
   }
 
+#define NORM_GEMV_ONCE_ENTRY(name, out_t)                                                          \
+  extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                        \
+      name(const float* x, const elem_t* norm_weight, const elem_t* weight, const float* shift,    \
+           out_t* y, float eps, int activation, int M) {                                           \
+    shifted_gemv<out_t>(x, norm_weight, weight, shift, {nullptr, nullptr, y, activation}, eps, M); \
+  }
+
 GEMV_ADD_ENTRY(gemv_add, elem_t, false)
 GEMV_ADD_ENTRY(gemv_add_f32, float, false)
 GEMV_ADD_ENTRY(gemv_add_once, elem_t, true)
@@ -269,4 +346,8 @@ GEMV_ADD_ENTRY(gemv_add_once_f32, float, true)
 #if K <= LONGEST_NORM  // a norm needs the whole row in one warp
 NORM_GEMV_ENTRY(norm_gemv, elem_t)
 NORM_GEMV_ENTRY(norm_gemv_f32, float)
+#endif
+#if K <= LONGEST_ONCE
+NORM_GEMV_ONCE_ENTRY(norm_gemv_once, elem_t)
+NORM_GEMV_ONCE_ENTRY(norm_gemv_once_f32, float)
 #endif

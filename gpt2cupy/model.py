@@ -15,6 +15,7 @@ from .config import GPT2Config
 from .errors import InputError, shown
 from .ids import check_ids
 from .ops.quantized import scratch_size
+from .shifts import NormShifts, Pair
 from .weights import Weights
 from .workspace import PackedPrompts, Workspace
 
@@ -54,6 +55,8 @@ class GPT2:
     ----------
     decode_path : {"auto", "eager", "graph", "persistent"}
         How engines made later run a step of this model; "auto" is the fastest.
+    shifts : NormShifts
+        What steps of one row have beside the weights.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class GPT2:
                 remedy="Use gemv='ours' with batch_invariant=True.",
             )
         self._gemv = name
+        self.shifts = NormShifts(self.layers, self.backend)
 
     @property
     def backend(self) -> str:
@@ -180,6 +184,7 @@ class GPT2:
         positions: Array,
         attend: Callable[[int, Array, Array], None],
         work: Workspace,
+        shifts: Sequence[Pair] | None = None,
         last: Callable[[], Workspace] | None = None,
     ) -> Array:
         """Run every layer over the rows of ``work``; returns the residual stream [N, C].
@@ -191,6 +196,8 @@ class GPT2:
             Attention of one layer over its cache.
         work : Workspace
             Of exactly N rows.
+        shifts : sequence of pairs of arrays, optional
+            :attr:`NormShifts.pairs`.
         last : callable, optional
             Called after the last layer's attention for the workspace of those rows that
             are needed behind it; they are returned.
@@ -200,8 +207,9 @@ class GPT2:
         act: Any = how | {"activation": self.config.activation}
         x = ops.embedding(ids, positions, self.weights.wte, self.weights.wpe, out=work.x)
         for index, w in enumerate(self.layers):
+            qkv_shift, fc_shift = shifts[index] if shifts else (None, None)
             norm = (x, w["ln1_w"], w["ln1_b"], eps)
-            qkv: Any = how | {"h": work.h, "out": work.qkv}
+            qkv: Any = how | {"h": work.h, "out": work.qkv, "shift": qkv_shift}
             ops.norm_linear(*norm, w["qkv_w"], w["qkv_b"], **qkv)
             attend(index, work.qkv, work.attended)
             if last is not None and index == self.config.n_layer - 1:
@@ -209,7 +217,7 @@ class GPT2:
                 x = work.x
             ops.linear(work.attended, w["proj_w"], w["proj_b"], residual=x, out=x, **how)
             norm = (x, w["ln2_w"], w["ln2_b"], eps)
-            fc: Any = act | {"h": work.h, "out": work.inner}
+            fc: Any = act | {"h": work.h, "out": work.inner, "shift": fc_shift}
             ops.norm_linear(*norm, w["fc_w"], w["fc_b"], **fc)
             ops.linear(work.inner, w["out_w"], w["out_b"], residual=x, out=x, **how)
         return x
@@ -310,8 +318,15 @@ class GPT2:
                 qkv, k, v, slots, positions, scale, out=out, batch_invariant=self._batch_invariant
             )
 
-        x = self.forward(ids, positions, attend, work)
+        pairs = self.shifts.of_step(self.xp) if len(ids) == 1 else None
+        x = self.forward(ids, positions, attend, work, pairs)
         return self.logits(x, work, logits)
+
+    def prepare_step(self, rows: int) -> None:
+        """Make what :meth:`decode` with so many rows is faster with; not while it is recorded."""
+        if rows == 1:
+            self.shifts.record(self.xp)
+            self.shifts.make(self.xp)
 
     def hidden(self, ids: Array) -> Array:
         """Residual stream after the last layer, before the last norm: ids [B, T] -> [B, T, C]."""

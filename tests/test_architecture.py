@@ -21,7 +21,7 @@ LAYERS = (
     ("ops.core", "ops.reference", "sampling", "workspace"),
     ("ops", "record"),
     ("ops.gpt2",),
-    ("loading", "torch"),
+    ("loading", "shifts", "torch"),
     ("model",),
     ("decode",),
     ("generation",),

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..model import GPT2
 from ..ops.core.tape import load, recorded
+from ..shifts import NormShifts
 from .state import DecodeState
-from .step import StepFunction
+from .step import StepFunction, ops_step
 
 # From the recorded launches of a step to what runs them all on the current stream.
 Replay = Callable[[list[Callable[[], Any]]], Callable[[], None]]
@@ -34,6 +35,7 @@ class _Prepared:
 
     kind: Any  # what must live as long as it
     calls: list[Callable[[], Any]]  # its launches
+    shifts: NormShifts | None  # what they read that must be made before
     run: Callable[[], None] | None = None  # what runs them, once their kernels are there
 
 
@@ -93,6 +95,8 @@ class Decoder:
         """What runs the step of ``state`` as it is now."""
         prepared = self._recorded(state)
         if prepared.run is None:
+            if prepared.shifts is not None:
+                prepared.shifts.make(state.xp)
             prepared.run = self.replay(prepared.calls)
         self.calls = prepared.calls
         return prepared.run
@@ -103,7 +107,11 @@ class Decoder:
         # Identities, which stay theirs because what was prepared keeps the objects.
         key = tuple(id(part) for part in kind)
         if key not in self._prepared:
+            shifts = None
+            if self.function is ops_step and state.batch == 1:
+                shifts = self.model.shifts
+                shifts.record(state.xp)
             with recorded() as calls:
                 self.function(self.model, state)
-            self._prepared[key] = _Prepared(kind, calls)
+            self._prepared[key] = _Prepared(kind, calls, shifts)
         return self._prepared[key]

@@ -61,6 +61,7 @@ def report(
         },
         "memory": {
             "weights": model.weights.nbytes,
+            "norm shifts": model.shifts.nbytes,
             "cache": engine.cache.nbytes,
             "decode state": engine.state.nbytes,
             "prefill": engine.prompts.nbytes,

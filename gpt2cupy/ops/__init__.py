@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .quantized import dequantize, quantize
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
+    from .shift import shifted_bias
     from .softmax import softmax
 
 _MODULES = {
@@ -48,6 +49,7 @@ _MODULES = {
     "rope_tables": "rope",
     "sample": "sampling",
     "sample_logits": "sampling",
+    "shifted_bias": "shift",
     "silu_mul": "activation",
     "softmax": "softmax",
     "target_logprobs": "sampling",
@@ -78,6 +80,7 @@ __all__ = [
     "rope_tables",
     "sample",
     "sample_logits",
+    "shifted_bias",
     "silu_mul",
     "softmax",
     "target_logprobs",

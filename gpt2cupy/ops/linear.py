@@ -1,8 +1,9 @@
 """Products with a weight matrix, and what is fused with them.
 
-One row goes to norm_gemv.cu; 2 to 16 rows of fp16 and bf16 to skinny.cu, up to 64, and with some
-weights up to 256, to linear_rows.cu, more to cuBLASLt; what those cannot take to linear.cu and
-cuBLAS. The backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
+One row goes to norm_gemv.cu, or to skinny.cu in large models of fp16 and bf16; 2 to 16 rows of
+those to skinny.cu, up to 64, and with some weights up to 256, to linear_rows.cu, more to cuBLASLt;
+what those cannot take to linear.cu and cuBLAS. The backend "invariant" takes linear_rows.cu or
+linear_fixed.cu for any number.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from .linear_kernels import (
     launch_fused,
     launch_gemv_add,
     launch_invariant,
+    launch_norm_once,
     launch_rows,
     launch_skinny,
+    launch_skinny_norm,
     longest_norm,
     takes_linear_rows,
+    takes_norm_once,
     takes_skinny,
+    takes_skinny_norm,
 )
 from .norm import layer_norm
 
@@ -59,10 +64,15 @@ def _norm_cost(
     weight: Array,
     bias: Array | None,
     out: Array | None,
+    shift: Array | None,
 ) -> Cost:
-    """The norm once and the product, with nothing written between them."""
+    """The norm once and the product, with nothing written between them.
+
+    A shift is read in place of both biases.
+    """
     (m, k), n = weight.shape, len(x)
-    read = moved(x, norm_weight, norm_bias, weight, bias)
+    biases = (norm_bias, bias) if shift is None else (shift,)
+    read = moved(x, norm_weight, weight, *biases)
     size = written(out, n * m, norm_weight.dtype)
     return Cost(read + size, 8 * x.size + 2 * n * m * k)
 
@@ -115,7 +125,9 @@ def gemv(
             bias_act(product, bias, activation, residual=residual, out=out)
         return out
     args = (x, weight, bias, residual, out, code)
-    if (fused := fused_block(weight, backend)) is not None:
+    if takes_skinny(1, weight, backend):
+        launch_skinny(1, weight, args, wide)
+    elif (fused := fused_block(weight, backend)) is not None:
         launch_gemv_add(fused, weight, args, wide)
     else:
         grid = (-(-len(weight) // _SCALAR_OUTPUTS),)
@@ -137,6 +149,7 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
+    shift: Array | None = None,
 ) -> Array:
     """``linear(layer_norm(x), weight, bias)``; one kernel for one row on the GPU.
 
@@ -160,6 +173,10 @@ def norm_linear(
         As in :func:`linear`.
     scratch : array [n], optional
         As in :func:`linear`.
+    shift : array of float32 [M], optional
+        ``shifted_bias(norm_bias, weight, bias)``, made before: with it one row has a kernel
+        that does less, where :func:`gpt2cupy.ops.shift.takes_shift` says so. Elsewhere it
+        changes nothing.
 
     Returns
     -------
@@ -189,8 +206,14 @@ def norm_linear(
         out = device_empty((len(x), len(weight)), weight.dtype)
     code = ACTIVATION_CODES[activation]
     wide = out.dtype == np.float32
+    if shift is not None and takes_norm_once(weight, backend):
+        launch_norm_once(weight, (x, norm_weight, weight, shift, out, eps, code), wide)
+        return out
     args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    launch_fused(NORM_GEMV[wide], fused, weight, args)
+    if takes_skinny_norm(weight, backend):
+        launch_skinny_norm(weight, args, wide)
+    else:
+        launch_fused(NORM_GEMV[wide], fused, weight, args)
     return out
 
 
@@ -258,7 +281,7 @@ def linear(
         return gemv(x, weight, bias, out=out, backend=backend, **epilogue)
     if takes_skinny(len(x), weight, backend):
         args = (x, weight, bias, residual, out, code)
-        launch_skinny(weight, args, out.dtype == np.float32)
+        launch_skinny(len(x), weight, args, out.dtype == np.float32)
         return out
     if takes_linear_rows(len(x), weight, backend):
         launch_rows(x, weight, out, (x, weight, bias, residual, out, code))

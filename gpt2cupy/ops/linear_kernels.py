@@ -15,6 +15,7 @@ Array = Any
 THREADS = 256  # of a block of bias_act
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
+_SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
@@ -39,9 +40,14 @@ _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
     "out: OUT[1,M], eps: float, activation: int, M"
 )
+_NORM_GEMV_ONCE = (
+    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M], "
+    "eps: float, activation: int, M"
+)
 GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
 NORM_GEMV = entries("norm_gemv.cu", "norm_gemv", _NORM_GEMV, overlaps=True)
 GEMV_ADD_ONCE = entries("norm_gemv.cu", "gemv_add_once", _GEMV, overlaps=True)
+NORM_GEMV_ONCE = entries("norm_gemv.cu", "norm_gemv_once", _NORM_GEMV_ONCE, overlaps=True)
 _SKINNY = _GEMV.replace("[1,", "[N,").replace("int, M", "int, N, M")
 # By the number of tiles of a block, and whether the output is float32.
 SKINNY_ADD = {
@@ -49,6 +55,8 @@ SKINNY_ADD = {
     for tiles in (1, 2)
     for wide, kernel in entries("skinny.cu", f"skinny_add_t{tiles}", _SKINNY, overlaps=True).items()
 }
+SKINNY_ONE = entries("skinny.cu", "skinny_one", _SKINNY, overlaps=True)
+SKINNY_NORM = entries("skinny.cu", "skinny_norm", _NORM_GEMV, overlaps=True)
 # By the number of blocks that share a tile, and whether the output is float32.
 LINEAR_ROWS = {
     (blocks, wide): kernel
@@ -72,6 +80,11 @@ BIAS_ACT = entries(
 def longest_norm() -> int:
     """The longest row that the kernels of one row normalise."""
     return constants("norm_gemv.cu")["LONGEST_NORM"]
+
+
+def longest_once() -> int:
+    """The longest row that norm_gemv_once takes; with a longer one skinny.cu is faster."""
+    return constants("norm_gemv.cu")["LONGEST_ONCE"]
 
 
 def fused_block(weight: Array, backend: str) -> tuple[int, int] | None:
@@ -99,21 +112,55 @@ def launch_fused(
 
 
 def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a product of so many rows: 2 to 16."""
+    """Whether skinny.cu is there for a product of so many rows, and the fastest.
+
+    One row: only with K from 1025 to 2048 or above 4096; elsewhere norm_gemv.cu is faster.
+    """
     if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
         return False
-    return 1 < rows <= constants("skinny.cu")["ROWS"] and has_mma()
+    k = weight.shape[1]
+    large = longest_once() < k <= longest_norm() or k > _SKINNY_LONG
+    return (large if rows == 1 else rows <= constants("skinny.cu")["ROWS"]) and has_mma()
 
 
-def launch_skinny(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -> None:
     """The product of up to 16 rows; ``wide`` says that the output is float32."""
     m, k = weight.shape
+    if rows == 1:
+        _launch_tiles(SKINNY_ONE[wide], 1, weight, args)
+        return
     # Two tiles share what is loaded of x; with fewer blocks than multiprocessors one is faster.
     two = k <= longest_norm() and m >= 2 * constants("skinny.cu")["TILE"] * sm_count()
-    c = constants("skinny.cu", K=k, TILES=1 + two)
-    blocks = min(-(-m // ((1 + two) * c["TILE"])), sm_count() * _BLOCKS_PER_SM)
-    kernel = SKINNY_ADD[1 + two, wide]
-    launch(kernel, (blocks,), (c["WARPS"] * WARP,), args, elem=weight.dtype, inner=k)
+    most = sm_count() * _BLOCKS_PER_SM
+    _launch_tiles(SKINNY_ADD[1 + two, wide], 1 + two, weight, args, most)
+
+
+def takes_skinny_norm(weight: Array, backend: str) -> bool:
+    """Whether skinny.cu is there for a norm and the product of its one row, and the fastest."""
+    k, c = weight.shape[1], constants("skinny.cu", K=weight.shape[1], TILES=2)
+    fits = k <= longest_norm() and k % (c["SPAN"] * c["WARPS"]) == 0
+    return fits and _one_turn(weight, 2 * c["TILE"]) and takes_skinny(1, weight, backend)
+
+
+def launch_skinny_norm(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """A norm and the product of its one row."""
+    _launch_tiles(SKINNY_NORM[wide], 2, weight, args)
+
+
+def _launch_tiles(
+    kernel: Kernel, tiles: int, weight: Array, args: tuple[Any, ...], most: int | None = None
+) -> None:
+    m, k = weight.shape
+    c = constants("skinny.cu", K=k, TILES=tiles)
+    blocks = -(-m // (tiles * c["TILE"]))
+    launch(
+        kernel,
+        (min(blocks, most or blocks),),
+        (c["WARPS"] * WARP,),
+        args,
+        elem=weight.dtype,
+        inner=k,
+    )
 
 
 def launch_gemv_add(
@@ -122,6 +169,22 @@ def launch_gemv_add(
     """The product of one row; ``wide`` says that the output is float32."""
     once = _one_turn(weight, fused[0])
     launch_fused((GEMV_ADD_ONCE if once else GEMV_ADD)[wide], fused, weight, args)
+
+
+def takes_norm_once(weight: Array, backend: str) -> bool:
+    """Whether norm_gemv_once can make the product of one row after its norm."""
+    fits = fused_block(weight, backend) is not None and weight.shape[1] <= longest_once()
+    return fits and _one_turn(weight, _norm_once_block()[0])
+
+
+def launch_norm_once(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
+    """A norm and the product of its one row, given the product's shift."""
+    launch_fused(NORM_GEMV_ONCE[wide], _norm_once_block(), weight, args)
+
+
+def _norm_once_block() -> tuple[int, int]:
+    c = constants("norm_gemv.cu")
+    return c["WARPS"] * c["ROWS_ONCE"], c["WARPS"]
 
 
 def _one_turn(weight: Array, outputs: int) -> bool:

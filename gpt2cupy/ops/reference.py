@@ -57,6 +57,7 @@ __all__ = [
     "rope",
     "sample",
     "sample_logits",
+    "shifted_bias",
     "silu_mul",
     "softmax",
     "target_logprobs",
@@ -154,9 +155,17 @@ def norm_linear(
     h: Array | None = None,
     backend: str = "ours",
     scratch: Array | None = None,
+    shift: Array | None = None,
 ) -> Array:
     h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
     return linear(h, weight, bias, activation=activation, out=out, backend=backend)
+
+
+def shifted_bias(
+    norm_bias: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
+) -> Array:
+    y = linear(_wide(norm_bias)[None], weight, bias)[0]
+    return _store(y, out, y.dtype)
 
 
 def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = None) -> Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import ops
-from ..decode import Decoder, DecodeState
+from ..decode import Decoder, DecodeState, ops_step
 from ..errors import InputError, shown
 from ..model import GPT2
 from ..ops.core import registry
@@ -148,7 +148,14 @@ def observed(around: Callable[[registry.Op, tuple, dict[str, Any]], Any]) -> Ite
 
 
 def _apart(
-    x: Any, weight: Any, bias: Any, eps: float, *product: Any, h: Any = None, **options: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    *product: Any,
+    h: Any = None,
+    shift: Any = None,
+    **options: Any,
 ) -> Any:
     return ops.linear(ops.layer_norm(x, weight, bias, eps, out=h), *product, **options)
 
@@ -200,6 +207,8 @@ def ops_of_step(decoder: Decoder, state: DecodeState, context: float) -> list[Op
             found.append(Op(name, *places(name, args), launches, costs, fused))
         return result
 
+    if decoder.function is ops_step:
+        decoder.model.prepare_step(state.batch)
     with observed(around), recorded() as calls:
         decoder.function(decoder.model, state)
     load(calls)

@@ -353,7 +353,9 @@ def test_norm_and_product_apart_are_what_they_are_together():
     x, weight = rng.standard_normal((2, 8)), rng.standard_normal((5, 8))
     norm, bias = rng.standard_normal((2, 8)), rng.standard_normal(5)
     together = ops.norm_linear(x, *norm, 1e-5, weight, bias, activation="relu")
-    apart = ablation._norm_then_linear(x, *norm, 1e-5, weight, bias, activation="relu")
+    shift = ops.shifted_bias(norm[1], weight, bias)
+    options = {"activation": "relu", "shift": shift}
+    apart = ablation._norm_then_linear(x, *norm, 1e-5, weight, bias, **options)
     np.testing.assert_array_equal(together, apart)
 
 

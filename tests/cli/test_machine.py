@@ -29,6 +29,7 @@ def test_info_names_what_would_run():
         "device",
         "kernel cache",
         "weights",
+        "norm shifts",
         "cache",
         "decode state",
     ):

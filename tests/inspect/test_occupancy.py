@@ -218,9 +218,12 @@ def test_skinny_has_the_warps_it_is_launched_with(k):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
     found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
     for name, entry in found.items():
-        tiles = 2 if name.startswith("skinny_add_t2") else 1
+        tiles = 2 if name.startswith(("skinny_add_t2", "skinny_norm")) else 1
         c = compiler.constants("skinny.cu", K=k, TILES=tiles)
         assert entry.max_threads == WARP * c["WARPS"], name
+    c = compiler.constants("skinny.cu", K=k, TILES=2)
+    evenly = k % (c["SPAN"] * c["WARPS"]) == 0
+    assert ("skinny_norm" in found) == (k <= linear_kernels.longest_norm() and evenly)
     assert ("skinny_add_t2" in found) == (k <= linear_kernels.longest_norm())
 
 

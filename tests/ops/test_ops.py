@@ -163,7 +163,41 @@ def test_norm_linear_into_float32(xp, dtype, m, k):
     norm_linear_case(xp, dtype, 1, m, k, 0.0, into=np.dtype(np.float32))
 
 
-def norm_linear_case(xp, dtype, rows, m, k, outlier, into=None):
+@pytest.mark.parametrize(("m", "k"), [(99, 768), (2304, 768), (13, 1024), (99, 1600), (50304, 256)])
+@pytest.mark.parametrize("into", [None, "float32"])
+@pytest.mark.parametrize("outlier", [0.0, 3000.0])
+def test_norm_linear_given_its_shift(xp, dtype, m, k, into, outlier):
+    """One row, as in a step; where no kernel has a use for the shift it changes nothing."""
+    into = None if into is None else np.dtype(into)
+    norm_linear_case(xp, dtype, 1, m, k, outlier, into=into, shifted=True)
+
+
+def test_a_shift_changes_nothing_on_numpy():
+    rng = np.random.default_rng(0)
+    x, w, norm_w = (draw(rng, shape, np.float32) for shape in ((1, 32), (7, 32), 32))
+    args = (x, norm_w, draw(rng, 32, np.float32), 1e-5, w, draw(rng, 7, np.float32))
+    wrong = np.full(7, np.nan, np.float32)
+    np.testing.assert_array_equal(ops.norm_linear(*args, shift=wrong), ops.norm_linear(*args))
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 8), (19, 99), (2304, 768), (99, 1600)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_shifted_bias(xp, dtype, m, k, with_bias):
+    found = []
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        norm_b, w = draw(rng, k, dtype), draw(rng, (m, k), dtype, k**-0.5)
+        bias = draw(rng, m, dtype) if with_bias else None
+        exact = reference.shifted_bias(*wide(norm_b, w, bias))
+        assert exact.dtype == np.float64
+        target = xp.empty(m, np.float32) if seed % 2 else None
+        ours = ops.shifted_bias(*on(xp, norm_b, w, bias), out=target)
+        assert ours.dtype == np.float32 and (target is None or ours is target)
+        found.append((host(ours), reference.shifted_bias(norm_b, w, bias), exact))
+    check_together(found, np.dtype(np.float32), "shifted_bias")
+
+
+def norm_linear_case(xp, dtype, rows, m, k, outlier, into=None, shifted=False):
     found, out = [], dtype if into is None else into
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
@@ -174,7 +208,8 @@ def norm_linear_case(xp, dtype, rows, m, k, outlier, into=None):
         args = (x, norm_w, norm_b, 1e-5, w, bias)
         exact = reference.norm_linear(*wide(x, norm_w, norm_b), 1e-5, *wide(w, bias))
         target = None if into is None else xp.empty((rows, m), into)
-        ours = ops.norm_linear(*on(xp, *args[:3]), 1e-5, *on(xp, w, bias), out=target)
+        shift = ops.shifted_bias(*on(xp, norm_b, w, bias)) if shifted else None
+        ours = ops.norm_linear(*on(xp, *args[:3]), 1e-5, *on(xp, w, bias), out=target, shift=shift)
         assert ours.dtype == out
         found.append((host(ours), norm_linear_baseline(xp, *args), exact))
     check_together(found, dtype, "norm_linear")

@@ -64,6 +64,11 @@ def test_a_product_with_its_norm_writes_nothing_between(n, m, k, dtype):
     assert cost.bytes == sum(a.nbytes for a in (x, *norm, weight, bias, out))
     parts = ops.layer_norm.cost(x, *norm).flops + ops.linear.cost(x.astype(dtype), weight).flops
     assert cost.flops == parts
+    # A shift is read in place of both biases.
+    shift = ops.shifted_bias(norm[1], weight, bias)
+    given = ops.norm_linear.cost(x, *norm, 1e-5, weight, bias, shift=shift)
+    assert given.bytes == cost.bytes - norm[1].nbytes - bias.nbytes + shift.nbytes
+    assert given.flops == cost.flops
 
 
 @given(n=SIZES, c=SIZES, dtype=DTYPES)

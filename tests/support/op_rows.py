@@ -72,6 +72,10 @@ def norm_linear(rng, dtype):
     return (draw(rng, (1, C)), *_norm(rng, dtype), 1e-5, weight, bias), {"activation": "relu"}
 
 
+def shifted_bias(rng, dtype):
+    return (draw(rng, C, dtype), draw(rng, (M, C), dtype), draw(rng, M, dtype)), {}
+
+
 def target_logprobs(rng, dtype):
     return (draw(rng, (N, 128)), 100, np.array([0, 99, -1], INT)), {}
 
@@ -123,7 +127,8 @@ ROWS: dict[str, Row] = {
     for make in (
         add_layer_norm, add_rms_norm, attention_decode, attention_prefill, bias_act, bias_gelu,
         embedding, gelu, last_rows, layer_norm, layer_norm_backward, linear, lookup, norm_linear,
-        rms_norm, rms_norm_backward, rope, silu_mul, softmax, target_logprobs,
+        rms_norm, rms_norm_backward, rope, shifted_bias, silu_mul, softmax,
+        target_logprobs,
     )
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.

@@ -32,6 +32,7 @@ def by(step, model):
 
 def broken(model, other):
     """A decoder whose step is another model's, while the prompt is its own model's."""
+    other.prepare_step(1)  # as its own decoder would
     return by(lambda model, state: ops_step(other, state), model)
 
 
