@@ -16,7 +16,7 @@ from bench.report import tables
 
 TINY = ["--model", "tiny", "--device", "cpu"]
 ENGINES = {
-    "peers": ["gpt2cupy eager", "transformers eager", "transformers compiled", "PyTorch step"],
+    "peers": ["gpt2cupy", "transformers eager", "transformers compiled", "PyTorch step"],
     "naive": [
         f"{engine} {way}" for engine in ("gpt2cupy", "transformers") for way in ("cached", "naive")
     ],
