@@ -68,7 +68,7 @@ __device__ inline void backward_row(const elem_t* dy,
     if (weight) {
       load_floats(weight + c, w);
 #pragma unroll
-      for (int i = 0; i < VEC; i++) g[i] *= w[i];
+      for (int i = 0; i < VEC; i++) g[i] = __fmul_rn(g[i], w[i]);  // as its mean has it: rounded
     }
 #pragma unroll
     for (int i = 0; i < VEC; i++) values[i] = (values[i] - mean) * scale;

@@ -151,6 +151,7 @@ class DecodeState:
             return self
         if rows not in self._views:
             view = copy.copy(self)
+            view.counts = view.bias = view.mailboxes = None  # of as many rows as it has
             for name in _BY_ROW:
                 setattr(view, name, getattr(self, name)[:rows])
             view.work = self.work.first(rows)

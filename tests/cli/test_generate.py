@@ -226,9 +226,9 @@ def test_gemv_chooses_the_backend(backend, monkeypatch):
     seen = []
     stream = LanguageModel.stream
 
-    def watch(self, *given):
+    def watch(self, *given, **options):
         seen.append(self.model.gemv)
-        return stream(self, *given)
+        return stream(self, *given, **options)
 
     monkeypatch.setattr(LanguageModel, "stream", watch)
     done("generate", "x", "--device", "cuda", "--max-new-tokens", "3", "--gemv", backend)

@@ -402,7 +402,7 @@ def test_a_prompt_takes_the_backend_that_the_model_has_now():
         found.setdefault(backend, []).append(runner.run([tokens], [0]).get())
     np.testing.assert_array_equal(*found["ours"])
     np.testing.assert_allclose(found["cublas"][0], found["ours"][0], atol=2e-2)
-    assert sorted(runner._buckets) == [(8, "cublas"), (8, "ours")]
+    assert sorted(runner._buckets) == [(8, 1, 8, "cublas"), (8, 1, 8, "ours")]
 
 
 def test_paths_by_the_kind_of_arrays():
@@ -419,15 +419,13 @@ def test_nothing_is_recorded_after_a_recording_that_failed():
     assert ran == [1] and calls == [print]
 
 
-def test_a_state_of_fewer_rows_shares_all_but_its_mailboxes():
+def test_a_state_of_fewer_rows_has_mailboxes_of_its_own_and_is_freed():
     """Their layout follows from the number of rows: what others wrote could pass for a flag."""
     model = GPT2.random(TINY, 0, device="cpu")
     state = DecodeState(model, model.new_cache(4), 4)
     state.mailboxes = np.zeros(8, np.uint8)
     view = state.first(2)
-    assert view.batch == 2 and view is state.first(2) and state.first(4) is state
-    assert np.shares_memory(view.ids, state.ids) and view.cache is state.cache
-    assert view.mailboxes is None
+    assert view.mailboxes is None and view.cache is state.cache
     freed = weakref.ref(view)
     gc.disable()
     try:
@@ -435,3 +433,25 @@ def test_a_state_of_fewer_rows_shares_all_but_its_mailboxes():
         assert freed() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_state_of_fewer_rows_is_the_same_memory(xp, late):
+    """Also counts and bias, whether they appear before it is asked for or after."""
+    from builders import model_on
+
+    from gpt2cupy.weights import Weights
+
+    model = model_on(xp, TINY, Weights.random(TINY, 0))
+    state = DecodeState(model, model.new_cache(4), 4)
+    view = state.first(2) if late else None
+    state.set_processors(1, np.array([3]), {5: 1.0})
+    view = view or state.first(2)
+    assert view.batch == 2 and view is state.first(2) and state.first(4) is state
+    for name in ("ids", "positions", "slots", "params", "logits", "ring", "counts", "bias"):
+        whole, part = getattr(state, name), getattr(view, name)
+        assert part.shape == (2, *whole.shape[1:])
+        place = [a.ctypes.data if xp is np else a.data.ptr for a in (whole, part)]
+        assert place[0] == place[1]
+    assert view.bias[1, 5] == 1 and view.work.rows == 2
+    assert view.plain == state.plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -27,12 +28,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = [{}, {"temperature": 0.8, "seed": 1}, {"presence_penalty": 0.1}]
 
 
-def write(folder, change, dtype=np.float32):
+def write(folder, change, dtype=np.float32, config=CONFIG):
     vocab, merges = small_bpe()
     write_bpe(folder, vocab, merges)
-    weights = copied(CONFIG, Weights.random(CONFIG, 0))
+    weights = copied(config, Weights.random(config, 0))
     change(weights, vocab)
-    write_checkpoint(folder, CONFIG, weights=weights, dtype=dtype)
+    write_checkpoint(folder, config, weights=weights, dtype=dtype)
     return folder
 
 
@@ -118,7 +119,9 @@ def test_it_may_come_in_the_middle_of_a_text(lm, folder):
 
 @pytest.mark.parametrize("decode", ["eager", "graph", "persistent"])
 @pytest.mark.gpu
-def test_every_decode_path_marks_it(folder, decode):
+def test_every_decode_path_marks_it(tmp_path, decode):
+    config = dataclasses.replace(CONFIG, n_embd=256, n_head=4)  # sizes of the persistent step
+    folder = write(tmp_path, one_bad_token, config=config)
     with gpt2cupy.load(str(folder), device="cuda", dtype="bfloat16") as lm:
         engine = Engine(lm.model, 1, decode=decode)
         bad = lm.tokenizer.encode(BAD)[0]
@@ -130,8 +133,7 @@ def test_every_decode_path_marks_it(folder, decode):
 @pytest.mark.gpu
 def test_float16_overflow_names_the_remedy(tmp_path):
     def large(weights, vocab):
-        weights.fc_w[1] *= np.float32(3e4)
-        weights.out_w[1] *= np.float32(3e4)
+        weights.fc_w[1] *= np.float32(5e5)  # each fits float16, their sums do not
 
     with (
         gpt2cupy.load(str(write(tmp_path, large)), device="cuda", dtype="float16") as lm,
