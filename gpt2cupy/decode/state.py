@@ -155,7 +155,6 @@ class DecodeState:
             for name in _BY_ROW:
                 setattr(view, name, getattr(self, name)[:rows])
             view.work = self.work.first(rows)
-            view.mailboxes = None  # their layout is that of a number of rows
             view._views = {}  # with itself in it, it would live until a garbage collection
             self._views[rows] = view
             self._share_processors()
