@@ -155,6 +155,7 @@ class DecodeState:
             for name in _BY_ROW:
                 setattr(view, name, getattr(self, name)[:rows])
             view.work = self.work.first(rows)
+            view._views = {}  # with itself in it, it would live until a garbage collection
             self._views[rows] = view
             self._share_processors()
         return self._views[rows]

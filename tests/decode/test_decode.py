@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -415,6 +417,22 @@ def test_nothing_is_recorded_after_a_recording_that_failed():
     ran = []
     submit(lambda: ran.append(1))
     assert ran == [1] and calls == [print]
+
+
+def test_a_state_of_fewer_rows_has_mailboxes_of_its_own_and_is_freed():
+    """Their layout follows from the number of rows: what others wrote could pass for a flag."""
+    model = GPT2.random(TINY, 0, device="cpu")
+    state = DecodeState(model, model.new_cache(4), 4)
+    state.mailboxes = np.zeros(8, np.uint8)
+    view = state.first(2)
+    assert view.mailboxes is None and view.cache is state.cache
+    freed = weakref.ref(view)
+    gc.disable()
+    try:
+        del view, state
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("late", [False, True])

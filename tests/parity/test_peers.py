@@ -12,15 +12,16 @@ import pytest
 from gpt2cupy.record import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-from bench.report import tables
+from bench.report import peer_tables, tables
 
 TINY = ["--model", "tiny", "--device", "cpu"]
 ENGINES = {
-    "peers": ["gpt2cupy eager", "transformers eager", "transformers compiled", "PyTorch step"],
+    "peers": ["gpt2cupy", "transformers eager", "transformers compiled", "PyTorch step"],
     "naive": [
         f"{engine} {way}" for engine in ("gpt2cupy", "transformers") for way in ("cached", "naive")
     ],
 }
+TABLES = {"peers": lambda entry: peer_tables.peers({"peers": entry}), "naive": tables.naive}
 
 
 def bench(script: str, *options: str) -> None:
@@ -45,7 +46,7 @@ def test_every_engine_writes_the_same_text(script, tmp_path):
         assert set(row["engines"]) >= set(ENGINES[script])
         same = {name: one["same_tokens"] for name, one in row["engines"].items()}
         assert set(same.values()) == {40}, same
-    widths = {line.count("|") for line in tables.TABLES[script][1](entry).splitlines()} - {0}
+    widths = {line.count("|") for line in TABLES[script](entry).splitlines()} - {0}
     assert len(widths) == 1
 
 

@@ -115,6 +115,11 @@ def source_closure(source: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(texts.items()))
 
 
+def source_text(source: str) -> str:
+    """The file itself, as it lies in cuda_src."""
+    return dict(source_closure(source))[source]
+
+
 def sources() -> tuple[str, ...]:
     """Every source that is compiled by itself."""
     return tuple(sorted(path.name for path in source_dir().glob("*.cu")))

@@ -26,6 +26,7 @@ from .device import has_mma as has_mma
 from .device import memory_error as memory_error
 from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
+from .entries import check_entry
 from .signature import (
     ALIGNMENT,
     Neighbours,
@@ -154,6 +155,7 @@ def _function(
     inner: int | None,
     shared: int,
 ) -> Any:
+    check_entry(kernel.source, kernel.entry, kernel.parameters)
     defines = kernel.defines(elem, head_size, inner)
     function = load(kernel.source, defines, kernel.cooperative).get_function(kernel.entry)
     if shared > PLAIN_SHARED:
@@ -210,7 +212,8 @@ def launch(
     ------
     InputError
         If an array has another dtype, shape or device than the kernel takes, is
-        not C-contiguous, or does not start at a multiple of 16 bytes.
+        not C-contiguous, or does not start at a multiple of 16 bytes; at the first
+        launch, if the signature is not that of the source.
     """
     device = current_device()
     recording = THREAD.calls is not None

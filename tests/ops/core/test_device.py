@@ -13,7 +13,7 @@ from fake_cupy import CUDADriverError, CUDARuntimeError, OutOfMemoryError, packa
 import gpt2cupy
 from gpt2cupy import GPT2, checkpoint, loading
 from gpt2cupy.errors import DeviceError, DeviceMemoryError, Gpt2CupyError, InputError, NoDeviceError
-from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.rows import Rows
 from gpt2cupy.ops.core import device as device_module
 
 
@@ -194,7 +194,7 @@ def test_a_gpu_that_fails_in_a_call(machine, lm, monkeypatch, raised, kind, says
     with monkeypatch.context() as patch:
         machine()
         patch.setattr(lm._session, "gpu", 0)
-        patch.setattr(Engine, "_step", fail)
+        patch.setattr(Rows, "step", fail)
         for call in (lambda: lm.generate("a"), lambda: list(lm.stream("a"))):
             with pytest.raises(Gpt2CupyError, match=says) as caught:
                 call()

@@ -39,7 +39,6 @@ def baseline(peer):
     return load
 
 
-@pytest.mark.parity
 def test_timed_attention_is_the_same_attention(peer, baseline):
     torch, model = peer.torch, baseline()
     ids = torch.tensor([[3, 1, 4, 1, 5]])
@@ -55,7 +54,6 @@ def test_timed_attention_is_the_same_attention(peer, baseline):
     assert list(clock.milliseconds()) == list(peer.ATTENTION)
 
 
-@pytest.mark.parity
 def test_the_baseline_has_the_same_tables(peer, baseline):
     args = SimpleNamespace(warmup=1, runs=2, tokens=3, batch=1)
     runs = peer.Runs(baseline, peer.torch.tensor([[3, 1, 4]]), args)
@@ -69,7 +67,6 @@ def test_the_baseline_has_the_same_tables(peer, baseline):
     assert {row["component"] for row in tables["attention"]} <= parts | own
 
 
-@pytest.mark.parity
 def test_the_operator_table(peer, baseline):
     table = peer.operators(baseline(), peer.torch.tensor([[3, 1, 4]]), 4)
     rows = {row["name"]: row for row in table["rows"]}
