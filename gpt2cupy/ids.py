@@ -45,8 +45,9 @@ def check_tokens(ids: Any, config: GPT2Config) -> np.ndarray:
     if host.ndim != 1 or host.dtype.kind not in "iu":
         what = f"{host.dtype}{list(host.shape)}"
         if host.ndim == 1 and host.dtype.kind not in "iu":
-            odd = next((id_ for id_ in ids if not isinstance(id_, int | np.integer)), None)
-            what = what if odd is None else f"{shown(odd)}, {kind_of(odd)}"
+            whole = int, np.integer
+            odd = [id_ for id_ in ids if isinstance(id_, bool) or not isinstance(id_, whole)]
+            what = ", ".join(dict.fromkeys((shown(odd[0]), kind_of(odd[0])))) if odd else what
         raise InputError(
             f"token ids must be integers, not {what}",
             where="ids",

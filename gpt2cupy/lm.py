@@ -315,13 +315,30 @@ class LanguageModel:
         if not isinstance(bos, bool | np.bool_):
             raise _not_a_flag("bos", bos)
         window, stride = scoring.check_window(window, stride, self.config)
-        ids = ([self.bos_token_id] if bos else []) + list(prompts.to_ids(text, self.tokenizer))
+        if not prompts.is_one(text):
+            raise InputError(
+                "score() takes one text, and this is a list",
+                where="text",
+                remedy="Call it once for each.",
+            )
+        ids = [*self._first(bos), *prompts.to_ids(text, self.tokenizer)]
         if len(ids) < 2:
             raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
         tokens = check_tokens(ids, self.config)
         with self._session.turn() as model:
             logprobs = scoring.token_logprobs(model, tokens, window, stride)
         return Score(tokens[1:].tolist(), logprobs)
+
+    def _first(self, bos: bool) -> list[int]:
+        """What stands before a text that is scored."""
+        try:
+            return [self.bos_token_id] if bos else []
+        except NoTokenizerError as error:
+            raise InputError(
+                "no file of this model names a beginning-of-text token",
+                where="bos",
+                remedy="Pass bos=False, or put the token before the ids yourself.",
+            ) from error
 
     def __call__(self, ids: Any) -> Any:
         """Logits of every position: ids [B, T] -> float32 [B, T, V] on the model's device."""

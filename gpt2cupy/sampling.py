@@ -14,6 +14,7 @@ from .errors import InputError, shown
 from .ops.reference_sampling import ROW_PARAMS
 
 MAX_LOGPROBS = 20
+MAX_CONTINUATIONS = 16384  # of a prompt: each is a request of its own, held until all are done
 # Kernels take 32-bit values; a position is added to some of the integers.
 LARGEST_INT = 2**30
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -85,7 +86,7 @@ class SamplingParams:
     stop_token_ids : sequence of int
         Further tokens that end the text; the reason is "stop".
     n : int
-        Continuations of each prompt; number i uses seed + i.
+        Continuations of each prompt, at most 16,384; number i uses seed + i.
     logprobs : int, optional
         Also give that many most probable tokens with each token, at most 20.
 
@@ -132,7 +133,7 @@ class SamplingParams:
             self._check_int("seed", 0, 2**64 - 1, allowed="from 0 to 2**64 - 1, or None")
         self._check_stops()
         self._check_ends()
-        self._check_int("n", 1, allowed="1 or more")
+        self._check_int("n", 1, MAX_CONTINUATIONS, allowed=f"from 1 to {MAX_CONTINUATIONS}")
         if self.logprobs is not None:
             allowed = f"from 0 to {MAX_LOGPROBS}, or None"
             self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
@@ -197,7 +198,9 @@ class SamplingParams:
         if _is_iterable(eos):
             self._set("eos_token_id", tuple(map(_plain, eos)))  # type: ignore[arg-type]
             if not all(_is_int(id_, 0) for id_ in self.eos_token_id):  # type: ignore[union-attr]
-                self._refuse("eos_token_id", "token ids, -1, or None")
+                self._refuse(
+                    "eos_token_id", "token ids from 0 on; -1 alone, not in a list, is none"
+                )
         elif eos is not None and not _is_int(eos, -1):
             self._refuse("eos_token_id", "a token id, several, -1, or None")
         if not _is_iterable(self.stop_token_ids):

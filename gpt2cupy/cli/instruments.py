@@ -15,6 +15,10 @@ def profile(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
+    tokenizer: options.Tokenizer = None,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text fed before the measured tokens.")
     ] = ("What is your name"),
@@ -47,6 +51,10 @@ def profile(
             as_json=as_json,
             cupti=cupti,
             quantize=options.name_of(quantize),
+            revision=revision,
+            variant=variant,
+            adapter=adapter,
+            tokenizer=tokenizer,
         )
 
 
@@ -74,6 +82,8 @@ def validate(
     against: Annotated[str, typer.Option(help="float64, or hf for transformers.")] = "float64",
     reference: Annotated[str | None, typer.Option(help="Folder that hf loads.")] = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every step as JSON.")] = False,
 ) -> None:
     """Check the numbers: cached against whole forward, all paths, float64 or transformers."""
@@ -84,7 +94,7 @@ def validate(
     settings = validation.Settings(
         name or model or "shakespeare", steps, batch, prompt, seed, dtype, device,
         tuple(path or ()), against, reference, revision, options.name_of(quantize),
-        batch_invariant,
+        batch_invariant, variant, adapter,
     )  # fmt: skip
     with progress.compiling():
         passed = validation.run(settings, as_json=as_json)

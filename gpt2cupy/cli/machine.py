@@ -18,6 +18,8 @@ def info(
     device: options.Device = "auto",
     quantize: options.Quantize = None,
     revision: options.Revision = None,
+    variant: options.Variant = None,
+    adapter: options.Adapter = None,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="What each kernel of the model takes of the GPU."),
@@ -34,7 +36,9 @@ def info(
     if kernels:
         from ..inspect import kernel_report
 
-        rows = kernel_report.report(model, dtype, device, arch, revision=revision)
+        rows = kernel_report.report(
+            model, dtype, device, arch, revision=revision, variant=variant, adapter=adapter
+        )
         if as_json:
             for row in rows:
                 shell.write(json.dumps(row) + "\n")
@@ -44,8 +48,9 @@ def info(
     from ..inspect import info as about
 
     facts = about.report(
-        model, dtype, device, revision=revision, quantize=options.name_of(quantize)
-    )
+        model, dtype, device, revision=revision, variant=variant, adapter=adapter,
+        quantize=options.name_of(quantize),
+    )  # fmt: skip
     if as_json:
         shell.write(json.dumps(facts) + "\n")
     else:

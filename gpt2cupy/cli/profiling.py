@@ -28,9 +28,11 @@ def run(
     plot_path: Path | None = None,
     as_json: bool = False,
     cupti: bool = True,
-    quantize: str | None = None,
+    **source: str | None,
 ) -> None:
     """Profile a model and print the tables; all that can be wrong is found before measuring.
+
+    ``source`` has the options of :func:`gpt2cupy.load` that say what is loaded.
 
     Raises
     ------
@@ -50,9 +52,9 @@ def run(
         )
     if plot_path is not None:
         plot.check_kind(plot_path)
-    with lm.load(model, dtype=dtype, device=device, quantize=quantize) as loaded:
+    with lm.load(model, dtype=dtype, device=device, **source) as loaded:
         where = {"model": loaded.name, "device": loaded.device}
-        where |= {"quantize": quantize} if quantize else {}
+        where |= {name: value for name, value in source.items() if value is not None}
         found = profile(
             loaded.model, loaded.encode(settings.prompt), settings, component=chosen, cupti=cupti
         )

@@ -42,6 +42,8 @@ class Settings:
     revision: str | None = None
     quantize: str | None = None
     batch_invariant: bool = False
+    variant: str | None = None
+    adapter: str | None = None
 
 
 def run(settings: Settings, *, as_json: bool = False) -> bool:
@@ -110,9 +112,22 @@ def compare(settings: Settings) -> Iterator[list[Comparison]]:
             where="--quantize",
             remedy="Validate against float64, which has the dequantised values.",
         )
+    for name in ("variant", "adapter"):
+        if settings.against == "hf" and getattr(settings, name) and not settings.reference:
+            raise InputError(
+                f"transformers would load the checkpoint without its {name}",
+                where=f"--{name}",
+                remedy="Add --reference with a folder of the same weights, or validate against "
+                "float64.",
+            )
     kind, index = loading.resolve_device(settings.device)
     dtypes = _dtypes(settings.dtype, kind)
-    source = checkpoint.open(settings.model, revision=settings.revision)
+    source = checkpoint.open(
+        settings.model,
+        revision=settings.revision,
+        variant=settings.variant,
+        adapter=settings.adapter,
+    )
     theirs = _load_theirs(settings, source) if settings.against == "hf" else None
     for dtype in dtypes:
         held = loading.resolve_dtype(dtype, source.dtype, kind)

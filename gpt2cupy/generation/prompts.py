@@ -195,7 +195,7 @@ def is_one(prompt: Any) -> bool:
     if not _is_sequence(prompt):
         raise _wrong_kind(prompt)
     if isinstance(prompt, np.ndarray):
-        return prompt.ndim < 2
+        return prompt.ndim < 2 and not (prompt.size and isinstance(prompt.flat[0], str))
     # No prompts at all is an empty list of them; an empty one is written "".
     return len(prompt) > 0 and not (isinstance(prompt[0], str) or _is_sequence(_opened(prompt[0])))
 

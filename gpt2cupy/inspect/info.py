@@ -25,12 +25,15 @@ def report(
     device: str,
     *,
     revision: str | None = None,
+    variant: str | None = None,
+    adapter: str | None = None,
     quantize: str | None = None,
 ) -> dict[str, Any]:
     """What would run for one model on one device, in JSON's types; sizes in bytes."""
     weights, source = load_weights(
-        name, dtype=dtype, device=device, revision=revision, quantize=quantize
-    )
+        name, dtype=dtype, device=device, revision=revision, variant=variant, adapter=adapter,
+        quantize=quantize,
+    )  # fmt: skip
     config = source.config
     model = GPT2(config, weights)
     engine = Engine(model)

@@ -18,7 +18,7 @@ from .info import why_cpu
 
 
 def report(
-    name: str, dtype: str, device: str, arch: str | None, *, revision: str | None = None
+    name: str, dtype: str, device: str, arch: str | None, **source_options: str | None
 ) -> list[dict[str, Any]]:
     """What every kernel that a model may launch takes of an SM.
 
@@ -29,6 +29,8 @@ def report(
     arch : str or None
         ``sm_90`` and the like: compiled for it and computed, without a GPU.
         None asks the driver about the kernels on ``device``.
+    **source_options
+        revision, variant and adapter, as :func:`gpt2cupy.load` takes them.
 
     Returns
     -------
@@ -43,7 +45,7 @@ def report(
     NoDeviceError
         If ``arch`` is None and there is no GPU, or NVRTC is missing.
     """
-    source = checkpoint.open(name, revision=revision)
+    source = checkpoint.open(name, **source_options)
     elem = resolve_dtype(dtype, source.dtype, "cuda")
     variants = variants_of(source.config, name)
     if arch is not None:

@@ -289,6 +289,9 @@ class NoTokenizer(Tokenizer):
         self.special_tokens = {}
         self.vocab_size = self.ordinary_size = 0
 
+    def __repr__(self) -> str:
+        return f"<NoTokenizer: {self.reason.what}>"
+
     def _raise(self) -> NoTokenizerError:
         return NoTokenizerError(
             f"the model has no tokenizer, so it takes and returns token ids: {self.reason.what}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 import warnings
@@ -9,12 +10,12 @@ from collections import UserDict
 
 import numpy as np
 import pytest
-from builders import small_bpe, write_bpe
+from builders import TINY, small_bpe, write_bpe
 
 import gpt2cupy
 from gpt2cupy import GPT2, Completion, GPT2Config, LanguageModel, SamplingParams, Score
-from gpt2cupy.errors import InputError
-from gpt2cupy.tokenizer import Tokenizer
+from gpt2cupy.errors import InputError, NoTokenizerError
+from gpt2cupy.tokenizer import NoTokenizer, Tokenizer
 
 IDS = [5, 9, 30]
 
@@ -184,6 +185,11 @@ def test_the_remedy_fits_the_input(lm):
         (lambda: lm.stream(["a"]), r"continues one prompt, and this is a list .*generate\(\)"),
         (lambda: lm.stream([[5], [6]]), "continues one prompt"),
         (lambda: lm.generate([5, 1.5]), "must be integers, not 1.5, a float"),
+        (lambda: lm.generate([True]), "must be integers, not True, a bool"),
+        (lambda: lm.generate([None]), r"must be integers, not None \("),
+        (lambda: lm.score(["a", "b"]), "takes one text, and this is a list"),
+        (lambda: lm.score(np.array([[1, 2]])), "takes one text, and this is a list"),
+        (lambda: lm.generate("a", eos_token_id=[-1]), "-1 alone, not in a list"),
         (lambda: lm.generate(["a", 5.5]), r"cannot be a float \(prompt 1, 5.5\)"),
         (lambda: lm.generate(5), "cannot be an int"),
         (lambda: lm.generate("a", params=5), "params cannot be an int"),
@@ -237,6 +243,30 @@ def test_representations_say_what_a_thing_is(lm):
         "<GPT2 5.4M parameters, 6 layers of 256 channels and 4 heads, context 512, float32 on cpu>"
     )
     assert repr(lm.tokenizer) == "<Tokenizer of 2048 tokens, special <|endoftext|>>"
+
+
+def test_a_bare_model_can_be_shown_and_scores_ids():
+    """As nanoGPT's and llm.c's, which have neither a tokenizer nor a configuration of tokens."""
+    reason = NoTokenizerError("the folder has no tokenizer", where="here", remedy="Pass ids.")
+    model = GPT2.random(dataclasses.replace(TINY, bos_token_id=None, eos_token_id=None))
+    with LanguageModel(model, NoTokenizer(reason), "bare") as bare:
+        assert repr(bare.tokenizer) == "<NoTokenizer: the folder has no tokenizer>"
+        assert bare.score([1, 2, 3], bos=False).tokens == [2, 3]
+        with pytest.raises(InputError, match="bos=False"):
+            bare.score([1, 2, 3])
+        with pytest.raises(NoTokenizerError):
+            bare.score("text", bos=False)
+
+
+def test_an_array_of_texts_is_a_list_of_them(lm):
+    texts = np.array(["To be", "ROMEO"])
+    assert lm.generate(texts, max_new_tokens=2) == lm.generate(texts.tolist(), max_new_tokens=2)
+    assert lm.generate(texts.astype(object), max_new_tokens=1)
+
+
+def test_continuations_have_a_limit():
+    with pytest.raises(InputError, match="from 1 to 16384"):
+        SamplingParams(n=10**9)
 
 
 def test_overloads_of_generate_are_typed():
