@@ -21,7 +21,7 @@ class KVCache:
     ----------
     config : GPT2Config
     slots : int
-        Number of sequences held at once.
+        Sequences that it has room for at once.
     capacity : int, optional
         Tokens per slot; ``config.n_positions`` by default.
     dtype : dtype

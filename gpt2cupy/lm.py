@@ -24,8 +24,8 @@ class LanguageModel:
     """A tokenizer, a model and an engine, used as one.
 
     Made by :func:`gpt2cupy.load`; also a context manager that closes itself. It
-    may be used from several threads: calls take turns, each waiting for the one
-    before, an open stream included. A call from the thread that has a stream
+    may be used from several threads: it serves one call at a time, and other calls
+    wait for the one before, an open stream included. A call from the thread that has a stream
     open raises :class:`gpt2cupy.errors.BusyError`.
 
     Parameters
@@ -87,7 +87,7 @@ class LanguageModel:
         """Free the weights and the cache; the object cannot be used afterwards.
 
         A stream that is open, a generation under way in another thread, and calls
-        that wait for their turn end with :class:`gpt2cupy.errors.ClosedError`; a
+        that wait end with :class:`gpt2cupy.errors.ClosedError`; a
         score or a forward pass under way is finished first.
         """
         self._session.close()

@@ -63,7 +63,7 @@ def _usable(index: int) -> int:
 
 
 def resolve_dtype(dtype: str, stored: np.dtype, kind: str) -> np.dtype:
-    """The dtype that weights are held in: "auto" is the stored one on a GPU, float32 on the CPU.
+    """The dtype that weights are kept in: "auto" is the stored one on a GPU, float32 on the CPU.
 
     Another one that is asked for on the CPU is a warning: the same script may
     run on a GPU elsewhere.

@@ -22,7 +22,7 @@ Array = Any
 GROUP = 64  # weights of a row that share a scale; GROUP in cuda_src/int8.cuh
 LARGEST = 127
 SCALE_DTYPE = np.dtype(ml_dtypes.bfloat16)
-# The arrays of Weights that are held in int8: all products, and the table that a tied one reads.
+# The arrays of Weights that are kept in int8: all matrices, and the table that a tied one reads.
 MATRICES = ("wte", "qkv_w", "proj_w", "fc_w", "out_w", "lm_head")
 KINDS = (None, "int8")
 

@@ -1,4 +1,4 @@
-"""SamplingParams: how a continuation is chosen and when it ends."""
+"""SamplingParams: how a continuation is sampled and when it ends."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but the temperature shapes the choice."""
+        """Whether nothing but the temperature shapes sampling."""
         filters = self.top_k or self.top_p < 1 or self.min_p
         shaped = self.counts_tokens or self.logit_bias or self.min_new_tokens
         return not shaped and (self.temperature == 0 or not filters)

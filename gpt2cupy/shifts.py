@@ -30,7 +30,7 @@ class NormShifts:
     layers : sequence of dict
         Weights of each layer by name.
     backend : {"ours", "cublas", "invariant"}
-        Who multiplies; only ours has a use for shifts.
+        Backend of the GEMVs; only ours has a use for shifts.
 
     Attributes
     ----------

@@ -4,7 +4,7 @@ One array per kind with the layers stacked in front; matrices as rows
 ``[out, in]`` (Hugging Face's ``Conv1D`` keeps ``[in, out]``), so that the rows
 a block of threads reads are consecutive bytes. The vocabulary is padded with
 zero rows to a multiple of 128. All arrays are slices of one buffer, each
-starting at a multiple of 256 bytes. A bias has the dtype of the product's
+starting at a multiple of 256 bytes. A bias has the dtype of the GEMM's
 output, so ``proj_b`` and ``out_b``, which are added to the residual stream, are
 float32; everything else has the chosen dtype.
 
@@ -14,13 +14,13 @@ name     shape          what
 wte      [Vp, C]        token embedding (Vp = padded vocabulary)
 wpe      [P, C]         position embedding (P = n_positions)
 ln1_w/b  [L, C]         layer norm before attention
-qkv_w    [L, 3C, C]     query, key, value product; qkv_b [L, 3C]
-proj_w   [L, C, C]      attention output product; proj_b [L, C]
+qkv_w    [L, 3C, C]     query, key and value; qkv_b [L, 3C]
+proj_w   [L, C, C]      attention output projection; proj_b [L, C]
 ln2_w/b  [L, C]         layer norm before the MLP
-fc_w     [L, F, C]      expansion product; fc_b [L, F] (F = inner size)
-out_w    [L, C, F]      MLP output product; out_b [L, C]
+fc_w     [L, F, C]      MLP expansion; fc_b [L, F] (F = inner size)
+out_w    [L, C, F]      MLP output projection; out_b [L, C]
 lnf_w/b  [C]            last layer norm
-lm_head  [Vp, C]        logits product; the array ``wte`` itself when tied
+lm_head  [Vp, C]        logits; the array ``wte`` itself when tied
 ======== ============== =================================================
 
 With int8 the matrices (wte, qkv_w, proj_w, fc_w, out_w, lm_head) are
@@ -73,7 +73,7 @@ def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Every parameter of a GPT-2; see the module's table for names and shapes.
+    """Every parameter of a GPT-2; the table of its module has names and shapes.
 
     Attributes
     ----------
@@ -180,7 +180,7 @@ class Weights:
 
     @classmethod
     def random(cls, config: GPT2Config, seed: int, dtype: Any = np.float32) -> Weights:
-        """GPT-2's initialisation: N(0, 0.02), output products scaled by 1/sqrt(2 L), norms near 1.
+        """GPT-2's initialisation: N(0, 0.02), projections scaled by 1/sqrt(2 L), norms near 1.
 
         Biases and norm parameters are drawn too (0.02 around 0 and 1): with
         zeros and ones an implementation that skipped them would look right.

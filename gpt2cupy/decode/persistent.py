@@ -21,7 +21,7 @@ def why_not(model: GPT2, rows: int) -> str | None:
     if model.batch_invariant:
         return "a batch-invariant model needs one order of sums for any number of rows"
     if model.gemv != "ours":
-        return f"it has products of its own, and this model's are {model.gemv}'s"
+        return f"it has GEMVs of its own, and this model's are {model.gemv}'s"
     if isinstance(model.weights.wte, QuantizedMatrix):
         return "it has no int8"
     config = model.config

@@ -138,12 +138,12 @@ class PromptRunner:
         return Shape(rows, sequences, next(n for n in BUCKETS if n >= max(lengths)))
 
     def _sequences(self, count: int) -> int:
-        # BLAS sums a product of one row in another order than one of several: on NumPy a single
+        # BLAS sums a GEMV in another order than one of several: on NumPy a single
         # sequence has an empty neighbour, as single rows have in a step.
         return max(count, 2) if self.model.xp is np else count
 
     def _dequantises(self) -> bool:
-        """Whether the logits of one row need a matrix in full that is held in int8."""
+        """Whether the logits of one row need a matrix in full that is stored in int8."""
         model = self.model
         return scratch_size(1, [model.weights.lm_head], model.dtype, model.backend) > 0
 
@@ -178,7 +178,7 @@ def sample_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:
         Residual stream of the last token of each one's prompt.
     row : int
     """
-    # BLAS sums a product of one row in another order than one of several, so NumPy takes them one
+    # BLAS sums a GEMV in another order than one of several, so NumPy takes them one
     # by one: the bits of a text do not depend on the prompts that ran beside its own.
     together = 1 if model.xp is np else len(x)
     for start in range(0, len(x), together):

@@ -21,7 +21,7 @@ _BY_ROW = ("ids", "positions", "slots", "steps", "rows", "params", "logits", "sc
 
 
 class DecodeState:
-    """Batch, cache, activations and the ring of one decode step.
+    """Batch, cache, activations and the token ring of one decode step.
 
     Kernels advance ids, positions and steps; the host writes a row only when it
     gives it to a new sequence, so a captured step can be replayed as it is.
@@ -40,7 +40,7 @@ class DecodeState:
     slots : array of int32 [B]
         Cache slot of each row; -1 marks an idle row.
     steps : array of uint32 [B]
-        Tokens chosen so far in each row.
+        Tokens sampled so far in each row.
     params : array of uint8 [B, 48]
         ``ROW_PARAMS`` of each row.
     logits, scratch : array of float32 [B, Vp]
@@ -50,7 +50,7 @@ class DecodeState:
         What the blocks of a persistent step tell each other through; allocated when one is
         prepared.
     ring : array of uint8 [B, RING, 16]
-        Where chosen tokens reach the host; on the GPU, mapped pinned memory.
+        Where sampled tokens reach the host; on the GPU, mapped pinned memory.
     """
 
     def __init__(self, model: GPT2, cache: KVCache, batch: int) -> None:
@@ -108,7 +108,7 @@ class DecodeState:
         self._write(self.params, row, params.view(np.uint8).reshape(1, -1))
 
     def seek(self, row: int, position: int) -> None:
-        """Say which position a row's last fed token has, before its next token is chosen."""
+        """Say which position a row's last fed token has, before its next token is sampled."""
         self._write(self.positions, row, np.array([position], np.int32))
 
     def enter(

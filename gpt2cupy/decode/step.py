@@ -30,7 +30,7 @@ def _run_used_rows(model: GPT2, state: DecodeState) -> None:
     state.steps[state.slots < 0] += 1  # as on the GPU, where each row makes every step
     if not len(used):
         return
-    # BLAS sums a product of one row in another order than one of several: a single row is
+    # BLAS sums a GEMV in another order than one of several: a single row is
     # run twice, so that its bits do not depend on whether it has neighbours.
     rows = np.resize(used, max(len(used), 2))
     logits = model.decode(

@@ -292,7 +292,7 @@ class Engine:
             self.scheduler.enter(done)
             self.rows.enter(done)
             self._held_back += [each for each in done if len(each.request.held_back) > 1]
-        # One sequence in an engine for one, to its end: the same graph chooses its first token.
+        # One sequence in an engine for one, to its end: the same graph samples its first token.
         alone = self.slots == 1 and bool(done)
         if not self._started:
             self._start(piece, len(done), alone)

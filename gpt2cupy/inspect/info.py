@@ -114,7 +114,7 @@ def lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
     device = facts["device"]
     if device["kind"] == "cpu":
-        yield "device", f"cpu ({device['reason']}): NumPy engine, weights held in float32"
+        yield "device", f"cpu ({device['reason']}): NumPy engine, weights in float32"
     else:
         size = f"{device['sm_count']} SMs, {device['memory'] >> 20} MiB"
         yield "device", f"{device['kind']}, {device['name']}, {device['arch']}, {size}"

@@ -1,4 +1,4 @@
-"""Products with a weight matrix, and what is fused with them.
+"""GEMV and GEMM with a weight matrix, and what is fused with them.
 
 One row goes to norm_gemv.cu, or to skinny.cu in large models of fp16 and bf16; 2 to 16 rows of
 those to skinny.cu, up to 64, and with some weights up to 256, to linear_rows.cu, more to cuBLASLt;
@@ -244,8 +244,8 @@ def linear(
     out : array [N, M], optional
         Of x's dtype, or float32.
     backend : {"ours", "cublas", "invariant"}
-        Who multiplies few rows (on sm_90 up to 64, with some weights 256) on the GPU;
-        more go to cuBLAS either way. With "invariant", here and on the CPU, any number of
+        Of GEMV and of GEMM with few rows on the GPU (on sm_90 up to 64, with some weights
+        256); more go to cuBLAS either way. With "invariant", here and on the CPU, any number of
         rows has one kernel and one order of sums: the bits of a row do not depend on the
         others.
     scratch : array [n], optional
@@ -291,7 +291,7 @@ def linear(
         blas.matmul(x, weight, bias, out, add=True)
         return out
     # What the library's epilogue has is fused; the rest is one more pass over the output. Its
-    # GELU is an approximation about as fine as half precision: four times float32's error.
+    # GELU is an approximation about as fine as fp16: four times float32's error.
     library = ("relu",) if x.dtype == np.float32 else ("relu", "gelu_tanh")
     if residual is None and (activation is None or activation in library):
         blas.matmul(x, weight, bias, out, activation=activation)

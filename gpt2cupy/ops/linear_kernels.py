@@ -1,4 +1,4 @@
-"""The kernels behind linear.py: which of them takes a product, and with what grid."""
+"""The kernels behind linear.py: which of them takes a GEMV or GEMM, and with what grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = Any
 
 THREADS = 256  # of a block of bias_act
 WARP = 32
-_BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several turns
+_BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several iterations
 _SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
@@ -66,7 +66,7 @@ LINEAR_ROWS = {
     ).items()
 }
 LINEAR_FIXED = entries("linear_fixed.cu", "linear_fixed", _SKINNY + ", K", overlaps=True)
-# The lower rungs of the ladder; gemv_scalar also takes the sizes that gemv_add cannot.
+# Plainer versions for readers and tests; gemv_scalar also takes the sizes that gemv_add cannot.
 GEMV = entries("linear.cu", "gemv", _GEMV + ", K")
 GEMV_SCALAR = entries("linear.cu", "gemv_scalar", _GEMV + ", K")
 GEMV_NAIVE = entries("linear.cu", "gemv_naive", _GEMV + ", K")
@@ -88,7 +88,7 @@ def longest_once() -> int:
 
 
 def fused_block(weight: Array, backend: str) -> tuple[int, int] | None:
-    """(outputs, warps) of a block of norm_gemv.cu, which fuses what is around a product of one row.
+    """(outputs, warps) of a block of norm_gemv.cu, which fuses what is around a GEMV.
 
     None for other backends, and for rows that cannot be read 16 bytes at a time.
     """
@@ -112,7 +112,7 @@ def launch_fused(
 
 
 def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a product of so many rows, and the fastest.
+    """Whether skinny.cu is there for a GEMM of so many rows, and the fastest.
 
     One row: only with K from 1025 to 2048 or above 4096; elsewhere norm_gemv.cu is faster.
     """
@@ -124,7 +124,7 @@ def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
 
 
 def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -> None:
-    """The product of up to 16 rows; ``wide`` says that the output is float32."""
+    """The GEMM of up to 16 rows; ``wide`` says that the output is float32."""
     m, k = weight.shape
     if rows == 1:
         _launch_tiles(SKINNY_ONE[wide], 1, weight, args)
@@ -136,14 +136,14 @@ def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -
 
 
 def takes_skinny_norm(weight: Array, backend: str) -> bool:
-    """Whether skinny.cu is there for a norm and the product of its one row, and the fastest."""
+    """Whether skinny.cu is there for a norm and the GEMV after it, and the fastest."""
     k, c = weight.shape[1], constants("skinny.cu", K=weight.shape[1], TILES=2)
     fits = k <= longest_norm() and k % (c["SPAN"] * c["WARPS"]) == 0
     return fits and _one_turn(weight, 2 * c["TILE"]) and takes_skinny(1, weight, backend)
 
 
 def launch_skinny_norm(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
-    """A norm and the product of its one row."""
+    """A norm and the GEMV after it."""
     _launch_tiles(SKINNY_NORM[wide], 2, weight, args)
 
 
@@ -166,7 +166,7 @@ def _launch_tiles(
 def launch_gemv_add(
     fused: tuple[int, int], weight: Array, args: tuple[Any, ...], wide: bool
 ) -> None:
-    """The product of one row; ``wide`` says that the output is float32."""
+    """The GEMV; ``wide`` says that the output is float32."""
     once = _one_turn(weight, fused[0])
     launch_fused((GEMV_ADD_ONCE if once else GEMV_ADD)[wide], fused, weight, args)
 
@@ -178,7 +178,7 @@ def takes_norm_once(weight: Array, backend: str) -> bool:
 
 
 def launch_norm_once(weight: Array, args: tuple[Any, ...], wide: bool) -> None:
-    """A norm and the product of its one row, given the product's shift."""
+    """A norm and the GEMV after it, given the GEMV's shift."""
     launch_fused(NORM_GEMV_ONCE[wide], _norm_once_block(), weight, args)
 
 
@@ -193,7 +193,7 @@ def _one_turn(weight: Array, outputs: int) -> bool:
 
 
 def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
-    """Whether linear_rows.cu is there for a product of so many rows, and faster than cuBLASLt."""
+    """Whether linear_rows.cu is there for a GEMM of so many rows, and faster than cuBLASLt."""
     few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
     if backend != "ours" or not few or not _fits_rows(weight) or not has_clusters():
         return False
@@ -215,7 +215,7 @@ def _chunks(weight: Array) -> int:
 
 
 class _RowsPlan(NamedTuple):
-    """How linear_rows.cu makes a product."""
+    """How linear_rows.cu runs a GEMM."""
 
     tiles: tuple[int, int]  # along the outputs and the rows
     split: int  # blocks for each tile, which share K
@@ -227,7 +227,7 @@ class _RowsPlan(NamedTuple):
 def _rows_plan(rows: int, weight: Array, *, invariant: bool = False) -> _RowsPlan:
     """Two blocks on one multiprocessor would take twice as long while others have none.
 
-    So blocks are spread. But a product with large weights waits for the memory, and with
+    So blocks are spread. But a GEMM with large weights waits for the memory, and with
     two more loads are in flight: with more than 5 MB of weights that is faster.
     """
     c = constants("linear_rows.cu")

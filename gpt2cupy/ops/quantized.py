@@ -22,7 +22,7 @@ from .linear_kernels import LONGEST, WARP, entries, longest_norm
 Array = Any
 
 _MOST_ROWS = 64  # reading the weights four times is less than dequantising them
-# Of gemv_int8.cu by its CHUNKS: as many as have registers at once. Blocks then take several turns.
+# Of gemv_int8.cu by its CHUNKS: as many as have registers at once. Blocks then iterate.
 _THREADS_PER_SM = {1: 640, 2: 512}
 _SKINNY_BLOCKS_PER_SM = 4
 
@@ -69,10 +69,10 @@ def reads_int8(rows: int, shape: tuple[int, ...], dtype: Any, backend: str) -> b
     c = constants("gemv_int8.cu")
     if k % c["PIECE"] or k > LONGEST or m % c["ROWS"]:
         return False
-    halves = np.dtype(dtype) != np.float32 and has_mma()
+    narrow = np.dtype(dtype) != np.float32 and has_mma()
     if backend == "invariant":
-        return halves
-    return backend == "ours" and (rows == 1 or (rows <= _MOST_ROWS and halves))
+        return narrow
+    return backend == "ours" and (rows == 1 or (rows <= _MOST_ROWS and narrow))
 
 
 def takes(x: Array, weight: QuantizedMatrix, backend: str) -> bool:

@@ -1,7 +1,7 @@
 """Every op in plain NumPy: the oracle (float64 in, float64 through) and the CPU engine (float32).
 
 Letters: N rows (packed tokens), B batch, T tokens, C channels, NH heads, HS head
-size, K and M the inner and outer size of a product, S cache slots. Inputs
+size, K and M the inner and outer size of a GEMM, S cache slots. Inputs
 narrower than float32 are computed in float32, as the kernels do.
 """
 
@@ -102,7 +102,7 @@ def bias_act(
     return _store(y, out, x.dtype if residual is None else residual.dtype)
 
 
-# Inputs of a product that BLAS sums at a time. It may keep one running sum over all of them
+# Inputs of a GEMM that BLAS sums at a time. It may keep one running sum over all of them
 # (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
 PART: ContextVar[int] = ContextVar("PART", default=128)
 
@@ -110,7 +110,7 @@ PART: ContextVar[int] = ContextVar("PART", default=128)
 def _product(x: Array, weight: Array, backend: str) -> Array:
     """``x @ weight.T``, summed in parts of the inner size."""
     if len(x) == 1:
-        # The matrix-vector product streams the rows as they lie, in many sums at once.
+        # The GEMV streams the rows as they lie, in many sums at once.
         return (weight @ x[0])[None]
     if backend == "invariant":
         return np.stack([weight @ row for row in x])

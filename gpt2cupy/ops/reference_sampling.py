@@ -23,12 +23,12 @@ ROW_PARAMS = np.dtype(
         ("presence", np.float32),
         ("frequency", np.float32),
         ("eos", np.int32),  # -1: none
-        ("min_position", np.int32),  # eos cannot be chosen at a position below this
+        ("min_position", np.int32),  # eos cannot be sampled at a position below this
         ("unused", np.int32),
     ]
 )
 
-# One entry of the ring through which tokens reach the host; `struct RingEntry`.
+# One entry of the token ring, through which tokens reach the host; `struct RingEntry`.
 RING_ENTRY = np.dtype(
     [("stamp", np.uint32), ("id", np.int32), ("stamp_again", np.uint32), ("logprob", np.float32)]
 )

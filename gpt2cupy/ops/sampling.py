@@ -101,7 +101,7 @@ def sample(
 
     Processors apply in transformers' order: bias, repetition, presence and
     frequency penalties, minimum length, temperature, top-k, top-p, min-p. The
-    choice is the arg-max, of the logits with Gumbel noise where the temperature
+    result is the arg-max, of the logits with Gumbel noise where the temperature
     is positive; the noise is Philox of (seed, position, token id).
 
     Parameters
@@ -114,9 +114,9 @@ def sample(
     params : array of uint8 [B, 48]
         ``ROW_PARAMS`` of every row.
     ids, positions : array of int32 [B]
-        In: token fed last and its position. Out: the token chosen and its.
+        In: token fed last and its position. Out: the token sampled and its.
     steps : array of uint32 [B]
-        Tokens chosen so far in each row; advanced.
+        Tokens sampled so far in each row; advanced.
     ring : array of uint8 [B, Q, 16]
         ``RING_ENTRY`` of the last Q tokens of each row: id, log-probability
         under the raw logits, and the step count as a stamp of either half. The

@@ -35,7 +35,7 @@ COVERS: dict[str, tuple[str, ...]] = {
     "output product": ("product", "bias", "residual addition"),
     "expansion + activation": ("expansion", "activation"),
     "projection": ("product", "bias", "residual addition"),
-    "sampling": ("logits processors", "choice of the token", "log-probability"),
+    "sampling": ("logits processors", "sampling of the token", "log-probability"),
 }  # fmt: skip
 _WEIGHTS = {
     "ln1_w": ("blocks", "ln_1"),

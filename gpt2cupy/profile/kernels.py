@@ -78,7 +78,7 @@ def by_kernel(session: Session, runs: int) -> tuple[Timeline, int]:
     """``runs`` runs with every kernel recorded, and how many were lost.
 
     A first step, launch by launch, tells which kernels a launch makes: a
-    library's product may be several.
+    library's GEMM may be several.
 
     Raises
     ------

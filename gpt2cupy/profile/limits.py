@@ -14,7 +14,7 @@ from ..timing import Timing, device_times, host_times
 
 @dataclass(frozen=True)
 class Limits:
-    """What this device reaches: bytes/s of a copy (read and written) and FLOP/s of a product."""
+    """What this device reaches: bytes/s of a copy (read and written) and FLOP/s of a GEMM."""
 
     copy_bytes_per_s: float
     product_flops_per_s: float
@@ -23,7 +23,7 @@ class Limits:
 
 
 def limits(model: GPT2) -> Limits:
-    """Measure a large copy and a large product of the model's dtype on its device."""
+    """Measure a large copy and a large GEMM of the model's dtype on its device."""
     size, copy = _copy(model.xp)
     n = 1024 if model.xp is np else 4096
     # Zeros would be multiplied faster than a model's weights.

@@ -101,7 +101,7 @@ class Session:
             yield
 
     def begin(self) -> None:
-        """Run the prompt of every row and choose the first token."""
+        """Run the prompt of every row and sample the first token."""
         cache, state = self.engine.cache, self.state
         row_params = SamplingParams(temperature=0).row(0, len(self.prompt), -1)
         for row in range(self.settings.batch):

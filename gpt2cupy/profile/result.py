@@ -54,7 +54,7 @@ def joined(runs: list[Timeline]) -> Timeline:
 def component_tables(ops: list[Op], timeline: Timeline, layers: int) -> dict[str, list[Row]]:
     """The four tables, each row with average and total ms, count and share of its table.
 
-    A norm that is made inside a product's kernel has no row: the product's row
+    A norm inside a GEMV has no row of its own: the GEMV's row
     covers it.
     """
     busy = timeline.busy
@@ -110,7 +110,7 @@ def kernel_table(
 
     Bytes and operations are what one call must do (:mod:`.counts`); a library's
     kernels beyond the first of a call have none. ``percent_of_limit`` compares the
-    time with what a copy and a product at this device's rate would take.
+    time with what a copy and a GEMM at this device's rate would take.
     ``step_us`` is what the row adds to a step: those of all rows make the step,
     although kernels may overlap.
     """

@@ -111,7 +111,7 @@ _turns: dict[int, _Turns] = {}
 
 
 def workspace() -> _Turns:
-    """The workspace of the current GPU for what is queued inside: products, or graphs of them.
+    """The workspace of the current GPU for what is queued inside: GEMMs, or graphs of them.
 
     Other threads wait, and so does the host for what another stream has queued.
     """
@@ -194,7 +194,7 @@ def _queue_gemv(own: _Device, x: Any, weight: Any, out: Any) -> None:
 
 
 class _Product:
-    """A cuBLASLt product of one shape: descriptors, and the algorithm chosen for it.
+    """A cuBLASLt GEMM of one shape: descriptors, and the algorithm chosen for it.
 
     Row-major ``out[N, M] = x[N, K] weight[M, K]^T`` is, in the library's column-major
     terms, ``out'[M, N] = weight'^T x'`` with ``weight'`` [K, M] and ``x'`` [K, N].

@@ -71,7 +71,7 @@ def why_not(rows: int, channels: int, inner: int, head_size: int, dtype: Any) ->
 
 
 def blocks(channels: int) -> int:
-    """Blocks of the launch: each multiprocessor has one, and each an output of every product."""
+    """Blocks of the launch: each multiprocessor has one, and each an output of every GEMV."""
     return min(sm_count(), channels)
 
 
