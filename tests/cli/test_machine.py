@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -204,6 +205,8 @@ def test_compile_stops_at_an_error_and_drops_the_rest(monkeypatch, tmp_path):
     seen = []
 
     def refuse(source, options):
+        if seen:
+            time.sleep(0.05)  # as compiling would take: the error is seen meanwhile
         seen.append(source)
         raise CompileError("refused", where=source, remedy="none")
 
