@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..decode import Decoder, DecodeState, PromptRunner
+from ..decode.state import RING
 from ..errors import BusyError, ClosedError, InputError, shown
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
@@ -70,7 +71,7 @@ class Engine:
         forks.watch(self)
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
-        self._lead = (0 if model.xp is np else LEAD) if lead is None else lead
+        self._lead = (0 if model.xp is np else LEAD) if lead is None else _checked_lead(lead)
         if model.xp is np:
             self._allocate(slots, capacity, decode)
             return
@@ -139,8 +140,10 @@ class Engine:
         Raises
         ------
         InputError
-            If its prompt does not fit a slot, or its key is that of another request.
+            If its prompt does not fit a slot, an id is outside the vocabulary, no token is
+            given or asked for, or its key is that of another request.
         """
+        request.check(self.model.config)
         room = self.cache.capacity - len(request.prompt) + 1
         if room < 1:
             raise InputError(
@@ -291,7 +294,6 @@ class Engine:
         if done:
             self.scheduler.enter(done)
             self.rows.enter(done)
-            self._held_back += [each for each in done if len(each.request.held_back) > 1]
         # One sequence in an engine for one, to its end: the same graph chooses its first token.
         alone = self.slots == 1 and bool(done)
         if not self._started:
@@ -303,6 +305,8 @@ class Engine:
         if not alone:
             self.rows.sample_first(x[: len(done)], rows.start)
         self._ask(rows)
+        waits = [each for each in done if each.row >= 0 and len(each.request.held_back) > 1]
+        self._held_back += waits
 
     def _start(self, piece: Piece, done: int, alone: bool) -> None:
         """Record all that the first tokens need, so that its kernels are compiled side by side."""
@@ -400,3 +404,14 @@ class Engine:
         self._held_back.clear()
         self.results = Results(self.cache.capacity + 1)
         self.state.release(0, self.slots)
+
+
+def _checked_lead(lead: object) -> int:
+    """How many steps to queue: a row's token ring takes two tokens of each, and of the one read."""
+    if isinstance(lead, bool) or not isinstance(lead, int) or not 0 <= lead < RING // 2 - 1:
+        raise InputError(
+            f"lead={shown(lead)} is impossible",
+            where="Engine",
+            remedy=f"It must be an integer from 0 to {RING // 2 - 2}.",
+        )
+    return lead
