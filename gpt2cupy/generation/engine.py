@@ -202,13 +202,6 @@ class Engine:
                     return
                 yield self.step()
                 self._check_process(begun)
-        except GeneratorExit:
-            raise
-        except BaseException:
-            if begun == self._forks:
-                with self._on_device():
-                    self.rows.recover()
-            raise
         finally:
             if begun == self._forks:
                 with self._on_device():
@@ -243,14 +236,25 @@ class Engine:
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self) -> Block:
-        """Queue the next step and return what earlier ones brought; maybe no tokens yet."""
+        """Queue the next step and return what earlier ones brought; maybe no tokens yet.
+
+        An error, of whatever kind, ends all requests: half a step cannot be gone on with.
+        """
+        begun = self._forks
         with self._on_device():
-            self._read_inbox()
-            self._admit()
-            self._run_prompts()
-            # Without a lead what was chosen is read first: it need not wait for a step.
-            stepped = self._queue_step() if self._lead or not self._queued else False
-            return self._collect(self._lead if stepped else None)
+            try:
+                self._read_inbox()
+                self._admit()
+                self._run_prompts()
+                # Without a lead what was chosen is read first: it need not wait for a step.
+                stepped = self._queue_step() if self._lead or not self._queued else False
+                return self._collect(self._lead if stepped else None)
+            except BaseException:
+                if begun == self._forks:
+                    with contextlib.suppress(Exception):  # of a GPU that failed
+                        self._clear()
+                        self.rows.recover()
+                raise
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -310,3 +310,31 @@ def test_log_probabilities_of_merged_blocks_keep_their_dtype():
         if block.top is not None:
             kinds.add((block.top[0].dtype.name, block.top[1].dtype.name))
     assert kinds == {("int32", "float32")}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lead", [0, 3])
+@pytest.mark.parametrize(
+    "place", ["prompts.run", "rows.sample_first", "rows.step", "rows.asked", "rows.read"]
+)
+def test_a_step_that_fails_leaves_no_request_behind(place, lead, device, monkeypatch):
+    engine, calls = Engine(model_on(device), 2, lead=lead), iter(range(1000))
+    owner, name = place.split(".")
+    whole = getattr(getattr(engine, owner), name)
+
+    def broken(*args, **options):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(getattr(engine, owner), name, broken)
+    for key in "abc":
+        engine.submit(request(key, tokens=8, eos=-1))
+    with pytest.raises(KeyboardInterrupt):
+        drained(engine, {})
+    assert engine.idle
+    again = [request(key, tokens=8, eos=-1) for key in "abc"]
+    for each in again:
+        engine.submit(each)
+    found = drained(engine, {})
+    assert found == {each.key: alone(each, device) for each in again}
