@@ -202,10 +202,13 @@ class Engine:
                     return
                 yield self.step()
                 self._check_process(begun)
-        finally:
+        except BaseException:  # closed early too; what other threads submit at the end stays
             if begun == self._forks:
                 with self._on_device():
                     self._clear()
+            raise
+        finally:
+            if begun == self._forks:
                 free.release()
 
     def _check_process(self, begun: int) -> None:
@@ -269,7 +272,10 @@ class Engine:
 
     def _read_inbox(self) -> None:
         while self._submitted:
-            self.scheduler.add(self._submitted.popleft())
+            sequence = self._submitted.popleft()
+            # Again, as the end of a run may have come between that and its being submitted.
+            self._by_key.setdefault(sequence.request.key, sequence)
+            self.scheduler.add(sequence)
         gone = []
         while self._cancelled:
             sequence = self._cancelled.popleft()

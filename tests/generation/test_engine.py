@@ -338,3 +338,42 @@ def test_a_step_that_fails_leaves_no_request_behind(place, lead, device, monkeyp
         engine.submit(each)
     found = drained(engine, {})
     assert found == {each.key: alone(each, device) for each in again}
+
+
+class Racing(dict):
+    """Keys of an engine of which a run ends while a request is being submitted."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def setdefault(self, key, value):
+        found = super().setdefault(key, value)
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine._clear()
+        return found
+
+
+def test_a_request_submitted_while_a_run_is_closed():
+    engine = Engine(model_on("cpu"), 1)
+    engine._by_key = Racing(engine)
+    engine.submit(request("late"))
+    assert drained(engine, {}) == {"late": alone(request("late"))}
+    assert engine._by_key == {}
+
+
+def test_a_request_submitted_as_a_run_ends_is_not_lost(monkeypatch):
+    engine = Engine(model_on("cpu"), 1)
+    blocks = engine.blocks([request("first")])
+    whole = Engine.idle.fget
+
+    def idle(self):
+        found = whole(self)
+        if found and not engine._by_key:
+            engine.submit(request("late"))  # of another thread
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "idle", property(idle))
+        assert [done.request.key for block in blocks for done in block.finished] == ["first"]
+    assert drained(engine, {}) == {"late": alone(request("late"))}
