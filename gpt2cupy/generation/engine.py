@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..decode import Decoder, DecodeState, PromptRunner
+from ..decode.state import RING
 from ..errors import BusyError, ClosedError, InputError, shown
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
@@ -70,7 +71,7 @@ class Engine:
         forks.watch(self)
         self.device: Any = contextlib.nullcontext()
         self.stream: Any = contextlib.nullcontext()
-        self._lead = (0 if model.xp is np else LEAD) if lead is None else lead
+        self._lead = (0 if model.xp is np else LEAD) if lead is None else _checked_lead(lead)
         if model.xp is np:
             self._allocate(slots, capacity, decode)
             return
@@ -139,8 +140,10 @@ class Engine:
         Raises
         ------
         InputError
-            If its prompt does not fit a slot, or its key is that of another request.
+            If its prompt does not fit a slot, an id is outside the vocabulary, no token is
+            given or asked for, or its key is that of another request.
         """
+        request.check(self.model.config)
         room = self.cache.capacity - len(request.prompt) + 1
         if room < 1:
             raise InputError(
@@ -199,17 +202,13 @@ class Engine:
                     return
                 yield self.step()
                 self._check_process(begun)
-        except GeneratorExit:
-            raise
-        except BaseException:
-            if begun == self._forks:
-                with self._on_device():
-                    self.rows.recover()
-            raise
-        finally:
+        except BaseException:  # closed early too; what other threads submit at the end stays
             if begun == self._forks:
                 with self._on_device():
                     self._clear()
+            raise
+        finally:
+            if begun == self._forks:
                 free.release()
 
     def _check_process(self, begun: int) -> None:
@@ -240,14 +239,25 @@ class Engine:
     # -- one step ----------------------------------------------------------------------------------
 
     def step(self) -> Block:
-        """Queue the next step and return what earlier ones brought; maybe no tokens yet."""
+        """Queue the next step and return what earlier ones brought; maybe no tokens yet.
+
+        An error, of whatever kind, ends all requests: half a step cannot be gone on with.
+        """
+        begun = self._forks
         with self._on_device():
-            self._read_inbox()
-            self._admit()
-            self._run_prompts()
-            # Without a lead what was chosen is read first: it need not wait for a step.
-            stepped = self._queue_step() if self._lead or not self._queued else False
-            return self._collect(self._lead if stepped else None)
+            try:
+                self._read_inbox()
+                self._admit()
+                self._run_prompts()
+                # Without a lead what was chosen is read first: it need not wait for a step.
+                stepped = self._queue_step() if self._lead or not self._queued else False
+                return self._collect(self._lead if stepped else None)
+            except BaseException:
+                if begun == self._forks:
+                    with contextlib.suppress(Exception):  # of a GPU that failed
+                        self._clear()
+                        self.rows.recover()
+                raise
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -262,7 +272,10 @@ class Engine:
 
     def _read_inbox(self) -> None:
         while self._submitted:
-            self.scheduler.add(self._submitted.popleft())
+            sequence = self._submitted.popleft()
+            # Again, as the end of a run may have come between that and its being submitted.
+            self._by_key.setdefault(sequence.request.key, sequence)
+            self.scheduler.add(sequence)
         gone = []
         while self._cancelled:
             sequence = self._cancelled.popleft()
@@ -291,7 +304,6 @@ class Engine:
         if done:
             self.scheduler.enter(done)
             self.rows.enter(done)
-            self._held_back += [each for each in done if len(each.request.held_back) > 1]
         # One sequence in an engine for one, to its end: the same graph samples its first token.
         alone = self.slots == 1 and bool(done)
         if not self._started:
@@ -303,6 +315,8 @@ class Engine:
         if not alone:
             self.rows.sample_first(x[: len(done)], rows.start)
         self._ask(rows)
+        waits = [each for each in done if each.row >= 0 and len(each.request.held_back) > 1]
+        self._held_back += waits
 
     def _start(self, piece: Piece, done: int, alone: bool) -> None:
         """Record all that the first tokens need, so that its kernels are compiled side by side."""
@@ -400,3 +414,14 @@ class Engine:
         self._held_back.clear()
         self.results = Results(self.cache.capacity + 1)
         self.state.release(0, self.slots)
+
+
+def _checked_lead(lead: object) -> int:
+    """How many steps to queue: a row's token ring takes two tokens of each, and of the one read."""
+    if isinstance(lead, bool) or not isinstance(lead, int) or not 0 <= lead < RING // 2 - 1:
+        raise InputError(
+            f"lead={shown(lead)} is impossible",
+            where="Engine",
+            remedy=f"It must be an integer from 0 to {RING // 2 - 2}.",
+        )
+    return lead

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..config import GPT2Config
+from ..errors import InputError
+from ..ids import check_tokens
 from ..sampling import SamplingParams
 
 
@@ -47,6 +50,29 @@ class Request:
     def held_back(self) -> tuple[int, ...]:
         """Tokens that cannot be chosen before ``min_new_tokens``."""
         return (*self.ends, *self.params.stop_token_ids) if self.params.min_new_tokens else ()
+
+    def check(self, config: GPT2Config) -> None:
+        """Refuse what would fail in the middle of a step, beside the requests of others.
+
+        Raises
+        ------
+        InputError
+            If it has no token or asks for none, or an id is outside the vocabulary.
+        """
+        if not len(self.prompt) or self.params.max_new_tokens == 0:
+            raise InputError(
+                "the prompt has no token" if not len(self.prompt) else "no new token is asked for",
+                where="Engine.submit",
+                remedy="Give a prompt of at least one token, and ask for at least one.",
+            )
+        check_tokens(self.prompt, config)
+        for name, ids in (("logit_bias", self.params.logit_bias), ("eos", self.held_back)):
+            if ids and max(ids) >= config.vocab_size:
+                raise InputError(
+                    f"token id {max(ids)} is outside the vocabulary of {config.vocab_size}",
+                    where=name,
+                    remedy="Use ids of this model.",
+                )
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,8 @@ def merged(blocks: list[Block]) -> Block:
     top = None
     width = max((block.top[0].shape[1] for block in blocks if block.top), default=0)
     if width:
-        top = np.full((len(ids), width), -1, np.int32), np.full((len(ids), width), -np.inf)
+        shape = len(ids), width
+        top = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
         start = 0
         for block in blocks:
             if block.top:

@@ -137,8 +137,9 @@ class Session:
 
     def cancel(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""
-        if self._engine is not None:
-            self._engine.cancel(key)
+        engine = self._engine  # close() of another thread may take it away
+        if engine is not None:
+            engine.cancel(key)
 
     def close(self) -> None:
         """Free everything; what is running ends with ClosedError at its next token."""

@@ -264,3 +264,118 @@ def test_the_same_requests_give_the_same_steps(device, lengths, lead):
         return [(b.keys, b.ids.tolist(), b.logprobs.tolist()) for b in engine.blocks(given)]
 
     assert blocks() == blocks()
+
+
+def of(prompt, **options):
+    return Request("odd", np.array(prompt, np.int32), SamplingParams(**options), eos=())
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (of([]), "no token"),
+        (of([3, -1]), "token id -1"),
+        (of([3, TINY.vocab_size]), f"token id {TINY.vocab_size}"),
+        (of([3], max_new_tokens=0), "no new token"),
+        (of([3], logit_bias={TINY.vocab_size: 1.0}), "logit_bias"),
+    ],
+)
+def test_a_request_that_would_break_a_step_is_refused_before_it(wrong, says):
+    engine, found = Engine(model_on("cpu"), 2), {}
+    engine.submit(request("good"))
+    with pytest.raises(InputError, match=says):
+        engine.submit(wrong)
+    drained(engine, found)
+    assert found == {"good": alone(request("good"))}
+
+
+@pytest.mark.parametrize("lead", [-1, 7, 1.5, True])
+def test_a_lead_that_the_token_ring_cannot_hold_is_refused(lead):
+    with pytest.raises(InputError, match="lead"):
+        Engine(model_on("cpu"), 1, lead=lead)
+
+
+def test_requests_of_one_token_leave_nothing_behind():
+    engine = Engine(model_on("cpu"), 2, lead=3)
+    for key in range(20):
+        engine.submit(request(key, tokens=1, eos=(7, 8), min_new_tokens=1))
+    assert len(drained(engine, {})) == 20
+    assert engine._held_back == [] and engine._by_key == {}
+
+
+def test_log_probabilities_of_merged_blocks_keep_their_dtype():
+    engine, kinds = Engine(model_on("cpu"), 2, lead=1), set()
+    for key, wanted in (("a", 2), ("b", 4), ("c", None)):
+        engine.submit(request(key, eos=-1, tokens=4 + (wanted or 0), logprobs=wanted))
+    while not engine.idle:
+        block = engine.step()
+        if block.top is not None:
+            kinds.add((block.top[0].dtype.name, block.top[1].dtype.name))
+    assert kinds == {("int32", "float32")}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lead", [0, 3])
+@pytest.mark.parametrize(
+    "place", ["prompts.run", "rows.sample_first", "rows.step", "rows.asked", "rows.read"]
+)
+def test_a_step_that_fails_leaves_no_request_behind(place, lead, device, monkeypatch):
+    engine, calls = Engine(model_on(device), 2, lead=lead), iter(range(1000))
+    owner, name = place.split(".")
+    whole = getattr(getattr(engine, owner), name)
+
+    def broken(*args, **options):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(getattr(engine, owner), name, broken)
+    for key in "abc":
+        engine.submit(request(key, tokens=8, eos=-1))
+    with pytest.raises(KeyboardInterrupt):
+        drained(engine, {})
+    assert engine.idle
+    again = [request(key, tokens=8, eos=-1) for key in "abc"]
+    for each in again:
+        engine.submit(each)
+    found = drained(engine, {})
+    assert found == {each.key: alone(each, device) for each in again}
+
+
+class Racing(dict):
+    """Keys of an engine of which a run ends while a request is being submitted."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def setdefault(self, key, value):
+        found = super().setdefault(key, value)
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine._clear()
+        return found
+
+
+def test_a_request_submitted_while_a_run_is_closed():
+    engine = Engine(model_on("cpu"), 1)
+    engine._by_key = Racing(engine)
+    engine.submit(request("late"))
+    assert drained(engine, {}) == {"late": alone(request("late"))}
+    assert engine._by_key == {}
+
+
+def test_a_request_submitted_as_a_run_ends_is_not_lost(monkeypatch):
+    engine = Engine(model_on("cpu"), 1)
+    blocks = engine.blocks([request("first")])
+    whole = Engine.idle.fget
+
+    def idle(self):
+        found = whole(self)
+        if found and not engine._by_key:
+            engine.submit(request("late"))  # of another thread
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "idle", property(idle))
+        assert [done.request.key for block in blocks for done in block.finished] == ["first"]
+    assert drained(engine, {}) == {"late": alone(request("late"))}

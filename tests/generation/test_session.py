@@ -16,6 +16,7 @@ import gpt2cupy
 from gpt2cupy import GPT2
 from gpt2cupy.errors import BusyError, ClosedError, Gpt2CupyError, InputError
 from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.session import Session
 from gpt2cupy.weights import Weights
 
 WAIT = 60  # seconds after which a thread counts as stuck
@@ -307,6 +308,14 @@ def test_reading_while_another_thread_closes(lm):
         next(stream)
     read.set()
     assert closer.finished().error is None
+
+
+def test_a_request_cancelled_while_the_model_closes(lm, monkeypatch):
+    """As at a stop string, with close() of another thread between two looks at the engine."""
+    seen = iter([lm._session._engine_for(1)])
+    monkeypatch.setattr(Session, "_engine", property(lambda self: next(seen, None)), raising=False)
+    lm._session.cancel("key")
+    assert next(seen, None) is None
 
 
 def test_an_engine_made_while_the_model_closes_is_freed(lm, monkeypatch):
