@@ -41,10 +41,9 @@ class GPT2:
     config : GPT2Config
     weights : Weights
     gemv : {"ours", "cublas"}
-        Who multiplies few rows (on sm_90 up to 64, with some weights 256) on the GPU; more go to
-        cuBLAS either way.
-        The persistent step has products of its own: an engine that took it refuses to run
-        after a change to "cublas".
+        Which kernels multiply few rows (on sm_90 up to 64, with some weights 256) on the
+        GPU; more go to cuBLAS either way. The persistent step has products of its own:
+        an engine that took it refuses to run after a change to "cublas".
     batch_invariant : bool
         Whether the bits of a sequence must depend neither on those beside it, nor on the
         pieces in which its prompt is run: one kernel and one order of sums for any
@@ -163,7 +162,7 @@ class GPT2:
 
     @property
     def backend(self) -> str:
-        """Who multiplies, as :func:`gpt2cupy.ops.linear` takes it."""
+        """Which kernels multiply, as :func:`gpt2cupy.ops.linear` takes it."""
         return "invariant" if self._batch_invariant else self.gemv
 
     def new_cache(self, slots: int = 1, capacity: int | None = None) -> KVCache:

@@ -43,7 +43,7 @@ def generate(
     tokenizer: options.Tokenizer = None,
     gemv: Annotated[
         Gemv | None,
-        typer.Option(help="Who multiplies few rows (tens, with clusters) on the GPU."),
+        typer.Option(help="Which kernels multiply few rows (tens, with clusters) on the GPU."),
     ] = None,
     decode: Annotated[
         str, typer.Option(help="How a step is run: auto, eager, graph or persistent.")

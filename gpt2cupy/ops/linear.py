@@ -221,7 +221,7 @@ def linear(
     out : array [N, M], optional
         Of x's dtype, or float32.
     backend : {"ours", "cublas", "invariant"}
-        Who multiplies few rows (on sm_90 up to 64, with some weights 256) on the GPU;
+        Which kernels multiply few rows (on sm_90 up to 64, with some weights 256) on the GPU;
         more go to cuBLAS either way. With "invariant", here and on the CPU, any number of
         rows has one kernel and one order of sums: the bits of a row do not depend on the
         others.
