@@ -76,8 +76,8 @@ def read(path: Path) -> TorchFile:
         raise CheckpointError(
             f"not a file of tensors as torch.save writes it: {error}",
             where=str(path),
-            remedy="If it is whole and you trust it, load it in PyTorch and save its state dict "
-            "as safetensors.",
+            remedy="Download or copy it again if it may be damaged. If it is whole and you trust "
+            "it, load it in PyTorch and save its state dict as safetensors.",
         ) from error
 
 

@@ -63,7 +63,10 @@ def validate(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Name, hub id or folder.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Decode steps compared.")] = 128,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Decode steps compared; by default 128, or what fits the context."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 2,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Instead of random ids.")

@@ -23,6 +23,7 @@ from ..validate.compare import Comparison
 from ..weights import RESIDUAL_BIASES, Weights
 
 AGAINST = ("float64", "hf")
+STEPS = 128
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Settings:
     """What is compared; the fields are the options of the command."""
 
     model: str = "shakespeare"
-    steps: int = 128
+    steps: int | None = None  # as many as STEPS, or as fit the context
     batch: int = 2
     prompt: str | None = None
     seed: int = 0
@@ -178,13 +179,19 @@ def _dtypes(name: str, kind: str) -> Sequence[str]:
 
 def _tokens(settings: Settings, source: checkpoint.Checkpoint, model: GPT2) -> tuple[Any, int]:
     """Ids [B, T], and how many of them come before the steps."""
-    batch, steps, seed = settings.batch, settings.steps, settings.seed
+    batch, seed, context = settings.batch, settings.seed, model.config.n_positions
+
+    def steps(before: int) -> int:
+        fitting = max(min(STEPS, context - before), 1)
+        return fitting if settings.steps is None else settings.steps
+
     if settings.prompt is None:
-        return random_ids(model, batch, steps, seed), 0
+        return random_ids(model, batch, steps(0), seed), 0
     tokenizer = Tokenizer.from_path(source.path)
     prompt = tokenizer.encode(settings.prompt) or [tokenizer.eot_token]
     checked = check_tokens(prompt, model.config)
-    return continued(model, checked, batch, steps, seed), len(checked) - 1
+    before = len(checked) - 1
+    return continued(model, checked, batch, steps(before), seed), before
 
 
 def _load_theirs(settings: Settings, source: checkpoint.Checkpoint) -> Any:

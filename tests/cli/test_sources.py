@@ -55,3 +55,11 @@ def test_an_adapter_and_a_tokenizer_are_profiled(tmp_path):
     options = ("--adapter", str(tmp_path), "--model", "shakespeare")
     code, _, said = call("profile", *CPU, *PROFILED, *options)
     assert code == 1 and "no adapter_config.json" in said
+
+
+def test_steps_that_nobody_asked_for_are_what_fits_the_context(tmp_path):
+    write_checkpoint(tmp_path, TINY)
+    found = json.loads(done("validate", str(tmp_path), *CPU, "--batch", "1", "--json"))
+    assert {len(each["steps"]) for each in found["comparisons"]} == {TINY.n_positions}
+    code, _, said = call("validate", str(tmp_path), *CPU, "--steps", "49")
+    assert code == 2 and "at most 48 steps" in said
