@@ -86,7 +86,7 @@ compile-all: $(VENV)/test ## Compile every kernel for all seven architectures
 	$(BIN)/gpt2cupy compile $(ARCHS:%=--arch %)
 
 parity: $(VENV)/parity ## Compare with Hugging Face transformers on the CPU; MODEL=gpt2 too
-	$(if $(MODEL),GPT2CUPY_PARITY_MODEL='$(MODEL)') $(BIN)/python -m pytest tests/parity
+	$(if $(MODEL),GPT2CUPY_PARITY_MODEL='$(MODEL)') $(BIN)/python -m pytest tests/parity -n auto --dist worksteal
 
 fuzz: $(VENV)/fuzz ## Fuzz loaders and tokenizer with atheris, for a minute or FUZZ_SECONDS=
 	$(BIN)/python tests/fuzz/fuzz_loaders.py --seconds $(FUZZ_SECONDS)

@@ -108,9 +108,9 @@ def test_random_124m_text(tmp_path, hugging_face):
     config = GPT2Config.from_name("gpt2")
     write_checkpoint(tmp_path, config, 4)
     model, theirs = GPT2.from_pretrained(str(tmp_path), device="cpu"), hugging_face(tmp_path)
-    for prompt in ([config.eos_token_id], [464, 3290, 318, 257]):
-        ours = our_greedy(model, prompt)
-        other = their_greedy(theirs, prompt)
+    for prompt, count in (([config.eos_token_id], TOKENS), ([464, 3290, 318, 257], 20)):
+        ours = our_greedy(model, prompt, count)
+        other = their_greedy(theirs, prompt, count)
         assert_same_text(ours, other, prompt, theirs)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,12 @@ def test_a_refit_scores_nothing_and_never_reads_the_last_part(corpus, teacher, t
     kept = len(TEXT.encode()) * 90 // 100
     other.write_bytes(corpus.read_bytes()[:kept] + b"x" * (len(TEXT.encode()) - kept))
     options = ("--train-to", "90", "--dev-to", "90", "--teachers", str(teacher), "--dropout", "0")
-    logs = [run(path, tmp_path / path.stem, *options) for path in (corpus, other)]
+    with ThreadPoolExecutor() as side_by_side:
+        logs = list(
+            side_by_side.map(
+                lambda path: run(path, tmp_path / path.stem, *options), (corpus, other)
+            )
+        )
     assert logs[0]["result"]["train_bytes"] == kept
     assert "dev_bits_per_byte" not in logs[0]["result"]
     assert [len(row) for row in logs[0]["curve"]] == [2, 2]
