@@ -28,7 +28,7 @@ def run(
     plot_path: Path | None = None,
     as_json: bool = False,
     cupti: bool = True,
-    **source: str | None,
+    **source: Any,
 ) -> None:
     """Profile a model and print the tables; all that can be wrong is found before measuring.
 
