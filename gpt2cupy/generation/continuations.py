@@ -26,6 +26,7 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
     """
     start = time.perf_counter()
     row, first, count = GrowingText(tokenizer, request.params.stop), 0.0, 0
+    last = None
     # Closed by name: a traceback may keep this frame, and the turn with it.
     with contextlib.closing(session.blocks([request], 1)) as blocks:
         for token in (token for block in blocks for token in tokens_of(block)):
@@ -38,9 +39,13 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
                 )
             rate = count / (now - first) if count else 0.0
             count += 1
-            yield Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
+            piece = Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
             if reason:
-                session.cancel(token.key)
+                last = piece
+                break
+            yield piece
+    if last is not None:  # when the model is free again: its reader may not come back
+        yield last
 
 
 def complete(

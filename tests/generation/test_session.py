@@ -104,6 +104,19 @@ def test_the_thread_that_holds_a_stream_is_told_so(lm):
     assert lm.generate("ROMEO:", max_new_tokens=6).tokens == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"stop": "\n"}, {"stop_token_ids": [198]}])
+def test_the_last_piece_frees_the_model(lm, options):
+    stream = lm.stream("ROMEO:", max_new_tokens=3, **options)
+    text = ""
+    for piece in stream:
+        text += piece.text
+        if piece.finish_reason:
+            break
+    done = lm.generate("ROMEO:", max_new_tokens=3, **options)
+    assert (text, piece.finish_reason) == (done.text, done.finish_reason)
+    assert list(stream) == []
+
+
 def test_a_stream_may_be_read_by_several_threads_in_turn(lm):
     expected = lm.generate("ROMEO:", max_new_tokens=6)
     stream = lm.stream("ROMEO:", max_new_tokens=6)
