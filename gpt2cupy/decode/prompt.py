@@ -19,6 +19,7 @@ from .step import sample_next
 
 # Tokens of a graph; a prompt takes the next larger one, at most half as many again.
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+MOST_GRAPHS = 48  # that a runner keeps: those used last
 
 
 class Shape(NamedTuple):
@@ -133,9 +134,12 @@ class PromptRunner:
         rows = next((n for n in BUCKETS if n >= sum(lengths)), 0)
         if not self._graphs or not rows or rows > self.work.rows:
             return None
-        # A grid for sequences and lengths that do not occur is blocks that start for nothing.
-        sequences = min(1 << (len(lengths) - 1).bit_length(), self.cache.slots)
-        return Shape(rows, sequences, next(n for n in BUCKETS if n >= max(lengths)))
+        if len(lengths) == 1:
+            return Shape(rows, 1, rows)
+        # A grid for sequences and lengths that do not occur is blocks that start for nothing; but
+        # every shape is a graph, so these are powers of four.
+        sequences = min(_power_of_four(len(lengths)), rows, self.cache.slots)
+        return Shape(rows, sequences, min(_power_of_four(max(lengths)), rows))
 
     def _sequences(self, count: int) -> int:
         # BLAS sums a GEMV in another order than one of several: on NumPy a single
@@ -159,12 +163,21 @@ class PromptRunner:
         kind = () if state is None else (state, state.counts, state.bias, state.plain)
         # Identities, which stay theirs because the bucket keeps the objects.
         key = *shape, self.model.backend, *map(id, kind)
-        if key not in self._buckets:
+        if key in self._buckets:
+            self._buckets[key] = self._buckets.pop(key)  # the last one used is the last
+        else:
+            while len(self._buckets) >= MOST_GRAPHS:
+                del self._buckets[next(iter(self._buckets))]
             packed = PackedPrompts(shape.rows, shape.sequences, self.model.xp)
             with recorded() as calls:
                 x = self._queue(packed, shape.longest, state)
             self._buckets[key] = _Bucket(packed, kind, calls, x)
         return self._buckets[key]
+
+
+def _power_of_four(count: int) -> int:
+    """The next power of four."""
+    return 1 << (-(-(count - 1).bit_length() // 2) * 2)
 
 
 def sample_first(model: GPT2, state: DecodeState, x: Any, row: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -242,6 +243,7 @@ class DecodeState:
 
         while not arrived():
             spins += 1
+            time.sleep(0)  # lets other threads run, such as that of a model on another GPU
             # The stamp comes through memory; asking the driver is only for the case that
             # the step died and never writes it.
             if spins % 1024 == 0 and stream.done and not arrived():

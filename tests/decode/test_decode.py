@@ -455,3 +455,30 @@ def test_a_state_of_fewer_rows_is_the_same_memory(xp, late):
         assert place[0] == place[1]
     assert view.bias[1, 5] == 1 and view.work.rows == 2
     assert view.plain == state.plain
+
+
+def test_a_runner_keeps_the_graphs_used_last(monkeypatch):
+    """Each shape of packed prompts is a graph: there are no more than so many at a time."""
+    monkeypatch.setattr(prompt, "MOST_GRAPHS", 3)
+    model = GPT2.random(TINY, 0, device="cpu")
+    runner = PromptRunner(model, model.new_cache(8), model.new_workspace(48))
+    monkeypatch.setattr(runner, "_graphs", True)
+    monkeypatch.setattr(runner, "_queue", lambda packed, longest, state: packed.ids)
+    first, second = prompt.Shape(8, 1, 8), prompt.Shape(12, 1, 12)
+    kept = runner._bucket(first, None)
+    for rows in (12, 16, 24, 32):
+        runner._bucket(prompt.Shape(rows, 1, rows), None)
+        assert runner._bucket(first, None) is kept
+    assert len(runner._buckets) == 3
+    assert not any(key[:3] == second for key in runner._buckets)
+
+
+@given(st.lists(st.integers(1, 48), min_size=1, max_size=8))
+def test_a_shape_has_room_for_its_sequences(lengths):
+    model = GPT2.random(TINY, 0, device="cpu")
+    runner = PromptRunner(model, model.new_cache(8), model.new_workspace(384))
+    runner._graphs = True
+    shape = runner._shape(lengths)
+    assert shape.rows >= sum(lengths) and shape.sequences >= len(lengths)
+    assert shape.rows >= shape.longest >= max(lengths)
+    assert shape.longest in (shape.rows, 1, 4, 16, 64, 256, 1024)
