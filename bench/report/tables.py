@@ -291,7 +291,6 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
-    "gpu-tests-cuda1": ("gpu-tests-cuda1", gpu_test_tables.gpu_tests),
     "devices": ("devices", text_tables.devices),
     "generate": ("generate", text_tables.generate),
     "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),

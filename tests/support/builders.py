@@ -168,9 +168,10 @@ def host(array: Any) -> np.ndarray:
 
 
 def model_on(xp: Any, config: GPT2Config, weights: Weights) -> GPT2:
-    """The model on the CPU for NumPy, on the first GPU for CuPy."""
+    """The model on the CPU for NumPy, on the current GPU for CuPy."""
     tensors = weight_tensors(config, weights)
-    placed = place(config, tensors, weights.dtype, "cpu" if xp is np else "cuda", 0)
+    kind, index = ("cpu", 0) if xp is np else ("cuda", xp.cuda.runtime.getDevice())
+    placed = place(config, tensors, weights.dtype, kind, index)
     return GPT2(config, placed)
 
 
