@@ -18,14 +18,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import ops
 from .errors import InputError
 from .ops import norm_backward
 from .ops.core.device import cupy_module
 from .ops.core.tape import Prepared, recorded
-
-Tensor = torch.Tensor
 
 __all__ = [
     "LayerNorm",
