@@ -412,7 +412,7 @@ class Engine:
         self._by_key.clear()
         self._closing.clear()
         self._held_back.clear()
-        self.results = Results(self.cache.capacity + 1)
+        self.results.clear()
         self.state.release(0, self.slots)
 
 

@@ -114,6 +114,12 @@ class Results:
         self.requests[number] = None
         self._free.append(number)
 
+    def clear(self) -> None:
+        """Give all lines back; their memory stays, since making it takes as long as a step."""
+        self.alive[:] = False
+        self.requests = [None] * len(self.requests)
+        self._free = list(range(len(self.requests)))[::-1]
+
     def _grow(self) -> None:
         old = len(self.requests)
         more = max(old, _GROWTH)

@@ -379,3 +379,15 @@ def test_a_request_submitted_as_a_run_ends_is_not_lost(monkeypatch):
         patched.setattr(Engine, "idle", property(idle))
         assert [done.request.key for block in blocks for done in block.finished] == ["first"]
     assert drained(engine, {}) == {"late": alone(request("late"))}
+
+
+def test_runs_of_one_engine_share_their_tables():
+    """Making tables anew took as long as a decode step before every first token."""
+    engine = Engine(model_on("cpu"), 2)
+    expected = [token.id for token in engine.run([request(0)])]
+    tables = engine.results.ids
+    left = engine.run(request(key) for key in range(5))
+    next(left)
+    left.close()
+    assert [token.id for token in engine.run([request(0)])] == expected
+    assert engine.results.ids is tables and not engine.results.alive.any()
