@@ -135,7 +135,7 @@ class LanguageModel:
 
     def decode(self, ids: Any) -> str:
         """Text of ids; those that have none, and bytes that are not UTF-8, become U+FFFD."""
-        tokens = check_tokens(prompts.to_ids(ids, self.tokenizer), self.config)
+        tokens = check_tokens(prompts.only_ids(ids), self.config)
         row = GrowingText(self.tokenizer, ())
         return "".join(map(row.decode, tokens.tolist())) + row.decoder.flush()
 

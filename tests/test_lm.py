@@ -246,6 +246,7 @@ def test_parameters_and_options_together(lm):
     [
         ([5] * 513, {}, "513 tokens, the context 512"),
         ([5] * 500, {"max_new_tokens": 14}, "500 tokens of prompt and 14 new ones"),
+        ([5], {"max_new_tokens": 600}, "1 token of prompt and 600 new ones"),
         ([2048], {}, "token id 2048"),
         ([5, -1], {}, "token id -1"),
         ([2**63], {}, "token id 9223372036854775808"),
@@ -254,7 +255,7 @@ def test_parameters_and_options_together(lm):
         (["a", 5], {}, r"cannot be an int \(prompt 1, 5\)"),
         (["a", None], {}, r"cannot be None \(prompt 1, None\)"),
         (b"ROMEO:", {}, "cannot be a bytes"),
-        (np.array(5), {}, "cannot be a ndarray"),
+        (np.array(5), {}, "cannot be an ndarray"),
         ([[[5], [6]]], {}, "must be integers"),
         (["ROMEO:", [5, 4096]], {}, "token id 4096"),
         ("a", {"logit_bias": {2048: 1.0}}, "token id 2048"),

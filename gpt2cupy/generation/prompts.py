@@ -153,8 +153,8 @@ class PromptEncoder:
         if params.must_fit > room:
             name = "min" if params.must_fit != params.max_new_tokens else "max"
             raise InputError(
-                f"{len(ids)} tokens of prompt and {params.must_fit} new ones exceed the context "
-                f"of {self.config.n_positions}",
+                f"{len(ids)} {'token' if len(ids) == 1 else 'tokens'} of prompt and "
+                f"{params.must_fit} new ones exceed the context of {self.config.n_positions}",
                 where="prompt",
                 remedy=f"{room} new {'token fits' if room == 1 else 'tokens fit'}: lower "
                 f"{name}_new_tokens or shorten the prompt.",
@@ -218,6 +218,18 @@ def to_ids(prompt: Any, tokenizer: Tokenizer) -> Sequence[Any] | np.ndarray:
     if not _is_sequence(prompt):
         raise _wrong_kind(prompt)
     return prompt
+
+
+def only_ids(ids: Any) -> Sequence[Any] | np.ndarray:
+    """Token ids as given, where text means nothing; their values are not yet checked."""
+    opened = _opened(ids)
+    if isinstance(opened, str) or not _is_sequence(opened):
+        raise InputError(
+            f"token ids to decode cannot be {kind_of(ids)}",
+            where="decode",
+            remedy="Pass a list of token ids.",
+        )
+    return opened
 
 
 def with_options(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:

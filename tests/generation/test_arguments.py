@@ -277,3 +277,10 @@ def test_overloads_of_generate_are_typed():
     ]
     assert returns == ["Completion", "list[Completion]", "Any"]
     assert Completion.__module__ == "gpt2cupy.generation.text"
+
+
+@pytest.mark.parametrize("given, kind", [(5, "an int"), ("text", "a str"), (None, "None")])
+def test_what_cannot_be_decoded_is_named(lm, given, kind):
+    with pytest.raises(InputError, match=f"to decode cannot be {kind}") as caught:
+        lm.decode(given)
+    assert caught.value.where == "decode" and "token ids" in caught.value.remedy
