@@ -9,6 +9,7 @@ Of a part of them (-k, files) the record says how many of the GPU tests did not 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -66,6 +67,10 @@ def main() -> None:
     parser.add_argument("--chip")
     parser.add_argument("--out")
     args, rest = parser.parse_known_args()
+    if any(option.startswith("-n") for option in rest):
+        # Workers have a core each; where a plugin imports NumPy before tests/conftest.py, only
+        # what they inherit keeps the threads of their BLAS libraries from waiting for each other.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name = "gpu-tests"
     gpu = ["-m", "gpu"]
     if args.chip:
