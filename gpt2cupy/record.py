@@ -193,7 +193,7 @@ def is_current(record: dict[str, Any]) -> bool:
 def changes(record: dict[str, Any]) -> list[str]:
     """Why a record is stale: the files whose meaning is another now; none if it is current."""
     if "files" not in record:
-        return ["it does not say which files it depends on: measure anew"]
+        return ["it does not say which files it depends on: measure it again"]
     found = []
     for name, digest in record["files"].items():
         path = ROOT / name

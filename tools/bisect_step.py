@@ -2,7 +2,7 @@
 
 Both run the first op of one decode step from the same state, then the first two,
 and so on; ops that are left out do nothing. After each run every array that a step
-writes is compared. A graph is captured anew for each prefix of the step.
+writes is compared. A graph is captured again for each prefix of the step.
 
     python tools/bisect_step.py --model gpt2 --dtype float16 --path graph --position 200
 """

@@ -96,7 +96,7 @@ class Corpus:
         return parts
 
     def epoch(self, share: float) -> tuple[Tensor, Tensor]:
-        """Split the text anew, a ``share`` of its words at random.
+        """Split the text again, a ``share`` of its words at random.
 
         Returns
         -------

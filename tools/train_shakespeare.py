@@ -8,7 +8,7 @@ averaged ones of the last step. The output is a folder in Hugging Face layout: c
 model.safetensors (fp16), vocab.json, merges.txt, tokenizer_config.json, train_log.json.
 
 A megabyte of text overfits any GPT-2, so besides dropout, weight decay and averaged weights there
-are two more remedies: BPE-dropout (the training text is split into tokens anew each epoch, some
+are two more remedies: BPE-dropout (the training text is split into tokens again each epoch, some
 merges left out; Provilkov et al., arXiv:1910.13267), which fades to nothing at the end of the run,
 and ``--teachers``: distillation from the mean prediction of models that this script made earlier.
 

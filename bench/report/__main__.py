@@ -1,7 +1,7 @@
 """Tables and pictures of the documents, made from the records in bench/results.
 
     python -m bench.report               rewrite the tables of README.md and docs/*.md
-    python -m bench.report --draw        and draw the pictures anew (extra bench: matplotlib)
+    python -m bench.report --draw        and draw the pictures again (extra bench: matplotlib)
     python -m bench.report --check       exit 1 if a document or a picture differs from its records
     python -m bench.report --records     one line per record: current, stale (by what) or missing
     python -m bench.report --records --strict    and exit 1 unless all are current
@@ -81,7 +81,7 @@ def comparison(paths: list[Path]) -> list[str]:
         raise InputError(
             f"that is no record of a benchmark: {error!r}",
             where="--compare",
-            remedy="Take it from git again, or measure anew.",
+            remedy="Take it from git again, or measure it again.",
         ) from error
 
 
@@ -101,7 +101,7 @@ def measured(text: str, found: dict[str, Record]) -> dict[str, Record]:
 
 
 def updated(text: str, found: dict[str, Record], where: str) -> tuple[str, list[str]]:
-    """The document with its tables made anew, and what could not be made."""
+    """The document with its tables made again, and what could not be made."""
     missing = []
     # Pictures lie in docs/.
     folder = {"README.md": "docs/"}.get(where, "../" * (where.count("/") - 1))

@@ -40,7 +40,7 @@ def read(path: Path) -> Record:
         if not missing:
             return found
         what = f"{path} is no record of a benchmark: it has no {', '.join(missing)}"
-    raise InputError(what, remedy="Take it from git again, or measure anew.")
+    raise InputError(what, remedy="Take it from git again, or measure it again.")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[Any]], text: int = 1) -> str:

@@ -45,7 +45,7 @@ def read(path: Path) -> tuple[GPT2Config, list[StoredTensor]]:
         raise CheckpointError(
             f"version {version} of llm.c's format is not supported",
             where=str(path),
-            remedy="Write it anew with a current llm.c: version 3 (fp32) or 5 (bf16).",
+            remedy="Write it again with a current llm.c: version 3 (fp32) or 5 (bf16).",
         )
     try:
         config = GPT2Config(

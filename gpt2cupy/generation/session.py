@@ -161,7 +161,7 @@ class Session:
     def _engine_for(self, slots: int) -> Engine:
         """The engine for one or for many.
 
-        Made anew when more slots are asked for than it has, or when the model multiplies
+        Made again when more slots are asked for than it has, or when the model multiplies
         otherwise than when its decoder was chosen.
         """
         many = slots > 1

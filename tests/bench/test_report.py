@@ -106,7 +106,7 @@ def test_a_damaged_record_is_named(example, option, text):
     failed = run(example, option)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1
     assert failed.stderr.startswith("report: ") and "gemv.json is no record" in failed.stderr
-    assert failed.stderr.endswith("Take it from git again, or measure anew.\n")
+    assert failed.stderr.endswith("Take it from git again, or measure it again.\n")
 
 
 @pytest.mark.parametrize("option", ["--records", "--check"])

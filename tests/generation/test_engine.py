@@ -382,7 +382,7 @@ def test_a_request_submitted_as_a_run_ends_is_not_lost(monkeypatch):
 
 
 def test_runs_of_one_engine_share_their_tables():
-    """Making tables anew took as long as a decode step before every first token."""
+    """Making tables again took as long as a decode step before every first token."""
     engine = Engine(model_on("cpu"), 2)
     expected = [token.id for token in engine.run([request(0)])]
     tables = engine.results.ids

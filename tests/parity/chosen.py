@@ -63,7 +63,7 @@ class Source:
 
 
 def read_llmc(path: Path) -> Any:
-    """GPT2LMHeadModel from an llm.c file: its format as llm.c's own writer has it, read anew."""
+    """GPT2LMHeadModel from an llm.c file: its format as llm.c's own writer has it, read again."""
     import torch
     import transformers
 

@@ -75,7 +75,7 @@ def sources(tmp_path, monkeypatch):
 
 
 def forget():
-    """Read the sources anew."""
+    """Read the sources again."""
     for cached in (compiler.source_closure, compiler.source_digests, compiler.macros):
         cached.cache_clear()
 
