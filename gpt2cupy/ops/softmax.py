@@ -70,7 +70,8 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
 
     Notes
     -----
-    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
+    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018. On the GPU the last
+    bits of a row depend on its address where rows are no multiples of 16 bytes.
     """
     if out is None:
         out = device_empty(x.shape, x.dtype)
