@@ -124,7 +124,7 @@ class Load:
         self.lm.generate([[0]] * SLOTS, once, max_batch=SLOTS)  # the largest engine there will be
         for lengths in shapes(self.context - 1, SLOTS):
             prompts = [[0] * length for length in lengths]
-            # The first token of a single prompt is chosen in its graph, by the kernels of its style.
+            # The first token of a single prompt is chosen in its graph, by its style's kernels.
             for style in STYLES if len(lengths) == 1 else ({},):
                 wanted: dict[str, Any] = {"max_new_tokens": 1} | style
                 wanted.pop("min_new_tokens", None)
