@@ -15,6 +15,7 @@ from gpt2cupy import ops  # noqa: E402
 from gpt2cupy import torch as ours  # noqa: E402
 from gpt2cupy.errors import InputError  # noqa: E402
 from gpt2cupy.ops import reference  # noqa: E402
+from gpt2cupy.torch.launches import DTYPES as DTYPES_OF_TENSORS  # noqa: E402
 
 functional = torch.nn.functional
 
@@ -269,4 +270,4 @@ def test_what_a_kernel_cannot_take_is_refused():
 
 
 def test_dtypes_are_those_of_the_kernels():
-    assert {str(d).removeprefix("torch.") for d in ours._DTYPES} >= set(DTYPES)
+    assert {str(d).removeprefix("torch.") for d in DTYPES_OF_TENSORS} >= set(DTYPES)
