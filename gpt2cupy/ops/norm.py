@@ -98,7 +98,7 @@ def _add_rms_cost(x: Array, residual: Array, weight: Array | None, out: Pair | N
     return Cost(_add_norm_cost(x, residual, weight, None, out).bytes, 5 * x.size)
 
 
-@op(reference="reference.layer_norm", cost=_norm_cost)
+@op(reference="reference.layer_norm", cost=_norm_cost, only_launches=True)
 def layer_norm(
     x: Array,
     weight: Array | None,
@@ -145,7 +145,7 @@ def layer_norm(
     return out
 
 
-@op(reference="reference.rms_norm", cost=_rms_cost)
+@op(reference="reference.rms_norm", cost=_rms_cost, only_launches=True)
 def rms_norm(
     x: Array, weight: Array | None, eps: float = 1e-6, *, out: Array | None = None
 ) -> Array:
@@ -185,7 +185,7 @@ def rms_norm(
     return out
 
 
-@op(reference="reference.add_layer_norm", cost=_add_norm_cost)
+@op(reference="reference.add_layer_norm", cost=_add_norm_cost, only_launches=True)
 def add_layer_norm(
     x: Array,
     residual: Array,
@@ -230,7 +230,7 @@ def add_layer_norm(
     return y, total
 
 
-@op(reference="reference.add_rms_norm", cost=_add_rms_cost)
+@op(reference="reference.add_rms_norm", cost=_add_rms_cost, only_launches=True)
 def add_rms_norm(
     x: Array,
     residual: Array,

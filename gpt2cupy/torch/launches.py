@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.core.device import cupy_module
-from ..ops.core.tape import Prepared, recorded
+from ..ops.core.plan import Plan, can_be_planned, keep, places_of
+from ..ops.core.tape import recorded
 
 DTYPES = {
     torch.float32: np.dtype(np.float32),
@@ -22,17 +23,16 @@ DTYPES = {
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
 }
-_KNOWN = 4096  # signatures that a thread remembers
 
 
-class _Programs(threading.local):
-    """Launches that this thread has checked, by what the checks rest on."""
+class _Plans(threading.local):
+    """Calls that this thread has checked, by what the checks rest on."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, list[tuple[Prepared, tuple[int, ...]]]] = {}
+        self.known: dict[Any, Plan] = {}
 
 
-_programs = _Programs()
+_plans = _Plans()
 
 
 def run(
@@ -49,51 +49,42 @@ def run(
         with torch.cuda.device(device):
             return run(name, call, tensors, *rest)
     facts: list[Any] = [name, rest]
-    pointers, bits = [], 0
+    pointers = []
     for tensor in tensors:
         if tensor is None:
             facts.append(None)
             pointers.append(0)
             continue
-        shape = tensor.shape
-        layout = shape if tensor.is_contiguous() else (shape, tensor.stride())
-        facts += (layout, tensor.dtype, tensor.get_device())
-        pointer = tensor.data_ptr()
-        pointers.append(pointer)
-        bits |= pointer
-    pointers.append(0)  # the last: of an array that no tensor is
-    key = tuple(facts)
-    program = _programs.known.get(key)
-    if program is None or bits % 16:
-        program = _checked(call, tensors, rest, device)
-        if len(_programs.known) >= _KNOWN:
-            _programs.known.clear()
-        if not bits % 16:
-            _programs.known[key] = program
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    for prepared, places in program:
-        prepared.run_on(stream, [pointers[place] for place in places])
+        facts += (
+            tensor.shape,
+            None if tensor.is_contiguous() else tensor.stride(),
+            tensor.dtype,
+            tensor.get_device(),
+        )
+        pointers.append(tensor.data_ptr())
+    pointers.append(0)
+    key, given = tuple(facts), tuple(pointers)
+    plan = _plans.known.get(key)
+    if plan is None or not plan.admits(given):
+        plan = _checked(call, tensors, rest, device)
+        keep(_plans.known, key, plan)
+    plan.run_on(torch._C._cuda_getCurrentRawStream(device), given)
     return None
 
 
 def _checked(
     call: Callable[..., Any], tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], device: int
-) -> list[tuple[Prepared, tuple[int, ...]]]:
-    """The launches of ``call``, checked, and for each array of theirs the tensor it is."""
+) -> Plan:
+    """The plan of a call of an op, checked."""
     # This thread may not have touched the GPU yet: setting its device gives it the context.
     cupy_module().cuda.runtime.setDevice(device)
     views = [None if tensor is None else view(tensor) for tensor in tensors]
     with recorded() as calls:
         call(*views, *rest)
     launches: list[Any] = calls
-    places = {id(view): place for place, view in enumerate(views) if view is not None}
-    program = []
-    for launch in launches:
-        launch.load()
-        prepared = Prepared(launch, device)
-        taken = launch.values[: prepared.arrays]
-        program.append((prepared, tuple(places.get(id(value), -1) for value in taken)))
-    return program
+    places = places_of(launches, views)
+    assert places is not None and all(map(can_be_planned, launches)), call
+    return Plan(launches, places, len(views) + 1, device)
 
 
 def view(tensor: Tensor) -> Any:
