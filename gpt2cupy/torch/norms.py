@@ -10,100 +10,77 @@ from torch import Tensor
 from .. import ops
 from ..errors import InputError
 from ..ops import norm_backward
-from .launches import run
-from .operators import LIBRARY, like, operator, refuse_gradient
+from .launches import launches
+from .operators import LIBRARY, like, refuse_gradient
 
 
-@operator(
+@launches(
     "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
     lambda x, weight, eps: like(x, weight),
 )
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    out = like(x, weight)
-    run("rms_norm", lambda x, w, out, eps: ops.rms_norm(x, w, eps, out=out), (x, weight, out), eps)
-    return out
+def _rms_norm(x: Any, weight: Any, out: Any, eps: float) -> None:
+    ops.rms_norm(x, weight, eps, out=out)
 
 
-@operator(
+@launches(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     lambda x, weight, bias, eps: like(x, weight),
 )
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    def call(x: Any, w: Any, b: Any, out: Any, eps: float) -> None:
-        ops.layer_norm(x, w, b, eps, out=out)
-
-    out = like(x, weight)
-    run("layer_norm", call, (x, weight, bias, out), eps)
-    return out
+def _layer_norm(x: Any, weight: Any, bias: Any, out: Any, eps: float) -> None:
+    ops.layer_norm(x, weight, bias, eps, out=out)
 
 
-@operator(
+@launches(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
     lambda x, residual, weight, eps: (like(x, weight), like(residual)),
 )
-def _add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    def call(x: Any, residual: Any, w: Any, y: Any, total: Any, eps: float) -> None:
-        ops.add_rms_norm(x, residual, w, eps, out=(y, total))
-
-    y, total = like(x, weight), like(residual)
-    run("add_rms_norm", call, (x, residual, weight, y, total), eps)
-    return y, total
+def _add_rms_norm(x: Any, residual: Any, weight: Any, y: Any, total: Any, eps: float) -> None:
+    ops.add_rms_norm(x, residual, weight, eps, out=(y, total))
 
 
-@operator(
+@launches(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor)",
     lambda x, residual, weight, bias, eps: (like(x, weight), like(residual)),
 )
 def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    def call(x: Any, residual: Any, w: Any, b: Any, y: Any, total: Any, eps: float) -> None:
-        ops.add_layer_norm(x, residual, w, b, eps, out=(y, total))
-
-    y, total = like(x, weight), like(residual)
-    run("add_layer_norm", call, (x, residual, weight, bias, y, total), eps)
-    return y, total
+    x: Any, residual: Any, weight: Any, bias: Any, y: Any, total: Any, eps: float
+) -> None:
+    ops.add_layer_norm(x, residual, weight, bias, eps, out=(y, total))
 
 
 def _parameter_gradient(x: Tensor) -> Tensor:
     return torch.empty(x.shape[-1:], dtype=x.dtype, device=x.device)
 
 
-def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, centred: bool) -> Any:
+def _sums(dy: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Statistics of the rows, and sums of groups of rows."""
     channels = x.shape[-1] if x.dim() else 0
     rows = x.numel() // channels if channels else 0
-    dx, dweight = like(x), _parameter_gradient(x)
-    dbias = _parameter_gradient(x) if centred else None
-    stats = torch.empty((rows, 2), dtype=torch.float32, device=x.device)
     groups = (norm_backward.groups_of(rows), 2, channels)
-    partials = torch.empty(groups, dtype=torch.float32, device=x.device)
-    tensors = (dy, x, weight, dx, dweight, dbias, stats, partials)
-    run("norm_backward", norm_backward.backward, tensors, eps)
-    return (dx, dweight, dbias) if centred else (dx, dweight)
+    stats = torch.empty((rows, 2), dtype=torch.float32, device=x.device)
+    return stats, torch.empty(groups, dtype=torch.float32, device=x.device)
 
 
-@operator(
+@launches(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
     lambda dy, x, weight, eps: (like(x), _parameter_gradient(x)),
+    _sums,
 )
 def _rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _norm_backward(dy, x, weight, eps, False)
+    dy: Any, x: Any, weight: Any, dx: Any, dweight: Any, stats: Any, partials: Any, eps: float
+) -> None:
+    norm_backward.backward(dy, x, weight, dx, dweight, None, stats, partials, eps)
 
 
-@operator(
+@launches(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     lambda dy, x, weight, eps: (like(x), _parameter_gradient(x), _parameter_gradient(x)),
+    _sums,
 )
-def _layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm_backward(dy, x, weight, eps, True)
+def _layer_norm_backward(dy: Any, x: Any, weight: Any, *made: Any) -> None:
+    norm_backward.backward(dy, x, weight, *made)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

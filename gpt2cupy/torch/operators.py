@@ -7,40 +7,71 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import InputError
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY: Any = torch.library.Library("gpt2cupy", "DEF")  # type: ignore[no-untyped-call]
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function as an operator on CUDA tensors; on others it is refused by name."""
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operator on CUDA tensors; on others it is refused by name."""
     name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    LIBRARY.impl(name, implementation, "CUDA")
+    LIBRARY.impl(name, lambda *args: refuse_host(name, args), "CPU")
+    torch.library.register_fake(f"gpt2cupy::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.gpt2cupy, name).default
 
-    def register(implementation: Callable[..., Any]) -> Any:
-        LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
-        LIBRARY.impl(name, implementation, "CUDA")
-        LIBRARY.impl(name, lambda *args: _refuse_host(name, args), "CPU")
-        torch.library.register_fake(f"gpt2cupy::{name}", fake, lib=LIBRARY)
-        dispatched = getattr(torch.ops.gpt2cupy, name).default
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as an operator; a call of it does without the dispatcher if it can."""
+
+    def decorate(implementation: Callable[..., Any]) -> Any:
+        dispatched = register(schema, implementation, fake)
 
         def call(*args: Any) -> Any:
-            if _direct(*[given for given in args if isinstance(given, Tensor)]):
-                return implementation(*args)
-            return dispatched(*args)
+            if traced() or not direct(*[given for given in args if isinstance(given, Tensor)]):
+                return dispatched(*args)
+            return implementation(*args)
 
         return call
 
-    return register
+    return decorate
 
 
-def _refuse_host(name: str, args: tuple[Any, ...]) -> None:
+def traced() -> bool:
+    """Whether something of PyTorch follows what is called, which only sees its operators.
+
+    PyTorch's dispatcher takes longer than a launch, so a call does without it where nobody
+    would see it there.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether tensors are plain ones on a GPU, of which no gradient is asked."""
+    graded = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not tensor.is_cuda or (graded and tensor.requires_grad):
+            return False
+    return True
+
+
+def refuse_host(name: str, args: tuple[Any, ...]) -> None:
+    """Raise for the first tensor that is not on a GPU."""
     schema = getattr(torch.ops.gpt2cupy, name).default._schema
     for parameter, given in zip(schema.arguments, args, strict=False):
-        if isinstance(given, Tensor) and given.device.type == "cpu":
+        if isinstance(given, Tensor) and not given.is_cuda:
+            where = "CPU" if given.device.type == "cpu" else f"device {given.device}"
             raise InputError(
-                f"{parameter.name} is on the CPU",
+                f"{parameter.name} is on the {where}",
                 where=f"gpt2cupy.torch.{name}",
                 remedy="Nothing is copied silently: move it to the GPU, or give gpt2cupy.ops a "
                 "NumPy array.",
@@ -55,26 +86,6 @@ def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
             where=f"gpt2cupy.torch.{name}",
             remedy="Call it under torch.no_grad(), or detach the inputs.",
         )
-
-
-def _direct(*tensors: Tensor | None) -> bool:
-    """Whether a call can do without PyTorch's dispatcher, which takes longer than a launch.
-
-    It can where nobody would see it there: plain tensors on a GPU, no tracing, no gradient.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    graded = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or not tensor.is_cuda:
-            return False
-        if (graded and tensor.requires_grad) or torch._C._functorch.is_functorch_wrapped_tensor(
-            tensor
-        ):
-            return False
-    return True
 
 
 def like(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -8,82 +8,60 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .launches import run
-from .operators import like, operator, refuse_gradient
+from .launches import launches
+from .operators import like, refuse_gradient
 
 
-@operator(
+@launches(
     "bias_gelu(Tensor x, Tensor? bias, str approximate) -> Tensor",
     lambda x, bias, approximate: like(x),
 )
-def _bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    def call(x: Any, bias: Any, out: Any, approximate: str) -> None:
-        ops.bias_gelu(x, bias, approximate, out=out)
-
-    out = like(x)
-    run("bias_gelu", call, (x, bias, out), approximate)
-    return out
+def _bias_gelu(x: Any, bias: Any, out: Any, approximate: str) -> None:
+    ops.bias_gelu(x, bias, approximate, out=out)
 
 
-@operator("silu_mul(Tensor gate, Tensor up) -> Tensor", lambda gate, up: like(gate))
-def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    out = like(gate)
-    run("silu_mul", lambda gate, up, out: ops.silu_mul(gate, up, out=out), (gate, up, out))
-    return out
+@launches("silu_mul(Tensor gate, Tensor up) -> Tensor", lambda gate, up: like(gate))
+def _silu_mul(gate: Any, up: Any, out: Any) -> None:
+    ops.silu_mul(gate, up, out=out)
 
 
-@operator(
+@launches(
     "rope(Tensor x, Tensor cosines, Tensor sines, Tensor? positions, bool interleaved) -> Tensor",
     lambda x, cosines, sines, positions, interleaved: like(x),
 )
-def _rope(
-    x: Tensor, cosines: Tensor, sines: Tensor, positions: Tensor | None, interleaved: bool
-) -> Tensor:
-    def call(x: Any, cos: Any, sin: Any, positions: Any, out: Any, interleaved: bool) -> None:
-        ops.rope(x, cos, sin, positions, interleaved=interleaved, out=out)
-
-    out = like(x)
-    run("rope", call, (x, cosines, sines, positions, out), interleaved)
-    return out
+def _rope(x: Any, cosines: Any, sines: Any, positions: Any, out: Any, interleaved: bool) -> None:
+    ops.rope(x, cosines, sines, positions, interleaved=interleaved, out=out)
 
 
-@operator("softmax(Tensor x) -> Tensor", like)
-def _softmax(x: Tensor) -> Tensor:
-    out = like(x)
-    run("softmax", lambda x, out: ops.softmax(x, out=out), (x, out))
-    return out
+@launches("softmax(Tensor x) -> Tensor", like)
+def _softmax(x: Any, out: Any) -> None:
+    ops.softmax(x, out=out)
 
 
-def _rows_of(ids: Tensor, table: Tensor) -> Tensor:
-    return torch.empty((*ids.shape, table.shape[-1]), dtype=table.dtype, device=table.device)
+@launches(
+    "lookup(Tensor ids, Tensor table) -> Tensor",
+    lambda ids, table: torch.empty(
+        (*ids.shape, table.shape[-1]), dtype=table.dtype, device=table.device
+    ),
+)
+def _lookup(ids: Any, table: Any, out: Any) -> None:
+    ops.lookup(ids, table, out=out)
 
 
-@operator("lookup(Tensor ids, Tensor table) -> Tensor", _rows_of)
-def _lookup(ids: Tensor, table: Tensor) -> Tensor:
-    out = _rows_of(ids, table)
-    run("lookup", lambda ids, table, out: ops.lookup(ids, table, out=out), (ids, table, out))
-    return out
+def _float32_like(logits: Tensor, *rest: Any) -> tuple[Tensor]:
+    return (torch.empty(logits.shape, dtype=torch.float32, device=logits.device),)
 
 
-def _ids_of(logits: Tensor, *settings: Any) -> Tensor:
-    return torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
-
-
-@operator(
+@launches(
     "sample_logits(Tensor logits, Tensor? positions, float temperature, int top_k, float top_p, "
     "float min_p, int seed) -> Tensor",
-    _ids_of,
+    lambda logits, *rest: torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device),
+    _float32_like,
 )
-def _sample_logits(logits: Tensor, positions: Tensor | None, *settings: Any) -> Tensor:
-    def call(logits: Any, positions: Any, out: Any, scratch: Any, *settings: Any) -> None:
-        names = ("temperature", "top_k", "top_p", "min_p", "seed")
-        options = dict(zip(names, settings, strict=True))
-        ops.sample_logits(logits, positions, **options, out=out, scratch=scratch)
-
-    out = _ids_of(logits)
-    scratch = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    run("sample_logits", call, (logits, positions, out, scratch), *settings)
-    return out
+def _sample_logits(logits: Any, positions: Any, out: Any, scratch: Any, *settings: Any) -> None:
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    options = dict(zip(names, settings, strict=True))
+    ops.sample_logits(logits, positions, **options, out=out, scratch=scratch)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
