@@ -18,7 +18,8 @@
 // The ladder
 //   attention        one multiplication after the other, in float
 //   attention_mma    on tensor cores, sm_80 and newer (attention_mma.cu)
-//   attention_wgmma  on those of sm_90, by warpgroups (attention_wgmma.cu)
+//   attention_wgmma  on those of sm_90, by warpgroups: fp16 and bf16 (attention_wgmma.cu)
+//   attention_split  likewise fp32 (attention_split.cu)
 #include "attention_tensors.cuh"
 #include "softmax_state.cuh"
 

@@ -39,6 +39,9 @@ _ATTENTION = (
 ATTENTION = Kernel("attention.cu", "attention", _ATTENTION)
 ATTENTION_MMA = Kernel("attention_mma.cu", "attention_mma", _ATTENTION)
 ATTENTION_WGMMA = Kernel("attention_wgmma.cu", "attention_wgmma", _ATTENTION)
+ATTENTION_SPLIT = Kernel(
+    "attention_split.cu", "attention_split", _ATTENTION.replace("ELEM", "float32")
+)
 _DECODE = (
     "q: ELEM[B,NH,HS]@, k_cache: ELEM[B,T,NKV,HS]@, v_cache: ELEM[B,T,NKV,HS]@, "
     "lengths: int32[B], out: ELEM[B,NH,HS]!@, states: float32[B,NH,P,H2]?, scale: float, T, NH, "
@@ -114,9 +117,11 @@ def _plan(
     factor = scale_of(scale, q.shape[-1], "attention")
     batch, queries, heads, size = q.shape
     wide = q.dtype == np.float32
-    if has_wgmma() and not wide:
-        c = constants("attention_wgmma.cu", HS=size)
-        kernel, threads, shared = ATTENTION_WGMMA, c["THREADS"], c["SHARED_BYTES"]
+    warpgroups = has_wgmma()
+    if warpgroups:
+        kernel = ATTENTION_SPLIT if wide else ATTENTION_WGMMA
+        c = constants(kernel.source, HS=size)
+        threads, shared = c["THREADS"], c["SHARED_BYTES"]
     elif has_mma():
         c = constants("attention_mma.cu", HS=size)
         kernel, threads = ATTENTION_MMA, c["THREADS"]
@@ -129,7 +134,7 @@ def _plan(
     pair = 2 * k.shape[1] * size * k.dtype.itemsize
     together = max(_HEADS_BYTES // max(pair, 1), 1) * share
     items = -(-queries // c["BR"]) * batch * heads
-    blocks = min(items, sm_count()) if kernel is ATTENTION_WGMMA else items
+    blocks = min(items, sm_count()) if warpgroups else items
     together = min(together, max(batch * heads, 1)) if causal else 1
     return _Plan(kernel, (blocks,), (threads,), shared, factor, together)
 
