@@ -183,6 +183,30 @@ def test_a_sequence_does_not_feel_the_others(xp, kernels, dtype):
 
 
 @pytest.mark.gpu
+def test_the_ladders_agree(dtype):
+    """Each step computes the same: attention's kernels, and those of one token over its cache."""
+    import cupy
+
+    q, k, v = inputs(np.random.default_rng(0), dtype, 2, 130, 150, 4, 2, 64)
+    lengths = np.array([150, 99], INT)
+    given = on(cupy, q, k, v, lengths)
+    for step in KERNELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_MOST_SPLITS", 2)
+            for name in forced(patch, step):
+                ours = ops.attention(*given[:3], True, None, given[3], 20)
+                token = ops.decode_attention(given[0][:, 0], *given[1:])
+        options = {"causal": True, "lengths": lengths, "q_offset": 20}
+        exact, baseline = (reference.attention(*a, **options) for a in (wide(q, k, v), (q, k, v)))
+        check(host(ours), baseline, exact, dtype, f"attention {name}")
+        one, least = (
+            reference.decode_attention(a[0][:, 0], *a[1:], lengths)
+            for a in (wide(q, k, v), (q, k, v))
+        )
+        check(host(token), least, one, dtype, f"decode_attention {name}")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 def test_many_tiles(kernels_of_cupy, dtype, causal):
     """More tiles than blocks that stay, each with many tiles of keys."""
