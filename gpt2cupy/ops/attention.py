@@ -71,15 +71,6 @@ class _Plan(NamedTuple):
     together: int = 1  # heads
 
 
-class _DecodePlan(NamedTuple):
-    kernel: Kernel
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
-    shared: int
-    scale: float
-    states: tuple[int, ...] | None  # shape
-
-
 def _check_aligned(where: str, **arrays: Facts | None) -> None:
     """Refuse strides that are no multiple of 16 bytes, and an output that overlaps itself."""
     for name, each in arrays.items():
@@ -237,22 +228,27 @@ def attention(
     return out
 
 
+class _Blocks(NamedTuple):
+    """How decode_attention is dealt out to blocks."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    warps: int
+    shared: int
+    states: tuple[int, ...] | None  # shape
+
+
 @functools.lru_cache(4096)
-def _decode_plan(
-    device: int, q: Facts, k: Facts, v: Facts, out: Facts | None, scale: float | None
-) -> _DecodePlan:
-    """Everything that follows from the layouts of a call, checked."""
-    check_heads(q, k, v, "BNH", "decode_attention")
-    _check_aligned("decode_attention", q=q, k_cache=k, v_cache=v, out=out)
-    factor = scale_of(scale, q.shape[-1], "decode_attention")
-    batch, heads, size = q.shape
-    capacity, kv = k.shape[1:3]
+def _blocks(device: int, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> _Blocks:
+    """So many that all multiprocessors have some to the end; it follows from the shapes alone."""
+    batch, heads, size = q
+    _, capacity, kv, _ = k
     kernel = DECODE
-    if q.dtype != np.float32 and has_mma():
+    if dtype != np.float32 and has_mma():
         kernel = DECODE_MMA[_STAGES]
     c = constants(kernel.source, HS=size)
     if kernel is DECODE:
-        of_warp = max(c.evaluate("WARP_BYTES", q.dtype.itemsize), c["STATE_BYTES"])
+        of_warp = max(c.evaluate("WARP_BYTES", dtype.itemsize), c["STATE_BYTES"])
         static = c["MOST_HEADS"] * size * 4
     else:
         of_warp, static = max(_STAGES * c["STAGE_BYTES"], c["STATE_BYTES"]), 0
@@ -261,14 +257,36 @@ def _decode_plan(
     while warps * of_warp + static > shared_limit():
         warps //= 2
     share = heads // max(kv, 1)
-    blocks = batch * kv * -(-share // c["MOST_HEADS"])
+    blocks = kv * -(-share // c["MOST_HEADS"])
     resident = max(shared_limit() // (warps * of_warp + static), 1) * sm_count()
     # No part is so short that its warps have fewer than two tiles.
     longest = max(capacity // (2 * warps * c["KEYS"]), 1)
-    splits = min(-(-_WAVES * resident // max(blocks, 1)), longest, _MOST_SPLITS)
+    splits = min(-(-_WAVES * resident // max(batch * blocks, 1)), longest, _MOST_SPLITS)
     states = (batch, heads, splits, size + 2) if splits > 1 else None
-    grid = (blocks // max(batch, 1), splits, batch)
-    return _DecodePlan(kernel, grid, (32 * warps,), warps * of_warp, factor, states)
+    return _Blocks(kernel, (blocks, splits, batch), warps, warps * of_warp, states)
+
+
+@functools.lru_cache(4096)
+def _decode_scale(
+    device: int, q: Facts, k: Facts, v: Facts, out: Facts | None, scale: float | None
+) -> float:
+    """The factor on the scores of a call whose arrays fit each other."""
+    check_heads(q, k, v, "BNH", "decode_attention")
+    _check_aligned("decode_attention", q=q, k_cache=k, v_cache=v, out=out)
+    return scale_of(scale, q.shape[-1], "decode_attention")
+
+
+def scratch_shape(q: tuple[int, ...], k_cache: tuple[int, ...], dtype: Any) -> Any:
+    """The shape of the float32 that :func:`decode_attention` takes as ``scratch``, or None.
+
+    Parameters
+    ----------
+    q, k_cache : tuple of int
+        Shapes of its arguments.
+    dtype : numpy.dtype
+        Theirs. The shape is that for the current device.
+    """
+    return _blocks(current_device(), q, k_cache, dtype).states
 
 
 def _decode_cost(
@@ -289,6 +307,7 @@ def decode_attention(
     scale: float | None = None,
     *,
     out: Array | None = None,
+    scratch: Array | None = None,
 ) -> Array:
     """Attention of one token a sequence over its cache, whose last key is the token's own.
 
@@ -306,6 +325,9 @@ def decode_attention(
         Positive factor on the scores; 1 / sqrt(HS) by default.
     out : array [B, NH, HS], optional
         Of q's dtype; shares no memory with the others.
+    scratch : array of float32, optional
+        On a GPU what the parts of long sequences leave for each other, in the shape of
+        ``gpt2cupy.ops.attention.scratch_shape``; made where it is not given.
 
     Returns
     -------
@@ -326,38 +348,20 @@ def decode_attention(
 
     Dao et al., "Flash-Decoding for long-context inference", 2023.
     """
-    plan = decode_plan(q, k_cache, v_cache, out, scale)
-    check_given(lengths, len(q))
-    if out is None:
-        out = device_empty(q.shape, q.dtype)
-    states = None if plan.states is None else device_empty(plan.states, np.float32)
-    launch_decode(plan, q, k_cache, v_cache, lengths, out, states)
-    return out
-
-
-def decode_plan(
-    q: Array, k_cache: Array, v_cache: Array, out: Array | None, scale: float | None
-) -> _DecodePlan:
-    """How a call of :func:`decode_attention` is launched, if it can be."""
     where = "decode_attention"
     of = [facts(n, a, where) for n, a in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))]
-    return _decode_plan(
-        current_device(), *of, None if out is None else facts("out", out, where), scale
-    )
-
-
-def launch_decode(
-    plan: _DecodePlan,
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    lengths: Array,
-    out: Array,
-    states: Array | None,
-) -> None:
-    """The launches of a plan; ``states`` is float32 of the plan's shape, if it has one."""
+    of_out = None if out is None else facts("out", out, where)
+    factor = _decode_scale(current_device(), *of, of_out, scale)
+    check_given(lengths, len(q))
+    kernel, grid, warps, shared, shape = _blocks(current_device(), q.shape, k_cache.shape, q.dtype)
+    if out is None:
+        out = device_empty(q.shape, q.dtype)
+    states = device_empty(shape, np.float32) if shape and scratch is None else scratch
+    if not shape:
+        states = None
     sizes = {"elem": q.dtype, "head_size": q.shape[-1]}
-    args = (q, k_cache, v_cache, lengths, out, states, plan.scale)
-    launch(plan.kernel, plan.grid, plan.block, args, shared=plan.shared, **sizes)
+    args = (q, k_cache, v_cache, lengths, out, states, factor)
+    launch(kernel, grid, (32 * warps,), args, shared=shared, **sizes)
     if states is not None:
         launch(DECODE_MERGE, q.shape[1::-1], q.shape[-1:], (states, out), **sizes)
+    return out

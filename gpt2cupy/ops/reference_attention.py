@@ -184,6 +184,7 @@ def decode_attention(
     scale: float | None = None,
     *,
     out: Array | None = None,
+    scratch: Array | None = None,
 ) -> Array:
     arrays = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
     check_heads(*(facts(n, a, "decode_attention") for n, a in arrays), "BNH", "decode_attention")

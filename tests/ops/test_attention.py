@@ -27,10 +27,10 @@ def forced(monkeypatch, name):
     if name == "plain":
         monkeypatch.setattr(module, "has_mma", lambda: False)
     module._plan.cache_clear()
-    module._decode_plan.cache_clear()
+    module._blocks.cache_clear()
     yield name
     module._plan.cache_clear()
-    module._decode_plan.cache_clear()
+    module._blocks.cache_clear()
 
 
 KERNELS = ["best", "mma", "plain"]
@@ -193,17 +193,17 @@ def test_the_ladders_agree(dtype):
     for step in KERNELS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_MOST_SPLITS", 2)
-            for name in forced(patch, step):
+            for _ in forced(patch, step):
                 ours = ops.attention(*given[:3], True, None, given[3], 20)
                 token = ops.decode_attention(given[0][:, 0], *given[1:])
         options = {"causal": True, "lengths": lengths, "q_offset": 20}
         exact, baseline = (reference.attention(*a, **options) for a in (wide(q, k, v), (q, k, v)))
-        check(host(ours), baseline, exact, dtype, f"attention {name}")
+        check(host(ours), baseline, exact, dtype, f"attention {step}")
         one, least = (
             reference.decode_attention(a[0][:, 0], *a[1:], lengths)
             for a in (wide(q, k, v), (q, k, v))
         )
-        check(host(token), least, one, dtype, f"decode_attention {name}")
+        check(host(token), least, one, dtype, f"decode_attention {step}")
 
 
 @pytest.mark.gpu
