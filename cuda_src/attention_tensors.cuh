@@ -50,3 +50,21 @@ __device__ inline Item item_of(int i, int tiles, int heads, int NH, int together
   int head = group * together + rest % count;
   return {tiles - 1 - rest / count, head % NH, head / NH};
 }
+
+// Transposes a square of values that the four lanes of a quad hold: lane i has its row, and then
+// its column. So lanes that hold two neighbouring elements of four units each hold one unit whole.
+__device__ inline void transpose_quad(unsigned (&x)[4]) {
+#pragma unroll
+  for (int side = 1; side < 4; side *= 2) {
+    bool upper = threadIdx.x & side;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (j & side) continue;
+      unsigned received = __shfl_xor_sync(FULL_MASK, upper ? x[j] : x[j + side], side);
+      if (upper)
+        x[j] = received;
+      else
+        x[j + side] = received;
+    }
+  }
+}

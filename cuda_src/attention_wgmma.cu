@@ -314,14 +314,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
     for (int half = 0; half < 2; half++) {
       l[half] = warp_sum<4>(l[half]);
       int t = row + half * 8;
-      if (t >= T) continue;
       float share = l[half] > 0.0f ? 1.0f / l[half] : 0.0f;  // a query that sees no key gives zeros
-      unsigned* to = reinterpret_cast<unsigned*>(
-          out + Strides{out_stride_B, out_stride_T, out_stride_NH}.at(item.batch, t, item.head));
+      elem_t* to =
+          out + Strides{out_stride_B, out_stride_T, out_stride_NH}.at(item.batch, t, item.head);
 #pragma unroll
-      for (int d = 0; d < CHANNELS / 8; d++)
-        if (d * 8 < HS)
-          to[d * 4 + along] = packed<elem_t>(o[d][half * 2] * share, o[d][half * 2 + 1] * share);
+      for (int d = 0; d < CHANNELS / 8; d += 4) {
+        unsigned unit[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          unit[i] = packed<elem_t>(o[d + i][half * 2] * share, o[d + i][half * 2 + 1] * share);
+        transpose_quad(unit);
+        if (t < T && (d + along) * 8 < HS)
+          *reinterpret_cast<uint4*>(to + (d + along) * 8) =
+              make_uint4(unit[0], unit[1], unit[2], unit[3]);
+      }
     }
   }
 }
