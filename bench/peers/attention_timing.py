@@ -9,7 +9,6 @@ from typing import Any
 import cupy
 import numpy as np
 import torch
-from gpt2cupy.torch.launches import view
 from op_timing import from_python, gpu_alone
 from shared import Reader
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpt2cupy import ops
 from gpt2cupy import torch as ours_torch
 from gpt2cupy.loading import resolve_dtype
+from gpt2cupy.torch.launches import view
 from gpt2cupy.validate.rule import Limit, errors
 
 BACKENDS = {

@@ -145,7 +145,7 @@ def _attention_cost(
     return Cost(moved(q, k, v) + written(out, q.size, q.dtype), flops)
 
 
-@op(reference="reference_attention.attention", cost=_attention_cost)
+@op(reference="reference_attention.attention", cost=_attention_cost, only_launches=True)
 def attention(
     q: Array,
     k: Array,
@@ -298,7 +298,7 @@ def _decode_cost(
     return Cost(read + written(out, q.size, q.dtype), 4 * q.size * context)
 
 
-@op(reference="reference_attention.decode_attention", cost=_decode_cost)
+@op(reference="reference_attention.decode_attention", cost=_decode_cost, only_launches=True)
 def decode_attention(
     q: Array,
     k_cache: Array,

@@ -15,6 +15,7 @@ from op_cases import SEEDS, check_together, draw, on, wide
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import reference_attention as reference
+from gpt2cupy.ops.core.tape import THREAD
 
 INT = np.int32
 module = importlib.import_module("gpt2cupy.ops.attention")  # its name is a function's
@@ -26,11 +27,16 @@ def forced(monkeypatch, name):
         monkeypatch.setattr(module, "has_wgmma", lambda: False)
     if name == "plain":
         monkeypatch.setattr(module, "has_mma", lambda: False)
-    module._plan.cache_clear()
-    module._blocks.cache_clear()
+    forget()
     yield name
+    forget()
+
+
+def forget():
+    """Plans of calls, and what they were made from."""
     module._plan.cache_clear()
     module._blocks.cache_clear()
+    THREAD.plans.clear()
 
 
 KERNELS = ["best", "mma", "plain"]
