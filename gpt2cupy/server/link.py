@@ -33,7 +33,7 @@ class Stream(Protocol):
     reason: str | None
 
     def flush(self) -> None:
-        """Look at the tokens that came."""
+        """Look at the tokens that came; maybe called once more than needed."""
 
     def fail(self, status: int, message: str) -> None:
         """Take it that there will be no more."""
@@ -134,9 +134,7 @@ class EngineLink:
     def _take(self, tick: Tick, touched: list[Stream]) -> None:
         numbers = messages.ints(tick.streams, "q")
         find = self._streams.get
-        tokens = zip(
-            numbers, messages.ints(tick.ids), messages.floats(tick.logprobs), strict=True
-        )
+        tokens = zip(numbers, messages.ints(tick.ids), messages.floats(tick.logprobs), strict=True)
         for number, id_, logprob in tokens:
             stream = find(number)
             if stream is not None:
@@ -153,6 +151,7 @@ class EngineLink:
             stream = self._streams.pop(number, None)
             if stream is not None:
                 stream.reason = reason
+                touched.append(stream)
 
     def _other(self, message: Any) -> None:
         if isinstance(message, Ready):

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..sampling import SamplingParams
+
 
 class Hello(msgspec.Struct, tag="hello", array_like=True):
     """A front is there; one that was there under its number before is not any more."""
@@ -125,3 +127,11 @@ def floats(data: bytes) -> list[float]:
 def packed(ids: Any) -> bytes:
     """Token ids as int32 bytes."""
     return np.asarray(ids, np.int32).tobytes()
+
+
+def params_of(params: SamplingParams) -> dict[str, Any]:
+    """The fields of SamplingParams that are not its defaults, as :class:`Submit` carries them."""
+    return {name: v for name, v in vars(params).items() if v != getattr(_DEFAULT, name)}
+
+
+_DEFAULT = SamplingParams()

@@ -122,7 +122,9 @@ class Stations:
         set_("vllm:num_requests_running", running)
         set_("vllm:num_requests_waiting", engine.scheduler.waiting)
         cache = engine.cache
-        set_("vllm:kv_cache_usage_perc", float(cache.lengths.sum()) / (cache.slots * cache.capacity))
+        set_(
+            "vllm:kv_cache_usage_perc", float(cache.lengths.sum()) / (cache.slots * cache.capacity)
+        )
 
     def _grow(self) -> None:
         old = len(self.fronts)

@@ -221,15 +221,3 @@ class Worker:
         for done in block.finished:
             stations.close(done.request.key, "")
         stations.sent()
-
-
-def params_of(params: SamplingParams) -> dict[str, Any]:
-    """The fields of SamplingParams that are not its defaults, as :class:`Submit` carries them."""
-    found = {}
-    for name, value in vars(params).items():
-        if value != getattr(_DEFAULT, name):
-            found[name] = value
-    return found
-
-
-_DEFAULT = SamplingParams()
