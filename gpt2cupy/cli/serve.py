@@ -73,9 +73,9 @@ def serve(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Prompts in the log too.")
     ] = False,
-    mock: Annotated[
-        float, typer.Option(hidden=True, help="An engine that costs nothing: steps a second.")
-    ] = 0.0,
+    engine: Annotated[
+        str, typer.Option(hidden=True, help="For tests: mock:STEPS_A_SECOND or FILE.py:FUNCTION.")
+    ] = "",
     quiet: options.Quiet = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API and vLLM have it; SIGTERM or Ctrl-C ends it.
@@ -100,6 +100,6 @@ def serve(
         api_key_file=api_key_file, chat_template=chat_template, max_body=max_body,
         max_choices=max_choices, max_waiting=max_waiting, request_seconds=request_timeout,
         receive_seconds=receive_timeout, slow_reader_seconds=slow_reader_timeout,
-        drain_seconds=drain_timeout, log_prompts=log_prompts, quiet=quiet, mock=mock,
+        drain_seconds=drain_timeout, log_prompts=log_prompts, quiet=quiet, engine=engine,
     )  # fmt: skip
     Supervisor(settings, lambda line: shell.say(f"gpt2cupy: {line}")).run()

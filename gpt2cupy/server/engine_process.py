@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -72,11 +73,8 @@ def serve(generation: int, settings: Settings) -> None:
 
 def make_engine(settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The engine, warm, and what there is to know of it."""
-    if settings.mock:
-        from .mock import MockEngine
-
-        slots = settings.slots or ON_GPU
-        return MockEngine(slots, settings.mock), {"slots": slots, "device": "mock"}
+    if settings.engine:
+        return other_engine(settings)
     from .. import loading
     from ..model import GPT2
     from .warm import warm_up
@@ -101,6 +99,17 @@ def make_engine(settings: Settings) -> tuple[Any, dict[str, Any]]:
         device = f"cuda:{weights.wpe.device.id} ({properties['name'].decode()})"
     about = {"slots": engine.slots, "capacity": engine.cache.capacity, "device": device}
     return engine, about | {"dtype": str(model.dtype), "graphs": graphs}
+
+
+def other_engine(settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """What benchmarks and tests put in an engine's place."""
+    what, _, how = settings.engine.rpartition(":")
+    if what == "mock":
+        from .mock import MockEngine
+
+        slots = settings.slots or ON_GPU
+        return MockEngine(slots, float(how)), {"slots": slots, "device": "mock"}
+    return runpy.run_path(what)[how](settings)
 
 
 def fitting_engine(model: Any, slots: int, capacity: int | None, decode: str) -> Any:

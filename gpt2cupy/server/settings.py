@@ -45,7 +45,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     drain_seconds: float = 60.0
     log_prompts: bool = False
     quiet: bool = False
-    mock: float = 0.0
+    engine: str = ""
     folder: str = ""
 
     def to_json(self) -> str:
