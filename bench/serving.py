@@ -88,7 +88,7 @@ class Server:
     def __enter__(self) -> Server:
         start = time.perf_counter()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.NamedTemporaryFile("w", suffix=".log")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt2cupy", "serve", "--port", "0", "--quiet", *self.options],
             stderr=self.log,
@@ -115,8 +115,7 @@ class Server:
         self.log.close()
 
     def _lines(self) -> list[str]:
-        self.log.seek(0)
-        return self.log.read().splitlines()
+        return Path(self.log.name).read_text().splitlines()
 
     def _check(self, start: float) -> None:
         if self.process.poll() is None and time.perf_counter() - start < _START_SECONDS:
