@@ -30,6 +30,7 @@ from arguments import chosen, main, names, numbers, parsed, parser
 from serving import HERE, Server, lengths_of, load, summary, text_prompts, write_served_checkpoint
 from shared import DTYPES, Kept, config_of
 
+from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.tokenizer import Tokenizer
 
 PARTS = ("ready", "closed", "many", "open", "one", "baseline", "norms")
@@ -38,7 +39,7 @@ WARM = 1.0  # seconds of a load before what is counted
 ENGINES = HERE / "peers" / "served.py"
 # Engines of row i, by the names in the table.
 NORMS = {
-    "ours, fused": "",
+    "ours, fused": "fused",
     "ours, unfused": "unfused",
     "PyTorch, F.rms_norm": "torch_rms",
     "PyTorch, gpt2cupy.torch.rms_norm": "torch_ours",
@@ -153,18 +154,31 @@ class Bench:
         print(f"end to end over the engine directly: {ratio:.2f} x of {direct:.2f} ms", flush=True)
 
     def baseline(self) -> None:
-        with self.server("--engine", f"{ENGINES}:transformers_generate") as server:
+        def measure(server: Server) -> None:
             for kind in KINDS:
                 row = self.loaded(server, 32, kind, seconds=self.args.seconds)
                 self.keep("baseline", row | {"what": "transformers"})
 
+        self.with_peer("transformers_generate", measure)
+
     def norms(self) -> None:
+        context = str(self.args.prompt + self.args.tokens)
         for what, engine in NORMS.items():
-            chosen_engine = ["--engine", f"{ENGINES}:{engine}"] if engine else []
-            with self.server("--event-tokens", "2", *chosen_engine) as server:
+
+            def measure(server: Server, what: str = what) -> None:
                 row = self.loaded(server, 32, "equal", seconds=self.args.row_seconds)
                 about = json.loads(server.get("/ready"))["engine"]
-            self.keep("norms", row | {"what": what, "engine": about})
+                self.keep("norms", row | {"what": what, "engine": about})
+
+            self.with_peer(engine, measure, "--event-tokens", "2", "--context", context)
+
+    def with_peer(self, engine: str, measure: Callable[[Server], None], *options: str) -> None:
+        """Measure a server whose engine is one of peers/served.py, if it starts here."""
+        try:
+            with self.server("--engine", f"{ENGINES}:{engine}", *options) as server:
+                measure(server)
+        except Gpt2CupyError as error:
+            self.kept.skip(engine, str(error)[-300:])
 
 
 def run() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,9 +76,9 @@ class Front:
         self.link: EngineLink = None  # type: ignore[assignment]  # in the loop, by connect()
         self.number = number
 
-    def connect(self) -> None:
-        """Inside the event loop."""
-        self.link = EngineLink(self.number)
+    def connect(self, on_ready: Callable[[], None]) -> None:
+        """Inside the event loop; ``on_ready`` is called when an engine takes requests."""
+        self.link = EngineLink(self.number, on_ready)
 
     @property
     def context(self) -> int:

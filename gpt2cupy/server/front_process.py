@@ -55,7 +55,7 @@ def main() -> None:
 async def serve(front: Front) -> None:
     """Until told to stop, and all that was accepted is answered."""
     settings = front.settings
-    front.connect()
+    front.connect(lambda: tell("ready"))
     config = uvicorn.Config(
         App(front),
         http=Connection,

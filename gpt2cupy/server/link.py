@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import zmq
@@ -49,6 +50,8 @@ class EngineLink:
     ----------
     front : int
         Number of this front.
+    on_ready : callable
+        Called when an engine process takes requests.
 
     Attributes
     ----------
@@ -56,8 +59,9 @@ class EngineLink:
         What the engine said of itself; None while it takes no requests.
     """
 
-    def __init__(self, front: int) -> None:
+    def __init__(self, front: int, on_ready: Callable[[], None]) -> None:
         self.front = front
+        self._on_ready = on_ready
         self.about: dict[str, Any] | None = None
         self._context = zmq.Context.instance(io_threads=1)
         self._socket: Any = None
@@ -156,6 +160,7 @@ class EngineLink:
     def _other(self, message: Any) -> None:
         if isinstance(message, Ready):
             self.about = message.about
+            self._on_ready()
             return
         stream = self._streams.pop(message.stream, None)
         if stream is None:

@@ -33,6 +33,7 @@ class _Child:
     def __init__(self, kind: str, number: int, settings: Settings) -> None:
         self.kind, self.number = kind, number
         self.since = time.monotonic()
+        self.started = False  # of a front: that it listens
         self.ready = False
         self.failure = ""
         self._rest = b""
@@ -171,13 +172,15 @@ class Supervisor:
             child.failure = told["message"]
         elif told["event"] == "note":
             self._say(told["message"])
+        elif told["event"] == "listening":
+            child.started = True
         else:
             child.ready = True
             if not self._ever_ready and self._all_ready():
                 self._ever_ready = True
                 seconds = time.monotonic() - self._start
                 self._say(f"{self.settings.name} is ready on {self.url} after {seconds:.1f} s")
-            elif child.kind == "engine" and self._ever_ready:
+            elif child.kind == "engine" and self._ever_ready and self._generation > 1:
                 self._say("the engine process is ready again")
 
     def _all_ready(self) -> bool:
@@ -218,7 +221,7 @@ class Supervisor:
             if not self._fronts and self._engine is not None:
                 self._engine.end()
             return
-        if not child.ready:
+        if not (child.started or self._ever_ready):
             raise Gpt2CupyError(child.failure or f"a front process ended at its start, code {code}")
         self._store.add("gpt2cupy:front_restarts")
         self._say(f"front {child.number} ended ({code}); it is started again")
