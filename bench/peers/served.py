@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,36 @@ class _Cache:
     lengths = np.zeros(1, np.int64)
 
 
+@dataclass(frozen=True)
+class _Row:
+    request: Request
+
+
 class _Scheduler:
     """What the server's gauges ask of an engine."""
 
-    def __init__(self) -> None:
-        self.rows: list[Request] = []
-        self.prompts: list[Request] = []
-        self.waiting = 0
+    prompts: tuple[_Row, ...] = ()
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    @property
+    def rows(self) -> list[_Row]:
+        return [_Row(request) for request in self._peer.running]
+
+    @property
+    def waiting(self) -> int:
+        return len(self._peer.waiting)
 
 
 class Peer:
     """What engines of other libraries share: who waits, who runs, what they have so far."""
 
     def __init__(self) -> None:
-        self.scheduler, self.cache, self.discarded = _Scheduler(), _Cache(), 0
+        self.scheduler, self.cache, self.discarded = _Scheduler(self), _Cache(), 0
+        self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.ids: dict[Any, list[int]] = {}
-
-    @property
-    def running(self) -> list[Request]:
-        return self.scheduler.rows
 
     @property
     def idle(self) -> bool:
@@ -61,7 +72,6 @@ class Peer:
 
     def submit(self, request: Request) -> Any:
         self.waiting.append(request)
-        self.scheduler.waiting = len(self.waiting)
         return request.key
 
     def cancel(self, key: Any) -> None:
@@ -101,7 +111,6 @@ class Generating(Peer):
                 request = self.waiting.popleft()
                 self.ids[request.key] = []
                 self.running.append(request)
-            self.scheduler.waiting = len(self.waiting)
             threading.Thread(target=self._generate, args=(list(self.running),)).start()
         chosen = self.tokens.get()
         if chosen is None:
@@ -285,7 +294,6 @@ class TorchRows(Peer):
                     self.ids[request.key], self.row_of[request.key] = [], row
                     chosen.append(self._prefill(request, row))
                     entered.append(request)
-                self.scheduler.waiting = len(self.waiting)
                 self.running.extend(entered)
                 return self._after(self.block(entered, chosen))
             self.replay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,17 @@ class _Cache:
     lengths = np.zeros(1, np.int64)
 
 
+@dataclass(frozen=True)
+class _Running:
+    request: Request
+
+
 class _Scheduler:
     """What runs and waits in a mock engine."""
 
     def __init__(self) -> None:
-        self.rows: list[Request] = []
-        self.prompts: list[Request] = []
+        self.rows: list[_Running] = []
+        self.prompts: list[_Running] = []
         self.waiting = 0
 
 
@@ -58,7 +64,7 @@ class MockEngine:
 
     def cancel(self, key: Any) -> None:
         self._waiting = deque(each for each in self._waiting if each.key != key)
-        self.scheduler.rows = [each for each in self.scheduler.rows if each.key != key]
+        self.scheduler.rows = [each for each in self.scheduler.rows if each.request.key != key]
         self._ids.pop(key, None)
 
     def step(self) -> Block:
@@ -68,11 +74,12 @@ class MockEngine:
         self._next = max(now, self._next) + self._seconds
         rows = self.scheduler.rows
         while self._waiting and len(rows) < self.slots:
-            rows.append(self._waiting.popleft())
+            rows.append(_Running(self._waiting.popleft()))
         self.scheduler.waiting = len(self._waiting)
-        keys = [request.key for request in rows]
+        keys = [running.request.key for running in rows]
         ids, finished, left = [], [], []
-        for request in rows:
+        for running in rows:
+            request = running.request
             own = self._ids.setdefault(request.key, [])
             own.append(int(request.prompt[len(own) % len(request.prompt)]))
             ids.append(own[-1])
@@ -81,7 +88,7 @@ class MockEngine:
                 logprobs = np.full(len(own), -1, np.float32)
                 finished.append(Finished(request, np.array(own, np.int32), logprobs, "length"))
             else:
-                left.append(request)
+                left.append(running)
         self.scheduler.rows = left
         logprobs = np.full(len(ids), -1, np.float32)
         return Block(keys, np.array(ids, np.int32), logprobs, None, finished)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,8 @@ class Stations:
         # Closed, but a step that was queued or a block that was kept back may still name them.
         self._resting: tuple[list[int], list[int]] = [], []
         self._lines: dict[tuple[int, int], int] = {}
+        self._discarded = 0
+        self._waiting = 0  # lines that have not been admitted
 
     def open(self, front: int, stream: int, arrived: float) -> int:
         """A line for a stream."""
@@ -50,6 +51,7 @@ class Stations:
         self.fronts[line], self.streams[line], self.arrived[line] = front, stream, arrived
         self.admitted[line] = self.first[line] = self.last[line] = np.nan
         self._lines[front, stream] = line
+        self._waiting += 1
         return line
 
     def close(self, line: int, reason: str) -> None:
@@ -58,6 +60,9 @@ class Stations:
         if self._lines.pop(reader, None) is None:
             return
         self.fronts[line] = -1
+        if np.isnan(self.admitted[line]):
+            self._waiting -= 1
+            self.admitted[line] = 0
         self._resting[1].append(line)
         if reason:
             self.store.add("vllm:request_success", value=_REASONS[reason])
@@ -75,10 +80,15 @@ class Stations:
     def open_lines(self) -> list[int]:
         return list(self._lines.values())
 
-    def admit(self, lines: Iterator[int], now: float) -> None:
-        """Note that requests have got their slots."""
-        for line in lines:
-            self.admitted[line] = now
+    def admit(self, scheduler: Any, now: float) -> None:
+        """Note who has got a slot in the step that began at ``now``."""
+        if not self._waiting:
+            return
+        held = [*scheduler.rows, *scheduler.prompts]
+        lines = np.array([sequence.request.key for sequence in held], np.int64)
+        new = lines[np.isnan(self.admitted[lines])]
+        self.admitted[new] = now
+        self._waiting -= len(new)
 
     def note(self, block: Block, now: float) -> None:
         """Count what a step brought."""
@@ -88,12 +98,11 @@ class Stations:
         if begun.any():
             new = lines[begun]
             self.first[new] = now
-            self.admitted[new] = np.fmin(self.admitted[new], now)
+            missed = new[np.isnan(self.admitted[new])]  # admitted and gone in one step
+            self.admitted[missed] = now
+            self._waiting -= len(missed)
             store.observe("vllm:time_to_first_token_seconds", now - self.arrived[new])
-            store.observe(
-                "vllm:request_queue_time_seconds",
-                np.maximum(self.admitted[new] - self.arrived[new], 0),
-            )
+            store.observe("vllm:request_queue_time_seconds", self.admitted[new] - self.arrived[new])
             store.observe("vllm:request_prefill_time_seconds", now - self.admitted[new])
             last = last[~begun]
         if len(last):

@@ -146,6 +146,7 @@ class Worker:
     # -- what is done ------------------------------------------------------------------------------
 
     def _step(self) -> None:
+        begun = self.clock()
         try:
             block = self.engine.step()
         except Exception as error:
@@ -157,6 +158,7 @@ class Worker:
             if isinstance(error, DeviceError) or not isinstance(error, Gpt2CupyError):
                 raise
             return
+        self.stations.admit(self.engine.scheduler, begun)
         if block.keys or block.finished:
             self.stations.note(block, self.clock())
             self._blocks.append(block)
