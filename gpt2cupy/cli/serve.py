@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from . import options, shell
+from . import options
 from .generate import Gemv
 
 
@@ -102,4 +102,4 @@ def serve(
         receive_seconds=receive_timeout, slow_reader_seconds=slow_reader_timeout,
         drain_seconds=drain_timeout, log_prompts=log_prompts, quiet=quiet, engine=engine,
     )  # fmt: skip
-    Supervisor(settings, lambda line: shell.say(f"gpt2cupy: {line}")).run()
+    Supervisor(settings).run()

@@ -185,7 +185,7 @@ class Answer:
             self.names, self.asked, completions, id_=self.form.id, created=self.form.created,
             model=self.form.model, scores=scores or None,
         )  # fmt: skip
-        return self.form.whole(found)
+        return self.form.whole(found, completions)
 
     def _end(self) -> None:
         self.ended = True

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from ..generation.completion_response import FINISH_REASONS, TokenNames, logprobs_object
+from ..generation.text import Completion
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -87,7 +88,7 @@ class CompletionForm:
         """The field ``logprobs`` of a piece."""
         return logprobs_object(names, ids, values, top, start)
 
-    def whole(self, found: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, found: dict[str, Any], completions: Sequence[Completion]) -> dict[str, Any]:
         """The answer, from what :func:`completion_response` gives."""
         return found
 
@@ -133,8 +134,12 @@ class ChatForm(CompletionForm):
             data = None
         return {"token": name, "logprob": value, "bytes": data}
 
-    def whole(self, found: dict[str, Any]) -> dict[str, Any]:
-        for choice in found["choices"]:
+    def whole(self, found: dict[str, Any], completions: Sequence[Completion]) -> dict[str, Any]:
+        for choice, done in zip(found["choices"], completions, strict=True):
+            if choice["logprobs"] is not None:
+                part = slice(0, len(choice["logprobs"]["tokens"]))
+                values = done.tokens[part], done.logprobs[part], done.top[part]
+                choice["logprobs"] = self.logprobs(self._names, *values, 0)
             choice["message"] = {"role": "assistant", "content": choice.pop("text")}
         return {**found, "object": self.object}
 

@@ -81,6 +81,7 @@ async def serve(front: Front) -> None:
     await running
     listener.cancel()
     keeper.cancel()
+    front.log.flush()
 
 
 def _listening(settings: Settings) -> socket.socket:

@@ -91,7 +91,8 @@ class ApiError(Exception):
     def of(cls, error: Gpt2CupyError) -> ApiError:
         """An error of ours."""
         found = error_object(error)
-        return cls(status_of(error), found["message"], param=found["param"], code=found["code"])
+        param = "prompt" if error.where == "ids" else found["param"]
+        return cls(status_of(error), found["message"], param=param, code=found["code"])
 
 
 def error_in_form(

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from ..errors import Gpt2CupyError, InputError
+from .log import Log
 from .metrics import Store
 from .settings import Settings
 
@@ -81,12 +82,10 @@ class Supervisor:
     ----------
     settings : Settings
         ``folder`` is made here, and ``port`` 0 becomes one that is free.
-    say : callable
-        Takes a line for whoever started the server.
     """
 
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, settings: Settings) -> None:
+        self._log = Log(settings)
         self._start = time.monotonic()
         self._folder = tempfile.mkdtemp(prefix="gpt2cupy-")  # of mode 0700
         self._port = _reserved(settings)
@@ -103,6 +102,10 @@ class Supervisor:
         self._ever_ready = False
         self._stopping = False
         self._signals = 0
+
+    def _say(self, line: str) -> None:
+        """A line for whoever started the server."""
+        self._log.text(f"gpt2cupy: {line}")
 
     @property
     def url(self) -> str:
@@ -128,6 +131,7 @@ class Supervisor:
             self._kill()
             self._port.close()
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._log.flush()
 
     # -- starting ----------------------------------------------------------------------------------
 
