@@ -12,7 +12,7 @@ from ..generation.text import Completion, PromptScore
 from . import messages
 from .choices import Choice, StreamedChoice, WholeChoice
 from .forms import DONE, CompletionForm, error_event
-from .http import ApiError, error_in_form
+from .http import ApiError, Connection, error_in_form
 from .link import EngineLink
 from .messages import Score, Submit
 from .token_text import TokenText
@@ -60,6 +60,7 @@ class Answer:
         self.error: ApiError | None = None
         self.events = 0
         self.parts: list[bytes] = []  # of a stream, not yet written
+        self.connection: Connection | None = None  # while parts may go past ASGI
         self.ended = False
         self.scores: list[PromptScore | None] = [None] * len(asked.prompts)
         self._waiter: asyncio.Future[None] | None = None
@@ -122,9 +123,11 @@ class Answer:
             choice.flush()
 
     def write(self, event: bytes) -> None:
-        """Send an event."""
-        self.parts.append(event)
+        """Send an event: at once where nothing waits to be written before it."""
         self.events += 1
+        if self.connection is not None and not self.parts and self.connection.write_chunk(event):
+            return
+        self.parts.append(event)
         self._wake()
 
     def choice_ended(self) -> None:

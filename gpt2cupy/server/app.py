@@ -19,7 +19,7 @@ from . import metrics
 from .answers import Answer
 from .chat import chat_request
 from .front import Front
-from .http import ApiError, Headers, Receive, Scope, Send, answer, header, read_body
+from .http import CONNECTION, ApiError, Headers, Receive, Scope, Send, answer, header, read_body
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 _STREAM: Headers = [
@@ -232,7 +232,7 @@ class App:
         seconds = front.settings.request_seconds
         limit = loop.call_later(seconds, made.fail, 504, f"not done after {seconds:g} s", "timeout")
         try:
-            status = await (_stream if asked.stream else _whole)(made, send, own)
+            status = await (_stream if asked.stream else _whole)(made, scope, send, own)
             if made.error is None:
                 outcome = "completed"
             elif made.error.status == 499:
@@ -263,7 +263,7 @@ async def _wait_until_gone(receive: Receive, made: Answer) -> None:
             return
 
 
-async def _whole(made: Answer, send: Send, own: Headers) -> int:
+async def _whole(made: Answer, scope: Scope, send: Send, own: Headers) -> int:
     while not made.ended:
         await made.wait()
     if made.error is not None:
@@ -273,16 +273,20 @@ async def _whole(made: Answer, send: Send, own: Headers) -> int:
     return 200
 
 
-async def _stream(made: Answer, send: Send, own: Headers) -> int:
+async def _stream(made: Answer, scope: Scope, send: Send, own: Headers) -> int:
     await made.wait()
     if made.error is not None and not made.events:  # nothing was sent: the status can say so
         await answer(send, made.error.status, made.error.body, [*made.error.headers, *own])
         return made.error.status
     await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM, *own]})
+    connection = scope.get("extensions", {}).get(CONNECTION)
     while True:
         more = not made.ended
+        made.connection = None  # what comes while this waits for the client comes after it
         body = made.take_parts()
         await send({"type": "http.response.body", "body": body, "more_body": more})
         if not more:
             return 200
+        if connection is not None and connection.writes_chunks:
+            made.connection = connection
         await made.wait()

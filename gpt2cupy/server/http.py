@@ -16,6 +16,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+CONNECTION = "gpt2cupy.connection"  # the extension of a scope that has it
 _TRICKLE = 1024  # bytes a second that a client must read while the server waits for it
 _LATE = (
     b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -35,7 +36,20 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[typeddict-item]
         self.waiting_since = self.loop.time()
+
+    @property
+    def writes_chunks(self) -> bool:
+        """Whether the answer that has begun is sent in chunks."""
+        return bool(self.cycle.chunked_encoding) and not self.cycle.disconnected
+
+    def write_chunk(self, data: bytes) -> bool:
+        """Send a part of the answer that has begun, past ASGI; False where that has to wait."""
+        if self.flow.write_paused:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

@@ -63,7 +63,7 @@ class EngineLink:
         self.front = front
         self._on_ready = on_ready
         self.about: dict[str, Any] | None = None
-        self._context = zmq.Context.instance(io_threads=1)
+        self._context: Any = zmq.Context.instance(io_threads=1)
         self._socket: Any = None
         self._streams: dict[int, Stream] = {}
         self._next = 0
@@ -112,19 +112,19 @@ class EngineLink:
 
     def send(self, posted: list[Any]) -> None:
         """Send messages, in one frame."""
-        self._socket.send(messages.encode(posted), zmq.NOBLOCK, copy=True)
+        self._socket.send(messages.encode(posted), zmq.NOBLOCK)
         # Sending may swallow the edge that says there is something to read.
         self._loop.call_soon(self._read)
 
     def _read(self) -> None:
-        socket, touched = self._socket, []
+        socket = self._socket
+        touched: list[Stream] = []
         if socket is None:
             return
         for _ in range(_FRAMES):
-            try:
-                frame = socket.recv(zmq.NOBLOCK, copy=True)
-            except zmq.Again:
+            if not socket.get(zmq.EVENTS) & zmq.POLLIN:
                 break
+            frame = socket.recv(zmq.NOBLOCK)
             for message in messages.decode_to_front(frame):
                 if type(message) is Tick:
                     self._take(message, touched)

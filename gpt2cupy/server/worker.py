@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import zmq
 
 from ..errors import DeviceError, Gpt2CupyError
 from ..generation.request import Request
@@ -23,6 +24,7 @@ from .metrics import Store
 from .scored import scored
 from .stations import Stations
 
+_SETTLE_SECONDS = 0.1
 _IDLE_SECONDS = 0.2  # how long an idle loop waits for a message before it looks around again
 
 
@@ -64,7 +66,7 @@ class Worker:
         self._fronts: dict[int, bytes] = {}  # identity of each front's socket
         self._outbox: dict[int, list[Any]] = {}  # for each front, beside ticks
         self._blocks: list[Block] = []  # that have not gone out
-        self._sent = clock()
+        self._sent = self._settled = clock()
         self._scores: deque[tuple[int, Score]] = deque()
         self.closed = False
 
@@ -82,19 +84,21 @@ class Worker:
         if not self.engine.idle:
             self._step()
         self._send()
+        if not self._blocks:
+            now = self.clock()
+            # Gauges of an engine that has come to rest, or of one that has long steps.
+            due = busy and (self.engine.idle or now - self._settled > _SETTLE_SECONDS)
+            self.stations.settle(self.engine, now=due)
+            if due:
+                self._settled = now
 
     # -- what comes in -----------------------------------------------------------------------------
 
     def _read_inbox(self, *, wait: bool) -> None:
-        import zmq
-
-        if wait and not self.socket.poll(int(_IDLE_SECONDS * 1000)):
-            return
-        while True:
-            try:
-                identity, frame = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        if wait:
+            self.socket.poll(int(_IDLE_SECONDS * 1000))
+        while self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            identity, frame = self.socket.recv_multipart(zmq.NOBLOCK)
             for message in messages.decode_to_engine(frame):
                 self._take(identity, message)
 
@@ -123,9 +127,8 @@ class Worker:
         self._post(front, Ready(self.about))
 
     def _submit(self, front: int, message: Submit) -> None:
-        line = self.stations.open(front, message.stream, message.arrived)
         prompt = np.frombuffer(message.prompt, np.int32)
-        self.stations.prompts[line] = len(prompt)
+        line = self.stations.open(front, message.stream, message.arrived, len(prompt))
         try:
             params = SamplingParams(**message.params)
             eos = tuple(message.eos)
@@ -158,11 +161,9 @@ class Worker:
             if isinstance(error, DeviceError) or not isinstance(error, Gpt2CupyError):
                 raise
             return
-        self.stations.admit(self.engine.scheduler, begun)
-        if block.keys or block.finished:
-            self.stations.note(block, self.clock())
+        self.stations.note(block, begun, self.clock(), self.engine.scheduler)
+        if block.keys:
             self._blocks.append(block)
-        self.stations.gauges(self.engine)
 
     def _score(self, front: int, message: Score) -> None:
         tokens = np.frombuffer(message.tokens, np.int32)
@@ -199,21 +200,22 @@ class Worker:
         """Deal a block out to the fronts that wait for its tokens."""
         stations = self.stations
         lines = np.array(block.keys, np.int64)
-        fronts = stations.fronts[lines]
+        streams, fronts = stations.streams[lines], stations.fronts[lines]
         ended: dict[int, list[tuple[int, str]]] = {}
         for done in block.finished:
             front, stream = stations.reader(done.request.key)
             ended.setdefault(front, []).append((stream, done.finish_reason))
-        for front in np.unique(fronts).tolist():
+        of = set(fronts.tolist())
+        for front in of:
             if front < 0:
                 continue  # of lines that were closed
-            mine = slice(None) if len(self._fronts) == 1 else fronts == front
+            mine = slice(None) if len(of) == 1 else fronts == front
             top = None
             if block.top is not None:
                 ids, values = block.top[0][mine], block.top[1][mine]
                 top = ids.shape[1], ids.tobytes(), values.tobytes()
             tick = Tick(
-                stations.streams[lines[mine]].tobytes(),
+                streams[mine].tobytes(),
                 block.ids[mine].tobytes(),
                 block.logprobs[mine].tobytes(),
                 ended.get(front, []),
@@ -221,5 +223,4 @@ class Worker:
             )
             self._post(front, tick)
         for done in block.finished:
-            stations.close(done.request.key, "")
-        stations.sent()
+            stations.close(done.request.key)

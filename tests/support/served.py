@@ -24,8 +24,11 @@ ENGINES = ROOT / "tests" / "support" / "served_engines.py"
 class Served:
     """``gpt2cupy serve`` on a free port; a context manager that ends it."""
 
-    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *options: str, environment: dict[str, str] | None = None, log: int | None = None
+    ) -> None:
         self.options = options
+        self._log = log
         self.environment = environment or {}
 
     def __enter__(self) -> Served:
@@ -33,15 +36,16 @@ class Served:
         environment = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
         if extra := self.environment.pop("PYTHONPATH", ""):
             environment["PYTHONPATH"] = os.pathsep.join([extra, path])
-        self.stderr = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115
+        self.stderr = tempfile.NamedTemporaryFile(suffix=".log")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt2cupy", "serve", "--port", "0", "--device", "cpu",
              *self.options],
-            stderr=self.stderr, env=environment | self.environment,
+            stderr=self._log or self.stderr, env=environment | self.environment,
         )  # fmt: skip
         self.port = 0
         try:
-            eventually(self._is_ready, 30)
+            if self._log is None:
+                eventually(self._is_ready, 30)
         except BaseException:
             self.__exit__()
             raise
@@ -63,11 +67,15 @@ class Served:
         return Path(self.stderr.name).read_text()
 
     def _is_ready(self) -> bool:
-        for line in self.log().splitlines():
+        assert self.process.poll() is None, self.log()
+        self.take_port(self.log())
+        return self.port > 0
+
+    def take_port(self, log: str) -> None:
+        """Where it listens, once the log says that it does."""
+        for line in log.splitlines():
             if " is ready on http://" in line:
                 self.port = int(line.partition("http://")[2].split()[0].rpartition(":")[2])
-        assert self.process.poll() is None, self.log()
-        return self.port > 0
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -100,15 +108,19 @@ class Served:
         assert headers["content-type"].startswith("text/event-stream")
         return events_of(data)
 
-    def connect(self, body: Any = None, *, buffer: int = 0, **options: Any) -> socket.socket:
+    def connect(self, body: Any = None, *, buffer: int = 0) -> socket.socket:
         """A connection, on which a completion request was sent where there is a body."""
         made = socket.socket()
         if buffer:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         made.settimeout(30)
-        made.connect(("127.0.0.1", self.port))
-        if body is not None:
-            made.sendall(request(body))
+        try:
+            made.connect(("127.0.0.1", self.port))
+            if body is not None:
+                made.sendall(request(body))
+        except OSError:
+            made.close()
+            raise
         return made
 
     # -- what it says of itself --------------------------------------------------------------------
