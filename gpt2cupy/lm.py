@@ -10,7 +10,7 @@ import numpy as np
 
 from . import loading
 from .errors import InputError, NoTokenizerError, kind_of, shown
-from .generation import continuations, prompts, scoring
+from .generation import continuations, lists, prompts, scoring
 from .generation.generation_config import GenerationConfig
 from .generation.session import Session
 from .generation.text import Completion, GrowingText, Piece, Score
@@ -139,47 +139,71 @@ class LanguageModel:
         row = GrowingText(self.tokenizer, ())
         return "".join(map(row.decode, tokens.tolist())) + row.decoder.flush()
 
+    @overload
     def stream(
         self,
         prompt: str | Sequence[int] = "",
         params: SamplingParams | None = None,
         *,
+        max_batch: int = 16,
         generation_config: bool | None = None,
         **options: Any,
-    ) -> Iterator[Piece]:
-        """Continue one prompt, yielding a :class:`Piece` per token.
+    ) -> Iterator[Piece]: ...
+
+    @overload
+    def stream(
+        self,
+        prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Iterator[Any],
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Piece]]: ...
+
+    def stream(
+        self,
+        prompt: Any = "",
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Continue one prompt or many, yielding a :class:`Piece` per token.
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text, or token ids, as :meth:`generate` takes them. Empty text starts from
-            ``bos_token_id``.
-        params : SamplingParams, optional
+        prompt : str, sequence of int, or a list or iterator of either
+            As :meth:`generate` takes them. Empty text starts from ``bos_token_id``.
+        params : SamplingParams, or one for each prompt, optional
+        max_batch : int
+            Texts generated at once, of several.
         generation_config : bool, optional
             As in :meth:`generate`.
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
+
+        Yields
+        ------
+        Piece
+            Of one prompt; of a list or an iterator, pairs of the prompt's number and a piece,
+            as they come.
 
         Raises
         ------
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
         NonFiniteError
-            If logits are not finite, in place of the piece that they would have given.
+            If logits are not finite, in place of the piece that they would have given; of
+            several texts, when the others are done.
         """
         self._session.check_open()
-        chosen = self._encoder.params(params, options, self._from_file(generation_config))
-        if chosen.n != 1:
-            raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
-        if not prompts.is_one(prompt):
-            raise InputError(
-                "stream() continues one prompt, and this is a list",
-                where="prompt",
-                remedy="Use generate() for a list.",
-            )
-        prompts.warn_of_idle(chosen)
-        (request,) = self._encoder.requests([prompt], chosen, single=True)
-        return continuations.pieces(self._session, self.tokenizer, request)
+        from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
+        asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file, one=True)
+        prompts.warn_of_idle(asked.settings)
+        found = continuations.pieces(self._session, self.tokenizer, asked.groups, slots)
+        return (piece for _, piece in found) if asked.single else found
 
     @overload
     def generate(
@@ -188,6 +212,7 @@ class LanguageModel:
         params: SamplingParams | None = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         n: Literal[1] = 1,
         **options: Any,
@@ -197,9 +222,10 @@ class LanguageModel:
     def generate(
         self,
         prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        params: lists.Params = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         n: Literal[1] = 1,
         **options: Any,
@@ -209,9 +235,10 @@ class LanguageModel:
     def generate(
         self,
         prompt: Any = "",
-        params: SamplingParams | None = None,
+        params: lists.Params = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         **options: Any,
     ) -> Any: ...
@@ -219,9 +246,10 @@ class LanguageModel:
     def generate(
         self,
         prompt: Any = "",
-        params: SamplingParams | None = None,
+        params: lists.Params = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         **options: Any,
     ) -> Any:
@@ -229,12 +257,16 @@ class LanguageModel:
 
         Parameters
         ----------
-        prompt : str, sequence of int, or a list of either
+        prompt : str, sequence of int, or a list or iterator of either
             Prompts of a list may differ in length. Ids may be a list, an array of NumPy
-            or CuPy, a tensor of PyTorch, or what a tokenizer of transformers returns.
-        params : SamplingParams, optional
+            or CuPy, a tensor of PyTorch, or what a tokenizer of transformers returns. An
+            iterator, such as a generator or an open file, is read as slots become free.
+        params : SamplingParams, or one for each prompt, optional
         max_batch : int
             Sequences generated at once; further ones wait for a free slot.
+        progress : bool, optional
+            Whether a bar on stderr shows how many texts are finished; left out, it does on a
+            terminal for a list of more texts than ``max_batch``.
         generation_config : bool, optional
             Whether the checkpoint's generation_config.json has the defaults; as given to
             :func:`gpt2cupy.load` if left out. ``params`` goes before it as a whole, and
@@ -246,31 +278,37 @@ class LanguageModel:
         -------
         Completion
             For one prompt; a list of ``n`` of them where ``n`` > 1; for a list
-            of prompts, the list of these.
+            of prompts, the list of these; for an iterator, an iterator over these in the
+            order of the prompts, which holds a bounded number of them in memory.
 
         Raises
         ------
         InputError
-            If prompt and new tokens do not fit the context, or an id is unknown.
+            If prompt and new tokens do not fit the context, or an id is unknown. For an
+            iterator, when the completions of the prompts before have been given.
         NonFiniteError
             If logits are not finite. The others are finished first, and are its
-            ``completions``.
+            ``completions``; for an iterator it stands in the place of the completion.
         """
         self._session.check_open()
-        chosen = self._encoder.params(params, options, self._from_file(generation_config))
-        if not isinstance(max_batch, int | np.integer) or max_batch < 1:
-            raise InputError(
-                f"max_batch={shown(max_batch)} is impossible",
-                where="max_batch",
-                remedy="It must be an integer, 1 or more.",
+        from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
+        asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file)
+        prompts.warn_of_idle(asked.settings)
+        model = self._session, self.tokenizer
+        if asked.lazy:
+            return self._one_by_one(asked, slots, progress)
+        count = sum(map(len, asked.groups))
+        with lists.bar(progress, count, long=count > slots) as done:
+            return continuations.complete(
+                *model, asked.groups, slots, asked.given, done, single=asked.single
             )
-        prompts.warn_of_idle(chosen)
-        single = prompts.is_one(prompt)
-        given = [prompt] if single else prompts.several(prompt)
-        requests = self._encoder.requests(given, chosen, single=single)
-        return continuations.complete(
-            self._session, self.tokenizer, requests, int(max_batch), given, single=single
-        )
+
+    def _one_by_one(self, asked: lists.Asked, slots: int, progress: bool | None) -> Iterator[Any]:
+        """The completions of an iterator of prompts."""
+        with lists.bar(progress, None, long=False) as done:
+            yield from continuations.one_by_one(
+                self._session, self.tokenizer, asked.groups, slots, done
+            )
 
     def _from_file(self, asked: bool | None) -> bool:
         """Whether the defaults are those of generation_config.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -86,18 +86,25 @@ class Session:
         with self._lock.take(), self._on_gpu():
             yield self.model
 
-    def blocks(self, requests: list[Request], slots: int) -> Generator[Block, None, None]:
-        """What the engine makes of the requests; holds the turn until they are done."""
+    def blocks(
+        self, requests: Iterable[Request | None], slots: int
+    ) -> Generator[Block, None, None]:
+        """What the engine makes of the requests; holds the turn until they are done.
+
+        Parameters
+        ----------
+        requests : iterable of Request or None
+            As :meth:`Engine.blocks` takes them.
+        slots : int
+            Sequences generated at once.
+        """
         self.check_open()
         begun = self._forks
         with self._lock.take():
             self.check_open()
-            wanting = [r for r in requests if r.params.max_new_tokens != 0]
-            if not wanting:
-                return
             # Not held by this frame, so that close() frees it while a stream is open.
             with self._on_gpu():
-                self._running = self._engine_for(min(slots, len(wanting))).blocks(wanting)
+                self._running = self._engine_for(slots).blocks(requests)
             try:
                 while (block := self._next(begun)) is not None:
                     yield block
