@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -11,6 +14,8 @@ import numpy as np
 from . import loading
 from .errors import InputError, NoTokenizerError, kind_of, shown
 from .generation import continuations, lists, prompts, scoring
+from .generation.batch import Batch, BatchSummary
+from .generation.batch_file import BatchInput, BatchOutput
 from .generation.generation_config import GenerationConfig
 from .generation.session import Session
 from .generation.text import Completion, GrowingText, Piece, Score
@@ -316,8 +321,55 @@ class LanguageModel:
             raise _not_a_flag("generation_config", asked)
         return self._defaults_from_file if asked is None else bool(asked)
 
+    def batch(
+        self,
+        requests: str | os.PathLike[str],
+        answers: str | os.PathLike[str],
+        *,
+        max_batch: int | None = None,
+        progress: bool | None = None,
+    ) -> BatchSummary:
+        """Answer a file of completion requests in OpenAI's batch format.
+
+        Each line of ``requests`` is an object with ``custom_id``, ``method`` ("POST"), ``url``
+        ("/v1/completions") and ``body``; docs/batch.md has the fields of a body. Each line of
+        ``answers`` has the ``custom_id``, the ``response`` and the ``error`` of one, in the order
+        in which they come. A file of answers that is not complete is gone on with. Memory grows
+        by nine bytes a request.
+
+        Parameters
+        ----------
+        requests, answers : path
+        max_batch : int, optional
+            Sequences generated at once; by default 16 on the CPU, on a GPU as many as fit its
+            memory, up to 256.
+        progress : bool, optional
+            Whether a bar on stderr shows how many are answered; left out, it does on a terminal.
+
+        Returns
+        -------
+        BatchSummary
+
+        Raises
+        ------
+        InputError
+            If two requests have the same ``custom_id``, a file cannot be read, or the answers
+            belong to other requests or another model. A request that fails alone is an error in
+            its line.
+        """
+        self._session.check_open()
+        slots = self._session.most_slots() if max_batch is None else max_batch
+        slots = lists.check_max_batch(slots)
+        given = BatchInput(Path(requests))
+        with BatchOutput(Path(answers), given, self.name) as output:
+            batch = Batch(self._session, self._encoder, self.name, given, output, slots)
+            before = batch.summary.before
+            with lists.bar(progress, len(given), long=True, unit="request", initial=before) as done:
+                return batch.run(done)
+
     # -- scoring ---------------------------------------------------------------------------------
 
+    @overload
     def score(
         self,
         text: str | Sequence[int],
@@ -325,47 +377,134 @@ class LanguageModel:
         window: int | None = None,
         stride: int | None = None,
         bos: bool = True,
-    ) -> Score:
-        """Log-probability of every token of a text, by a sliding window.
+        progress: bool | None = None,
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        text: list[str] | list[tuple[str, str]] | Sequence[Sequence[Any]],
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        bos: bool = True,
+        progress: bool | None = None,
+    ) -> list[Score]: ...
+
+    @overload
+    def score(
+        self,
+        text: Any,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        bos: bool = True,
+        progress: bool | None = None,
+    ) -> Any: ...
+
+    def score(
+        self,
+        text: Any,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        bos: bool = True,
+        progress: bool | None = None,
+    ) -> Any:
+        """Log-probability of every token of one text or many.
+
+        Many run packed, without padding. Of a pair (context, continuation) the tokens of the
+        continuation alone are scored, which is what multiple-choice benchmarks compare.
 
         Parameters
         ----------
-        text : str or sequence of int
+        text : str, sequence of int, or a list or iterator of these or of pairs
+            A pair is a tuple of two, each text or token ids. Two texts are encoded as one; a
+            token that has a part in both belongs to the continuation.
         window : int, optional
-            Tokens of a window; ``n_positions`` by default.
+            Tokens of a window; ``n_positions`` by default. A context that is too long for it
+            loses its beginning.
         stride : int, optional
             How far each window moves; half a window by default. A window scores
             only tokens that the one before did not.
         bos : bool
             Put ``bos_token_id`` before the text, so that its first token is scored too.
+        progress : bool, optional
+            Whether a bar on stderr shows how many are scored; left out, it does on a terminal
+            for a list of more than 1,000.
 
         Returns
         -------
         Score
+            Of one text; for a list the list of these, for an iterator an iterator over these.
 
         Raises
         ------
         InputError
             If there is nothing to score, or an id is unknown.
         NonFiniteError
-            If logits are not finite.
+            If logits are not finite. The others of a list are scored first, and are its
+            ``completions``; for an iterator it stands in the place of the score.
         """
+        self._session.check_open()
         if not isinstance(bos, bool | np.bool_):
             raise _not_a_flag("bos", bos)
-        window, stride = scoring.check_window(window, stride, self.config)
-        if not prompts.is_one(text):
-            raise InputError(
-                "score() takes one text, and this is a list",
-                where="text",
-                remedy="Call it once for each.",
-            )
-        ids = [*self._first(bos), *prompts.to_ids(text, self.tokenizer)]
-        if len(ids) < 2:
-            raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
-        tokens = check_tokens(ids, self.config)
-        with self._session.turn() as model:
-            logprobs = scoring.token_logprobs(model, tokens, window, stride)
-        return Score(tokens[1:].tolist(), logprobs)
+        size = scoring.check_window(window, stride, self.config)
+        encode = lists.ScoredEncoder(self.tokenizer, self.config, self._first(bos))
+        if isinstance(text, Iterator):
+            return self._scores_of(map(encode.numbered, itertools.count(), text), *size, progress)
+        single = prompts.is_one(text)
+        given = [text] if single else prompts.several(text)
+        tokens = [
+            encode(each) if single else encode.numbered(i, each) for i, each in enumerate(given)
+        ]
+        with lists.bar(progress, len(given), long=len(given) > 1000) as done:
+            found = list(self._scores(tokens, *size, done))
+        failed = tuple((i, 0) for i, each in enumerate(found) if each is None)
+        result = found[0] if single else found
+        if failed:
+            where = "score" if single else prompts.place_of(failed[0][0], given[failed[0][0]])
+            raise scoring.non_finite(self.model, where, completions=result, failed=failed)
+        return result
+
+    def _scores(
+        self,
+        tokens: Iterable[tuple[np.ndarray, int]],
+        window: int,
+        stride: int,
+        done: Callable[[int], object],
+    ) -> Iterator[Score | None]:
+        """The scores of tokens, None where logits are not finite."""
+
+        def scored(model: GPT2) -> Iterator[Score | None]:
+            given: deque[np.ndarray] = deque()
+
+            def noted() -> Iterator[tuple[np.ndarray, int]]:
+                for ids, first in tokens:
+                    given.append(ids[first:])
+                    yield ids, first
+
+            scorer = scoring.Scorer(model)
+            for logprobs in scoring.token_logprobs(scorer, noted(), window, stride):
+                ids = given.popleft()
+                done(1)
+                yield None if np.isnan(logprobs).any() else Score(ids.tolist(), logprobs)
+
+        return self._session.items(scored)
+
+    def _scores_of(
+        self,
+        tokens: Iterator[tuple[np.ndarray, int]],
+        window: int,
+        stride: int,
+        progress: bool | None,
+    ) -> Iterator[Score]:
+        """The scores of an iterator of texts."""
+        with lists.bar(progress, None, long=False) as done:
+            for number, found in enumerate(self._scores(tokens, window, stride, done)):
+                if found is None:
+                    raise scoring.non_finite(self.model, f"text {number}", failed=((number, 0),))
+                yield found
 
     def _first(self, bos: bool) -> list[int]:
         """What stands before a text that is scored."""

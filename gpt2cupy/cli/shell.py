@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from ..errors import Gpt2CupyError, InputError
+from ..output import with_nulls
 from ..output import write as write  # for every command
 from . import wording
 
@@ -118,15 +118,7 @@ def _one_line(error: Gpt2CupyError) -> str:
 
 def write_json(found: dict[str, Any]) -> None:
     """An object in a line; a number that JSON has not (NaN, infinity) is null."""
-    write(json.dumps(_with_nulls(found), allow_nan=False) + "\n")
-
-
-def _with_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_nulls(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_nulls(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write(json.dumps(with_nulls(found), allow_nan=False) + "\n")
 
 
 # -- input ---------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..config import GPT2Config
 from ..errors import InputError, shown
+from ..ids import check_tokens
 from ..sampling import SamplingParams
+from ..tokenizer import Tokenizer
 from . import prompts
 from .continuations import Groups
 from .prompts import PromptEncoder
@@ -148,6 +151,78 @@ def _lazily(
     return encoder.groups((prompt for prompt, _ in first), settings)
 
 
+def is_pair(value: Any) -> bool:
+    """Whether this is a context and a continuation: a tuple of two, each text or ids."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(each, str | Sequence | np.ndarray) for each in value)
+    )
+
+
+class ScoredEncoder:
+    """Makes tokens, and the first of them that is scored, of what :meth:`score` takes.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    config : GPT2Config
+    before : list of int
+        Tokens that stand before each text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: GPT2Config, before: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._before = before
+
+    def numbered(self, number: int, given: Any) -> tuple[np.ndarray, int]:
+        """:meth:`__call__` for one of several: errors say which."""
+        try:
+            return self(given)
+        except InputError as error:
+            place = prompts.place_of(number, given)
+            raise InputError(error.what, where=place, remedy=error.remedy) from error
+
+    def __call__(self, given: Any) -> tuple[np.ndarray, int]:
+        """Token ids [N], checked, and the number of the first that is scored.
+
+        Raises
+        ------
+        InputError
+            If there is nothing to score, or an id is unknown.
+        """
+        if is_pair(given):
+            ids, scored = self._pair(*given)
+            first = len(self._before) + len(ids) - scored
+        else:
+            ids = prompts.to_ids(given, self._tokenizer)
+            first = max(len(self._before), 1)
+        tokens = check_tokens([*self._before, *ids], self._config)
+        if first >= len(tokens):
+            raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
+        if first == 0:
+            raise InputError(
+                "nothing stands before the continuation",
+                where="text",
+                remedy="Give a context of at least one token, or bos=True.",
+            )
+        return tokens, first
+
+    def _pair(self, context: Any, continuation: Any) -> tuple[list[int], int]:
+        """Ids of both, and how many of them the continuation has."""
+        if not (isinstance(context, str) and isinstance(continuation, str)):
+            after = list(prompts.to_ids(continuation, self._tokenizer))
+            return [*prompts.to_ids(context, self._tokenizer), *after], len(after)
+        ids = self._tokenizer.encode(context + continuation)
+        # From the end on, as many tokens as have the bytes of the continuation.
+        size, count = len(continuation.encode("utf-8", "surrogatepass")), 0
+        while size > 0 and count < len(ids):
+            count += 1
+            size -= len(self._tokenizer.decode_bytes([ids[-count]]))
+        return ids, count
+
+
 def check_max_batch(max_batch: Any) -> int:
     """Sequences generated at once, checked."""
     whole = isinstance(max_batch, int | np.integer) and not isinstance(max_batch, bool)
@@ -162,7 +237,7 @@ def check_max_batch(max_batch: Any) -> int:
 
 @contextlib.contextmanager
 def bar(
-    progress: Any, total: int | None, *, long: bool, unit: str = "text"
+    progress: Any, total: int | None, *, long: bool, unit: str = "text", initial: int = 0
 ) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr; gives what it is told the number of finished ones by.
 
@@ -173,6 +248,8 @@ def bar(
     total : int or None
     long : bool
     unit : str
+    initial : int
+        Those that were finished before.
     """
     if progress is not None and not isinstance(progress, bool | np.bool_):
         raise InputError(
@@ -186,5 +263,5 @@ def bar(
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=unit, unit_scale=False, dynamic_ncols=True) as shown_:
+    with tqdm(total=total, unit=unit, initial=initial, dynamic_ncols=True) as shown_:
         yield shown_.update

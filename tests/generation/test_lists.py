@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,7 +211,7 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it(stops, text, odd)
     may_end = finder.may_end(stops)
     for count, id_ in enumerate(ids, 1):
         expected = growing.push(id_, None)[1] == "stop"
-        assert (may_end[id_] and finder.found(stops, ids[:count])) == expected
+        assert (may_end[id_] and finder.found(stops, np.array(ids[:count]))) == expected
         if expected:
             break
 
