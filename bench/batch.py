@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 from arguments import check_fits, chosen, main, parsed, parser
-from shared import BYTE_SYMBOLS, DTYPES, END_OF_TEXT, Kept, config_of, write_checkpoint
+from shared import DTYPES, Kept, config_of, write_checkpoint
+from words import texts, write_words
 
 import gpt2cupy
 from gpt2cupy import LanguageModel
@@ -32,29 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "stop and logprobs": {"stop": "\nQ:", "logprobs": 5},
 }
-
-
-def texts(lm: LanguageModel, count: int, tokens: int) -> list[str]:
-    """Prompts of words, each of so many tokens."""
-    rng = np.random.default_rng(1)
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz        "))
-    found = []
-    for _ in range(count):
-        ids = lm.tokenizer.encode("".join(rng.choice(letters, 4 * tokens)))[:tokens]
-        found.append(lm.tokenizer.decode(ids))
-    return found
-
-
-def write_words(folder: Path, size: int) -> None:
-    """A tokenizer of that size whose tokens are one to three characters, as text has them."""
-    symbols = sorted(BYTE_SYMBOLS, key=BYTE_SYMBOLS.__getitem__)
-    plain = [symbol for symbol in symbols if symbol.isascii()] + ["Ġ"]
-    pairs = [(a, b) for a in plain for b in plain]
-    threes = [(a + b, c) for c in plain for a, b in pairs]
-    merges = (pairs + threes)[: size - 257]
-    tokens = [*symbols, *(a + b for a, b in merges), END_OF_TEXT]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(f"{a} {b}" for a, b in merges))
 
 
 def write_requests(path: Path, prompts: list[str], tokens: int, more: dict[str, Any]) -> None:
@@ -133,10 +111,12 @@ def call(lm: LanguageModel, requests: Path, max_batch: int) -> tuple[float, Any]
 
 def measure(lm: LanguageModel, folder: Path, kind: str, args: Any) -> dict[str, Any]:
     requests = folder / "requests.jsonl"
-    few = texts(lm, min(args.requests, 2 * args.max_batch), args.prompt)
+    few = texts(lm.tokenizer, min(args.requests, 2 * args.max_batch), args.prompt)
     write_requests(requests, few, args.tokens, KINDS[kind])
     call(lm, requests, args.max_batch)
-    write_requests(requests, texts(lm, args.requests, args.prompt), args.tokens, KINDS[kind])
+    write_requests(
+        requests, texts(lm.tokenizer, args.requests, args.prompt), args.tokens, KINDS[kind]
+    )
     runs = [call(lm, requests, args.max_batch) for _ in range(args.runs)]
     wall, found = Timing.of([seconds for seconds, _ in runs]), runs[-1][1]
     with FreeEngine(lm):

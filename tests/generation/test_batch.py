@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_lm import small_lm
+from small_lm import DEVICES, small_lm
 
 from gpt2cupy.errors import InputError
 from gpt2cupy.generation.batch_file import BatchInput, BatchOutput
@@ -21,9 +21,9 @@ from gpt2cupy.generation.batch_file import BatchInput, BatchOutput
 KILLS = int(os.environ.get("GPT2CUPY_TEST_KILLS", "10"))
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    with small_lm(tmp_path_factory.mktemp("small")) as lm:
+@pytest.fixture(scope="module", params=DEVICES)
+def lm(request, tmp_path_factory):
+    with small_lm(tmp_path_factory.mktemp("small"), request.param) as lm:
         yield lm
 
 
@@ -227,7 +227,7 @@ def check_same(found, expected):
         assert all(a["text"] == b["text"] and a["index"] == b["index"] for a, b in pairs)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_file_cut_anywhere_is_gone_on_with(lm, whole, tmp_path_factory, data):
     """As a loss of power may leave it: some lines, and the beginning of one more."""
@@ -257,6 +257,8 @@ def killed_after(seconds, run):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_kills_at_random_points_lose_and_repeat_nothing(lm, whole, tmp_path):
+    if lm.device != "cpu":
+        pytest.skip("CUDA is not in a child")
     path, complete, seconds = whole
     rng, out, kills, complete_runs = random.Random(7), tmp_path / "out", 0, 0
     while kills < KILLS:
@@ -274,6 +276,9 @@ def test_kills_at_random_points_lose_and_repeat_nothing(lm, whole, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(lm, tmp_path):
+    if lm.device != "cpu":
+        pytest.skip("the same code as on the CPU")
+
     def most(count):
         path = written(tmp_path, [line(f"r{i}", prompt="a", max_tokens=1) for i in range(count)])
         tracemalloc.start()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_lm import small_lm
+from small_lm import DEVICES, small_lm
 
 import gpt2cupy
 from gpt2cupy import Completion, SamplingParams
@@ -21,9 +21,9 @@ PROMPTS = ["ROMEO:", "To be, or not", [5, 6, 7], "", "JULIET:\nO Romeo", "KING",
 SHORT = {"max_new_tokens": 6, "temperature": 0.8, "seed": 3}
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    with small_lm(tmp_path_factory.mktemp("small")) as lm:
+@pytest.fixture(scope="module", params=DEVICES)
+def lm(request, tmp_path_factory):
+    with small_lm(tmp_path_factory.mktemp("small"), request.param) as lm:
         yield lm
 
 
@@ -144,6 +144,9 @@ def test_a_prompt_of_an_iterator_that_cannot_be_is_an_error_in_its_place(lm):
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(lm):
+    if lm.device != "cpu":
+        pytest.skip("the same code as on the CPU")
+
     def most(count: int) -> int:
         tracemalloc.start()
         for _ in lm.generate(itertools.repeat("a", count), max_new_tokens=1):

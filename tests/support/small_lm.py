@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 from builders import TINY, small_bpe, write_bpe, write_checkpoint
 
 import gpt2cupy
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def write_small(folder: Path, n_positions: int = 160) -> Path:
@@ -22,6 +25,6 @@ def write_small(folder: Path, n_positions: int = 160) -> Path:
     return folder
 
 
-def small_lm(folder: Path) -> gpt2cupy.LanguageModel:
-    """That checkpoint, on the CPU."""
-    return gpt2cupy.load(str(write_small(folder)), device="cpu")
+def small_lm(folder: Path, device: str = "cpu") -> gpt2cupy.LanguageModel:
+    """That checkpoint, loaded."""
+    return gpt2cupy.load(str(write_small(folder)), device=device)
