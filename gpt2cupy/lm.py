@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,6 +15,7 @@ import numpy as np
 from . import loading
 from .errors import InputError, NoTokenizerError, kind_of, shown
 from .generation import continuations, lists, prompts, scoring
+from .generation.asynchronous import Owner
 from .generation.batch import Batch, BatchSummary
 from .generation.batch_file import BatchInput, BatchOutput
 from .generation.generation_config import GenerationConfig
@@ -68,6 +70,7 @@ class LanguageModel:
         self.generation_config = generation or GenerationConfig()
         self._defaults_from_file = defaults_from_file
         self._encoder = prompts.PromptEncoder(tokenizer, self.config, self.generation_config)
+        self._owner = Owner(self._session, tokenizer)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -299,13 +302,12 @@ class LanguageModel:
         from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
         asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file)
         prompts.warn_of_idle(asked.settings)
-        model = self._session, self.tokenizer
-        if asked.lazy:
+        if (groups := asked.known) is None:
             return self._one_by_one(asked, slots, progress)
-        count = sum(map(len, asked.groups))
+        model, count = (self._session, self.tokenizer), sum(map(len, groups))
         with lists.bar(progress, count, long=count > slots) as done:
             return continuations.complete(
-                *model, asked.groups, slots, asked.given, done, single=asked.single
+                *model, groups, slots, asked.given, done, single=asked.single
             )
 
     def _one_by_one(self, asked: lists.Asked, slots: int, progress: bool | None) -> Iterator[Any]:
@@ -320,6 +322,100 @@ class LanguageModel:
         if asked is not None and not isinstance(asked, bool | np.bool_):
             raise _not_a_flag("generation_config", asked)
         return self._defaults_from_file if asked is None else bool(asked)
+
+    async def agenerate(
+        self,
+        prompt: Any = "",
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """:meth:`generate` for asyncio: calls of many tasks run side by side in one engine.
+
+        A task that is cancelled ends its requests, and those of no other. While such calls run,
+        other calls of this model wait for all of them.
+
+        Parameters
+        ----------
+        prompt, params, generation_config, **options
+            As in :meth:`generate`; no iterator.
+        max_batch : int
+            Sequences generated at once. What runs already keeps its number, and further
+            sequences wait for a free slot.
+
+        Returns
+        -------
+        Completion
+            Or lists, as :meth:`generate`.
+
+        Raises
+        ------
+        InputError, NonFiniteError
+            As :meth:`generate`.
+        """
+        asked, slots = self._asked(prompt, params, options, generation_config, max_batch)
+        groups = asked.known or []
+        found = await self._owner.completions(groups, slots)
+        return continuations.as_given(
+            self._session, groups, found, asked.given, single=asked.single
+        )
+
+    def astream(
+        self,
+        prompt: Any = "",
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Any]:
+        """:meth:`stream` for asyncio: calls of many tasks run side by side in one engine.
+
+        Its requests end when the iterator is closed, or the task that reads it is cancelled.
+
+        Parameters
+        ----------
+        prompt, params, max_batch, generation_config, **options
+            As in :meth:`agenerate`.
+
+        Returns
+        -------
+        asynchronous iterator of Piece
+            Of one prompt; of a list, of pairs of the prompt's number and a piece.
+
+        Raises
+        ------
+        InputError, NonFiniteError
+            As :meth:`stream`.
+        """
+        asked, slots = self._asked(prompt, params, options, generation_config, max_batch, one=True)
+        found = self._owner.pieces(asked.known or [], slots)
+        return _alone(found) if asked.single else found
+
+    def _asked(
+        self,
+        prompt: Any,
+        params: lists.Params,
+        options: dict[str, Any],
+        generation_config: bool | None,
+        max_batch: Any,
+        *,
+        one: bool = False,
+    ) -> tuple[lists.Asked, int]:
+        """What a call of asyncio asks for, checked, and the slots."""
+        self._session.check_open()
+        if isinstance(prompt, Iterator):
+            raise InputError(
+                "an iterator of prompts is read by generate() and stream() alone",
+                where="prompt",
+                remedy="Call once for each prompt: the calls of many tasks run side by side.",
+            )
+        from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
+        asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file, one=one)
+        prompts.warn_of_idle(asked.settings)
+        return asked, slots
 
     def batch(
         self,
@@ -529,6 +625,13 @@ class LanguageModel:
         """
         with self._session.turn() as model:
             return model.hidden_states(ids)
+
+
+async def _alone(found: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[Piece]:
+    """The pieces of one prompt."""
+    async with contextlib.aclosing(found):  # type: ignore[type-var]
+        async for _, piece in found:
+            yield piece
 
 
 def load(

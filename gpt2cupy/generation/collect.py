@@ -164,6 +164,7 @@ class Collector:
         self._finder = StopFinder(tokenizer)
         self._done: list[tuple[Request, Completion]] = []
         self._tables = _Tables()
+        self._expected: set[Any] = set()
         self._watched: dict[Any, tuple[Request, _MayEnd]] = {}  # those with stop strings
 
     def add(self, request: Request) -> None:
@@ -172,6 +173,7 @@ class Collector:
         if params.max_new_tokens == 0:
             self._complete(request, np.zeros(0, np.int32), np.zeros(0, np.float32), "length")
             return
+        self._expected.add(request.key)
         if params.stop:
             self._watched[request.key] = request, self._finder.may_end(params.stop)
         if params.stop or params.logprobs:
@@ -183,6 +185,8 @@ class Collector:
             self._tables.push(block)
         stopped = self._stopped(block) if self._watched else []
         for done in block.finished:
+            if done.request.key not in self._expected:
+                continue
             self._watched.pop(done.request.key, None)
             self._complete(done.request, done.ids, done.logprobs, done.finish_reason)
         return stopped
@@ -206,6 +210,7 @@ class Collector:
 
     def forget(self, key: Any) -> None:
         """Expect no more of a request that was cancelled."""
+        self._expected.discard(key)
         self._watched.pop(key, None)
         if key in self._tables.lines:
             self._tables.close(key)
@@ -213,6 +218,7 @@ class Collector:
     def _complete(
         self, request: Request, ids: np.ndarray, logprobs: np.ndarray, reason: str
     ) -> None:
+        self._expected.discard(request.key)
         params, tokens = request.params, ids.tolist()
         shown = tokens if reason in ("length", "stop string") else tokens[:-1]
         text = "" if reason == "error" else text_of(self.tokenizer, shown)

@@ -84,7 +84,7 @@ class Source:
             raise self.error
 
 
-class _Growing:
+class Growing:
     """A continuation that is streamed."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request, start: float) -> None:
@@ -124,12 +124,12 @@ def pieces(
         piece that they would have given.
     """
     start = time.perf_counter()
-    growing: dict[Any, _Growing] = {}
+    growing: dict[Any, Growing] = {}
 
     def begin(group: list[Request]) -> None:
         for request in group:
             if request.params.max_new_tokens != 0:
-                growing[request.key] = _Growing(tokenizer, request, start)
+                growing[request.key] = Growing(tokenizer, request, start)
 
     source = Source(groups, begin)
     last: tuple[int, Piece] | None = None
@@ -242,14 +242,33 @@ def complete(
     NonFiniteError
         If logits are not finite; the other requests are finished first.
     """
-    found: list[Any] = []
+    found = list(completions(session, tokenizer, groups, slots, done))
+    return as_given(session, groups, found, given, single=single)
+
+
+def as_given(
+    session: Session,
+    groups: list[list[Request]],
+    found: list[list[Completion]],
+    given: list[Any],
+    *,
+    single: bool,
+) -> Any:
+    """The completions of each prompt in the form in which ``generate`` returns them.
+
+    Raises
+    ------
+    NonFiniteError
+        If logits were not finite.
+    """
     failed: list[tuple[int, int]] = []
-    for number, texts in enumerate(completions(session, tokenizer, groups, slots, done)):
+    kept: list[Any] = []
+    for number, texts in enumerate(found):
         bad = [place for place, each in enumerate(texts) if each.finish_reason == "error"]
         failed += [(number, place) for place in bad]
-        kept = [None if place in bad else each for place, each in enumerate(texts)]
-        found.append(kept if len(groups[number]) > 1 else kept[0])
-    result = found[0] if single else found
+        good = [None if place in bad else each for place, each in enumerate(texts)]
+        kept.append(good if len(good) > 1 else good[0])
+    result = kept[0] if single else kept
     if failed:
         number, place = failed[0]
         where = [] if single else [prompts.place_of(number, given[number])]

@@ -19,6 +19,7 @@ from ..tokenizer import Tokenizer
 from . import prompts
 from .continuations import Groups
 from .prompts import PromptEncoder
+from .request import Request
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 
@@ -45,9 +46,9 @@ class Asked:
     settings: list[SamplingParams]
 
     @property
-    def lazy(self) -> bool:
-        """Whether the prompts come from an iterator."""
-        return not isinstance(self.groups, list)
+    def known(self) -> list[list[Request]] | None:
+        """The groups, if not of an iterator."""
+        return self.groups if isinstance(self.groups, list) else None
 
 
 def asked(
@@ -196,7 +197,7 @@ class ScoredEncoder:
             ids, scored = self._pair(*given)
             first = len(self._before) + len(ids) - scored
         else:
-            ids = prompts.to_ids(given, self._tokenizer)
+            ids = list(prompts.to_ids(given, self._tokenizer))
             first = max(len(self._before), 1)
         tokens = check_tokens([*self._before, *ids], self._config)
         if first >= len(tokens):
