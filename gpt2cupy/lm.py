@@ -91,6 +91,14 @@ class LanguageModel:
     def dtype(self) -> np.dtype:
         return self.model.dtype
 
+    @property
+    def most_slots(self) -> int:
+        """Sequences that may well be generated at once: what :meth:`batch` takes by default.
+
+        16 on the CPU; on a GPU a power of two up to 256 that fits half of its free memory.
+        """
+        return self._session.most_slots()
+
     def close(self) -> None:
         """Free the weights and the cache; the object cannot be used afterwards.
 
@@ -437,8 +445,7 @@ class LanguageModel:
         ----------
         requests, answers : path
         max_batch : int, optional
-            Sequences generated at once; by default 16 on the CPU, on a GPU as many as fit its
-            memory, up to 256.
+            Sequences generated at once; :attr:`most_slots` by default.
         progress : bool, optional
             Whether a bar on stderr shows how many are answered; left out, it does on a terminal.
 
@@ -454,7 +461,7 @@ class LanguageModel:
             its line.
         """
         self._session.check_open()
-        slots = self._session.most_slots() if max_batch is None else max_batch
+        slots = self.most_slots if max_batch is None else max_batch
         slots = lists.check_max_batch(slots)
         given = BatchInput(Path(requests))
         with BatchOutput(Path(answers), given, self.name) as output:

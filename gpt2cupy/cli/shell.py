@@ -130,7 +130,7 @@ def read_text(argument: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give the text or --file, not both")
     if file is not None and str(file) != "-":
         try:
-            return _decoded(file.read_bytes(), str(file))
+            return decoded(file.read_bytes(), str(file))
         except OSError as error:
             raise InputError(
                 f"the file cannot be read: {error.strerror}",
@@ -144,10 +144,17 @@ def read_text(argument: str | None, file: Path | None) -> str:
         return ""
     # In pieces: while one read() goes on to the end, Ctrl-C may have to wait for it.
     read: Callable[[int], bytes] = sys.stdin.buffer.read1  # type: ignore[union-attr]
-    return _decoded(b"".join(iter(lambda: read(1 << 16), b"")), "stdin")
+    return decoded(b"".join(iter(lambda: read(1 << 16), b"")), "stdin")
 
 
-def _decoded(data: bytes, where: str) -> str:
+def decoded(data: bytes, where: str) -> str:
+    """Bytes of UTF-8 as text.
+
+    Raises
+    ------
+    InputError
+        If they are none.
+    """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is not text
     except UnicodeDecodeError as error:
@@ -162,4 +169,4 @@ def _check_text(given: Any) -> None:
     """Refuse bytes of an argument that are no text, which Python hands over as surrogates."""
     for text in given if isinstance(given, list) else [given]:
         if isinstance(text, str):
-            _decoded(text.encode("utf-8", "surrogateescape"), "argument")
+            decoded(text.encode("utf-8", "surrogateescape"), "argument")
