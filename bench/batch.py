@@ -121,7 +121,7 @@ def measure(lm: LanguageModel, folder: Path, kind: str, args: Any) -> dict[str, 
     wall, found = Timing.of([seconds for seconds, _ in runs]), runs[-1][1]
     with FreeEngine(lm):
         host = Timing.of([call(lm, requests, args.max_batch)[0] for _ in range(args.runs)])
-    row = {"kind": kind, "requests": args.requests, "max_batch": args.max_batch}
+    row = {"name": kind, "requests": args.requests, "max_batch": args.max_batch}
     row |= {"prompt_tokens": found.prompt_tokens, "tokens": found.completion_tokens}
     row |= {"wall": wall.as_dict(), "host": host.as_dict()}
     return row | {"tokens_per_second": 1e6 * found.completion_tokens / wall.median_us}
