@@ -7,6 +7,7 @@ from collections.abc import Callable
 from . import (
     batch_tables,
     gpu_test_tables,
+    list_tables,
     op_tables,
     profile_tables,
     quantization_tables,
@@ -293,6 +294,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
     "devices": ("devices", text_tables.devices),
     "generate": ("generate", text_tables.generate),
+    "batch": ("batch", list_tables.batch),
+    "scoring": ("scoring", list_tables.scoring),
     "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),

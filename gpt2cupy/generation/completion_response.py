@@ -62,7 +62,7 @@ def logprobs_object(
     logprobs : sequence of float or None [N]
         None for the first token of a prompt, which nothing stands before.
     top : sequence of sequences of (int, float) [N]
-        Most probable tokens with each; an empty one is null.
+        Most probable tokens with each; an empty one is null, to others the token itself is added.
     start : int
         Characters of text before the first token.
 
@@ -72,10 +72,17 @@ def logprobs_object(
         ``tokens``, ``token_logprobs``, ``top_logprobs`` and ``text_offset``, each of N.
     """
     texts = [names[id_] for id_ in ids]
+    best: list[dict[str, float] | None] = []
+    for text, logprob, pairs in zip(texts, logprobs, top, strict=True):
+        if not pairs or logprob is None:
+            best.append(None)
+            continue
+        best.append(found := {names[id_]: value for id_, value in pairs})
+        found.setdefault(text, logprob)
     return {
         "tokens": texts,
         "token_logprobs": list(logprobs),
-        "top_logprobs": [{names[i]: v for i, v in pairs} if pairs else None for pairs in top],
+        "top_logprobs": best,
         "text_offset": _offsets(names, ids, texts, start),
     }
 
