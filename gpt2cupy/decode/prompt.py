@@ -19,7 +19,7 @@ from .step import sample_next
 
 # Tokens of a graph; a prompt takes the next larger one, at most half as many again.
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-MOST_GRAPHS = 48  # that a runner keeps: those used last
+MOST_GRAPHS = 128  # that a runner keeps: those used last
 
 
 class Shape(NamedTuple):

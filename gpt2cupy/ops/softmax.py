@@ -46,7 +46,7 @@ def _cost(x: Array, out: Array | None) -> Cost:
     return Cost(moved(x) + written(out, x.size, x.dtype), 5 * x.size)
 
 
-@op(reference="reference.softmax", cost=_cost)
+@op(reference="reference.softmax", cost=_cost, only_launches=True)
 def softmax(x: Array, *, out: Array | None = None) -> Array:
     """``exp(x - max) / sum(exp(x - max))`` over the last dimension.
 

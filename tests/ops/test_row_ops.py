@@ -349,11 +349,41 @@ def test_what_does_not_fit_is_refused_by_name(xp, call, says):
     assert caught.value.remedy and caught.value.where
 
 
-def test_threads_of_a_row_follow_from_the_row_alone(monkeypatch):
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_warps_of_a_row_hold_it_or_follow_from_it_alone(monkeypatch, itemsize, in_pieces):
     monkeypatch.setattr(norm, "sm_count", lambda: 132)
     norm._blocks.cache_clear()
-    for channels in WIDTHS:
-        for itemsize in (2, 4):
-            blocks = {norm._blocks((n, channels), itemsize)[1] for n in (1, 7, 5000)}
-            assert len(blocks) == 1
+    c = norm.constants("norm.cu")
+    for channels in (*WIDTHS, 32768, 40960, 70000):
+        blocks = [norm._blocks((n, channels), itemsize, in_pieces) for n in (1, 7, 264, 265, 5000)]
+        elements = 16 // itemsize if in_pieces and not channels * itemsize % 16 else 1
+        for rows, (grid, block) in zip((1, 7, 264, 265, 5000), blocks, strict=True):
+            assert block in ((32, 4), (64, 1), (128, 1), (256, 1))
+            assert grid[0] * block[1] >= rows > (grid[0] - 1) * block[1]
+        held = {block[0] * c["MOST_PIECES"] * elements >= channels for _, block in blocks}
+        assert held == {True} or len({block for _, block in blocks}) == 1
     norm._blocks.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [768, 1601, 4096, 8192])
+def test_a_row_is_the_same_by_any_number_of_warps(channels, monkeypatch):
+    """As few or many rows have them; in registers and, of an odd stride, element by element."""
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    x, w = draw(rng, (3, channels), np.float32), draw(rng, channels, np.float32)
+    x, w = on(cupy, x, w)
+    found = {}
+    for warps in (1, 2, 4, 8):
+        block = (32, 4) if warps == 1 else (warps * 32, 1)
+        if warps * 32 * 16 * (1 if channels % 4 else 4) < channels:
+            continue
+        monkeypatch.setattr(norm, "_blocks", lambda *_, block=block: ((3,), block))
+        found[warps] = [host(y) for y in ops.add_layer_norm(x, x, w, w)]
+        found[warps] += [host(ops.rms_norm(x, w))]
+    first, *others = found.values()
+    assert others
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)

@@ -15,6 +15,7 @@ from gpt2cupy import ops  # noqa: E402
 from gpt2cupy import torch as ours  # noqa: E402
 from gpt2cupy.errors import InputError  # noqa: E402
 from gpt2cupy.ops import reference  # noqa: E402
+from gpt2cupy.torch.launches import DTYPES as DTYPES_OF_TENSORS  # noqa: E402
 
 functional = torch.nn.functional
 
@@ -100,6 +101,35 @@ def test_modules_take_the_state_of_pytorchs():
         assert torch.equal(mine.weight, theirs.weight)
     with pytest.raises(InputError, match="last dimension"):
         ours.LayerNorm((2, 8))(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_compiler_sees_one_operator(name):
+    """However short the way around the dispatcher is: a graph must have the operator in it."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
+        return lambda *args: tuple(torch.zeros(1) for _ in range(2))
+
+    torch._dynamo.reset()
+    torch.compile(CALLS[name], backend=backend, fullgraph=True)(torch.ones(2, 3, 8), torch.ones(8))
+    operator = getattr(torch.ops.gpt2cupy, "bias_gelu" if name == "gelu" else name).default
+    assert operator in seen
+    torch._dynamo.reset()
+
+
+def test_transforms_see_the_operator_too():
+    from torch.autograd import forward_ad
+
+    from gpt2cupy.torch.operators import traced
+
+    assert not traced()
+    with forward_ad.dual_level():
+        assert traced()
+    found = []
+    torch.func.vmap(lambda x: found.append(traced()) or x)(torch.ones(2, 3))
+    assert found == [True]
 
 
 def test_schemas_are_functional():
@@ -251,6 +281,25 @@ def test_another_thread_has_launches_of_its_own():
 
 
 @pytest.mark.gpu
+def test_tensors_in_two_places_are_refused_by_name():
+    x, w = torch.ones(4, 8, device="cuda"), torch.ones(8, device="cuda")
+    for _ in range(2):
+        with pytest.raises(InputError, match="weight is on the CPU"):
+            ours.rms_norm(x, w.cpu())
+        with pytest.raises(InputError, match="x is on the CPU"):
+            ours.rms_norm(x.cpu(), w)
+        with pytest.raises(InputError, match="up is on the CPU"):
+            ours.silu_mul(x, x.cpu())
+        ours.rms_norm(x, w)
+    if torch.cuda.device_count() > 1:
+        with pytest.raises(InputError, match=r"weight is .* on device 1"):
+            ours.rms_norm(x, w.to("cuda:1"))
+        elsewhere = ours.rms_norm(x.to("cuda:1"), w.to("cuda:1"))
+        assert elsewhere.get_device() == 1 and torch.cuda.current_device() == 0
+        torch.testing.assert_close(elsewhere.cpu(), ours.rms_norm(x, w).cpu())
+
+
+@pytest.mark.gpu
 def test_what_a_kernel_cannot_take_is_refused():
     x, w = torch.ones(4, 8, device="cuda"), torch.ones(8, device="cuda")
     with pytest.raises(InputError, match=r"torch\.float64"):
@@ -269,4 +318,4 @@ def test_what_a_kernel_cannot_take_is_refused():
 
 
 def test_dtypes_are_those_of_the_kernels():
-    assert {str(d).removeprefix("torch.") for d in ours._DTYPES} >= set(DTYPES)
+    assert {str(d).removeprefix("torch.") for d in DTYPES_OF_TENSORS} >= set(DTYPES)

@@ -68,41 +68,50 @@ def parse(text: str) -> Parameter:
     return Parameter(name, None, None, _SCALARS[kind] if kind else None)
 
 
+def array_facts(name: str, number: int, optional: bool) -> tuple[list[str], list[str]]:
+    """Lines of Python that read what checks of an array rest on, and the names they set.
+
+    They set ``pointer<number>`` too, to 0 for None. Written out, since they run at every call: a
+    loop takes twice as long.
+    """
+    pointer, *facts = (f"{fact}{number}" for fact in ("pointer", "layout", "dtype", "device"))
+    layout, dtype, device = facts
+    lines = [
+        f"memory = {name}.data",
+        f"{pointer} = memory.ptr",
+        f"{layout} = {name}.shape",
+        f"if not {name}._c_contiguous: {layout} = ({layout}, {name}.strides)",
+        f"{dtype} = {name}.dtype",
+        f"{device} = memory.device_id",
+    ]
+    if optional:
+        missing = f"    {pointer} = 0; {' = '.join(facts)} = None"
+        lines = [f"if {name} is None:", missing, "else:", *(f"    {line}" for line in lines)]
+    return lines, facts
+
+
 def facts_reader(parameters: tuple[Parameter, ...]) -> Any:
     """A function of a launch's settings and arguments: what its checks rest on, and its pointers.
 
-    It returns (facts, pointers, bits): a key under which a checked launch is found again,
-    the address of each array (0 for None), and all addresses ored together. Written out
-    for the parameters it has, since it runs at every call: a loop takes twice as long.
+    It returns (facts, pointers): a key under which a checked launch is found again, and the
+    address of each array (0 for None).
     """
     settings = ["kernel", "device", "grid", "block", "elem", "head_size", "inner", "shared"]
-    facts = list(settings)
-    names: list[str] = []
-    lines: list[str] = []
-    pointers: list[str] = []
+    facts, names, lines, arrays = list(settings), [], [], 0
     for parameter in parameters:
-        if parameter.dims is None:
-            if parameter.cast is not None:
-                names.append(parameter.name)
-                facts.append(parameter.name)
-            continue
-        name, pointer = parameter.name, f"_{len(pointers)}"
-        names.append(name)
-        pointers.append(pointer)
-        layout = f"{name}.shape if {name}._c_contiguous else ({name}.shape, {name}.strides)"
-        read = [f"memory = {name}.data", f"{pointer} = memory.ptr"]
-        if parameter.optional:
-            lines.append(f"if {name} is None: {pointer} = {pointer}_facts = 0")
-            lines.append("else:")
-            lines += [f"    {line}" for line in read]
-            lines.append(f"    {pointer}_facts = {layout}, {name}.dtype, memory.device_id")
-            facts.append(f"{pointer}_facts")
+        if parameter.dims is not None:
+            read, found = array_facts(parameter.name, arrays, parameter.optional)
+            lines += read
+            facts += found
+            arrays += 1
+        elif parameter.cast is not None:
+            facts.append(parameter.name)
         else:
-            lines += [*read, f"{pointer}_device = memory.device_id"]
-            facts += [layout, f"{name}.dtype", f"{pointer}_device"]
-    listed = "".join(f"{pointer}, " for pointer in pointers)
-    result = f"({', '.join(facts)}), ({listed}), {' | '.join(pointers) or 0}"
-    body = "".join(f"    {line}\n" for line in [*lines, f"return {result}"])
+            continue
+        names.append(parameter.name)
+    pointers = "".join(f"pointer{number}, " for number in range(arrays))
+    lines.append(f"return ({', '.join(facts)}), ({pointers})")
+    body = "".join(f"    {line}\n" for line in lines)
     scope: dict[str, Any] = {}
     exec(f"def facts({', '.join([*settings, *names])}):\n{body}", scope)
     return scope["facts"]

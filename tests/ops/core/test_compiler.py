@@ -18,6 +18,7 @@ import pytest
 
 from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
 from gpt2cupy.ops.core import compiler, jobs, launch
+from gpt2cupy.ops.core.signature import ALIGNMENT
 from gpt2cupy.record import ROOT
 
 pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
@@ -136,8 +137,7 @@ def every_kernel() -> list[launch.Kernel]:
 def test_no_vector_asks_for_more_alignment_than_launch_checks(sources):
     """Newer chips have accesses of 32 bytes: eight floats aligned to 32 would fault on them."""
     checks = [
-        f"static_assert(alignof(Vec<{elem}, {n}>) == {min(n * size, launch.ALIGNMENT)}, "
-        f'"{elem} {n}");'
+        f'static_assert(alignof(Vec<{elem}, {n}>) == {min(n * size, ALIGNMENT)}, "{elem} {n}");'
         for elem, size in (("float", 4), ("__half", 2), ("__nv_bfloat16", 2))
         for n in (1, 2, 4, 8, 16)
     ]
@@ -305,6 +305,16 @@ def test_different_kernels_are_compiled_side_by_side(cache, fake, monkeypatch):
         b"cubin of norm.cu",
         b"cubin of embedding.cu",
     }
+
+
+def test_no_thread_is_left_when_all_is_compiled(cache, fake):
+    before = threading.active_count()
+    for source in ("norm.cu", "embedding.cu"):
+        compiler.request(source, HALF, ARCH).result(60)
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_a_failure_reaches_all_who_wait_and_leaves_no_lock(cache, fake, monkeypatch):
