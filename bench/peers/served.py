@@ -6,11 +6,12 @@ Each function takes the server's settings and returns an engine, which has ``sub
 transformers_generate   waiting requests in batches of up to 32, each run to its end by generate()
 torch_rms, torch_ours   a decode step in PyTorch, captured, with RMS norms: F.rms_norm, or ours
 unfused                 our engine; residual additions are kernels of their own, and a norm reads
-                        its rows again for each of its passes
+                        its rows once for each of its passes
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import queue
 import threading
@@ -157,6 +158,7 @@ def transformers_generate(settings: Any) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # which plans anew for each length: 50 ms a step
     device, dtype = _of(settings)
     model = transformers.GPT2LMHeadModel.from_pretrained(settings.model, dtype=dtype)
     engine = Generating(model.to(device).eval())
@@ -179,10 +181,10 @@ def _versions(*modules: Any) -> dict[str, str]:
 
 
 class TorchRows(Peer):
-    """A decode step of 32 rows in PyTorch, each at a position of its own; prompts one by one.
+    """A decode step of 32 rows in PyTorch, each at a position of its own.
 
-    The step is captured in a CUDA graph; a row that nobody has computes something that is thrown
-    away.
+    Prompts of one length that wait run together. The step is captured in a CUDA graph; a row that
+    nobody has computes something that is thrown away.
     """
 
     def __init__(self, settings: Any, norm: Callable[..., Any]) -> None:
@@ -265,35 +267,38 @@ class TorchRows(Peer):
         noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
         return (logits.float().softmax(-1) / noise).argmax(-1)  # a draw without a sync
 
-    def _prefill(self, request: Request, row: int) -> int:
-        """Run a prompt into a row; returns its first token."""
+    def _prefill(self, prompts: list[np.ndarray], rows: list[int]) -> list[int]:
+        """Run prompts of one length into rows; returns their first tokens."""
         torch, F = self.torch, self.F
-        ids = torch.from_numpy(request.prompt.astype(np.int64)).to(self.device)
-        length = len(ids)
+        ids = torch.from_numpy(np.array(prompts, np.int64)).to(self.device)
+        at = torch.tensor(rows, device=self.device)
+        count, length = ids.shape
         x = self.wte[ids] + self.wpe[:length]
         for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
             qkv = F.linear(self.norm(x, layer["ln_1"], self.eps), *layer["attn.c_attn"])
-            q, k, v = qkv.view(length, 3, self.heads, -1).permute(1, 2, 0, 3)
-            keys[row, :, :length], values[row, :, :length] = k, v
-            y = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-            y = y.transpose(0, 1).reshape(length, self.width)
-            x = x + F.linear(y, *layer["attn.c_proj"])
+            q, k, v = qkv.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            keys[at, :, :length], values[at, :, :length] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + F.linear(y.transpose(1, 2).reshape(x.shape), *layer["attn.c_proj"])
             h = F.linear(self.norm(x, layer["ln_2"], self.eps), *layer["mlp.c_fc"])
             x = x + F.linear(F.gelu(h, approximate="tanh"), *layer["mlp.c_proj"])
-        first = self._choose(x[-1:])
-        self.fed[row : row + 1] = first
-        self.positions[row] = length
-        return int(first)
+        first = self._choose(x[:, -1])
+        self.fed[at] = first
+        self.positions[at] = length
+        return first.tolist()
 
     def step(self) -> Block:
         with self.torch.inference_mode():
             if self.waiting and self.free:
-                entered, chosen = [], []
-                while self.waiting and self.free:
-                    request, row = self.waiting.popleft(), self.free.pop()
-                    self.ids[request.key], self.row_of[request.key] = [], row
-                    chosen.append(self._prefill(request, row))
-                    entered.append(request)
+                entered: list[Request] = []
+                # Those that wait and are as long as the first one run together.
+                length = len(self.waiting[0].prompt)
+                while self.waiting and self.free and len(self.waiting[0].prompt) == length:
+                    entered.append(self.waiting.popleft())
+                    self.ids[entered[-1].key] = []
+                    self.row_of[entered[-1].key] = self.free.pop()
+                rows = [self.row_of[request.key] for request in entered]
+                chosen = self._prefill([request.prompt for request in entered], rows)
                 self.running.extend(entered)
                 return self._after(self.block(entered, chosen))
             self.replay()
@@ -314,9 +319,10 @@ def _torch_engine(settings: Any, norm: Callable[..., Any], what: str) -> tuple[A
     import torch
 
     engine = TorchRows(settings, norm)
-    for length in (8, engine.capacity // 2):  # libraries choose kernels by length
-        with torch.inference_mode():
-            engine._prefill(Request(0, np.zeros(length, np.int32), None), 0)  # type: ignore[arg-type]
+    with torch.inference_mode():  # libraries choose kernels by shape
+        for count in (1, 2, 8, BATCH):
+            prompts = [np.zeros(engine.capacity // 2, np.int32)] * count
+            engine._prefill(prompts, list(range(count)))
     about = {"slots": BATCH, "device": engine.device, "norm": what, "capacity": engine.capacity}
     return engine, about | {"versions": _versions(torch)}
 
@@ -376,19 +382,57 @@ def fused(settings: Any) -> tuple[Any, dict[str, Any]]:
     return engine, about | {"kernels_of_a_step": _kernels(engine)}
 
 
+IN_PASSES = r"""
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+// A block a row, which is read once for its mean, once for its variance, and once to be normalised.
+__device__ float block_sum(float value) {
+  __shared__ float sums[128];
+  __syncthreads();
+  sums[threadIdx.x] = value;
+  for (int half = 64; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  __syncthreads();
+  return sums[0];
+}
+extern "C" __global__ void layer_norm_in_passes(const float* x, const ELEM* weight,
+                                                const ELEM* bias, ELEM* y, float eps, int C) {
+  x += (size_t)blockIdx.x * C;
+  y += (size_t)blockIdx.x * C;
+  float sum = 0.0f, squares = 0.0f;
+  for (int c = threadIdx.x; c < C; c += 128) sum += x[c];
+  float mean = block_sum(sum) / C;
+  for (int c = threadIdx.x; c < C; c += 128) squares += (x[c] - mean) * (x[c] - mean);
+  float scale = rsqrtf(block_sum(squares) / C + eps);
+  for (int c = threadIdx.x; c < C; c += 128)
+    y[c] = ELEM((x[c] - mean) * scale * float(weight[c]) + float(bias[c]));
+}
+"""
+
+
 def _norm_in_passes(x: Any, weight: Any, bias: Any, eps: float, out: Any) -> Any:
-    """A layer norm whose block is too small to keep a row in registers."""
+    """A layer norm that is a kernel of its own and reads its rows three times."""
     from gpt2cupy import ops
-    from gpt2cupy.ops.core.launch import launch
-    from gpt2cupy.ops.norm import LAYER_NORM
+    from gpt2cupy.ops.core import tape
 
     if isinstance(x, np.ndarray):
         return ops.layer_norm(x, weight, bias, eps, out=out)
-    pieces = x.shape[-1] * x.itemsize // 16  # of which a thread keeps two
-    threads = max((pieces - 1) // 2 // 32 * 32, 32)
-    kernel = LAYER_NORM[x.dtype == weight.dtype]
-    launch(kernel, (len(x),), (threads, 1), (x, weight, bias, out, eps), elem=weight.dtype)
+    values = (x, weight, bias, out, np.float32(eps), np.int32(x.shape[-1]))
+    tape.submit(tape.Launch(_in_passes(weight.dtype.name), (len(x),), (128,), values))
     return out
+
+
+@functools.lru_cache
+def _in_passes(dtype: str) -> Any:
+    import cupy
+
+    from gpt2cupy.ops.core.compiler import _cuda_includes
+
+    kind = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}[dtype]
+    options = ("-std=c++17", *_cuda_includes())
+    return cupy.RawKernel(IN_PASSES.replace("ELEM", kind), "layer_norm_in_passes", options)
 
 
 def _kernels(engine: Any) -> dict[str, int]:

@@ -81,18 +81,21 @@ class Answer:
                 posted.append(
                     Score(stream, messages.packed(prompt), self.asked.params.logprobs or 0)
                 )
-        params = messages.params_of(self.requests[0].params)
+        params: dict[int, dict[str, Any]] = {}  # those of one prompt are one object
         for choice, request in zip(self.choices, self.requests, strict=True):
             if request.params.max_new_tokens == 0:
                 continue
             stream = self.link.open(choice)
             self._numbers.append(stream)
             choice.number = stream
+            own = id(request.params)
+            if own not in params:
+                params[own] = messages.params_of(request.params)
             posted.append(
                 Submit(
                     stream,
                     messages.packed(request.prompt),
-                    params,
+                    params[own],
                     request.index,
                     list(request.ends),
                     self._arrived,

@@ -12,7 +12,7 @@ import msgspec
 
 from .._version import __version__
 from ..errors import Gpt2CupyError, InputError, NoTokenizerError
-from ..generation.completion_request import CompletionRequest, completion_request
+from ..generation.completion_request import CompletionParser, CompletionRequest
 from ..generation.prompts import only_ids
 from ..ids import check_tokens
 from . import metrics
@@ -34,6 +34,7 @@ class App:
 
     def __init__(self, front: Front) -> None:
         self.front = front
+        self._parser = CompletionParser()
         # Path to method, whether a key is needed, and what answers.
         self._routes: dict[str, tuple[str, bool, Any]] = {
             "/health": ("GET", False, self._health),
@@ -196,7 +197,7 @@ class App:
         if size == 0:
             return 499
         return await self._run(
-            completion_request(body), scope, receive, send, own, arrived, chat=False, size=size
+            self._parser.parse(body), scope, receive, send, own, arrived, chat=False, size=size
         )
 
     async def _chat(

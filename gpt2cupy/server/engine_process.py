@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import runpy
@@ -128,9 +129,12 @@ def fitting_engine(model: Any, slots: int, capacity: int | None, decode: str) ->
             where="--context",
             remedy=f"It must be from 2 to {model.config.n_positions}.",
         )
+    # Where the engine can keep the beginnings of prompts, it does.
+    known = inspect.signature(Engine.__init__).parameters
+    options: Any = {"prefix_cache": True} if "prefix_cache" in known else {}
     while True:
         try:
-            return Engine(model, slots, capacity, decode=decode)
+            return Engine(model, slots, capacity, decode=decode, **options)
         except DeviceMemoryError:
             if slots == 1:
                 raise

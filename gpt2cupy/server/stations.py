@@ -49,6 +49,7 @@ class Stations:
         self._noted: list[tuple[float, list[int]]] = []
         self._ended: list[tuple[int, float, str]] = []
         self._discarded = 0
+        self._prefixes = 0, 0
 
     def open(self, front: int, stream: int, arrived: float, prompt: int) -> int:
         """A line for a stream with a prompt of so many tokens."""
@@ -157,6 +158,11 @@ class Stations:
         set_("vllm:num_requests_waiting", scheduler.waiting)
         self.store.add("gpt2cupy:discarded_tokens", engine.discarded - self._discarded)
         self._discarded = engine.discarded
+        if (prefixes := getattr(engine, "prefixes", None)) is not None:
+            found = prefixes.queries, prefixes.hits
+            for name, count, before in zip(("queries", "hits"), found, self._prefixes, strict=True):
+                self.store.add(f"vllm:prefix_cache_{name}", count - before)
+            self._prefixes = found
         used = float(cache.lengths.sum()) / (cache.slots * cache.capacity)
         set_("vllm:kv_cache_usage_perc", used)
 

@@ -130,7 +130,7 @@ class Worker:
         prompt = np.frombuffer(message.prompt, np.int32)
         line = self.stations.open(front, message.stream, message.arrived, len(prompt))
         try:
-            params = SamplingParams(**message.params)
+            params = SamplingParams.unchecked(message.params)
             eos = tuple(message.eos)
             self.engine.submit(Request(line, prompt, params, message.index, eos))
         except Gpt2CupyError as error:

@@ -12,7 +12,17 @@ import signal
 import time
 
 import pytest
-from served import ENGINES, Served, closing_all, events_of, eventually, read_all, request, text_of
+from served import (
+    ENGINES,
+    Served,
+    closing_all,
+    events_of,
+    eventually,
+    read_all,
+    read_answer,
+    request,
+    text_of,
+)
 
 LONG = {"prompt": "ROMEO:", "max_tokens": 400, "ignore_eos": True, "temperature": 1}
 SHORT = {"prompt": "ROMEO:", "max_tokens": 3, "temperature": 0}
@@ -169,7 +179,7 @@ def test_a_request_that_fails_in_the_engine_fails_alone():
         bodies = [{**LONG, "max_tokens": count} for count in (20, 60, 30)]
         sockets = [server.connect(body) for body in bodies]
         with closing_all(sockets):
-            first, failed, last = (connection.recv(1 << 16) for connection in sockets)
+            first, failed, last = map(read_answer, sockets)
         assert first.startswith(b"HTTP/1.1 200") and last.startswith(b"HTTP/1.1 200")
         assert failed.startswith(b"HTTP/1.1 500") and b"non_finite_logits" in failed
         status, _, data = server.ask("POST", "/v1/completions", {**LONG, "stream": True})
@@ -197,9 +207,8 @@ def test_the_engine_process_ends_and_is_started_again(how):
             for connection in whole:
                 assert connection.recv(4096)[9:12] in (b"503", b"500")
             answer = b""
-            while b"[DONE]" not in answer and b" 503 " not in answer and b" 500 " not in answer:
+            while b'"error"' not in answer:
                 answer += stream.recv(4096)
-            assert b'"error"' in answer
         eventually(lambda: server.processes("engine") not in ([], [engine]), 20)
         eventually(lambda: server.get("/ready")["ready"], 20)
         assert server.metric("gpt2cupy:engine_restarts_total") == 1

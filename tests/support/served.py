@@ -190,12 +190,29 @@ def text_of(events: list[Any], index: int = 0) -> str:
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
-    """The condition's value once it is true; fails if it does not come to that."""
+    """The condition's value once it is true; fails if it does not come to that.
+
+    A connection that is reset, as by a front process that was killed, is another try.
+    """
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while True:
+        with contextlib.suppress(ConnectionError):
+            if found := condition():
+                return found
         assert time.monotonic() < end, f"not within {seconds} s: {condition}"
         time.sleep(0.02)
-    return found
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """One answer that says how long it is, head and body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(1 << 16)
+    head = data.partition(b"\r\n\r\n")[0]
+    size = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    while len(data) < len(head) + 4 + size:
+        data += connection.recv(1 << 16)
+    return data
 
 
 def read_all(connection: socket.socket) -> bytes:
