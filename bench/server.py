@@ -146,12 +146,20 @@ class Bench:
         if found.returncode:
             self.kept.skip("one", found.stderr.strip().splitlines()[-1])
             return
-        direct = float(np.median(json.loads(found.stdout.splitlines()[-1]))) * 1e3
+        first, direct = np.median(json.loads(found.stdout.splitlines()[-1]), axis=0) * 1e3
         with self.server("--event-tokens", "2") as server:
             row = self.loaded(server, 1, "equal", seconds=args.seconds)
-        ratio = row["end_to_end_ms"]["p50"] / direct
-        self.keep("one", row | {"direct_ms": direct, "over_direct": ratio})
-        print(f"end to end over the engine directly: {ratio:.2f} x of {direct:.2f} ms", flush=True)
+            name = "vllm:time_to_first_token_seconds"
+            inside = server.metric(f"{name}_sum") / server.metric(f"{name}_count") * 1e3
+        row |= {"direct_ms": float(direct), "direct_first_token_ms": float(first)}
+        row |= {"over_direct": row["end_to_end_ms"]["p50"] / direct}
+        # From the front's having the request to the engine process's having its first token.
+        self.keep("one", row | {"engine_first_token_ms": inside})
+        print(
+            f"end to end over the engine directly: {row['over_direct']:.2f} x of {direct:.2f} ms "
+            f"(first token: {first:.2f} ms directly, {inside:.2f} ms in the engine process)",
+            flush=True,
+        )
 
     def baseline(self) -> None:
         def measure(server: Server) -> None:
@@ -159,7 +167,7 @@ class Bench:
                 row = self.loaded(server, 32, kind, seconds=self.args.seconds)
                 self.keep("baseline", row | {"what": "transformers"})
 
-        self.with_peer("transformers_generate", measure)
+        self.with_peer("transformers_generate", measure, "--workers", str(self.args.workers))
 
     def norms(self) -> None:
         context = str(self.args.prompt + self.args.tokens)
@@ -170,7 +178,9 @@ class Bench:
                 about = json.loads(server.get("/ready"))["engine"]
                 self.keep("norms", row | {"what": what, "engine": about})
 
-            self.with_peer(engine, measure, "--event-tokens", "2", "--context", context)
+            workers = str(self.args.workers)
+            options = ("--event-tokens", "2", "--context", context, "--workers", workers)
+            self.with_peer(engine, measure, *options)
 
     def with_peer(self, engine: str, measure: Callable[[Server], None], *options: str) -> None:
         """Measure a server whose engine is one of peers/served.py, if it starts here."""

@@ -1,7 +1,8 @@
 """One request after another through an Engine in this process: what a server is compared with.
 
 Reads a job as JSON from stdin: ``settings`` (of the server), ``prompts`` (texts), ``tokens``,
-``runs``. Writes JSON: seconds from a text to the last piece of its continuation's text, each run.
+``runs``. Writes JSON: seconds from a text to the first piece of its continuation's text and to the
+last one, for each run.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ def main() -> None:
         start = time.perf_counter()
         prompt = np.array(tokenizer.encode(text), np.int32)
         stream, pieces = tokenizer.stream(), []
+        first = 0.0
         for block in engine.blocks([Request(run, prompt, params, eos=-1)]):
             pieces += [stream.push(id_) for id_ in block.ids.tolist()]
-        seconds.append(time.perf_counter() - start)
+            if pieces and not first:
+                first = time.perf_counter() - start
+        seconds.append((first, time.perf_counter() - start))
     print(json.dumps(seconds[3:]))
 
 
