@@ -112,6 +112,7 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/gemv.py
 	$(BIN)/python bench/ops.py --dtype float16,bfloat16,float32
 	$(BIN)/python bench/call_cost.py
+	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
