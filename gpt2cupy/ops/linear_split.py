@@ -24,7 +24,7 @@ LINEAR_SPLIT = {
 # TF32 must be more than three times as fast as float. Chips where it is.
 _CHIPS = ("sm_80", "sm_90")
 _FEWEST = 33  # rows
-_SHORTEST = 256  # of K; with less the library's error is smaller than that of the parts
+_SHORTEST = 512  # of K; with less the library's error is smaller than that of the parts
 _FULL = 0.25  # share of the multiprocessors that must have a tile
 
 

@@ -231,7 +231,15 @@ class _Product:
     """
 
     def __init__(
-        self, own: _Device, n: int, m: int, k: int, kind: str, out_kind: str, epilogue: str | None
+        self,
+        own: _Device,
+        n: int,
+        m: int,
+        k: int,
+        kind: str,
+        out_kind: str,
+        epilogue: str | None,
+        wide_sums: bool,
     ) -> None:
         lt = own.lt
         self.epilogue = epilogue
@@ -247,6 +255,10 @@ class _Product:
         lt.matmul_preference_set_attribute(
             preference, lt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES, size.ctypes.data, 8
         )
+        if wide_sums:  # what shares of K give is added in float32, not in the output's dtype
+            schemes = np.array([int(lt.ReductionScheme.COMPUTE_TYPE)], np.uint32)
+            scheme_mask = lt.MatmulPreferenceAttribute.REDUCTION_SCHEME_MASK
+            lt.matmul_preference_set_attribute(preference, scheme_mask, schemes.ctypes.data, 4)
         self.result = np.zeros(1, lt.matmul_heuristic_result_dtype)
         found = np.zeros(1, np.int32)
         lt.matmul_algo_get_heuristic(
@@ -342,9 +354,16 @@ class Queued:
 
 @functools.lru_cache(maxsize=512)
 def _product(
-    device: int, n: int, m: int, k: int, kind: str, out_kind: str, epilogue: str | None
+    device: int,
+    n: int,
+    m: int,
+    k: int,
+    kind: str,
+    out_kind: str,
+    epilogue: str | None,
+    wide_sums: bool,
 ) -> _Product:
-    return _Product(_device(device), n, m, k, kind, out_kind, epilogue)
+    return _Product(_device(device), n, m, k, kind, out_kind, epilogue, wide_sums)
 
 
 def matmul(
@@ -379,9 +398,9 @@ def matmul(
     device = current_device()
     parts = (["bias"] if bias is not None else []) + ([activation] if activation else [])
     n, k = x.shape
-    product = _product(
-        device, n, len(weight), k, x.dtype.name, out.dtype.name, "+".join(parts) or None
-    )
+    kinds = x.dtype.name, out.dtype.name
+    wide_sums = residual is not None and out.dtype != np.float32
+    product = _product(device, n, len(weight), k, *kinds, "+".join(parts) or None, wide_sums)
     values = x, weight, bias, residual, out, _MEMORY.get(), apart
     queued = Queued(product, _device(device), values)
     queued.check()
