@@ -86,7 +86,8 @@ def few(entry: Record) -> str:
     header = [
         "widths", "dtype", "tokens", "PyTorch eager, µs", "compiled, µs", "ours, µs",
         "by two products, µs", "speed-up over the faster", "the same, warm L2",
-        "read of the weights, µs", "share of the read", "max error", "PyTorch's max error", "kernels",
+        "read of the weights, µs", "share of the read", "max error", "PyTorch's max error",
+        "kernels",
     ]  # fmt: skip
     lines = []
     for row in _rows(entry, "ffn", few=True):
