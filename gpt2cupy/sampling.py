@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,10 +138,16 @@ class SamplingParams:
             allowed = f"from 0 to {MAX_LOGPROBS}, or None"
             self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
 
+    @classmethod
+    def unchecked(cls, fields: Mapping[str, Any]) -> SamplingParams:
+        """Those of fields as an instance has them, where they were checked before."""
+        made = object.__new__(cls)
+        vars(made).update(_default_fields(), **fields)
+        return made
+
     def with_seed(self, seed: int) -> SamplingParams:
         """The same with another seed; nothing else is checked again, which takes much longer."""
-        made = copy.copy(self)
-        made._set("seed", _plain(seed))
+        made = self.unchecked(vars(self) | {"seed": _plain(seed)})
         made._check_seed()
         return made
 
@@ -290,6 +296,11 @@ class SamplingParams:
             prompt_length + self.min_new_tokens, 0,
         )  # fmt: skip
         return np.array([values], ROW_PARAMS)
+
+
+@functools.lru_cache(1)
+def _default_fields() -> dict[str, Any]:
+    return dict(vars(SamplingParams()))
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import (
+    attention_tables,
     batch_tables,
     gpu_test_tables,
     list_tables,
@@ -300,6 +301,10 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
     "devices": ("devices", text_tables.devices),
     "generate": ("generate", text_tables.generate),
+    "attention": ("attention", attention_tables.speeds),
+    "attention-errors": ("attention", attention_tables.correctness),
+    "attention-rates": ("attention", attention_tables.rates),
+    "attention-decode": ("attention", attention_tables.decode),
     "batch": ("batch", list_tables.batch),
     "scoring": ("scoring", list_tables.scoring),
     "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
