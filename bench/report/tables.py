@@ -136,6 +136,12 @@ def cpu(entry: Record) -> str:
         f"{results['rounds']} rounds in turn. gpt2cupy makes {results['ratio_to_best']:.2f} times "
         f"the tokens/s of {results['best_of_transformers']}"
     )
+    if "ratio_of_texts" in results:
+        note += f", and with {results['texts']} texts at once {results['ratio_of_texts']:.1f} times"
+        note += " those of one text"
+    if "ratio_to_llama" in results:
+        note += f". It makes {results['ratio_to_llama']:.2f} times those of llama.cpp"
+        note += f", built by {results.get('llama_build', 'a line that was not noted')}"
     header = ["engine", "prompt, ms", "tokens/s"]
     return table(header, rows) + caption(entry, note)
 
