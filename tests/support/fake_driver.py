@@ -47,7 +47,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
     """The body of a fixture: what was seen so far.
 
     ``calls`` are (function, sizes, stream, the first eight values, which a kernel must have)
-    that reached the driver, ``checked`` the functions that were looked for; ``device`` is the current one.
+    that reached the driver, ``checked`` the functions that were looked for; ``device`` is the
+    current one.
     """
     seen = types.SimpleNamespace(calls=[], checked=[], device=0)
 
