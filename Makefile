@@ -114,6 +114,7 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/call_cost.py
 	$(BIN)/python bench/batch.py
 	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
