@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
   };
 
   if (group == 0) {
-    fewer_registers<40>();
+    fewer_registers<24>();
     PipelineState key_stage = {0, 0}, value_stage = {0, 0};
     unsigned query_parity = 0;
 #pragma unroll 1
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
     return;
   }
 
-  more_registers<232>();
+  more_registers<240>();
   int consumer = group - 1, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
   int along = lane % 4, across = lane / 4;  // place in a fragment
   PipelineState key_stage = {0, 0}, value_stage = {0, 0};
@@ -246,8 +246,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
           larger = fmaxf(larger, fmaxf(s[j][half * 2], s[j][half * 2 + 1]));
         larger = warp_max<4>(larger);  // four lanes share a row
         // A query may see none of the keys so far: its maximum is then minus infinity.
-        float base = larger == MINUS_INFINITY ? 0.0f : larger * factor;
-        old[half] = power_of_two(m[half] * factor - base);
+        float base = larger == MINUS_INFINITY ? 0.0f : __fmul_rn(larger, factor);
+        old[half] = power_of_two(__fmul_rn(m[half], factor) - base);
         m[half] = larger;
         l[half] *= old[half];
 #pragma unroll
