@@ -24,10 +24,11 @@ from .reference_attention import (
 
 Array = Any
 
-_HEADS_BYTES = 16 << 20  # of keys and values that blocks read at a time: they stay in L2
-_WAVES = 3  # of blocks of decode_attention: their ends differ by less than with one
+_HEADS_BYTES = 32 << 20  # of keys and values that blocks read at a time: they stay in L2
+_ITEM = 0.8  # what a tile of queries takes beside its tiles of keys, in such tiles
+_WAVES = 3  # of blocks of decode_attention, at most: each part takes a merge
 _MOST_SPLITS = 64  # of the keys of a sequence
-_STAGES = 3  # of the pipeline of a warp of decode_attention_mma
+_FILLED = 0.02  # by how much a wave must be fuller to be worth more parts
 
 _ATTENTION = (
     "q: ELEM[B,T,NH,HS]@, k: ELEM[B,S,NKV,HS]@, v: ELEM[B,S,NKV,HS]@, lengths: int32[B]?, "
@@ -49,10 +50,7 @@ _DECODE = (
     "v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV, out_stride_B, out_stride_NH"
 )
 DECODE = Kernel("decode_attention.cu", "decode_attention", _DECODE)
-# By the stages of a warp's pipeline.
-DECODE_MMA = {
-    n: Kernel("decode_attention_mma.cu", f"decode_attention_mma_s{n}", _DECODE) for n in (2, 3, 4)
-}
+DECODE_MMA = Kernel("decode_attention_mma.cu", "decode_attention_mma", _DECODE)
 DECODE_MERGE = Kernel(
     "decode_attention.cu",
     "decode_attention_merge",
@@ -120,14 +118,37 @@ def _plan(
     else:
         c = constants("attention.cu", HS=size)
         kernel, threads, shared = ATTENTION, c["SIDE"] * c["SIDE"], 0
-    # The heads whose keys and values fit, in whole groups that share them.
-    share = heads // max(k.shape[2], 1)
-    pair = 2 * k.shape[1] * size * k.dtype.itemsize
-    together = max(_HEADS_BYTES // max(pair, 1), 1) * share
-    items = -(-queries // c["BR"]) * batch * heads
-    blocks = min(items, sm_count()) if warpgroups else items
-    together = min(together, max(batch * heads, 1)) if causal else 1
+    tiles = -(-queries // c["BR"])
+    blocks = items = tiles * batch * heads
+    together = 1
+    if warpgroups:
+        blocks = min(items, sm_count())
+    if causal:
+        pair = 2 * k.shape[1] * size * k.dtype.itemsize
+        most = min(max(_HEADS_BYTES // max(pair, 1), 1), batch * heads)
+        seen = np.minimum(np.arange(1, tiles + 1) * c["BR"], k.shape[1]) / 128 + _ITEM
+        together = _together(seen, batch * heads, blocks, most) if warpgroups else most
     return _Plan(kernel, (blocks,), (threads,), shared, factor, together)
+
+
+def _together(costs: np.ndarray, heads: int, blocks: int, most: int) -> int:
+    """How many heads are dealt with at a time, so that all blocks end at about the same time.
+
+    ``costs`` are those of the tiles of a head. Items go to the blocks as attention_wgmma.cu deals
+    them out: in turn, forth and back, of some heads the last tiles first.
+    """
+    tiles = len(costs)
+    number = np.arange(tiles * heads)
+    turn, place = np.divmod(number, max(blocks, 1))
+    block = np.where(turn % 2, blocks - 1 - place, place)
+
+    def longest(together: int) -> float:
+        group, rest = np.divmod(number, together * tiles)
+        tile = tiles - 1 - rest // np.minimum(together, heads - group * together)
+        return float(np.bincount(block, costs[tile]).max(initial=0))
+
+    choices = [together for together in (1, 2, 4, 8, 16, 32, 64) if together < most]
+    return min([*choices, max(most, 1)], key=longest)
 
 
 def _attention_cost(
@@ -245,13 +266,13 @@ def _blocks(device: int, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> 
     _, capacity, kv, _ = k
     kernel = DECODE
     if dtype != np.float32 and has_mma():
-        kernel = DECODE_MMA[_STAGES]
+        kernel = DECODE_MMA
     c = constants(kernel.source, HS=size)
     if kernel is DECODE:
         of_warp = max(c.evaluate("WARP_BYTES", dtype.itemsize), c["STATE_BYTES"])
         static = c["MOST_HEADS"] * size * 4
     else:
-        of_warp, static = max(_STAGES * c["STAGE_BYTES"], c["STATE_BYTES"]), 0
+        of_warp, static = max(c["STAGES"] * c["STAGE_BYTES"], c["STATE_BYTES"]), 0
     of_warp = -(-of_warp // 128) * 128
     warps = c["MOST_WARPS"]
     while warps * of_warp + static > shared_limit():
@@ -261,9 +282,23 @@ def _blocks(device: int, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> 
     resident = max(shared_limit() // (warps * of_warp + static), 1) * sm_count()
     # No part is so short that its warps have fewer than two tiles.
     longest = max(capacity // (2 * warps * c["KEYS"]), 1)
-    splits = min(-(-_WAVES * resident // max(batch * blocks, 1)), longest, _MOST_SPLITS)
+    splits = _splits(batch * blocks, resident, min(longest, _MOST_SPLITS))
     states = (batch, heads, splits, size + 2) if splits > 1 else None
     return _Blocks(kernel, (blocks, splits, batch), warps, warps * of_warp, states)
+
+
+def _splits(blocks: int, resident: int, most: int) -> int:
+    """Parts of the keys of a sequence: the fewest with which waves of blocks are nearly full."""
+
+    def filled(splits: int) -> float:
+        waves = -(-blocks * splits // resident)
+        return blocks * splits / (waves * resident)
+
+    best = 1
+    for splits in range(2, min(most, _WAVES * resident // max(blocks, 1)) + 1):
+        if filled(splits) > filled(best) + _FILLED:
+            best = splits
+    return best
 
 
 @functools.lru_cache(4096)
@@ -363,5 +398,7 @@ def decode_attention(
     args = (q, k_cache, v_cache, lengths, out, states, factor)
     launch(kernel, grid, (32 * warps,), args, shared=shared, **sizes)
     if states is not None:
-        launch(DECODE_MERGE, q.shape[1::-1], q.shape[-1:], (states, out), **sizes)
+        groups = constants(DECODE_MERGE.source, HS=q.shape[-1])["MERGE_GROUPS"]
+        block = (groups * q.shape[-1],)
+        launch(DECODE_MERGE, q.shape[1::-1], block, (states, out), **sizes)
     return out
