@@ -18,6 +18,23 @@ __device__ inline void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Where the copy engine finds tiles of an array in global memory, in four dimensions: made by the
+// driver (gpt2cupy/ops/core/tensor_map.py), and a parameter of the kernel.
+struct alignas(64) TensorMap {
+  unsigned long long words[16];
+};
+
+// Starts to copy a box, as large as the map says, to shared memory in the layout of swizzled<8>.
+// The mbarrier counts its bytes, also of what lies outside the array and becomes zero.
+__device__ inline void copy_box(
+    unsigned to, const TensorMap* map, int channel, int token, int head, int batch, unsigned full) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(full), "r"(channel), "r"(token), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // A named barrier of COUNT threads, of which some only arrive.
 template <int COUNT>
 __device__ inline void barrier_sync(int barrier) {

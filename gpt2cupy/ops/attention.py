@@ -25,10 +25,11 @@ from .reference_attention import (
 Array = Any
 
 _HEADS_BYTES = 32 << 20  # of keys and values that blocks read at a time: they stay in L2
+_TILE = 128  # rows of a tile of attention_tma
 _ITEM = 0.8  # what a tile of queries takes beside its tiles of keys, in such tiles
 _WAVES = 3  # of blocks of decode_attention, at most: each part takes a merge
 _MOST_SPLITS = 64  # of the keys of a sequence
-_FILLED = 0.02  # by how much a wave must be fuller to be worth more parts
+_FULLER = 1.02  # how much fuller waves must be to be worth more parts
 
 _ATTENTION = (
     "q: ELEM[B,T,NH,HS]@, k: ELEM[B,S,NKV,HS]@, v: ELEM[B,S,NKV,HS]@, lengths: int32[B]?, "
@@ -40,6 +41,12 @@ _ATTENTION = (
 ATTENTION = Kernel("attention.cu", "attention", _ATTENTION)
 ATTENTION_MMA = Kernel("attention_mma.cu", "attention_mma", _ATTENTION)
 ATTENTION_WGMMA = Kernel("attention_wgmma.cu", "attention_wgmma", _ATTENTION)
+ATTENTION_TMA = Kernel(
+    "attention_wgmma.cu",
+    "attention_tma",
+    f"{_ATTENTION}, q_tiles: tiles[q,{_TILE}], k_tiles: tiles[k,{_TILE}], "
+    f"v_tiles: tiles[v,{_TILE}]",
+)
 ATTENTION_SPLIT = Kernel(
     "attention_split.cu", "attention_split", _ATTENTION.replace("ELEM", "float32")
 )
@@ -99,6 +106,7 @@ def _plan(
     out: Facts | None,
     causal: bool,
     scale: float | None,
+    whole: bool,
 ) -> _Plan:
     """Everything that follows from the layouts of a call, checked."""
     check_heads(q, k, v, "BTNH", "attention")
@@ -109,6 +117,8 @@ def _plan(
     warpgroups = has_wgmma()
     if warpgroups:
         kernel = ATTENTION_SPLIT if wide else ATTENTION_WGMMA
+        if not wide and whole and all(map(_in_tiles, (q, k, v))):
+            kernel = ATTENTION_TMA
         c = constants(kernel.source, HS=size)
         threads, shared = c["THREADS"], c["SHARED_BYTES"]
     elif has_mma():
@@ -126,9 +136,18 @@ def _plan(
     if causal:
         pair = 2 * k.shape[1] * size * k.dtype.itemsize
         most = min(max(_HEADS_BYTES // max(pair, 1), 1), batch * heads)
-        seen = np.minimum(np.arange(1, tiles + 1) * c["BR"], k.shape[1]) / 128 + _ITEM
+        seen = np.minimum(np.arange(1, tiles + 1) * c["BR"], k.shape[1]) / _TILE + _ITEM
         together = _together(seen, batch * heads, blocks, most) if warpgroups else most
     return _Plan(kernel, (blocks,), (threads,), shared, factor, together)
+
+
+def _in_tiles(array: Facts) -> bool:
+    """Whether the copy engine can read an array in whole tiles."""
+    _, tokens, _, size = array.shape
+    apart = all(
+        stride for count, stride in zip(array.shape, array.strides, strict=True) if count > 1
+    )
+    return apart and bool(tokens) and not (tokens % _TILE or size % 64)
 
 
 def _together(costs: np.ndarray, heads: int, blocks: int, most: int) -> int:
@@ -219,13 +238,14 @@ def attention(
     them, is ``q.transpose(0, 2, 1, 3)``, and nothing is copied. Memory beside the arrays
     does not grow with T or S: no T x S matrix exists. float32 is computed to float32
     accuracy, on tensor cores by split products. The bits of a query do not depend on the
-    other sequences.
+    other sequences. A value that a query does not see may count with a weight of zero, so it
+    must be finite; what lies behind ``lengths`` is not read.
 
     Dao et al., "FlashAttention", 2022; Shah et al., "FlashAttention-3", 2024.
     """
     of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
     of_out = None if out is None else facts("out", out, "attention")
-    plan = _plan(current_device(), *of, of_out, causal, scale)
+    plan = _plan(current_device(), *of, of_out, causal, scale, lengths is None)
     if out is None:
         out = device_empty(q.shape, q.dtype)
     offsets, offset = None, q_offset
@@ -296,7 +316,7 @@ def _splits(blocks: int, resident: int, most: int) -> int:
 
     best = 1
     for splits in range(2, min(most, _WAVES * resident // max(blocks, 1)) + 1):
-        if filled(splits) > filled(best) + _FILLED:
+        if filled(splits) > filled(best) * _FULLER:
             best = splits
     return best
 
