@@ -120,6 +120,8 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/gemv.py
 	$(BIN)/python bench/ops.py --dtype float16,bfloat16,float32
 	$(BIN)/python bench/call_cost.py
+	$(BIN)/python bench/batch.py
+	$(BIN)/python bench/scoring.py
 	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
@@ -145,9 +147,10 @@ docs: $(VENV)/docs ## Write docs/api.md from the docstrings
 records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale, cut off or missing
 	@$(BIN)/python -m bench.report --records
 
-# 10,000 requests against 256 slots, and bodies made at random for ten minutes.
-release-check: $(VENV)/test ## Fail if a record is stale or cut off, a table has none, or the server gives way
+# A batch killed 100 times, 10,000 requests against 256 slots, and bodies at random for ten minutes.
+release-check: $(VENV)/test ## Fail if a record is stale or cut off, a table has none, or a long test fails
 	@$(BIN)/python -m bench.report --records --strict
+	GPT2CUPY_TEST_KILLS=100 $(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills
 	GPT2CUPY_E2E_REQUESTS=10000 $(BIN)/python -m pytest -q tests/e2e/test_survival.py -k beyond_the_slots
 	$(BIN)/python tests/fuzz/fuzz_server.py --seconds 600
 

@@ -13,9 +13,12 @@
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
 #include "dsmem.cuh"
 
-constexpr int HELD = 16;    // channels that a thread keeps in registers
-constexpr int CLUSTER = 8;  // blocks of a cluster
-constexpr int MOST = 512;   // threads of a block of a cluster
+constexpr int MOST = 512;  // threads of a block of a cluster
+// Channels that a thread keeps in registers, where PARTS blocks share a row.
+template <int PARTS>
+constexpr int HELD = PARTS == 2   ? 64
+                     : PARTS == 4 ? 32
+                                  : 16;
 
 struct alignas(8) SoftmaxState {
   float m;  // largest value, -inf of nothing
@@ -58,25 +61,25 @@ __device__ inline SoftmaxState warp_merge(const SoftmaxState (&own)[N]) {
 }
 
 // Where the states of a row's warps meet.
-template <bool CLUSTERED>
+template <int PARTS>
 struct Meeting {
-  SoftmaxState states[CLUSTERED ? CLUSTER * MOST / WARP : WARP];
+  SoftmaxState states[PARTS > 1 ? PARTS * MOST / WARP : WARP];
   Mbarrier arrived;  // completed by the states from all blocks of the cluster
 };
 
 // The state of the whole row, from those of this row's warps. Every block of a cluster gets all.
-template <bool CLUSTERED>
-__device__ inline SoftmaxState row_state(SoftmaxState own, Meeting<CLUSTERED>& shared) {
+template <int PARTS>
+__device__ inline SoftmaxState row_state(SoftmaxState own, Meeting<PARTS>& shared) {
   constexpr int EACH = sizeof(shared.states) / sizeof(SoftmaxState) / WARP;
   int warps = blockDim.x / WARP, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  if constexpr (CLUSTERED) {
+  if constexpr (PARTS > 1) {
     cluster_wait();  // the mbarriers are initialised
-    unsigned bytes = CLUSTER * warps * sizeof(SoftmaxState);
+    unsigned bytes = PARTS * warps * sizeof(SoftmaxState);
     if (threadIdx.x == 0) mbarrier_arrive_expect_tx(shared_address(&shared.arrived), bytes);
-    if (lane < CLUSTER)
+    if (lane < PARTS)
       dsmem_store_struct(&shared.states[cluster_rank() * warps + warp], &shared.arrived, lane, own);
     mbarrier_wait_cluster(shared_address(&shared.arrived), 0);
-    warps *= CLUSTER;
+    warps *= PARTS;
   } else {
     if (warps == 1) return own;
     if (lane == 0) shared.states[warp] = own;
@@ -125,11 +128,11 @@ struct Pieces {
 };
 
 // Pieces from `first` to `last` of a row, up to S a thread.
-template <int VEC, int S, bool CLUSTERED>
+template <int VEC, int S, int PARTS>
 __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
                                             int first,
                                             int last,
-                                            Meeting<CLUSTERED>& shared) {
+                                            Meeting<PARTS>& shared) {
   float values[S][VEC];
   const int start = first + threadIdx.x;
 #pragma unroll
@@ -155,7 +158,7 @@ __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
     for (int i = 0; i < VEC; i++) values[s][i] = exponential(values[s][i] - base(m));
     sums[s] = sum_of(values[s]);
   }
-  SoftmaxState all = row_state<CLUSTERED>({m, warp_sum(sum_of(sums))}, shared);
+  SoftmaxState all = row_state({m, warp_sum(sum_of(sums))}, shared);
   float scale = exponential(base(m) - base(all.m)) / all.l;
 #pragma unroll
   for (int s = 0; s < S; s++) {
@@ -168,11 +171,11 @@ __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
 }
 
 // The same in two passes, for any number of pieces.
-template <int VEC, bool CLUSTERED>
+template <int VEC, int PARTS>
 __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
                                          int first,
                                          int last,
-                                         Meeting<CLUSTERED>& shared) {
+                                         Meeting<PARTS>& shared) {
   SoftmaxState own[1] = {{MINUS_INFINITY, 0.0f}};
   float values[VEC];
   for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
@@ -186,7 +189,7 @@ __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
 #pragma unroll
     for (int i = 0; i < VEC; i++) own[0].l += exponential(values[i] - now);
   }
-  SoftmaxState all = row_state<CLUSTERED>(warp_merge(own), shared);
+  SoftmaxState all = row_state(warp_merge(own), shared);
   float m = base(all.m), scale = 1.0f / all.l;
   for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
     row.load(piece, values);
@@ -196,31 +199,31 @@ __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
   }
 }
 
-template <int VEC, bool CLUSTERED>
-__device__ inline void softmax_row(const Pieces<VEC>& row, Meeting<CLUSTERED>& shared) {
-  constexpr int S = HELD / VEC, blocks = CLUSTERED ? CLUSTER : 1;
-  int rank = CLUSTERED ? cluster_rank() : 0;
+template <int VEC, int PARTS>
+__device__ inline void softmax_row(const Pieces<VEC>& row, Meeting<PARTS>& shared) {
+  constexpr int S = HELD<PARTS> / VEC;
+  int rank = PARTS > 1 ? cluster_rank() : 0;
   int pieces = (row.C + row.before + VEC - 1) / VEC;
-  int share = (pieces + blocks - 1) / blocks;
+  int share = (pieces + PARTS - 1) / PARTS;
   int first = min(rank * share, pieces), last = min((rank + 1) * share, pieces);
   if (share <= S * (int)blockDim.x)
-    softmax_in_registers<VEC, S, CLUSTERED>(row, first, last, shared);
+    softmax_in_registers<VEC, S>(row, first, last, shared);
   else
-    softmax_in_passes<VEC, CLUSTERED>(row, first, last, shared);
+    softmax_in_passes<VEC>(row, first, last, shared);
 }
 
-template <bool CLUSTERED>
+template <int PARTS>
 __device__ inline void softmax_rows(
     const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  __shared__ Meeting<CLUSTERED> shared;
-  if constexpr (CLUSTERED) {
+  __shared__ Meeting<PARTS> shared;
+  if constexpr (PARTS > 1) {
     if (threadIdx.x == 0) {
       mbarrier_init(shared_address(&shared.arrived), 1);
       mbarrier_init_fence();
     }
     cluster_arrive();
   }
-  int row = CLUSTERED ? blockIdx.x / CLUSTER : blockIdx.x * blockDim.y + threadIdx.y;
+  int row = PARTS > 1 ? blockIdx.x / PARTS : blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= N) return;  // whole warps of a block without clusters
   x += (size_t)row * x_stride;
   y += (size_t)row * y_stride;
@@ -228,19 +231,20 @@ __device__ inline void softmax_rows(
   int before = (size_t)x / sizeof(elem_t) % WIDE;
   // Element by element where x and y begin at different places between two pieces.
   if ((size_t)y / sizeof(elem_t) % WIDE == before)
-    softmax_row<WIDE, CLUSTERED>({x, y, C, before}, shared);
+    softmax_row<WIDE, PARTS>({x, y, C, before}, shared);
   else
-    softmax_row<1, CLUSTERED>({x, y, C, 0}, shared);
+    softmax_row<1, PARTS>({x, y, C, 0}, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-    softmax(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  softmax_rows<false>(x, y, N, C, x_stride, y_stride);
-}
+#define SOFTMAX_ENTRY(name, cluster, parts, threads)                               \
+  extern "C" __global__ void cluster __launch_bounds__(threads)                    \
+      name(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) { \
+    softmax_rows<parts>(x, y, N, C, x_stride, y_stride);                           \
+  }
 
+SOFTMAX_ENTRY(softmax, , 1, 1024)
 #if __CUDA_ARCH__ >= 900
-extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(MOST)
-    softmax_c8(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  softmax_rows<true>(x, y, N, C, x_stride, y_stride);
-}
+SOFTMAX_ENTRY(softmax_c2, __cluster_dims__(2), 2, MOST)
+SOFTMAX_ENTRY(softmax_c4, __cluster_dims__(4), 4, MOST)
+SOFTMAX_ENTRY(softmax_c8, __cluster_dims__(8), 8, MOST)
 #endif

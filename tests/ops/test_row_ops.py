@@ -238,6 +238,16 @@ def test_softmax(xp, dtype, channels, rows):
     check_together(found, dtype, f"softmax {channels}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [8192, 16389, 50257])
+@pytest.mark.parametrize("rows", [17, 40, 70, 140])
+def test_softmax_of_rows_that_fewer_blocks_share(dtype, rows, channels):
+    cupy = pytest.importorskip("cupy")
+    x = draw(np.random.default_rng(rows), (rows, channels), dtype, 4.0)
+    ours = ops.softmax(cupy.asarray(x))
+    check(host(ours), reference.softmax(x), reference.softmax(*wide(x)), dtype, "softmax")
+
+
 @pytest.mark.parametrize("channels", [5, 989, 50257])
 def test_softmax_of_what_is_no_number(xp, channels):
     x = np.zeros((4, channels), np.float32)
@@ -284,6 +294,33 @@ def test_sample_logits(xp, dtype, vocabulary, settings):
     by_number = host(ops.sample_logits(given, **settings))
     numbers = xp.arange(5, dtype=np.int32)
     np.testing.assert_array_equal(by_number, host(ops.sample_logits(given, numbers, **settings)))
+
+
+@pytest.mark.parametrize("vocabulary", [700, 50257])
+@pytest.mark.parametrize("top_k", [1, 7, 50, 1024, 2000])
+@pytest.mark.parametrize(
+    "kind", ["few values", "one value", "masked", "zeros of both signs", "nan"]
+)
+def test_sample_logits_of_equal_and_missing_logits(xp, kind, top_k, vocabulary):
+    """More tokens than are collected reach the bound, or none is sure to."""
+    rng = np.random.default_rng(top_k)
+    logits = {
+        "few values": rng.integers(-3, 3, (3, vocabulary)).astype(np.float32),
+        "one value": np.full((3, vocabulary), 0.25, np.float32),
+        "masked": np.where(rng.random((3, vocabulary)) < 0.999, -np.inf, 1.5),
+        "zeros": np.where(rng.random((3, vocabulary)) < 0.999, -1.0, -0.0),
+        "nan": np.where(rng.random((3, vocabulary)) < 0.999, 0.5, np.nan),
+    }[kind].astype(np.float32)
+    logits[:, 5:9] = [0.0, 2.0, 1.75, -0.0]
+    settings = {"temperature": 0.7, "top_k": top_k, "top_p": 0.95}
+    if kind == "nan":  # the reference has no order for it; any token of the row
+        ours = host(ops.sample_logits(xp.asarray(logits), **settings))
+        assert ((ours >= 0) & (ours < vocabulary)).all()
+        return
+    np.testing.assert_array_equal(
+        host(ops.sample_logits(xp.asarray(logits), **settings, seed=3)),
+        reference.sample_logits(logits, **settings, seed=3),
+    )
 
 
 def test_samples_are_as_frequent_as_they_are_probable():

@@ -46,15 +46,15 @@ class DeviceArray:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     """The body of a fixture: what was seen so far.
 
-    ``calls`` are (function, sizes, stream, first eight values) that reached the driver,
-    ``checked`` the functions that were looked for; ``device`` is the current one.
+    ``calls`` are (function, sizes, stream, the first eight values, which a kernel must have)
+    that reached the driver, ``checked`` the functions that were looked for; ``device`` is the current one.
     """
     seen = types.SimpleNamespace(calls=[], checked=[], device=0)
 
     def start(function, *rest):
         *sizes, stream, addresses, _ = rest
         places = np.ctypeslib.as_array((ctypes.c_uint64 * 8).from_address(addresses))
-        values = [ctypes.c_uint64.from_address(int(place)).value for place in places if place]
+        values = [ctypes.c_uint64.from_address(int(place)).value for place in places]
         seen.calls.append((function, tuple(sizes), stream, values))
 
     cupy = types.ModuleType("cupy")

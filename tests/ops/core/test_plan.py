@@ -21,7 +21,11 @@ from gpt2cupy.ops.core.signature import meet, neighbours, parse
 from gpt2cupy.ops.core.tape import NO_PLANS, recorded
 
 HALF = np.dtype(np.float16)
-DOUBLE = Kernel("toy.cu", "double", "x: ELEM[*N,C], out: ELEM[*N,C]~, N, C, x_stride, out_stride")
+DOUBLE = Kernel(
+    "toy.cu",
+    "double",
+    "x: ELEM[*N,C], out: ELEM[*N,C]~, a: int, b: int, N, C, x_stride, out_stride",
+)
 
 
 @pytest.fixture
@@ -135,8 +139,8 @@ def test_an_op_that_makes_an_array_is_never_planned(driver, monkeypatch):
 
     def double(x: Array, *, out: Array | None = None) -> Array:  # noqa: F821
         between = device_empty(x.shape, x.dtype)
-        launch(DOUBLE, (1,), (32,), (x, between), elem=x.dtype)
-        launch(DOUBLE, (1,), (32,), (between, out), elem=x.dtype)
+        launch(DOUBLE, (1,), (32,), (x, between, 1, 2), elem=x.dtype)
+        launch(DOUBLE, (1,), (32,), (between, out, 1, 2), elem=x.dtype)
         return out
 
     monkeypatch.setitem(
