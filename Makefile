@@ -139,7 +139,7 @@ records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale
 
 release-check: $(VENV)/test ## Fail if a record is stale or cut off or a table has none; kill a batch 100 times
 	@$(BIN)/python -m bench.report --records --strict
-	GPT2CUPY_TEST_KILLS=100 $(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills
+	$(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills --kills 100
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
