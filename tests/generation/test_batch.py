@@ -239,6 +239,14 @@ def test_a_file_cut_anywhere_is_gone_on_with(lm, whole, tmp_path_factory, data):
     check_same(out, complete)
 
 
+def test_zeros_that_a_loss_of_power_left_are_dropped(lm, whole, tmp_path):
+    path, complete, _ = whole
+    lines = complete.read_bytes().splitlines(keepends=True)
+    (tmp_path / "out").write_bytes(b"".join([*lines[:5], b"\0" * 700, *lines[6:9]]))
+    assert lm.batch(path, tmp_path / "out").before == 5
+    check_same(tmp_path / "out", complete)
+
+
 def killed_after(seconds, run):
     """Fork, run in the child, and kill it after so long; returns whether that came too late."""
     pid = os.fork()
