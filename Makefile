@@ -151,9 +151,9 @@ records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale
 # A batch killed 100 times, 10,000 requests against 256 slots, and bodies at random for ten minutes.
 release-check: $(VENV)/test ## Fail if a record is stale or cut off, a table has none, or a long test fails
 	@$(BIN)/python -m bench.report --records --strict
-	GPT2CUPY_TEST_KILLS=100 $(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills
 	GPT2CUPY_E2E_REQUESTS=10000 $(BIN)/python -m pytest -q tests/e2e/test_survival.py -k beyond_the_slots
 	$(BIN)/python tests/fuzz/fuzz_server.py --seconds 600
+	$(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills --kills 100
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
