@@ -30,8 +30,8 @@ from .linear_kernels import (
     launch_invariant,
     launch_rows,
     launch_skinny,
-    takes_library,
     takes_fixed,
+    takes_library,
     takes_linear_rows,
     takes_skinny,
 )
