@@ -49,11 +49,18 @@ class Engine:
     lead : int, optional
         Decode steps queued before the oldest is read, 0 to 6: 3 on a GPU, none on NumPy,
         which runs a step when it is queued.
+    prefix_cache : bool
+        Whether prompts may take the beginnings of requests that have ended, until their slots
+        are needed. Without it they share only with those of the same run: what a slot holds is
+        forgotten when :meth:`blocks` begins, and when nothing is left to run.
 
     Attributes
     ----------
     discarded : int
         Tokens that were computed past the end of their text.
+    prefixes : Prefixes
+        What the slots hold. Its ``queries`` and ``hits`` count the tokens of all prompts, and
+        those of them that were taken from a slot.
     """
 
     def __init__(
@@ -64,8 +71,10 @@ class Engine:
         *,
         decode: str | None = None,
         lead: int | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self.model = model
+        self.prefix_cache = _checked_flag("prefix_cache", prefix_cache)
         self._free = threading.Lock()  # until a run has ended
         self._forks = 0  # since it was made: a run that began before is the parent's
         forks.watch(self)
@@ -95,6 +104,7 @@ class Engine:
         graphs = self.rows.path != "eager"
         self.prompts = PromptRunner(self.model, self.cache, self.prefill_work, graphs=graphs)
         self.scheduler = Scheduler(slots, rows)
+        self.prefixes = self.scheduler.prefixes
         self.results = Results(self.cache.capacity + 1)
         self.discarded = 0
         self._started = False  # whether it ever ran a prompt
@@ -191,6 +201,8 @@ class Engine:
                 remedy="Finish or close() the first run, or make one more Engine of the model.",
             )
         try:
+            if not self.prefix_cache:
+                self.prefixes.forget()
             source, more = iter(requests), True
             while True:
                 while more and self.scheduler.waiting + len(self._submitted) < self.slots:
@@ -251,7 +263,11 @@ class Engine:
                 self._run_prompts()
                 # Without a lead what was chosen is read first: it need not wait for a step.
                 stepped = self._queue_step() if self._lead or not self._queued else False
-                return self._collect(self._lead if stepped else None)
+                block = self._collect(self._lead if stepped else None)
+                # A run forgets when it begins: between two of its steps nothing may be left too.
+                if not (self.prefix_cache or self._free.locked()) and self.idle:
+                    self.prefixes.forget()
+                return block
             except BaseException:
                 if begun == self._forks:
                     with contextlib.suppress(Exception):  # of a GPU that failed
@@ -276,7 +292,7 @@ class Engine:
             # Again, as the end of a run may have come between that and its being submitted.
             self._by_key.setdefault(sequence.request.key, sequence)
             self.scheduler.add(sequence)
-        gone = []
+        gone: list[Sequence] = []
         while self._cancelled:
             sequence = self._cancelled.popleft()
             if sequence.ended:
@@ -287,10 +303,23 @@ class Engine:
                 self.results.alive[sequence.number] = False
             gone.append(sequence)
         self._end(gone)
+        for sequence in gone:
+            if sequence.number >= 0:
+                count = int(self.results.counts[sequence.number])
+                self._keep(sequence, self.results.ids[sequence.number, :count])
+
+    def _keep(self, sequence: Sequence, ids: np.ndarray) -> None:
+        """Let later prompts begin with what a sequence that has left its slot generated.
+
+        Not where bits may not depend on it: steps write other last bits than prompts. The last
+        token may not have been fed.
+        """
+        if not self.model.batch_invariant:
+            self.prefixes.extend(sequence.home, sequence, ids[:-1])
 
     def _admit(self) -> None:
         for sequence in self.scheduler.admit():
-            self.cache.reset(sequence.slot)
+            self.cache.lengths[sequence.slot] = sequence.run
             sequence.number = self.results.open(sequence.request, sequence.limit)
 
     def _run_prompts(self) -> None:
@@ -298,6 +327,8 @@ class Engine:
         piece = self.scheduler.piece()
         if not piece.sequences:
             return
+        if piece.copies:
+            self.prompts.copy(piece.copies)
         # All but the last, which may be cut.
         done = [sequence for sequence in piece.sequences if not len(sequence.rest)]
         slots = [sequence.slot for sequence in piece.sequences]
@@ -386,7 +417,11 @@ class Engine:
         ids, logprobs, top = self.rows.read(queued)
         self.discarded += len(ids) - int(self.results.alive[queued.numbers].sum())
         block = self.results.add(queued.numbers, ids, logprobs, top)
-        self._end([self._by_key.pop(done.request.key) for done in block.finished])
+        over = [self._by_key.pop(done.request.key) for done in block.finished]
+        self._end(over)
+        for sequence, done in zip(over, block.finished, strict=True):
+            if done.finish_reason != "error":
+                self._keep(sequence, done.ids)
         return block
 
     def _end(self, sequences: list[Sequence]) -> None:
@@ -425,3 +460,9 @@ def _checked_lead(lead: object) -> int:
             remedy=f"It must be an integer from 0 to {RING // 2 - 2}.",
         )
     return lead
+
+
+def _checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is {shown(value)}", where="Engine", remedy="Use True or False.")
+    return bool(value)

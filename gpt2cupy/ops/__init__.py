@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
     from .shift import shifted_bias
+    from .slots import copy_slots
     from .softmax import softmax
 
 _MODULES = {
@@ -32,6 +33,7 @@ _MODULES = {
     "attention_prefill": "cached_attention",
     "bias_act": "linear",
     "bias_gelu": "activation",
+    "copy_slots": "slots",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
     "gelu": "activation",
@@ -63,6 +65,7 @@ __all__ = [
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "dequantize",
     "embedding",
     "gelu",

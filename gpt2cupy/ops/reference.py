@@ -42,6 +42,7 @@ __all__ = [
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "dequantize",
     "embedding",
     "gelu",
@@ -261,3 +262,9 @@ def attention_decode(
         keys, values = _wide(k[slot, :, : position + 1]), _wide(v[slot, :, : position + 1])
         out[row] = _attend(q[:, row, None], keys, values, scale, position).reshape(-1)
     return out
+
+
+def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array) -> None:
+    for source, target, count in zip(sources, targets, counts, strict=True):
+        for cache in (k, v):
+            cache[:, target, :, :count] = cache[:, source, :, :count]

@@ -133,6 +133,7 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
 ELSEWHERE = {
+    "copy_slots": "ops/test_slots.py",
     "decode_step": "decode/test_persistent.py",
     "dequantize": "ops/test_quantized.py",
     "gemv": "ops/test_ops.py",
