@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..sampling import SamplingParams
 
 RING = 16  # tokens of a row that may wait to be read: those of the steps queued ahead, and more
 
-_BY_ROW = ("ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring")
+S = TypeVar("S", bound="DecodeState")
 
 
 class DecodeState:
@@ -54,6 +54,10 @@ class DecodeState:
         Where sampled tokens reach the host; on the GPU, mapped pinned memory.
     """
 
+    _by_row: tuple[str, ...] = (
+        "ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring",
+    )  # fmt: skip
+
     def __init__(self, model: GPT2, cache: KVCache, batch: int) -> None:
         xp, config = model.xp, model.config
         self.xp = xp
@@ -82,7 +86,7 @@ class DecodeState:
         else:
             host, self.ring = _mapped(xp, shape)
         self._entries = host.view(RING_ENTRY)[..., 0]
-        self._views: dict[int, DecodeState] = {}
+        self._views: dict[int, Any] = {}
 
     @property
     def batch(self) -> int:
@@ -146,14 +150,14 @@ class DecodeState:
         self.shaped.difference_update(range(first, end))
         self._write(self.slots, first, np.full(end - first, -1, np.int32))
 
-    def first(self, rows: int) -> DecodeState:
+    def first(self: S, rows: int) -> S:
         """The same memory, seen as a state of fewer rows."""
         if rows == self.batch:
             return self
         if rows not in self._views:
             view = copy.copy(self)
             view.counts = view.bias = view.mailboxes = None  # of as many rows as it has
-            for name in _BY_ROW:
+            for name in self._by_row:
                 setattr(view, name, getattr(self, name)[:rows])
             view.work = self.work.first(rows)
             view._views = {}  # with itself in it, it would live until a garbage collection

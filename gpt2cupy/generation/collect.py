@@ -55,7 +55,8 @@ class Collector:
         for done in block.finished:
             if done.request.key not in self._watched:
                 ids, logprobs = done.ids.tolist(), done.logprobs.tolist()
-                self._complete(done.request, None, ids, logprobs, done.finish_reason)
+                drafts = done.drafted, done.accepted
+                self._complete(done.request, None, ids, logprobs, done.finish_reason, *drafts)
         return self._push_watched(block) if self._watched else []
 
     def _push_top(self, block: Block) -> None:
@@ -67,18 +68,17 @@ class Collector:
                 self._tops[key].append([pair for pair in pairs if pair[0] >= 0])
 
     def _push_watched(self, block: Block) -> list[Any]:
-        reasons = {done.request.key: done.finish_reason for done in block.finished}
         stopped = []
-        columns = block.ids.tolist(), block.logprobs.tolist()
-        for key, id_, logprob in zip(block.keys, *columns, strict=True):
+        columns = block.ids.tolist(), block.logprobs.tolist(), block.reasons
+        for key, id_, logprob, over in zip(block.keys, *columns, strict=True):
             watched = self._watched.get(key)
             if watched is None:
                 continue
-            if reason := watched.push(id_, logprob, reasons.get(key)):
+            if reason := watched.push(id_, logprob, over):
                 del self._watched[key]
                 text = "".join(watched.parts)
                 self._complete(watched.request, text, watched.ids, watched.logprobs, reason)
-                if key not in reasons:
+                if over is None:
                     stopped.append(key)
         return stopped
 
@@ -89,13 +89,17 @@ class Collector:
         ids: list[int],
         logprobs: list[float],
         reason: str,
+        drafted: int = 0,
+        accepted: int = 0,
     ) -> None:
         if text is None:
             shown = ids if reason == "length" else ids[:-1]
             text = text_of(self.tokenizer, shown)
-        top = self._tops.get(request.key) or [[]] * len(ids)
+        top = (self._tops.get(request.key) or [[]] * len(ids))[: len(ids)]
         prompt, seed = request.prompt.tolist(), seed_of(request)
-        self._done[request.key] = Completion(text, ids, logprobs, reason, prompt, top, seed)
+        self._done[request.key] = Completion(
+            text, ids, logprobs, reason, prompt, top, seed, drafted, accepted
+        )
 
     def completions(self) -> list[Completion]:
         """Of all requests, in their order; one that was to get no token is empty."""

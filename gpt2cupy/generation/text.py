@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -64,6 +64,9 @@ class Completion:
         Most probable tokens of each step, where ``logprobs`` asks for them.
     seed : int or None
         What its random numbers came from, given or drawn; None in greedy decoding.
+    drafted, accepted : int
+        With ``speculate``: draft tokens that were verified, and those that stood. Both are 0 of
+        a text that a stop string ended. They are not compared.
     """
 
     text: str
@@ -73,6 +76,8 @@ class Completion:
     prompt_ids: list[int]
     top: list[list[tuple[int, float]]]
     seed: int | None = None
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
     @property
     def prompt_tokens(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
     from .cached_attention import attention_decode, attention_prefill
+    from .drafts import accept_drafts, store_kv
     from .gpt2.embedding import embedding, last_rows
     from .linear import bias_act, gemv, linear, norm_linear
     from .lookup import lookup
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .softmax import softmax
 
 _MODULES = {
+    "accept_drafts": "drafts",
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
     "attention_decode": "cached_attention",
@@ -54,11 +56,13 @@ _MODULES = {
     "shifted_bias": "shift",
     "silu_mul": "activation",
     "softmax": "softmax",
+    "store_kv": "drafts",
     "target_logprobs": "sampling",
     "top_logprobs": "sampling",
 }
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention_decode",
@@ -86,6 +90,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]

@@ -31,11 +31,18 @@ from .reference_rows import (
 )
 from .reference_rows import store as _store
 from .reference_rows import wide as _wide
-from .reference_sampling import sample, sample_logits, target_logprobs, top_logprobs
+from .reference_sampling import (
+    accept_drafts,
+    sample,
+    sample_logits,
+    target_logprobs,
+    top_logprobs,
+)
 
 Array = Any
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention_decode",
@@ -61,6 +68,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]
@@ -79,7 +87,13 @@ def embedding(
     *,
     out: Array | None = None,
 ) -> Array:
-    x = _wide(_dense(wte)[ids]) + _wide(wpe[positions])
+    tokens = _dense(wte)
+    inside = (ids >= 0) & (ids < len(tokens)) & (positions >= 0) & (positions < len(wpe))
+    if inside.all():
+        x = _wide(tokens[ids]) + _wide(wpe[positions])
+    else:  # idle rows run on past the context, and a draft may be none
+        x = _wide(tokens[np.where(inside, ids, 0)]) + _wide(wpe[np.where(inside, positions, 0)])
+        x[~inside] = 0
     return _store(x, out, x.dtype)
 
 
@@ -268,3 +282,12 @@ def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array
     for source, target, count in zip(sources, targets, counts, strict=True):
         for cache in (k, v):
             cache[:, target, :, :count] = cache[:, source, :, :count]
+
+
+def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> None:
+    _, n_head, capacity, head_size = k.shape
+    _, new_k, new_v = _heads(qkv, n_head, head_size)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        if slot >= 0 and 0 <= position < capacity:
+            k[slot, :, position] = new_k[:, row]
+            v[slot, :, position] = new_v[:, row]
