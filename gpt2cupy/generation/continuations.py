@@ -29,7 +29,8 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
     last = None
     # Closed by name: a traceback may keep this frame, and the turn with it.
     with contextlib.closing(session.blocks([request], 1)) as blocks:
-        for token in (token for block in blocks for token in tokens_of(block)):
+        drafts = (0, 0)
+        for token, done in ((each, b.finished) for b in blocks for each in tokens_of(b)):
             now = time.perf_counter()
             first = first or now
             text, reason = row.push(token.id, token.finish_reason)
@@ -39,7 +40,11 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
                 )
             rate = count / (now - first) if count else 0.0
             count += 1
-            piece = Piece(text, token.id, token.logprob, reason, first - start, rate, token.top)
+            if token.finish_reason:
+                drafts = done[0].drafted, done[0].accepted
+            piece = Piece(
+                text, token.id, token.logprob, reason, first - start, rate, token.top, *drafts
+            )
             if reason:
                 last = piece
                 break

@@ -31,6 +31,8 @@ class Piece:
         Of the tokens after the first; 0 at the first.
     top : list of (int, float)
         Most probable tokens, where ``logprobs`` asks for them.
+    drafted, accepted : int
+        With ``speculate``, in the last piece: as in :class:`Completion`.
     """
 
     text: str
@@ -40,6 +42,8 @@ class Piece:
     prefill_seconds: float
     tokens_per_second: float
     top: list[tuple[int, float]]
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
     def __hash__(self) -> int:
         return hash((self.text, self.token, self.logprob, self.finish_reason))

@@ -226,6 +226,8 @@ def test_generate_says_what_stood():
         assert done.drafted >= done.accepted > 0 == plain.drafted
         pieces = list(lm.stream(text, max_new_tokens=40, speculate="ngram", stop=["\n\n"]))
         assert [piece.token for piece in pieces] == plain.tokens[: len(pieces)]
+        last = list(lm.stream(text, max_new_tokens=40, speculate="ngram"))[-1]
+        assert (last.drafted, last.accepted) == (done.drafted, done.accepted)
         stopped = lm.generate(text, max_new_tokens=40, speculate="ngram", stop=["king"], logprobs=1)
         assert len(stopped.top) == len(stopped.tokens)
         with pytest.raises(InputError, match="one text at a time"):
