@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from . import (
     batch_tables,
+    engine_tables,
     gpu_test_tables,
     op_tables,
     profile_tables,
@@ -293,6 +294,9 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
     "devices": ("devices", text_tables.devices),
     "generate": ("generate", text_tables.generate),
+    "prefixes": ("prefixes", engine_tables.prefixes),
+    "speculation": ("speculation", engine_tables.speculation),
+    "arrivals": ("arrivals", engine_tables.arrivals),
     "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),

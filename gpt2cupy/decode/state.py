@@ -18,6 +18,8 @@ from ..sampling import SamplingParams
 
 RING = 16  # tokens of a row that may wait to be read: those of the steps queued ahead, and more
 
+_BY_ROW = ("ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring")
+
 S = TypeVar("S", bound="DecodeState")
 
 
@@ -54,9 +56,7 @@ class DecodeState:
         Where sampled tokens reach the host; on the GPU, mapped pinned memory.
     """
 
-    _by_row: tuple[str, ...] = (
-        "ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring",
-    )  # fmt: skip
+    _by_row: tuple[str, ...] = _BY_ROW
 
     def __init__(self, model: GPT2, cache: KVCache, batch: int) -> None:
         xp, config = model.xp, model.config

@@ -148,8 +148,9 @@ class Engine:
         Raises
         ------
         InputError
-            If its prompt does not fit a slot, an id is outside the vocabulary, no token is
-            given or asked for, or its key is that of another request.
+            If its prompt and the new tokens that it asks for do not fit a slot, an id is outside
+            the vocabulary, no token is given or asked for, its key is that of another request, or
+            it speculates in an engine of several slots.
         """
         request.check(self.model.config)
         room = self.cache.capacity - len(request.prompt) + 1
@@ -159,6 +160,14 @@ class Engine:
                 f"{self.cache.capacity}",
                 where="Engine.submit",
                 remedy="Shorten the prompt, or make an Engine of a larger capacity.",
+            )
+        if (wanted := request.params.must_fit) > room:
+            raise InputError(
+                f"{len(request.prompt)} tokens of prompt and {wanted} new ones exceed a slot of "
+                f"{self.cache.capacity}",
+                where="Engine.submit",
+                remedy=f"Ask for at most {room}, leave max_new_tokens out to fill the slot, or "
+                "make an Engine of a larger capacity.",
             )
         if request.params.speculate and self.slots > 1:
             raise InputError(

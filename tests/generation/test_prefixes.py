@@ -255,7 +255,7 @@ def test_a_dialogue_runs_only_what_is_new(invariant, device):
     reply = [id_ for id_, _ in results(engine, [first])["a"]]
     turn = np.concatenate([first.prompt, np.array([*reply, 3, 1], np.int32)])
     before = engine.run_tokens
-    results(engine, [Request("b", turn, first.params, eos=-1)])
+    results(engine, [Request("b", turn, SamplingParams(max_new_tokens=3), eos=-1)])
     # Of the reply all but its last token was fed; with batch_invariant only prompts are taken.
     assert engine.run_tokens - before == (2 + 6 if invariant else 2 + 1)
 
