@@ -306,9 +306,31 @@ EVENTS = st.lists(
         st.tuples(st.just("submit"), st.integers(0, ALL), st.integers(1, 6)),
         st.tuples(st.just("cancel"), st.integers(0, 12), st.none()),
         st.tuples(st.just("step"), st.integers(1, 5), st.none()),
+        st.tuples(st.just("fail"), st.integers(0, 4), st.none()),
     ),
     max_size=25,
 )
+# Where a step may fail, half of it done.
+PLACES = ("prompts.copy", "prompts.run", "plain.sample_first", "plain.step", "plain.read")
+
+
+def fail_at(engine, place):
+    """Let a step fail at a place, if it comes there; its block if it did not."""
+    owner, name = place.split(".")
+    thing = getattr(engine.batch, owner)
+    whole = getattr(thing, name)
+
+    def broken(*args, **options):
+        whole(*args, **options)
+        raise KeyboardInterrupt
+
+    setattr(thing, name, broken)
+    try:
+        return engine.step()
+    except KeyboardInterrupt:
+        return None
+    finally:
+        delattr(thing, name)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -319,11 +341,12 @@ def test_reuse_changes_no_bit_of_a_batch_invariant_engine(
 ):
     engine = Engine(model_on(device), slots, lead=lead, prefix_cache=keeps)
     engine.scheduler.budget = budget
-    found, wanted, cancelled = {}, {}, set()
+    found, wanted, cancelled, over = {}, {}, set(), set()
 
-    def step():
-        for token in tokens_of(engine.step()):
+    def take(block):
+        for token in tokens_of(block):
             found.setdefault(token.key, []).append((token.id, token.logprob))
+        over.update(done.request.key for done in block.finished)
 
     for kind, number, tokens in events:
         if kind == "submit":
@@ -333,11 +356,16 @@ def test_reuse_changes_no_bit_of_a_batch_invariant_engine(
         elif kind == "cancel":
             engine.cancel(number)
             cancelled |= {number} & wanted.keys()
-        else:
+        elif kind == "step":
             for _ in range(number):
-                step()
+                take(engine.step())
+        elif (block := fail_at(engine, PLACES[number])) is not None:
+            take(block)
+        else:  # it ends all that were there
+            assert engine.idle
+            cancelled |= wanted.keys() - over
     while not engine.idle:
-        step()
+        take(engine.step())
     for key, each in wanted.items():
         expected, got = alone(device, [each])[key], found.get(key, [])
         assert got == (expected[: len(got)] if key in cancelled else expected)
