@@ -256,21 +256,17 @@ class Batch:
         self, queued: Queued, ids: np.ndarray, logprobs: np.ndarray, top: Any
     ) -> Block:
         """Take the tokens that a step brought for one text."""
-        numbers, blocks = queued.numbers[:1], []
-        number = int(numbers[0])
-        if self.results.alive[number]:
-            self.results.drafted[number] += queued.drafts
-            self.results.accepted[number] += len(ids) - 1
-        for place in range(len(ids)):
-            one = slice(place, place + 1)
-            best = None if top is None else (top[0][one], top[1][one])
-            self.discarded += 1 - int(self.results.alive[number])
-            blocks.append(self.results.add(numbers, ids[one], logprobs[one], best))
+        results, number = self.results, int(queued.numbers[0])
+        if results.alive[number]:
+            results.drafted[number] += queued.drafts
+            results.accepted[number] += len(ids) - 1
+        block = results.extend(number, ids, logprobs, top)
+        self.discarded += len(ids) - len(block.keys)
         # Each step was counted as one token when it was asked for.
-        self.results.queued[number] += len(ids) - 1
-        if self.results.queued[number] >= self.results.limits[number]:
+        results.queued[number] += len(ids) - 1
+        if results.queued[number] >= results.limits[number]:
             self._leave([each for each in self.scheduler.rows if each.number == number])
-        return merged(blocks)
+        return block
 
     def _close_lines(self) -> None:
         """Close lines that no queued step names any more."""

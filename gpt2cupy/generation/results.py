@@ -185,11 +185,42 @@ class Results:
         over = ended | stopped | failed | (places + 1 >= self.limits[numbers])
         finished = []
         for index in np.flatnonzero(over).tolist():
-            reason = "stop" if stopped[index] else "length"
-            reason = "error" if failed[index] else "eos" if ended[index] else reason
+            reason = _reason(ended[index], stopped[index], failed[index])
             finished.append(self._finish(int(numbers[index]), reason))
         requests = self.requests
         keys = [requests[number].key for number in numbers.tolist()]
+        return Block(keys, ids, logprobs, top, finished)
+
+    def extend(
+        self,
+        number: int,
+        ids: np.ndarray,
+        logprobs: np.ndarray,
+        top: tuple[np.ndarray, np.ndarray] | None,
+    ) -> Block:
+        """Take the next tokens of one line; as :meth:`add`."""
+        place, limit = int(self.counts[number]), int(self.limits[number])
+        ended = (ids[:, None] == self.ends[number]).any(axis=1)
+        stopped = (ids[:, None] == self.stops[number]).any(axis=1)
+        failed = np.isnan(logprobs)
+        over = ended | stopped | failed
+        over[limit - place - 1 :] = True
+        count = len(ids) if self.alive[number] else 0
+        if count and over.any():
+            count = int(over.argmax()) + 1
+        ids, logprobs = ids[:count], logprobs[:count]
+        if top is not None:
+            wanted = np.arange(top[0].shape[1]) < self.tops[number]
+            top = np.where(wanted, top[0][:count], np.int32(-1)), top[1][:count]
+        self.ids[number, place : place + count] = ids
+        self.logprobs[number, place : place + count] = logprobs
+        self.counts[number] = place + count
+        finished = []
+        if count and over[count - 1]:
+            last = count - 1
+            finished.append(self._finish(number, _reason(ended[last], stopped[last], failed[last])))
+        request = self.requests[number]
+        keys = [request.key] * count if request is not None else []
         return Block(keys, ids, logprobs, top, finished)
 
     def ask(self, numbers: np.ndarray) -> np.ndarray:
@@ -205,6 +236,12 @@ class Results:
         ids, logprobs = self.ids[number, :count].copy(), self.logprobs[number, :count].copy()
         drafts = int(self.drafted[number]), int(self.accepted[number])
         return Finished(request, ids, logprobs, reason, *drafts)
+
+
+def _reason(ended: Any, stopped: Any, failed: Any) -> str:
+    """Why a text ends with a token."""
+    reason = "stop" if stopped else "length"
+    return "error" if failed else "eos" if ended else reason
 
 
 def merged(blocks: list[Block]) -> Block:
