@@ -17,9 +17,10 @@ _NOTHING = np.zeros(0, np.int32)
 
 
 class _Node:
-    __slots__ = ("children", "slots")
+    __slots__ = ("block", "children", "parent", "slots")
 
-    def __init__(self) -> None:
+    def __init__(self, parent: _Node | None = None, block: bytes = b"") -> None:
+        self.parent, self.block = parent, block
         self.children: dict[bytes, _Node] = {}
         self.slots: dict[int, None] = {}  # in the order in which they were entered
 
@@ -41,15 +42,19 @@ class Prefixes:
 
     def __init__(self, slots: int) -> None:
         self.queries = self.hits = 0
-        self._slots = slots
-        self.forget()
+        self.written = [0] * slots
+        self._ids = [_NOTHING] * slots
+        self._owners: list[Any] = [None] * slots
+        self._root = _Node()
+        self._paths: list[list[_Node]] = [[] for _ in range(slots)]  # a node for each block
 
     def forget(self) -> None:
         """Know nothing of any slot any more."""
-        self.written = [0] * self._slots
-        self._ids = [_NOTHING] * self._slots
-        self._owners: list[Any] = [None] * self._slots
-        self._root = _Node()
+        # One by one: nodes know their parents, and a trie thrown away as a whole would stay until
+        # a garbage collection.
+        for slot in range(len(self._ids)):
+            self.cut(slot, 0)
+            self._owners[slot] = None
 
     def owner(self, slot: int) -> Any:
         """Who entered the slot's tokens."""
@@ -73,23 +78,19 @@ class Prefixes:
             (-1, 0) where no slot shares a block.
         """
         data, node = prompt.tobytes(), self._root
-        slot = -1
-        end = 0
-        while (child := node.children.get(data[end : end + _BYTES])) is not None:
+        slot, shared = -1, 0
+        while (child := node.children.get(data[shared * 4 : shared * 4 + _BYTES])) is not None:
             first = next(iter(child.slots))
             if first == own:
                 break
-            slot, node, end = first, child, end + _BYTES
-        if slot < 0:
-            return -1, 0
-        shared = end // 4
-        ids = self._ids[slot]
-        # Behind the last whole block that they share; not all of what may come then is another.
-        limit = min(len(prompt) - 1, len(ids), shared + BLOCK)
-        if shared < limit:
-            other = np.flatnonzero(prompt[shared:limit] != ids[shared:limit])
-            shared = shared + int(other[0]) if len(other) else limit
-        return slot, min(shared, limit)
+            # It may share more than the block: on from where it parts.
+            slot, ids = first, self._ids[first]
+            limit = min(len(prompt), len(ids))
+            differ = prompt[:limit] != ids[:limit]
+            common = int(differ.argmax()) if differ.any() else limit
+            whole = common // BLOCK
+            node, shared = self._paths[slot][whole - 1], whole * BLOCK
+        return (slot, min(common, len(prompt) - 1)) if slot >= 0 else (-1, 0)
 
     def enter(self, slot: int, ids: np.ndarray, written: int, owner: Any) -> None:
         """Say which tokens a slot will hold, in place of those that it held."""
@@ -106,28 +107,26 @@ class Prefixes:
 
     def cut(self, slot: int, length: int) -> None:
         """Forget a slot's tokens beyond the first ``length``."""
-        ids = self._ids[slot]
+        ids, path = self._ids[slot], self._paths[slot]
         if length >= len(ids):
             return
-        data, node = ids.tobytes(), self._root
-        for start in range(0, len(data) - _BYTES + 1, _BYTES):
-            block = data[start : start + _BYTES]
-            child = node.children[block]
-            if start + _BYTES > length * 4:
-                del child.slots[slot]
-                if not child.slots:  # nor does anybody hold what follows
-                    del node.children[block]
-            node = child
+        for node in path[length // BLOCK :]:
+            del node.slots[slot]
+            if not node.slots and node.parent is not None:  # nor does anybody hold what follows
+                node.parent.children.pop(node.block, None)
+        del path[length // BLOCK :]
         self._ids[slot] = ids[:length].copy()
         self.written[slot] = min(self.written[slot], length)
 
     def _add(self, slot: int, ids: np.ndarray) -> None:
-        data, node = ids.tobytes(), self._root
-        for start in range(0, len(data) - _BYTES + 1, _BYTES):
+        path = self._paths[slot]
+        data, node = ids.tobytes(), path[-1] if path else self._root
+        for start in range(len(path) * _BYTES, len(data) - _BYTES + 1, _BYTES):
             block = data[start : start + _BYTES]
             child = node.children.get(block)
             if child is None:
-                child = node.children[block] = _Node()
-            child.slots[slot] = None  # one that is there keeps its place
+                child = node.children[block] = _Node(node, block)
+            child.slots[slot] = None
+            path.append(child)
             node = child
         self._ids[slot] = ids

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from typing import Any
 
 import numpy as np
 
@@ -35,17 +36,22 @@ class Sequence:
         Tokens of the prompt whose keys and values its slot has, run or taken from another slot.
     limit : int
         Tokens that it may get in all.
+    match : (int, int, Sequence or None)
+        Slot with the longest beginning of its prompt, its length, and whose slot it is.
     ended : bool
         Whether the caller has, or will never ask for, its last token.
     """
 
-    __slots__ = ("ended", "home", "limit", "number", "order", "request", "row", "run", "slot")
+    __slots__ = (
+        "ended", "home", "limit", "match", "number", "order", "request", "row", "run", "slot",
+    )  # fmt: skip
 
     def __init__(self, request: Request, limit: int) -> None:
         self.request = request
         self.limit = limit
         self.number = self.slot = self.home = self.row = -1
         self.order = self.run = 0
+        self.match: tuple[int, int, Any] = (-1, 0, None)
         self.ended = False
 
     @property
@@ -149,6 +155,8 @@ class Scheduler:
                 sequence.run = shared
                 self._count(sequence)
             else:
+                if shared:
+                    sequence.match = slot, shared, self.prefixes.owner(slot)
                 slot = next(iter(self._free))
             del self._free[slot]
             sequence.slot = sequence.home = slot
@@ -160,12 +168,14 @@ class Scheduler:
     def piece(self) -> Piece:
         """The next prompt tokens within the budget, by rank; maybe none."""
         piece, budget = Piece(), self.budget
+        taken: set[Sequence] = set()
         for each in self.prompts:
             if not budget:
                 break
             sequence, source, shared = self._first(each)
-            if sequence in piece.sequences:
+            if sequence in taken:
                 continue
+            taken.add(sequence)
             if not sequence.run:
                 if shared:
                     piece.copies.append((source, sequence.slot, shared))
@@ -184,10 +194,14 @@ class Scheduler:
     def _first(self, sequence: Sequence) -> tuple[Sequence, int, int]:
         """The sequence, or the one whose prompt must run before; and what it takes from where."""
         while not sequence.run:
-            source, shared = self.prefixes.find(sequence.request.prompt, sequence.slot)
+            source, shared, owner = sequence.match
+            if owner is None or owner.slot != source:  # not looked up yet, or it has left
+                source, shared = self.prefixes.find(sequence.request.prompt, sequence.slot)
+                owner = self.prefixes.owner(source) if shared else None
+                sequence.match = source, shared, owner
             if not shared or shared <= self.prefixes.written[source]:
                 return sequence, source, shared
-            sequence = self.prefixes.owner(source)
+            sequence = owner
         return sequence, -1, 0
 
     def _count(self, sequence: Sequence) -> None:
@@ -201,6 +215,7 @@ class Scheduler:
             self.prompts.remove(sequence)
             sequence.row = len(self.rows)
             self.rows.append(sequence)
+            sequence.match = (-1, 0, None)  # else it would keep what it took from, and so on
         self._lines = None
 
     def leave(self, sequence: Sequence) -> tuple[int, int] | None:
