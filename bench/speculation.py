@@ -1,12 +1,13 @@
 """Look-up speculation: tokens per second of one text that repeats itself, and of one that does not.
 
-    python bench/speculation.py [--model 1558M] [--dtype float16] [--prompt 57] [--tokens 200]
-                                [--runs 7] [--out FILE]
+    python bench/speculation.py [--model 124M,1558M] [--dtype float16] [--prompt 257]
+                                [--tokens 200] [--runs 7] [--out FILE]
 
 Each text is run by an engine of one slot with and without speculate="ngram", in turn, by the clock
-on the wall from the request to its last token. A greedy text of random weights soon repeats itself.
-Sampled at a temperature of 1 it does not; of some seeds one is taken without a single accepted
-draft.
+on the wall from the request to its last token. Greedy texts of random weights soon repeat
+themselves: a prompt is what one of them has said so far, and of some texts the one is taken of
+which most drafts stand. Sampled at a temperature of 1 they do not repeat themselves; of some seeds
+one is taken without a single draft that stands.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from gpt2cupy.generation.results import Finished
 from gpt2cupy.timing import Timing
 
 SEEDS = 20  # in which a text without an accepted draft is looked for
+TEXTS = 5  # of which the one that repeats itself most is taken
+BEGUN = 16  # tokens of its prompt that are random
 
 
 def text(engine: Engine, ids: np.ndarray, **options: Any) -> tuple[float, Finished]:
@@ -59,8 +62,20 @@ def measure(engine: Engine, ids: np.ndarray, runs: int, **options: Any) -> dict[
     return row
 
 
-def unlucky(engine: Engine, ids: np.ndarray, tokens: int) -> dict[str, Any]:
-    """Options of a text without an accepted draft."""
+def repeating(engine: Engine, args: Any) -> np.ndarray:
+    """The beginning of a text that repeats itself."""
+    found = []
+    for start in prompts(engine.model.config, TEXTS, BEGUN):
+        ids = np.array(start, np.int32)
+        said = text(engine, ids, max_new_tokens=args.prompt - BEGUN)[1].ids
+        ids = np.concatenate([ids, said])
+        done = text(engine, ids, max_new_tokens=args.tokens, speculate="ngram")[1]
+        found.append((done.accepted, len(found), ids))
+    return max(found)[2]
+
+
+def new_options(engine: Engine, ids: np.ndarray, tokens: int) -> dict[str, Any]:
+    """Options of a text without a draft that stands."""
     for seed in range(SEEDS):
         options = {"temperature": 1.0, "seed": seed, "max_new_tokens": tokens}
         if not text(engine, ids, speculate="ngram", **options)[1].accepted:
@@ -74,10 +89,10 @@ def run() -> None:
     options = parser(__doc__, "speculation.json")
     options.add_argument("--model", type=names, default=["124M", "1558M"])
     options.add_argument("--dtype", default="float16")
-    options.add_argument("--prompt", type=int, default=57)
+    options.add_argument("--prompt", type=int, default=257)
     options.add_argument("--tokens", type=int, default=200)
     options.add_argument("--runs", type=int, default=7)
-    args = parsed(options, {"tokens": 2})
+    args = parsed(options, {"tokens": 2, "prompt": BEGUN + 1})
     chosen([args.dtype], DTYPES, "dtype")
     settings = {"dtype": args.dtype, "weights": "random", "prompt": args.prompt}
     with Kept(args.out, settings, gpu=args.device != "cpu") as kept:
@@ -86,12 +101,12 @@ def run() -> None:
             check_fits(config, name, args.prompt + args.tokens, "--prompt and --tokens")
             model: GPT2 = random_model(config, args.dtype, args.device)
             engine = Engine(model, 1)
-            ids = np.array(prompts(config, 1, args.prompt)[0], np.int32)
-            kinds = {
-                "repeats": {"temperature": 0, "max_new_tokens": args.tokens},
-                "new": unlucky(engine, ids, args.tokens),
+            random = np.array(prompts(config, 1, args.prompt)[0], np.int32)
+            kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+                "repeats": (repeating(engine, args), {"max_new_tokens": args.tokens}),
+                "new": (random, new_options(engine, random, args.tokens)),
             }
-            for kind, given in kinds.items():
+            for kind, (ids, given) in kinds.items():
                 row = {"model": name, "kind": kind} | measure(engine, ids, args.runs, **given)
                 kept.rows.append(row)
                 rates = [1e6 * row["tokens"] / row[how]["median_us"] for how in ("without", "with")]

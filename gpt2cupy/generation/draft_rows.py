@@ -13,21 +13,32 @@ from .rows import Queued, Rows
 from .scheduler import Sequence
 
 # By the share of tokens that a look-up would have found: rows of a step. Four rows of 1558M take
-# 1.25 times as long as one, two rows 1.15 times.
-_ROWS = ((0.5, 1 + DRAFTS), (0.3, 2), (0.0, 1))
+# 1.25 times as long as one, of 124M 1.5 times.
+_ROWS = ((0.6, 1 + DRAFTS), (0.45, 2), (0.0, 1))
+_WORTH = {1 + DRAFTS: 1.6, 2: 1.3}  # tokens that such a step must bring on average
+_HOPED = 2.0  # what they are taken to bring before any has
 _MEMORY = 8  # tokens over which that share is averaged
+_STEPS = 4  # and steps over which their tokens are
 _TAIL = 32  # tokens of a prompt that it begins with
+_PAUSE = (
+    16,
+    256,
+)  # tokens without drafts after steps that were not worth it, each time twice as many
 
 
 class Luck:
-    """How often the text so far would have told its next token: by what followed the last two.
+    """How many rows a step should have, from the text so far.
 
-    The look-up of the device agrees by more tokens where it can and finds no less. A function of
-    the tokens alone, so that the same text has the same steps on every run.
+    It begins to draft where what followed the last two tokens would often have told the next
+    one: the look-up of the device agrees by more tokens where it can and finds no less. It stops
+    where steps with drafts bring too few tokens. A function of the tokens and of the steps that
+    brought them, so that the same text has the same steps on every run.
     """
 
     def __init__(self, prompt: np.ndarray) -> None:
         self.share = 0.0
+        self._brought = _HOPED  # tokens of a step with drafts, on average
+        self._pause, self._left = _PAUSE[0], 0
         ids = prompt.tolist()
         self._after = dict(zip(pairwise(ids), ids[2:], strict=False))
         self._last = tuple(ids[-2:])
@@ -42,16 +53,28 @@ class Luck:
     def _count(self, found: bool) -> None:
         self.share += (found - self.share) / _MEMORY
 
-    def push(self, id_: int) -> None:
-        """Take the next token of the text."""
-        self._count(self._after.get(self._last) == id_)
-        if len(self._last) == 2:
-            self._after[self._last] = id_
-        self._last = *self._last[-1:], id_
+    def push(self, ids: list[int], rows: int) -> None:
+        """Take the tokens that a step of so many rows brought."""
+        for id_ in ids:
+            self._count(self._after.get(self._last) == id_)
+            if len(self._last) == 2:
+                self._after[self._last] = id_
+            self._last = *self._last[-1:], id_
+        if rows == 1:
+            self._left -= 1
+            return
+        self._brought += (len(ids) - self._brought) / _STEPS
+        if self._brought < _WORTH[rows]:
+            self._left, self._brought = self._pause, _HOPED
+            self._pause = min(2 * self._pause, _PAUSE[1])
+        elif self._brought > _HOPED:
+            self._pause = _PAUSE[0]
 
     @property
     def rows(self) -> int:
         """Rows that the next step should have."""
+        if self._left > 0:
+            return 1
         return next(rows for least, rows in _ROWS if self.share >= least)
 
 
@@ -135,8 +158,7 @@ class DraftRows:
         """Wait for the tokens that stand; as :meth:`Rows.read`."""
         ids, logprobs = self.state.read_rows(queued.rows, queued.stamps)
         count = int((ids >= 0).sum())
-        for id_ in ids[:count].tolist():
-            self._luck.push(id_)
+        self._luck.push(ids[:count].tolist(), len(ids))
         top = queued.read_top()
         if top is not None:
             top = top[0][:count], top[1][:count]
