@@ -196,6 +196,23 @@ class DecodeState:
                 values[token] = value
             self._write(self.bias, row, values[None])
 
+    def step_back(self, row: int, position: int) -> None:
+        """Make a row as it was before its last token was sampled, so that another can be.
+
+        Waits for the device. The token stays in the ring, and ``steps`` counts it.
+
+        Parameters
+        ----------
+        row : int
+        position : int
+            As of :meth:`seek`.
+        """
+        if self.counts is not None:
+            token = int(self.ids[row])
+            count = self.counts[row, token : token + 1]
+            self._write(count, 0, (count if self.xp is np else count.get()) - 1)
+        self.seek(row, position)
+
     def _write(self, array: Any, first: int, values: np.ndarray) -> None:
         """Set neighbouring rows, in the order of the stream."""
         part = array[first : first + len(values)]

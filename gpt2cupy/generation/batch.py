@@ -19,6 +19,7 @@ from .results import Block, Results, merged
 from .rows import Queued, Rows
 from .scheduler import Piece, Scheduler, Sequence
 
+_NOTHING = np.zeros(0, np.int32)
 PREFILL_ROWS = 1024  # prompt tokens run between two decode steps
 
 
@@ -65,6 +66,7 @@ class Batch:
         self._queued: deque[Queued] = deque()
         self._closing: deque[tuple[int, Sequence]] = deque()  # lines to close after a step
         self._held_back: list[Sequence] = []  # whose bias keeps ends back until min_new_tokens
+        self._processed: list[Sequence] = []  # those with rows whose logits are changed by Python
 
     @property
     def prefixes(self) -> Prefixes:
@@ -75,6 +77,13 @@ class Batch:
     def idle(self) -> bool:
         """Whether nothing waits, runs or is still to be read."""
         return self.scheduler.idle and not self._queued
+
+    def lead(self, most: int) -> int:
+        """Steps that may be queued before the oldest is read, of at most so many.
+
+        None where a row's next step needs the text so far.
+        """
+        return 0 if self._processed else min(most, self.rows.most_lead)
 
     @property
     def unread(self) -> bool:
@@ -88,6 +97,7 @@ class Batch:
         self.cache.reset()
         self._closing.clear()
         self._held_back.clear()
+        self._processed.clear()
         self.results.clear()
         self.rows.release(0, self.rows.state.batch)
 
@@ -147,6 +157,8 @@ class Batch:
         for sequence in sorted(sequences, key=lambda each: -each.row):
             if sequence.slot >= 0:
                 self.cache.reset(sequence.slot)
+            if sequence in self._processed:
+                self._processed.remove(sequence)
             if (move := self.scheduler.leave(sequence)) is not None:
                 self.rows.state.move(*move)
         if (after := len(self.scheduler.rows)) < before:
@@ -179,6 +191,10 @@ class Batch:
         rows = slice(done[0].row, done[-1].row + 1)
         if not alone:
             self.plain.sample_first(x[: len(done)], rows.start)
+        processed = [each for each in done if each.request.params.logits_processor is not None]
+        for sequence in processed:
+            self.plain.process(sequence, _NOTHING)
+        self._processed += processed
         self._ask(rows)
         waits = [each for each in done if each.row >= 0 and len(each.request.held_back) > 1]
         self._held_back += waits
@@ -206,6 +222,9 @@ class Batch:
         if self._held_back:
             self._free_ends()
         self.rows.step(running)
+        for sequence in self._processed:
+            count = self.results.counts[sequence.number]
+            self.plain.process(sequence, self.results.ids[sequence.number, :count])
         self.cache.lengths[self.scheduler.lines[1]] += 1
         self._ask(slice(0, running))
         return True

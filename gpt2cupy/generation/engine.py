@@ -277,8 +277,9 @@ class Engine:
                 batch.admit()
                 batch.run_prompts()
                 # Without a lead what was chosen is read first: it need not wait for a step.
-                stepped = batch.queue_step() if self._lead or not batch.unread else False
-                block = batch.collect(min(self._lead, batch.rows.most_lead) if stepped else None)
+                lead = batch.lead(self._lead)
+                stepped = batch.queue_step() if lead or not batch.unread else False
+                block = batch.collect(lead if stepped else None)
                 batch.finish([self._by_key.pop(done.request.key) for done in block.finished], block)
                 # A run forgets when it begins: between two of its steps nothing may be left too.
                 if not (self.prefix_cache or self._free.locked()) and self.idle:

@@ -11,6 +11,7 @@ from .. import ops
 from ..cache import KVCache
 from ..decode import Decoder, DecodeState, decoder, sample_first
 from ..decode.state import RING
+from ..decode.step import sample_next
 from ..model import GPT2
 from ..ops.core.tape import recorded
 from .scheduler import Sequence, bucket
@@ -178,6 +179,28 @@ class Rows:
         """Wait for ids, log-probabilities and the most probable tokens, or None."""
         ids, logprobs = self.state.read_rows(queued.rows, queued.stamps)
         return ids, logprobs, queued.read_top()
+
+    def process(self, sequence: Sequence, text: np.ndarray) -> None:
+        """Let a request's own function change the logits of its row, and sample once more.
+
+        Waits for the device.
+
+        Parameters
+        ----------
+        sequence : Sequence
+        text : numpy.ndarray of int32 [T]
+            Its tokens before the one that was just sampled.
+        """
+        state, row, request = self.state, sequence.row, sequence.request
+        line, change = slice(row, row + 1), request.params.logits_processor
+        assert change is not None
+        ids = np.concatenate([request.prompt, text])
+        logits = state.logits[line, : state.vocab_size]
+        if (changed := change(ids, logits[0])) is not None:
+            logits[0] = changed
+        state.step_back(row, len(ids) - 1)
+        sample_next(state, state.logits[line], state.rows[line])
+        self._counts[row] += 1
 
     def release(self, first: int, end: int) -> None:
         """Leave rows to nobody."""
