@@ -32,11 +32,11 @@ class Watched(Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.marks: list[tuple[Any, Any]] = []
-        batch: Any = self.batch
-        prompts, step = batch.run_prompts, batch.queue_step
+        running: Any = self.running
+        prompts, step = running.run_prompts, running.queue_step
         # A tick without prompts queues nothing.
-        batch.run_prompts = lambda: self.scheduler.prompts and self._between_events(prompts)
-        batch.queue_step = lambda: self._between_events(step)
+        running.run_prompts = lambda: self.scheduler.prompts and self._between_events(prompts)
+        running.queue_step = lambda: self._between_events(step)
 
     def _between_events(self, queue: Any) -> Any:
         events = self.model.xp.cuda.Event(), self.model.xp.cuda.Event()

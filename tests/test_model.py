@@ -254,7 +254,7 @@ def test_a_graph_gives_the_bits_of_the_eager_step(slots, options):
     for path in ("eager", "graph", "graph"):
         engine = Engine(model, slots, decode=path)
         # The same for both.
-        engine.batch.prompts = PromptRunner(model, engine.cache, engine.prefill_work)
+        engine.running.prompts = PromptRunner(model, engine.cache, engine.prefill_work)
         requests = [Request(i, prompt, params) for i, prompt in enumerate(prompts)]
         found.append(sorted((t.key, t.id, t.logprob) for t in engine.run(requests)))
     assert found[0] == found[1] == found[2]

@@ -68,17 +68,18 @@ class Collector:
                 self._tops[key].append([pair for pair in pairs if pair[0] >= 0])
 
     def _push_watched(self, block: Block) -> list[Any]:
+        reasons = {done.request.key: done.finish_reason for done in block.finished}
         stopped = []
-        columns = block.ids.tolist(), block.logprobs.tolist(), block.reasons
-        for key, id_, logprob, over in zip(block.keys, *columns, strict=True):
+        columns = block.ids.tolist(), block.logprobs.tolist()
+        for key, id_, logprob in zip(block.keys, *columns, strict=True):
             watched = self._watched.get(key)
             if watched is None:
                 continue
-            if reason := watched.push(id_, logprob, over):
+            if reason := watched.push(id_, logprob, reasons.get(key)):
                 del self._watched[key]
                 text = "".join(watched.parts)
                 self._complete(watched.request, text, watched.ids, watched.logprobs, reason)
-                if over is None:
+                if key not in reasons:
                     stopped.append(key)
         return stopped
 

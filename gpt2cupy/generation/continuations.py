@@ -29,8 +29,7 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
     last = None
     # Closed by name: a traceback may keep this frame, and the turn with it.
     with contextlib.closing(session.blocks([request], 1)) as blocks:
-        drafts = (0, 0)
-        for token, done in ((each, b.finished) for b in blocks for each in tokens_of(b)):
+        for token in (token for block in blocks for token in tokens_of(block)):
             now = time.perf_counter()
             first = first or now
             text, reason = row.push(token.id, token.finish_reason)
@@ -40,8 +39,7 @@ def pieces(session: Session, tokenizer: Tokenizer, request: Request) -> Iterator
                 )
             rate = count / (now - first) if count else 0.0
             count += 1
-            if token.finish_reason:
-                drafts = done[0].drafted, done[0].accepted
+            drafts = token.drafted, token.accepted
             piece = Piece(
                 text, token.id, token.logprob, reason, first - start, rate, token.top, *drafts
             )

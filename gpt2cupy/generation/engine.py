@@ -21,10 +21,10 @@ from ..errors import BusyError, ClosedError, InputError, shown
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
 from . import forks
-from .batch import Batch
 from .request import Request, Token
 from .results import Block, tokens_of
 from .rows import Rows
+from .running import Running
 from .scheduler import Sequence
 
 LEAD = 3  # decode steps queued before the oldest is read, on a GPU
@@ -55,7 +55,7 @@ class Engine:
 
     Attributes
     ----------
-    batch : Batch
+    running : Running
         What runs.
     prefixes : Prefixes
         What the slots hold. Its ``queries`` and ``hits`` count the tokens of all prompts, and
@@ -95,13 +95,24 @@ class Engine:
                 raise memory_error(error, f"a cache of {slots} slots") from error
 
     def _allocate(self, slots: int, capacity: int | None, path: str | None) -> None:
-        batch = self.batch = Batch(self.model, slots, capacity, path or self.model.decode_path)
-        self.cache, self.prompts, self.prefill_work = batch.cache, batch.prompts, batch.prefill_work
-        self.scheduler, self.results, self.prefixes = batch.scheduler, batch.results, batch.prefixes
+        running = self.running = Running(
+            self.model, slots, capacity, path or self.model.decode_path
+        )
+        self.cache, self.prompts, self.prefill_work = (
+            running.cache,
+            running.prompts,
+            running.prefill_work,
+        )
+        self.scheduler, self.results, self.prefixes = (
+            running.scheduler,
+            running.results,
+            running.prefixes,
+        )
         self.backend = self.model.backend  # which the decoder was chosen for
         self._submitted: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
         self._by_key: dict[Any, Sequence] = {}
+        self._ready: deque[Block] = deque()  # what was read and not yet returned
 
     @property
     def slots(self) -> int:
@@ -110,7 +121,7 @@ class Engine:
     @property
     def rows(self) -> Rows:
         """What runs the steps of texts that do not speculate."""
-        return self.batch.plain
+        return self.running.plain
 
     @property
     def state(self) -> DecodeState:
@@ -120,7 +131,7 @@ class Engine:
     @property
     def discarded(self) -> int:
         """Tokens that were computed past the end of their text."""
-        return self.batch.discarded
+        return self.running.discarded
 
     @property
     def decoder(self) -> Decoder:
@@ -138,7 +149,7 @@ class Engine:
         self._free = threading.Lock()
         if self.model.xp is np:
             self._clear()
-            self.batch.recover()  # it may have come in the middle of a step
+            self.running.recover()  # it may have come in the middle of a step
 
     # -- what may be called from any thread --------------------------------------------------------
 
@@ -260,7 +271,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is still to be read."""
-        return self.batch.idle and not self._submitted
+        return self.running.idle and not (self._submitted or self._ready)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -273,14 +284,11 @@ class Engine:
         with self._on_device():
             try:
                 self._read_inbox()
-                batch = self.batch
-                batch.admit()
-                batch.run_prompts()
-                # Without a lead what was chosen is read first: it need not wait for a step.
-                lead = batch.lead(self._lead)
-                stepped = batch.queue_step() if lead or not batch.unread else False
-                block = batch.collect(lead if stepped else None)
-                batch.finish([self._by_key.pop(done.request.key) for done in block.finished], block)
+                if not self._ready:
+                    self._go_on()
+                block = self._ready.popleft()
+                over = [self._by_key.pop(done.request.key) for done in block.finished]
+                self.running.finish(over, block)
                 # A run forgets when it begins: between two of its steps nothing may be left too.
                 if not (self.prefix_cache or self._free.locked()) and self.idle:
                     self.prefixes.forget()
@@ -289,8 +297,18 @@ class Engine:
                 if begun == self._forks:
                     with contextlib.suppress(Exception):  # of a GPU that failed
                         self._clear()
-                        self.batch.recover()
+                        self.running.recover()
                 raise
+
+    def _go_on(self) -> None:
+        """Queue the next step and read an earlier one."""
+        running = self.running
+        running.admit()
+        running.run_prompts()
+        # Without a lead what was chosen is read first: it need not wait for a step.
+        lead = running.lead(self._lead)
+        stepped = running.queue_step() if lead or not running.unread else False
+        self._ready += running.collect(lead if stepped else None)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -317,14 +335,19 @@ class Engine:
             sequence.ended = True
             del self._by_key[sequence.request.key]
             gone.append(sequence)
-        self.batch.cancel(gone)
+        if gone:
+            # Where several blocks are ready, they are of one text.
+            keys = {sequence.request.key for sequence in gone}
+            self._ready = deque(each for each in self._ready if not keys.issuperset(each.keys))
+            self.running.cancel(gone)
 
     def _clear(self) -> None:
         """Leave no request behind."""
         self._submitted.clear()
         self._cancelled.clear()
         self._by_key.clear()
-        self.batch.clear()
+        self._ready.clear()
+        self.running.clear()
 
 
 def _checked_lead(lead: object) -> int:

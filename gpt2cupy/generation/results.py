@@ -42,9 +42,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Block:
-    """What one step of an engine brought: a token for each of some requests.
-
-    Of a request that speculates it may be several, in their order.
+    """What one step of an engine brought: one token for each of some requests.
 
     Attributes
     ----------
@@ -65,15 +63,6 @@ class Block:
     logprobs: np.ndarray
     top: tuple[np.ndarray, np.ndarray] | None
     finished: list[Finished]
-
-    @property
-    def reasons(self) -> list[str | None]:
-        """For each token the finish reason of its request, if it is the last one."""
-        found: list[str | None] = [None] * len(self.keys)
-        over = {done.request.key: done.finish_reason for done in self.finished}
-        for place in range(len(found) - 1, -1, -1) if over else ():
-            found[place] = over.pop(self.keys[place], None)
-        return found
 
 
 class Results:
@@ -185,42 +174,11 @@ class Results:
         over = ended | stopped | failed | (places + 1 >= self.limits[numbers])
         finished = []
         for index in np.flatnonzero(over).tolist():
-            reason = _reason(ended[index], stopped[index], failed[index])
+            reason = "stop" if stopped[index] else "length"
+            reason = "error" if failed[index] else "eos" if ended[index] else reason
             finished.append(self._finish(int(numbers[index]), reason))
         requests = self.requests
         keys = [requests[number].key for number in numbers.tolist()]
-        return Block(keys, ids, logprobs, top, finished)
-
-    def extend(
-        self,
-        number: int,
-        ids: np.ndarray,
-        logprobs: np.ndarray,
-        top: tuple[np.ndarray, np.ndarray] | None,
-    ) -> Block:
-        """Take the next tokens of one line; as :meth:`add`."""
-        place, limit = int(self.counts[number]), int(self.limits[number])
-        ended = (ids[:, None] == self.ends[number]).any(axis=1)
-        stopped = (ids[:, None] == self.stops[number]).any(axis=1)
-        failed = np.isnan(logprobs)
-        over = ended | stopped | failed
-        over[limit - place - 1 :] = True
-        count = len(ids) if self.alive[number] else 0
-        if count and over.any():
-            count = int(over.argmax()) + 1
-        ids, logprobs = ids[:count], logprobs[:count]
-        if top is not None:
-            wanted = np.arange(top[0].shape[1]) < self.tops[number]
-            top = np.where(wanted, top[0][:count], np.int32(-1)), top[1][:count]
-        self.ids[number, place : place + count] = ids
-        self.logprobs[number, place : place + count] = logprobs
-        self.counts[number] = place + count
-        finished = []
-        if count and over[count - 1]:
-            last = count - 1
-            finished.append(self._finish(number, _reason(ended[last], stopped[last], failed[last])))
-        request = self.requests[number]
-        keys = [request.key] * count if request is not None else []
         return Block(keys, ids, logprobs, top, finished)
 
     def ask(self, numbers: np.ndarray) -> np.ndarray:
@@ -236,12 +194,6 @@ class Results:
         ids, logprobs = self.ids[number, :count].copy(), self.logprobs[number, :count].copy()
         drafts = int(self.drafted[number]), int(self.accepted[number])
         return Finished(request, ids, logprobs, reason, *drafts)
-
-
-def _reason(ended: Any, stopped: Any, failed: Any) -> str:
-    """Why a text ends with a token."""
-    reason = "stop" if stopped else "length"
-    return "error" if failed else "eos" if ended else reason
 
 
 def merged(blocks: list[Block]) -> Block:
@@ -268,10 +220,14 @@ def merged(blocks: list[Block]) -> Block:
 
 def tokens_of(block: Block) -> Iterator[Token]:
     """A block as single tokens."""
-    columns = block.ids.tolist(), block.logprobs.tolist(), block.reasons
-    for index, (key, id_, logprob, reason) in enumerate(zip(block.keys, *columns, strict=True)):
+    over = {done.request.key: done for done in block.finished}
+    pairs = zip(block.keys, block.ids.tolist(), block.logprobs.tolist(), strict=True)
+    for index, (key, id_, logprob) in enumerate(pairs):
         top: list[tuple[int, float]] = []
         if block.top is not None:
             best = zip(block.top[0][index].tolist(), block.top[1][index].tolist(), strict=True)
             top = [pair for pair in best if pair[0] >= 0]
-        yield Token(key, id_, logprob, reason, top)
+        if (done := over.get(key)) is None:
+            yield Token(key, id_, logprob, None, top)
+        else:
+            yield Token(key, id_, logprob, done.finish_reason, top, done.drafted, done.accepted)

@@ -311,7 +311,7 @@ def test_requests_of_one_token_leave_nothing_behind():
     for key in range(20):
         engine.submit(request(key, tokens=1, eos=(7, 8), min_new_tokens=1))
     assert len(drained(engine, {})) == 20
-    assert engine.batch._held_back == [] and engine._by_key == {}
+    assert engine.running._held_back == [] and engine._by_key == {}
 
 
 def test_log_probabilities_of_merged_blocks_keep_their_dtype():

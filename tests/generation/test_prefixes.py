@@ -317,7 +317,7 @@ PLACES = ("prompts.copy", "prompts.run", "plain.sample_first", "plain.step", "pl
 def fail_at(engine, place):
     """Let a step fail at a place, if it comes there; its block if it did not."""
     owner, name = place.split(".")
-    thing = getattr(engine.batch, owner)
+    thing = getattr(engine.running, owner)
     whole = getattr(thing, name)
 
     def broken(*args, **options):

@@ -107,7 +107,7 @@ def test_texts_that_come_and_go_around_it(device="cpu"):
     for each in wanted:
         expected |= run(engine, [each])
     assert run(engine, wanted) == expected
-    assert not engine.batch._processed
+    assert not engine.running._processed
 
 
 def test_its_error_ends_the_run_and_leaves_the_engine_usable():
@@ -118,7 +118,7 @@ def test_its_error_ends_the_run_and_leaves_the_engine_usable():
     engine = Engine(model_on("cpu"), 2, lead=3)
     with pytest.raises(ZeroDivisionError):
         run(engine, [request(0), request(1, broken)])
-    assert engine.idle and not engine.batch._processed
+    assert engine.idle and not engine.running._processed
     assert run(engine, [request(0)]) == run(Engine(model_on("cpu"), 1), [request(0)])
 
 

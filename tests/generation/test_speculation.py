@@ -215,7 +215,7 @@ def test_a_step_that_fails_leaves_nothing_behind(device, monkeypatch):
     engine = Engine(model_on(device), 1)
     expected, _ = run(engine, request())
     calls = iter(range(1000))
-    whole = engine.batch.rows.step
+    whole = engine.running.rows.step
 
     def broken(running):
         whole(running)
@@ -223,7 +223,7 @@ def test_a_step_that_fails_leaves_nothing_behind(device, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.batch.rows, "step", broken)
+        patched.setattr(engine.running.rows, "step", broken)
         with pytest.raises(KeyboardInterrupt):
             run(engine, request())
     assert run(engine, request())[0] == expected

@@ -7,7 +7,6 @@ them. Nothing here knows of threads.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ _NOTHING = np.zeros(0, np.int32)
 PREFILL_ROWS = 1024  # prompt tokens run between two decode steps
 
 
-class Batch:
+class Running:
     """Sequences that run together.
 
     Parameters
@@ -251,41 +250,54 @@ class Batch:
 
     # -- what comes back ---------------------------------------------------------------------------
 
-    def collect(self, lead: int | None) -> Block:
+    def collect(self, lead: int | None) -> list[Block]:
         """Read what is due: of steps that are ``lead`` old; the oldest one without a lead.
 
-        Its sequences that have ended have to be given to :meth:`finish`.
+        One block, or those with a token each that a step brought for a text that speculates.
+        Their sequences that have ended have to be given to :meth:`finish`.
         """
         blocks: list[Block] = []
         while self._queued:
             due = not blocks if lead is None else self._queued[0].step + lead <= self.rows.steps
             if not due:
                 break
-            blocks.append(self._read(self._queued.popleft()))
-        return merged(blocks)
+            queued = self._queued.popleft()
+            if queued.drafts >= 0:
+                # Read alone: a step before it is of the same text.
+                return (
+                    [merged(blocks), *self._read_drafts(queued)]
+                    if blocks
+                    else self._read_drafts(queued)
+                )
+            blocks.append(self._read(queued))
+        return [merged(blocks)]
 
     def _read(self, queued: Queued) -> Block:
         ids, logprobs, top = queued.source.read(queued)
-        if queued.drafts >= 0:
-            return self._take_in_order(queued, ids, logprobs, top)
         self.discarded += len(ids) - int(self.results.alive[queued.numbers].sum())
         return self.results.add(queued.numbers, ids, logprobs, top)
 
-    def _take_in_order(
-        self, queued: Queued, ids: np.ndarray, logprobs: np.ndarray, top: Any
-    ) -> Block:
-        """Take the tokens that a step brought for one text."""
-        results, number = self.results, int(queued.numbers[0])
+    def _read_drafts(self, queued: Queued) -> list[Block]:
+        """The tokens that a step brought for one text, a block for each."""
+        ids, logprobs, top = queued.source.read(queued)
+        results, numbers = self.results, queued.numbers[:1]
+        number = int(numbers[0])
         if results.alive[number]:
             results.drafted[number] += queued.drafts
             results.accepted[number] += len(ids) - 1
-        block = results.extend(number, ids, logprobs, top)
-        self.discarded += len(ids) - len(block.keys)
+        blocks = []
+        for place in range(len(ids)):
+            if not results.alive[number]:
+                self.discarded += len(ids) - place
+                break
+            one = slice(place, place + 1)
+            best = None if top is None else (top[0][one], top[1][one])
+            blocks.append(results.add(numbers, ids[one], logprobs[one], best))
         # Each step was counted as one token when it was asked for.
         results.queued[number] += len(ids) - 1
         if results.queued[number] >= results.limits[number]:
             self._leave([each for each in self.scheduler.rows if each.number == number])
-        return block
+        return blocks or [merged([])]
 
     def _close_lines(self) -> None:
         """Close lines that no queued step names any more."""
