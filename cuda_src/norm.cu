@@ -33,62 +33,63 @@ extern "C" __global__ void layer_norm_naive(
     y[c] = from_float<elem_t>((x[c] - mean) * scale * to_float(weight[c]) + to_float(bias[c]));
 }
 
-extern "C" __global__ void __launch_bounds__(1024) layer_norm(const elem_t* x,
-                                                              const elem_t* weight,
-                                                              const elem_t* bias,
-                                                              elem_t* y,
-                                                              float eps,
-                                                              int N,
-                                                              int C,
-                                                              int x_stride,
-                                                              int y_stride) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) layer_norm(const elem_t* x,
+                                                                         const elem_t* weight,
+                                                                         const elem_t* bias,
+                                                                         elem_t* y,
+                                                                         float eps,
+                                                                         int N,
+                                                                         int C,
+                                                                         int x_stride,
+                                                                         int y_stride) {
   norm_rows<true, false, elem_t, elem_t>(
       {x, nullptr, nullptr, weight, bias, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(1024) layer_norm_f32(const float* x,
-                                                                  const elem_t* weight,
-                                                                  const elem_t* bias,
-                                                                  elem_t* y,
-                                                                  float eps,
-                                                                  int N,
-                                                                  int C,
-                                                                  int x_stride,
-                                                                  int y_stride) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) layer_norm_f32(const float* x,
+                                                                             const elem_t* weight,
+                                                                             const elem_t* bias,
+                                                                             elem_t* y,
+                                                                             float eps,
+                                                                             int N,
+                                                                             int C,
+                                                                             int x_stride,
+                                                                             int y_stride) {
   norm_rows<true, false, float, float>(
       {x, nullptr, nullptr, weight, bias, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(1024) add_layer_norm(const elem_t* x,
-                                                                  const elem_t* residual,
-                                                                  elem_t* total,
-                                                                  const elem_t* weight,
-                                                                  const elem_t* bias,
-                                                                  elem_t* y,
-                                                                  float eps,
-                                                                  int N,
-                                                                  int C,
-                                                                  int x_stride,
-                                                                  int residual_stride,
-                                                                  int total_stride,
-                                                                  int y_stride) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) add_layer_norm(const elem_t* x,
+                                                                             const elem_t* residual,
+                                                                             elem_t* total,
+                                                                             const elem_t* weight,
+                                                                             const elem_t* bias,
+                                                                             elem_t* y,
+                                                                             float eps,
+                                                                             int N,
+                                                                             int C,
+                                                                             int x_stride,
+                                                                             int residual_stride,
+                                                                             int total_stride,
+                                                                             int y_stride) {
   norm_rows<true, true, elem_t, elem_t>({x, residual, total, weight, bias, y, eps, N, C, x_stride,
                                          residual_stride, total_stride, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(1024) add_layer_norm_f32(const elem_t* x,
-                                                                      const float* residual,
-                                                                      float* total,
-                                                                      const elem_t* weight,
-                                                                      const elem_t* bias,
-                                                                      elem_t* y,
-                                                                      float eps,
-                                                                      int N,
-                                                                      int C,
-                                                                      int x_stride,
-                                                                      int residual_stride,
-                                                                      int total_stride,
-                                                                      int y_stride) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+    add_layer_norm_f32(const elem_t* x,
+                       const float* residual,
+                       float* total,
+                       const elem_t* weight,
+                       const elem_t* bias,
+                       elem_t* y,
+                       float eps,
+                       int N,
+                       int C,
+                       int x_stride,
+                       int residual_stride,
+                       int total_stride,
+                       int y_stride) {
   norm_rows<true, true, elem_t, float>({x, residual, total, weight, bias, y, eps, N, C, x_stride,
                                         residual_stride, total_stride, y_stride});
 }

@@ -6,16 +6,18 @@
 // alone, or of total = x + residual, which is then written too, rounded as it is stored, and it is
 // the rounded sum that is normalised.
 //
-// Work      the threads along x of a block share a row, in pieces of 16 bytes of the wider type;
-//           narrow rows have a warp each, several to a block (along y). How many threads share a
-//           row follows from C alone, so that the order of a row's additions does not depend on
-//           the other rows. Where there are more rows than blocks at once, a block goes from row
-//           to row, and the next is loaded while this one is summed. The mean is taken before the
-//           squares, so that an outlier channel in the thousands cancels nothing: E[x^2] - E[x]^2
-//           loses half the digits there. Where a block has one row, weight and bias are loaded
-//           before the kernel waits for its predecessor.
+// Work      a row has 1, 2, 4 or 8 warps, each a stretch of it in pieces of 16 bytes of the wider
+//           type, and lies in their registers as it is stored. One warp needs no barrier of its
+//           block; several are sooner done with the few rows that leave the chip idle.
+// Order     a lane adds up its pieces by a tree, then warps of a row, lane by lane, by the levels
+//           of the same tree above those, then lanes by shuffles. So a row's bits follow from C
+//           alone, and neither from the other rows nor from how many warps it has. The mean is
+//           taken before the squares, so that an outlier channel in the thousands cancels
+//           nothing: E[x^2] - E[x]^2 loses half the digits there.
+// Overlap   weight and bias are loaded before the kernel waits for its predecessor, where
+//           registers have room for them.
 // Alignment a row is read in pieces if C and all strides are multiples of a piece, else by
-// elements.
+//           elements.
 #pragma once
 
 #include "common.cuh"
@@ -34,23 +36,30 @@ struct NormRows {
   int x_stride, residual_stride, total_stride, y_stride;  // elements from row to row
 };
 
-__device__ inline float sum_of(float4 x) { return (x.x + x.y) + (x.z + x.w); }
+constexpr int MOST_THREADS = 256;  // of a block
+constexpr int MOST_PIECES = 16;    // that a lane keeps in registers
 
-// The sum over the threads of a row, the same in all of them. Between two uses of `shared` there
-// must be a sum by way of another.
+// The sum over the warps of a row and their lanes, the same in all of them. Between two uses of
+// `shared` there must be a sum by way of another.
+template <int W>
+__device__ inline float sum_of_warps(const float* lane) {
+  float sums[W];
+#pragma unroll
+  for (int w = 0; w < W; w++) sums[w] = lane[w * WARP];
+  return sum_of(sums);
+}
+
 __device__ inline float row_sum(float x, float* shared) {
-  x = warp_sum(x);
-  int warps = blockDim.x / WARP;
-  if (warps == 1) return x;
-  if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
-  if (threadIdx.x < WARP && threadIdx.x >= warps) shared[threadIdx.x] = 0.0f;
-  __syncthreads();
-  // Every thread adds all: shuffles would take several times as long.
-  const float4* sums = reinterpret_cast<const float4*>(shared);
-  float sum = sum_of(sums[0]) + sum_of(sums[1]);
-  if (warps > 8) sum += sum_of(sums[2]) + sum_of(sums[3]);
-  if (warps > 16) sum += (sum_of(sums[4]) + sum_of(sums[5])) + (sum_of(sums[6]) + sum_of(sums[7]));
-  return sum;
+  int threads = blockDim.x;
+  if (threads > WARP) {
+    shared[threadIdx.x] = x;
+    __syncthreads();
+    const float* lane = shared + threadIdx.x % WARP;
+    x = threads == 2 * WARP   ? sum_of_warps<2>(lane)
+        : threads == 4 * WARP ? sum_of_warps<4>(lane)
+                              : sum_of_warps<8>(lane);
+  }
+  return warp_sum(x);
 }
 
 template <int VEC>
@@ -84,11 +93,33 @@ __device__ inline float sum_of_squares(const float (&x)[N], float mean) {
   return sum_of(squares);
 }
 
-// Rows of up to S pieces a thread. With MANY rows a block, registers hold the next row while this
-// one is summed, and parameters come from the L1 cache; otherwise registers hold the parameters.
-template <int VEC, int S, bool MANY, bool CENTRED, bool ADD, typename X, typename R>
-__device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*shared)[WARP]) {
-  const int C = rows.C, step = blockDim.x * VEC, first = threadIdx.x * VEC;
+// Calls use(s, channel) for each piece of a lane that is there.
+template <int VEC, int S, typename Use>
+__device__ inline void each_piece(int first, int C, Use use) {
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    int c = first + s * WARP * VEC;
+    if (c < C) use(s, c);
+  }
+}
+
+// The compiler forgets what elements it took from a piece: it would keep them all, which takes
+// twice the registers of the piece, to save an instruction each.
+template <typename T, int VEC>
+__device__ inline void keep_packed(Packed<T, VEC>& piece) {
+  if constexpr (sizeof(T) == 2 && VEC > 1) {
+#pragma unroll
+    for (unsigned& word : piece.words) asm("" : "+r"(word));
+  }
+}
+
+// A row of up to S pieces a lane, in registers.
+template <int VEC, int S, bool CENTRED, bool ADD, typename X, typename R>
+__device__ inline void row_in_registers(const NormRows<X, R>& rows, float (*shared)[MOST_THREADS]) {
+  // Parameters of so many bytes of a lane are loaded before anything else.
+  constexpr bool AHEAD = S * VEC * sizeof(elem_t) <= 64;
+  const int C = rows.C;
+  const int first = (threadIdx.x / WARP * S * WARP + threadIdx.x % WARP) * VEC;
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows.N) return;  // a whole warp, or none of the block
   Vec<elem_t, VEC> weight[S], bias[S];
@@ -96,75 +127,64 @@ __device__ inline void rows_in_registers(const NormRows<X, R>& rows, float (*sha
     if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
     if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
   };
-  if constexpr (!MANY) {
-#pragma unroll
-    for (int s = 0; s < S; s++)
-      if (first + s * step < C) load_parameters(s, first + s * step);
-  }
+  if constexpr (AHEAD) each_piece<VEC, S>(first, C, load_parameters);
   const float share = 1.0f / C;
   const bool weighted = rows.weight, biased = CENTRED && rows.bias;
-  Vec<X, VEC> x[S];
-  Vec<R, VEC> residual[ADD ? S : 1];
-  auto load = [&](int from) {
-#pragma unroll
-    for (int s = 0; s < S; s++) {
-      int c = first + s * step;
-      if (c >= C) continue;
-      x[s] = *reinterpret_cast<const Vec<X, VEC>*>(rows.x + (size_t)from * rows.x_stride + c);
-      if constexpr (ADD)
-        residual[s] = *reinterpret_cast<const Vec<R, VEC>*>(
-            rows.residual + (size_t)from * rows.residual_stride + c);
-    }
-  };
   griddepcontrol_wait();
 
-  load(row);
-  for (int turn = 0;; turn ^= 1) {
-    float values[S][VEC];
+  const X* x = rows.x + (size_t)row * rows.x_stride;
+  Packed<R, VEC> held[S];  // what is normalised
+  if constexpr (ADD) {
+    const R* residual = rows.residual + (size_t)row * rows.residual_stride;
+    R* total = rows.total + (size_t)row * rows.total_stride;
+    Vec<X, VEC> addend[S];
+    each_piece<VEC, S>(first, C, [&](int s, int c) {
+      addend[s] = *reinterpret_cast<const Vec<X, VEC>*>(x + c);
+      held[s] = *reinterpret_cast<const Packed<R, VEC>*>(residual + c);
+    });
+    each_piece<VEC, S>(first, C, [&](int s, int c) {
+      float sum[VEC];
 #pragma unroll
-    for (int s = 0; s < S; s++) {
-      int c = first + s * step;
-#pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        values[s][i] = c < C ? to_float(x[s].value[i]) : 0.0f;
-        if constexpr (ADD)
-          if (c < C)
-            values[s][i] = to_float(from_float<R>(values[s][i] + to_float(residual[s].value[i])));
-      }
-      if constexpr (ADD)
-        if (c < C) store_floats(rows.total + (size_t)row * rows.total_stride + c, values[s]);
-    }
-    int next = row + gridDim.x * blockDim.y;
-    float mean = 0.0f, part = 0.0f;
-    if constexpr (CENTRED) {
-#pragma unroll
-      for (int s = 0; s < S; s++) part += sum_of(values[s]);
-      mean = row_sum(part, shared[0]) * share;
-      part = 0.0f;
-    }
-    if constexpr (MANY)
-      if (next < rows.N) load(next);
-#pragma unroll
-    for (int s = 0; s < S; s++)
-      if (!CENTRED || first + s * step < C) part += sum_of_squares(values[s], mean);
-    float scale = one_over_root(fmaf(row_sum(part, shared[CENTRED ? 1 : turn]), share, rows.eps));
-#pragma unroll
-    for (int s = 0; s < S; s++) {
-      int c = first + s * step;
-      if (c >= C) continue;
-      if constexpr (MANY) load_parameters(s, c);
-#pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        float w = weighted ? to_float(weight[s].value[i]) : 1.0f;
-        float b = biased ? to_float(bias[s].value[i]) : 0.0f;
-        float n = (values[s][i] - mean) * scale;
-        values[s][i] = CENTRED ? fmaf(n, w, b) : n * w;
-      }
-      store_floats(rows.y + (size_t)row * rows.y_stride + c, values[s]);
-    }
-    if (!MANY || next >= rows.N) return;
-    row = next;
+      for (int i = 0; i < VEC; i++) sum[i] = to_float(addend[s].value[i]) + held[s][i];
+      store_floats(reinterpret_cast<R*>(&held[s]), sum);
+      *reinterpret_cast<Packed<R, VEC>*>(total + c) = held[s];
+    });
+  } else {
+    each_piece<VEC, S>(
+        first, C, [&](int s, int c) { held[s] = *reinterpret_cast<const Packed<R, VEC>*>(x + c); });
   }
+
+  float values[VEC], sums[S] = {}, mean = 0.0f;
+  auto unpack = [&](int s) {
+    keep_packed(held[s]);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) values[i] = held[s][i];
+  };
+  if constexpr (CENTRED) {
+    each_piece<VEC, S>(first, C, [&](int s, int) {
+      unpack(s);
+      sums[s] = sum_of(values);
+    });
+    mean = row_sum(sum_of(sums), shared[0]) * share;
+  }
+  each_piece<VEC, S>(first, C, [&](int s, int) {
+    unpack(s);
+    sums[s] = sum_of_squares(values, mean);
+  });
+  float scale = one_over_root(fmaf(row_sum(sum_of(sums), shared[1]), share, rows.eps));
+  elem_t* y = rows.y + (size_t)row * rows.y_stride;
+  each_piece<VEC, S>(first, C, [&](int s, int c) {
+    if constexpr (!AHEAD) load_parameters(s, c);
+    unpack(s);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) {
+      float w = weighted ? to_float(weight[s].value[i]) : 1.0f;
+      float b = biased ? to_float(bias[s].value[i]) : 0.0f;
+      float n = (values[i] - mean) * scale;
+      values[i] = CENTRED ? fmaf(n, w, b) : n * w;
+    }
+    store_floats(y + c, values);
+  });
 }
 
 // What is normalised of a piece: x, or the sum, which is stored on the way.
@@ -184,10 +204,12 @@ __device__ inline void take_piece(
 // A row of any width, read once for each sum and once more: again from a cache, mostly.
 template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void row_in_passes(const NormRows<X, R>& rows,
-                                     int row,
                                      float* shared,
                                      float* shared_again) {
   const int C = rows.C, step = blockDim.x * VEC, first = threadIdx.x * VEC;
+  const int row = blockIdx.x * blockDim.y + threadIdx.y;
+  if (row >= rows.N) return;
+  griddepcontrol_wait();
   const X* x = rows.x + (size_t)row * rows.x_stride;
   const R* residual = ADD ? rows.residual + (size_t)row * rows.residual_stride : nullptr;
   R* total = ADD ? rows.total + (size_t)row * rows.total_stride : nullptr;
@@ -233,35 +255,31 @@ __device__ inline void row_in_passes(const NormRows<X, R>& rows,
   }
 }
 
+// Rows whose pieces are VEC elements.
 template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
-__device__ inline void rows_in_passes(const NormRows<X, R>& rows, float (*shared)[WARP]) {
-  griddepcontrol_wait();
-  int turn = 0;
-  // Rows of a warp each are met here too, where their stride keeps them from being read in pieces.
-  int first = blockIdx.x * blockDim.y + threadIdx.y;
-  for (int row = first; row < rows.N; row += gridDim.x * blockDim.y, turn ^= 1)
-    row_in_passes<VEC, CENTRED, ADD>(rows, row, shared[0], shared[CENTRED ? 1 : turn]);
+__device__ inline void rows_of_pieces(const NormRows<X, R>& rows, float (*shared)[MOST_THREADS]) {
+  int pieces = (rows.C / VEC + blockDim.x - 1) / blockDim.x;  // of a lane
+  if (VEC > 1 && pieces <= 2)
+    row_in_registers<VEC, 2, CENTRED, ADD>(rows, shared);
+  else if (VEC > 1 && pieces <= 8)
+    row_in_registers<VEC, 8, CENTRED, ADD>(rows, shared);
+  else if (pieces <= MOST_PIECES)
+    row_in_registers<VEC, MOST_PIECES, CENTRED, ADD>(rows, shared);
+  else
+    row_in_passes<VEC, CENTRED, ADD>(rows, shared[0], shared[1]);
 }
 
 template <bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void norm_rows(const NormRows<X, R>& rows) {
-  __shared__ alignas(16) float shared[2][WARP];
+  __shared__ float shared[2][MOST_THREADS];
   constexpr int WIDE = sizeof(X) > sizeof(elem_t) || (ADD && sizeof(R) > sizeof(elem_t))
                            ? WIDEST<float>
                            : WIDEST<elem_t>;
   griddepcontrol_launch_dependents();
   int strides = rows.x_stride | rows.y_stride;
   if constexpr (ADD) strides |= rows.residual_stride | rows.total_stride;
-  if ((rows.C | strides) % WIDE == 0) {
-    if (rows.C / WIDE > 2 * (int)blockDim.x)
-      rows_in_passes<WIDE, CENTRED, ADD>(rows, shared);
-    else if (!ADD && rows.N > gridDim.x * blockDim.y)
-      rows_in_registers<WIDE, 2, true, CENTRED, ADD>(rows, shared);
-    else
-      rows_in_registers<WIDE, 2, false, CENTRED, ADD>(rows, shared);
-  } else if (rows.C <= 4 * (int)blockDim.x) {
-    rows_in_registers<1, 4, !ADD, CENTRED, ADD>(rows, shared);
-  } else {
-    rows_in_passes<1, CENTRED, ADD>(rows, shared);
-  }
+  if ((rows.C | strides) % WIDE == 0)
+    rows_of_pieces<WIDE, CENTRED, ADD>(rows, shared);
+  else
+    rows_of_pieces<1, CENTRED, ADD>(rows, shared);
 }

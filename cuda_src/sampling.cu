@@ -54,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
   __shared__ Best bests[THREADS / WARP];
   __shared__ float sums[THREADS / WARP];
   __shared__ u64 bins[256];
+  __shared__ Few few;
   int row = rows[blockIdx.x];
   logits += (size_t)blockIdx.x * Vp;
   float* x = scratch + (size_t)blockIdx.x * Vp;
@@ -66,17 +67,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits
   float normaliser = log_sum_exp(logits, V, &best, bests, sums);
 
   bool random = p.temperature > 0.0f;
-  bool changed = counts || bias || (p.eos >= 0 && position < p.min_position);
+  bool changed = counts || bias || (p.eos >= 0 && position < p.min_position), numbers = true;
+  float largest = MINUS_INFINITY;
   if (random || changed) {
     Best own = {MINUS_INFINITY, V};
     for (int v = threadIdx.x; v < V; v += THREADS) {
       x[v] = processed(logits[v], v, p, position, counts, bias);
       own = better(own, Best{x[v], v});
+      numbers = numbers && x[v] == x[v];
     }
+    largest = own.value;
     best = block_best(own, bests);
   }
   if (random) {
-    best = draw(x, V, p, best.value, position, bests, bins);
+    float top = best.value;
+    bool drawn = false;
+    if (p.top_k > 0 && p.top_k < V && p.top_k <= THREADS && __syncthreads_and(numbers) &&
+        fabsf(top) <= LARGEST_FLOAT)
+      drawn = draw_few([=](int v) { return x[v]; }, [](float value) { return value; }, V, p,
+                       largest, top, position, bests, few, &best);
+    if (!drawn) best = draw(x, V, p, top, position, bests, bins);
   }
 
   if (threadIdx.x == 0) {

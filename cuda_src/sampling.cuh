@@ -10,6 +10,8 @@
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+#define LARGEST_FLOAT __int_as_float(0x7f7fffff)
+
 struct RowParams {
   u64 seed;
   float temperature;  // 0: greedy

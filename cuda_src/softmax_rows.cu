@@ -7,12 +7,18 @@
 // Bytes     2 N C sizeof ELEM where a row fits the registers of its block or cluster, 3 else
 // Work      a warp or a block per row, or the eight blocks of a cluster with an eighth of it each.
 //           Every warp finds the softmax state {m, l} of what it has: the largest value and the sum
-//           of exponentials relative to it. States meet in shared memory, and between the blocks of
-//           a cluster in each other's (distributed shared memory), in one exchange.
+//           of exponentials relative to it. States meet in shared memory, those of a cluster in
+//           that of each of its blocks (distributed shared memory), in one exchange; there every
+//           warp merges them all.
 // Source    Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018
-#include "common.cuh"
+#include "dsmem.cuh"
 
-constexpr int HELD = 16;  // channels that a thread keeps in registers
+constexpr int MOST = 512;  // threads of a block of a cluster
+// Channels that a thread keeps in registers, where PARTS blocks share a row.
+template <int PARTS>
+constexpr int HELD = PARTS == 2   ? 64
+                     : PARTS == 4 ? 32
+                                  : 16;
 
 struct alignas(8) SoftmaxState {
   float m;  // largest value, -inf of nothing
@@ -29,61 +35,62 @@ __device__ inline float exponential(float x) {
 // What m stands for in a difference: of a row of -inf alone every weight is exp(-inf) = 0.
 __device__ inline float base(float m) { return m == MINUS_INFINITY ? 0.0f : m; }
 
-__device__ inline SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
-  float m = fmaxf(a.m, b.m);
-  return {m, a.l * exponential(a.m - base(m)) + b.l * exponential(b.m - base(m))};
+// The largest of a warp's values, none of which is NaN: as integers of the same order, which the
+// chip compares across a warp at once.
+__device__ inline float warp_largest(float x) {
+#if __CUDA_ARCH__ >= 800
+  int bits = __float_as_int(x);
+  bits ^= bits >> 31 & 0x7fffffff;
+  bits = __reduce_max_sync(FULL_MASK, bits);
+  return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff));
+#else
+  return warp_max(x);
+#endif
 }
 
-__device__ inline SoftmaxState warp_merge(SoftmaxState own) {
+// The state of all lanes' states.
+template <int N>
+__device__ inline SoftmaxState warp_merge(const SoftmaxState (&own)[N]) {
+  float m = own[0].m, l = 0.0f;
 #pragma unroll
-  for (int offset = WARP / 2; offset > 0; offset /= 2)
-    own = merge(own, {__shfl_xor_sync(FULL_MASK, own.m, offset),
-                      __shfl_xor_sync(FULL_MASK, own.l, offset)});
-  return own;
+  for (int i = 1; i < N; i++) m = fmaxf(m, own[i].m);
+  m = warp_largest(m);
+#pragma unroll
+  for (int i = 0; i < N; i++) l += own[i].l * exponential(own[i].m - base(m));
+  return {m, warp_sum(l)};
 }
 
-// The state of another block of the cluster.
-__device__ inline SoftmaxState state_of(const SoftmaxState* mine, int rank) {
-  SoftmaxState state = *mine;
-#if __CUDA_ARCH__ >= 900
-  unsigned address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(shared_address(mine)), "r"(rank));
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-               : "=f"(state.m), "=f"(state.l)
-               : "r"(address)
-               : "memory");
-#endif
-  return state;
-}
+// Where the states of a row's warps meet.
+template <int PARTS>
+struct Meeting {
+  SoftmaxState states[PARTS > 1 ? PARTS * MOST / WARP : WARP];
+  Mbarrier arrived;  // completed by the states from all blocks of the cluster
+};
 
-// All threads of the cluster have arrived, and what they wrote to shared memory can be read.
-__device__ inline void cluster_arrive_release() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-
-// The state of the whole row, from those of this row's threads.
-template <bool CLUSTERED>
-__device__ inline SoftmaxState row_state(SoftmaxState own, SoftmaxState* shared) {
-  int warps = blockDim.x / WARP, lane = threadIdx.x % WARP;
-  own = warp_merge(own);
-  if (warps > 1) {
-    if (lane == 0) shared[threadIdx.x / WARP] = own;
+// The state of the whole row, from those of this row's warps. Every block of a cluster gets all.
+template <int PARTS>
+__device__ inline SoftmaxState row_state(SoftmaxState own, Meeting<PARTS>& shared) {
+  constexpr int EACH = sizeof(shared.states) / sizeof(SoftmaxState) / WARP;
+  int warps = blockDim.x / WARP, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  if constexpr (PARTS > 1) {
+    cluster_wait();  // the mbarriers are initialised
+    unsigned bytes = PARTS * warps * sizeof(SoftmaxState);
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(shared_address(&shared.arrived), bytes);
+    if (lane < PARTS)
+      dsmem_store_struct(&shared.states[cluster_rank() * warps + warp], &shared.arrived, lane, own);
+    mbarrier_wait_cluster(shared_address(&shared.arrived), 0);
+    warps *= PARTS;
+  } else {
+    if (warps == 1) return own;
+    if (lane == 0) shared.states[warp] = own;
     __syncthreads();
-    own = warp_merge(lane < warps ? shared[lane] : SoftmaxState{MINUS_INFINITY, 0.0f});
   }
-  if constexpr (CLUSTERED) {
-    if (threadIdx.x == 0) shared[WARP] = own;
-    cluster_arrive_release();
-    cluster_wait();
-    own = warp_merge(lane < cluster_size() ? state_of(&shared[WARP], lane)
-                                           : SoftmaxState{MINUS_INFINITY, 0.0f});
-    cluster_arrive_release();  // no block ends, and takes its state along, before all have read it
-  }
-  return own;
+  SoftmaxState all[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    all[i] = i * WARP + lane < warps ? shared.states[i * WARP + lane]
+                                     : SoftmaxState{MINUS_INFINITY, 0.0f};
+  return warp_merge(all);
 }
 
 // A row in pieces that lie at multiples of their size in memory, also where the row begins between
@@ -121,13 +128,12 @@ struct Pieces {
 };
 
 // Pieces from `first` to `last` of a row, up to S a thread.
-template <int VEC, int S, bool CLUSTERED>
+template <int VEC, int S, int PARTS>
 __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
                                             int first,
                                             int last,
-                                            SoftmaxState* shared) {
+                                            Meeting<PARTS>& shared) {
   float values[S][VEC];
-  SoftmaxState own = {MINUS_INFINITY, 0.0f};
   const int start = first + threadIdx.x;
 #pragma unroll
   for (int s = 0; s < S; s++) {
@@ -139,19 +145,21 @@ __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
       for (int i = 0; i < VEC; i++) values[s][i] = MINUS_INFINITY;
     }
   }
+  float m = MINUS_INFINITY;
 #pragma unroll
   for (int s = 0; s < S; s++)
 #pragma unroll
-    for (int i = 0; i < VEC; i++) own.m = fmaxf(own.m, values[s][i]);
-  float mine = base(own.m);
+    for (int i = 0; i < VEC; i++) m = fmaxf(m, values[s][i]);
+  m = warp_largest(m);
+  float sums[S];
 #pragma unroll
   for (int s = 0; s < S; s++) {
 #pragma unroll
-    for (int i = 0; i < VEC; i++) values[s][i] = exponential(values[s][i] - mine);
-    own.l += sum_of(values[s]);
+    for (int i = 0; i < VEC; i++) values[s][i] = exponential(values[s][i] - base(m));
+    sums[s] = sum_of(values[s]);
   }
-  SoftmaxState all = row_state<CLUSTERED>(own, shared);
-  float scale = exponential(mine - base(all.m)) / all.l;
+  SoftmaxState all = row_state({m, warp_sum(sum_of(sums))}, shared);
+  float scale = exponential(base(m) - base(all.m)) / all.l;
 #pragma unroll
   for (int s = 0; s < S; s++) {
     int piece = start + s * blockDim.x;
@@ -163,25 +171,25 @@ __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
 }
 
 // The same in two passes, for any number of pieces.
-template <int VEC, bool CLUSTERED>
+template <int VEC, int PARTS>
 __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
                                          int first,
                                          int last,
-                                         SoftmaxState* shared) {
-  SoftmaxState own = {MINUS_INFINITY, 0.0f};
+                                         Meeting<PARTS>& shared) {
+  SoftmaxState own[1] = {{MINUS_INFINITY, 0.0f}};
   float values[VEC];
   for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
     row.load(piece, values);
-    float m = own.m;
+    float m = own[0].m;
 #pragma unroll
     for (int i = 0; i < VEC; i++) m = fmaxf(m, values[i]);
     float now = base(m);
-    own.l *= exponential(own.m - now);
-    own.m = m;
+    own[0].l *= exponential(own[0].m - now);
+    own[0].m = m;
 #pragma unroll
-    for (int i = 0; i < VEC; i++) own.l += exponential(values[i] - now);
+    for (int i = 0; i < VEC; i++) own[0].l += exponential(values[i] - now);
   }
-  SoftmaxState all = row_state<CLUSTERED>(own, shared);
+  SoftmaxState all = row_state(warp_merge(own), shared);
   float m = base(all.m), scale = 1.0f / all.l;
   for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
     row.load(piece, values);
@@ -191,24 +199,31 @@ __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
   }
 }
 
-template <int VEC, bool CLUSTERED>
-__device__ inline void softmax_row(const Pieces<VEC>& row, SoftmaxState* shared) {
-  constexpr int S = HELD / VEC;
-  int blocks = CLUSTERED ? cluster_size() : 1, rank = CLUSTERED ? cluster_rank() : 0;
+template <int VEC, int PARTS>
+__device__ inline void softmax_row(const Pieces<VEC>& row, Meeting<PARTS>& shared) {
+  constexpr int S = HELD<PARTS> / VEC;
+  int rank = PARTS > 1 ? cluster_rank() : 0;
   int pieces = (row.C + row.before + VEC - 1) / VEC;
-  int share = (pieces + blocks - 1) / blocks;
+  int share = (pieces + PARTS - 1) / PARTS;
   int first = min(rank * share, pieces), last = min((rank + 1) * share, pieces);
   if (share <= S * (int)blockDim.x)
-    softmax_in_registers<VEC, S, CLUSTERED>(row, first, last, shared);
+    softmax_in_registers<VEC, S>(row, first, last, shared);
   else
-    softmax_in_passes<VEC, CLUSTERED>(row, first, last, shared);
+    softmax_in_passes<VEC>(row, first, last, shared);
 }
 
-template <bool CLUSTERED>
+template <int PARTS>
 __device__ inline void softmax_rows(
     const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  __shared__ SoftmaxState shared[WARP + 1];
-  int row = CLUSTERED ? blockIdx.x / cluster_size() : blockIdx.x * blockDim.y + threadIdx.y;
+  __shared__ Meeting<PARTS> shared;
+  if constexpr (PARTS > 1) {
+    if (threadIdx.x == 0) {
+      mbarrier_init(shared_address(&shared.arrived), 1);
+      mbarrier_init_fence();
+    }
+    cluster_arrive();
+  }
+  int row = PARTS > 1 ? blockIdx.x / PARTS : blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= N) return;  // whole warps of a block without clusters
   x += (size_t)row * x_stride;
   y += (size_t)row * y_stride;
@@ -216,20 +231,20 @@ __device__ inline void softmax_rows(
   int before = (size_t)x / sizeof(elem_t) % WIDE;
   // Element by element where x and y begin at different places between two pieces.
   if ((size_t)y / sizeof(elem_t) % WIDE == before)
-    softmax_row<WIDE, CLUSTERED>({x, y, C, before}, shared);
+    softmax_row<WIDE, PARTS>({x, y, C, before}, shared);
   else
-    softmax_row<1, CLUSTERED>({x, y, C, 0}, shared);
-  if constexpr (CLUSTERED) cluster_wait();
+    softmax_row<1, PARTS>({x, y, C, 0}, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
-    softmax(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  softmax_rows<false>(x, y, N, C, x_stride, y_stride);
-}
+#define SOFTMAX_ENTRY(name, cluster, parts, threads)                               \
+  extern "C" __global__ void cluster __launch_bounds__(threads)                    \
+      name(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) { \
+    softmax_rows<parts>(x, y, N, C, x_stride, y_stride);                           \
+  }
 
+SOFTMAX_ENTRY(softmax, , 1, 1024)
 #if __CUDA_ARCH__ >= 900
-extern "C" __global__ void __cluster_dims__(8) __launch_bounds__(512)
-    softmax_c8(const elem_t* x, elem_t* y, int N, int C, int x_stride, int y_stride) {
-  softmax_rows<true>(x, y, N, C, x_stride, y_stride);
-}
+SOFTMAX_ENTRY(softmax_c2, __cluster_dims__(2), 2, MOST)
+SOFTMAX_ENTRY(softmax_c4, __cluster_dims__(4), 4, MOST)
+SOFTMAX_ENTRY(softmax_c8, __cluster_dims__(8), 8, MOST)
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -151,6 +152,13 @@ class SamplingParams:
             self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
         self._check_speculation()
         self._check_processor()
+
+    @classmethod
+    def unchecked(cls, fields: Mapping[str, Any]) -> SamplingParams:
+        """Those of fields as an instance has them, where they were checked before."""
+        made = object.__new__(cls)
+        vars(made).update(_default_fields(), **fields)
+        return made
 
     def _check_int(self, name: str, least: int, most: int = LARGEST_INT, *, allowed: str) -> None:
         value = getattr(self, name)
@@ -315,6 +323,11 @@ class SamplingParams:
             prompt_length + self.min_new_tokens, 0,
         )  # fmt: skip
         return np.array([values], ROW_PARAMS)
+
+
+@functools.lru_cache(1)
+def _default_fields() -> dict[str, Any]:
+    return dict(vars(SamplingParams()))
 
 
 def _plain(value: Any) -> Any:

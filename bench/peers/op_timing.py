@@ -12,7 +12,7 @@ import torch
 from op_cases import CASES, Case
 
 from gpt2cupy.loading import resolve_dtype
-from gpt2cupy.torch import _view
+from gpt2cupy.torch.launches import view
 from gpt2cupy.validate.rule import Limit, errors
 
 NODES = 200  # of the graph that times the GPU alone
@@ -86,7 +86,7 @@ def sides(case: Case) -> list[Side]:
             torch.empty(shape, dtype=_torch_dtype(kind, tensors[0]), device="cuda")
             for shape, kind in case.outputs(*tensors)
         ]
-        arrays, results = [_view(t) for t in tensors], [_view(t) for t in out]
+        arrays, results = [view(t) for t in tensors], [view(t) for t in out]
 
         def call() -> Any:
             case.ours(arrays, results)

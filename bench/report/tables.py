@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import (
+    attention_tables,
     batch_tables,
     engine_tables,
     gpu_test_tables,
+    list_tables,
     op_tables,
     profile_tables,
     quantization_tables,
@@ -297,6 +299,12 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "prefixes": ("prefixes", engine_tables.prefixes),
     "speculation": ("speculation", engine_tables.speculation),
     "arrivals": ("arrivals", engine_tables.arrivals),
+    "attention": ("attention", attention_tables.speeds),
+    "attention-errors": ("attention", attention_tables.correctness),
+    "attention-rates": ("attention", attention_tables.rates),
+    "attention-decode": ("attention", attention_tables.decode),
+    "batch": ("batch", list_tables.batch),
+    "scoring": ("scoring", list_tables.scoring),
     "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),

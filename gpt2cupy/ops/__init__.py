@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
+    from .attention import attention, decode_attention
     from .cached_attention import attention_decode, attention_prefill
     from .drafts import accept_drafts, store_kv
     from .gpt2.embedding import embedding, last_rows
@@ -31,11 +32,13 @@ _MODULES = {
     "accept_drafts": "drafts",
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
+    "attention": "attention",
     "attention_decode": "cached_attention",
     "attention_prefill": "cached_attention",
     "bias_act": "linear",
     "bias_gelu": "activation",
     "copy_slots": "slots",
+    "decode_attention": "attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
     "gelu": "activation",
@@ -65,11 +68,13 @@ __all__ = [
     "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "attention_decode",
     "attention_prefill",
     "bias_act",
     "bias_gelu",
     "copy_slots",
+    "decode_attention",
     "dequantize",
     "embedding",
     "gelu",

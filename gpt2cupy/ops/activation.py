@@ -77,7 +77,7 @@ def _silu_cost(gate: Array, up: Array, out: Array | None) -> Cost:
     return Cost(moved(gate, up) + written(out, gate.size, gate.dtype), 5 * gate.size)
 
 
-@op(reference="reference.gelu", cost=_gelu_cost, check=_check_gelu)
+@op(reference="reference.gelu", cost=_gelu_cost, check=_check_gelu, only_launches=True)
 def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Array:
     """``x Phi(x)``, with Phi the normal distribution function.
 
@@ -110,7 +110,7 @@ def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Ar
     return _gelu(x, None, approximate, out)
 
 
-@op(reference="reference.bias_gelu", cost=_cost, check=_check_bias_gelu)
+@op(reference="reference.bias_gelu", cost=_cost, check=_check_bias_gelu, only_launches=True)
 def bias_gelu(
     x: Array, bias: Array | None, approximate: str = "none", *, out: Array | None = None
 ) -> Array:
@@ -138,7 +138,7 @@ def bias_gelu(
     return _gelu(x, bias, approximate, out)
 
 
-@op(reference="reference.silu_mul", cost=_silu_cost)
+@op(reference="reference.silu_mul", cost=_silu_cost, only_launches=True)
 def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
     """``gate / (1 + exp(-gate)) * up``: the inner activation of SwiGLU.
 

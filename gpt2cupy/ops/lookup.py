@@ -34,7 +34,7 @@ def _cost(ids: Array, table: Array, out: Array | None) -> Cost:
     return Cost(moved(ids) + size * table.itemsize + written(out, size, table.dtype), 0)
 
 
-@op(reference="reference.lookup", cost=_cost, check=_check)
+@op(reference="reference.lookup", cost=_cost, check=_check, only_launches=True)
 def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     """``table[ids]``: an embedding alone.
 

@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+from .core.compiler import constants
 from .core.device import sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
@@ -16,8 +17,8 @@ from .core.registry import Cost, moved, op, written
 Array = Any
 Pair = tuple[Array | None, Array | None]
 
-_WARPS = 4  # rows of a block where a row has a warp
-_THREADS = 1024  # of a multiprocessor that run at once, by the registers that they need
+_WARP, _ROWS = 32, 4  # threads of a warp; rows of a block where a row has a warp
+_FEW_PIECES = 8  # of a lane, where there are few rows
 
 
 def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], dict[bool, Kernel]]:
@@ -49,26 +50,37 @@ LAYER_NORM_NAIVE = Kernel(
 
 @functools.lru_cache(4096)
 def _blocks(
-    shape: tuple[int, ...], itemsize: int, added: bool = False
+    shape: tuple[int, ...], itemsize: int, in_pieces: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Grid and block. How many threads share a row must follow from the row alone.
+    """Grid and block: rows, and warps of a row, which its bits do not depend on.
 
-    Then the order of its additions does not depend on how many rows there are.
+    ``in_pieces`` says whether no stride keeps rows from being read in pieces of 16 bytes.
     """
     channels = shape[-1] if shape else 0  # which launch() refuses
     rows = math.prod(shape[:-1]) if channels else 0
+    c = constants("norm.cu")
     elements = 16 // itemsize
-    # Pieces of a row, and how many of them a thread keeps in registers.
-    pieces, each = (channels, 4) if channels % elements else (channels // elements, 2)
-    if pieces <= each * 32:
-        blocks, block = -(-rows // _WARPS), (32, _WARPS)
-    else:
-        blocks, block = rows, (min(1024, -(-pieces // (32 * each)) * 32), 1)
-    if added:  # the kernels of a sum have a block for each row
-        return (blocks,), block
-    # A block takes several rows where not all run at once.
-    at_once = max(1, _THREADS // (block[0] * block[1])) * sm_count()
-    return (min(blocks, at_once),), block
+    pieces = channels // elements if in_pieces and not channels % elements else channels
+    most = c["MOST_THREADS"] // _WARP
+    # Few rows leave the chip idle, so that each is given what makes it short.
+    each = _FEW_PIECES if rows <= 2 * sm_count() else c["MOST_PIECES"]
+    warps = 1
+    while warps < most and warps * _WARP * each < pieces:
+        warps *= 2
+    if warps * _WARP * c["MOST_PIECES"] < pieces:
+        warps = most  # in passes: then bits depend on it
+    if warps == 1:
+        return (-(-rows // _ROWS),), (_WARP, _ROWS)
+    return (rows,), (warps * _WARP, 1)
+
+
+def _in_pieces(itemsize: int, *arrays: Array) -> bool:
+    """Whether all strides between rows are multiples of a piece's elements."""
+    elements = 16 // itemsize
+    return all(
+        a._c_contiguous or not any(stride % (elements * a.itemsize) for stride in a.strides[:-1])
+        for a in arrays
+    )
 
 
 def _norm_cost(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Cost:
@@ -98,7 +110,7 @@ def _add_rms_cost(x: Array, residual: Array, weight: Array | None, out: Pair | N
     return Cost(_add_norm_cost(x, residual, weight, None, out).bytes, 5 * x.size)
 
 
-@op(reference="reference.layer_norm", cost=_norm_cost)
+@op(reference="reference.layer_norm", cost=_norm_cost, only_launches=True)
 def layer_norm(
     x: Array,
     weight: Array | None,
@@ -140,12 +152,12 @@ def layer_norm(
     if out is None:
         out = device_empty(x.shape, elem)
     kernel = LAYER_NORM[x.dtype == elem]
-    grid, block = _blocks(x.shape, x.itemsize)
+    grid, block = _blocks(x.shape, x.itemsize, _in_pieces(x.itemsize, x, out))
     launch(kernel, grid, block, (x, weight, bias, out, eps), elem=elem)
     return out
 
 
-@op(reference="reference.rms_norm", cost=_rms_cost)
+@op(reference="reference.rms_norm", cost=_rms_cost, only_launches=True)
 def rms_norm(
     x: Array, weight: Array | None, eps: float = 1e-6, *, out: Array | None = None
 ) -> Array:
@@ -180,12 +192,12 @@ def rms_norm(
     elem = x.dtype if weight is None else weight.dtype
     if out is None:
         out = device_empty(x.shape, elem)
-    grid, block = _blocks(x.shape, x.itemsize)
+    grid, block = _blocks(x.shape, x.itemsize, _in_pieces(x.itemsize, x, out))
     launch(RMS_NORM[x.dtype == elem], grid, block, (x, weight, out, eps), elem=elem)
     return out
 
 
-@op(reference="reference.add_layer_norm", cost=_add_norm_cost)
+@op(reference="reference.add_layer_norm", cost=_add_norm_cost, only_launches=True)
 def add_layer_norm(
     x: Array,
     residual: Array,
@@ -225,12 +237,13 @@ def add_layer_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_LAYER_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, bias, y, eps)
-    grid, block = _blocks(x.shape, max(x.itemsize, residual.itemsize), True)
+    size = max(x.itemsize, residual.itemsize)
+    grid, block = _blocks(x.shape, size, _in_pieces(size, x, residual, y, total))
     launch(kernel, grid, block, args, elem=elem)
     return y, total
 
 
-@op(reference="reference.add_rms_norm", cost=_add_rms_cost)
+@op(reference="reference.add_rms_norm", cost=_add_rms_cost, only_launches=True)
 def add_rms_norm(
     x: Array,
     residual: Array,
@@ -269,7 +282,8 @@ def add_rms_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_RMS_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, y, eps)
-    grid, block = _blocks(x.shape, max(x.itemsize, residual.itemsize), True)
+    size = max(x.itemsize, residual.itemsize)
+    grid, block = _blocks(x.shape, size, _in_pieces(size, x, residual, y, total))
     launch(kernel, grid, block, args, elem=elem)
     return y, total
 

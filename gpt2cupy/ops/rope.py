@@ -85,7 +85,7 @@ def _cost(x: Array, cosines: Array, positions: Array | None, out: Array | None) 
     return Cost(moved(x, positions) + tables + written(out, x.size, x.dtype), 3 * x.size)
 
 
-@op(reference="reference.rope", cost=_cost, check=_check)
+@op(reference="reference.rope", cost=_cost, check=_check, only_launches=True)
 def rope(
     x: Array,
     cosines: Array,

@@ -194,7 +194,7 @@ def _logits_cost(logits: Array) -> Cost:
     return Cost(logits.nbytes + 4 * len(logits), 4 * logits.size)
 
 
-@op(reference="reference.sample_logits", cost=_logits_cost, check=_check)
+@op(reference="reference.sample_logits", cost=_logits_cost, check=_check, only_launches=True)
 def sample_logits(
     logits: Array,
     positions: Array | None = None,

@@ -94,6 +94,7 @@ def plain_sm_90(monkeypatch):
         launch._function.cache_clear()
         launch._load.cache_clear()
         launch.THREAD.known.clear()
+        launch.THREAD.plans.clear()
         launch._requested.cache_clear()
 
     monkeypatch.setattr(compiler, "OWN_FEATURES", {})

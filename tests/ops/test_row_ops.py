@@ -238,6 +238,16 @@ def test_softmax(xp, dtype, channels, rows):
     check_together(found, dtype, f"softmax {channels}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [8192, 16389, 50257])
+@pytest.mark.parametrize("rows", [17, 40, 70, 140])
+def test_softmax_of_rows_that_fewer_blocks_share(dtype, rows, channels):
+    cupy = pytest.importorskip("cupy")
+    x = draw(np.random.default_rng(rows), (rows, channels), dtype, 4.0)
+    ours = ops.softmax(cupy.asarray(x))
+    check(host(ours), reference.softmax(x), reference.softmax(*wide(x)), dtype, "softmax")
+
+
 @pytest.mark.parametrize("channels", [5, 989, 50257])
 def test_softmax_of_what_is_no_number(xp, channels):
     x = np.zeros((4, channels), np.float32)
@@ -284,6 +294,33 @@ def test_sample_logits(xp, dtype, vocabulary, settings):
     by_number = host(ops.sample_logits(given, **settings))
     numbers = xp.arange(5, dtype=np.int32)
     np.testing.assert_array_equal(by_number, host(ops.sample_logits(given, numbers, **settings)))
+
+
+@pytest.mark.parametrize("vocabulary", [700, 50257])
+@pytest.mark.parametrize("top_k", [1, 7, 50, 1024, 2000])
+@pytest.mark.parametrize(
+    "kind", ["few values", "one value", "masked", "zeros of both signs", "nan"]
+)
+def test_sample_logits_of_equal_and_missing_logits(xp, kind, top_k, vocabulary):
+    """More tokens than are collected reach the bound, or none is sure to."""
+    rng = np.random.default_rng(top_k)
+    logits = {
+        "few values": rng.integers(-3, 3, (3, vocabulary)).astype(np.float32),
+        "one value": np.full((3, vocabulary), 0.25, np.float32),
+        "masked": np.where(rng.random((3, vocabulary)) < 0.999, -np.inf, 1.5),
+        "zeros": np.where(rng.random((3, vocabulary)) < 0.999, -1.0, -0.0),
+        "nan": np.where(rng.random((3, vocabulary)) < 0.999, 0.5, np.nan),
+    }[kind].astype(np.float32)
+    logits[:, 5:9] = [0.0, 2.0, 1.75, -0.0]
+    settings = {"temperature": 0.7, "top_k": top_k, "top_p": 0.95}
+    if kind == "nan":  # the reference has no order for it; any token of the row
+        ours = host(ops.sample_logits(xp.asarray(logits), **settings))
+        assert ((ours >= 0) & (ours < vocabulary)).all()
+        return
+    np.testing.assert_array_equal(
+        host(ops.sample_logits(xp.asarray(logits), **settings, seed=3)),
+        reference.sample_logits(logits, **settings, seed=3),
+    )
 
 
 def test_samples_are_as_frequent_as_they_are_probable():
@@ -349,11 +386,41 @@ def test_what_does_not_fit_is_refused_by_name(xp, call, says):
     assert caught.value.remedy and caught.value.where
 
 
-def test_threads_of_a_row_follow_from_the_row_alone(monkeypatch):
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_warps_of_a_row_hold_it_or_follow_from_it_alone(monkeypatch, itemsize, in_pieces):
     monkeypatch.setattr(norm, "sm_count", lambda: 132)
     norm._blocks.cache_clear()
-    for channels in WIDTHS:
-        for itemsize in (2, 4):
-            blocks = {norm._blocks((n, channels), itemsize)[1] for n in (1, 7, 5000)}
-            assert len(blocks) == 1
+    c = norm.constants("norm.cu")
+    for channels in (*WIDTHS, 32768, 40960, 70000):
+        blocks = [norm._blocks((n, channels), itemsize, in_pieces) for n in (1, 7, 264, 265, 5000)]
+        elements = 16 // itemsize if in_pieces and not channels * itemsize % 16 else 1
+        for rows, (grid, block) in zip((1, 7, 264, 265, 5000), blocks, strict=True):
+            assert block in ((32, 4), (64, 1), (128, 1), (256, 1))
+            assert grid[0] * block[1] >= rows > (grid[0] - 1) * block[1]
+        held = {block[0] * c["MOST_PIECES"] * elements >= channels for _, block in blocks}
+        assert held == {True} or len({block for _, block in blocks}) == 1
     norm._blocks.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [768, 1601, 4096, 8192])
+def test_a_row_is_the_same_by_any_number_of_warps(channels, monkeypatch):
+    """As few or many rows have them; in registers and, of an odd stride, element by element."""
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    x, w = draw(rng, (3, channels), np.float32), draw(rng, channels, np.float32)
+    x, w = on(cupy, x, w)
+    found = {}
+    for warps in (1, 2, 4, 8):
+        block = (32, 4) if warps == 1 else (warps * 32, 1)
+        if warps * 32 * 16 * (1 if channels % 4 else 4) < channels:
+            continue
+        monkeypatch.setattr(norm, "_blocks", lambda *_, block=block: ((3,), block))
+        found[warps] = [host(y) for y in ops.add_layer_norm(x, x, w, w)]
+        found[warps] += [host(ops.rms_norm(x, w))]
+    first, *others = found.values()
+    assert others
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)

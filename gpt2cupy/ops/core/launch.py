@@ -27,8 +27,9 @@ from .device import memory_error as memory_error
 from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
 from .entries import check_entry
+from .plan import Plan, can_be_planned, keep
+from .signature import NULL as NULL
 from .signature import (
-    ALIGNMENT,
     Neighbours,
     Refusal,
     bind,
@@ -40,13 +41,11 @@ from .signature import (
     parse,
     refusal,
 )
-from .signature import NULL as NULL
-from .tape import THREAD, Later, Launch, Prepared, submit
+from .tape import THREAD, Later, Launch, submit
 
 # What this process loaded: source, architecture and macros -> the cubin.
 loaded: dict[tuple[str, ...], Path] = {}
 PLAIN_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
-_KNOWN = 4096  # signatures that a thread remembers
 
 
 class Kernel:
@@ -218,29 +217,22 @@ def launch(
     device = current_device()
     recording = THREAD.calls is not None
     try:
-        key, pointers, bits = kernel.facts(
+        key, pointers = kernel.facts(
             kernel, device, grid, block, elem, head_size, inner, shared, *args
         )
     except AttributeError:
         raise foreign(kernel.parameters, args, _where(kernel)) from None
-    prepared = THREAD.known.get(key)
-    if prepared is not None and not bits % ALIGNMENT and not recording:
-        for pair in prepared.pairs:
-            # Most are told apart here; meet() looks closer.
-            if pair[2] < pointers[pair[0]] - pointers[pair[1]] < pair[3]:
-                _refuse_meeting(kernel, pair, pointers)
-        prepared.run(pointers)
-        return
-    call, pairs = _checked(
-        kernel, grid, block, args, pointers, device, elem, head_size, inner, shared
-    )
+    if not recording:
+        plan = THREAD.known.get(key)
+        if plan is not None and plan.admits(pointers):
+            plan.run(pointers)
+            return
+    call = _checked(kernel, grid, block, args, pointers, device, elem, head_size, inner, shared)
     if 0 in grid:  # nothing to do, which the driver would refuse
         return
     submit(call)
-    if not recording and not kernel.cooperative and hasattr(call.function, "kernel"):
-        if len(THREAD.known) >= _KNOWN:
-            THREAD.known.clear()
-        THREAD.known[key] = Prepared(call, device, pairs)
+    if not recording and can_be_planned(call):
+        keep(THREAD.known, key, Plan([call], [range(len(pointers))], len(pointers), device))
 
 
 def _refuse_meeting(kernel: Kernel, pair: Neighbours, pointers: Sequence[int]) -> None:
@@ -263,8 +255,8 @@ def _checked(
     head_size: int | None,
     inner: int | None,
     shared: int,
-) -> tuple[Launch, tuple[Neighbours, ...]]:
-    """The launch, and the arrays in it that may not overlap, or an error."""
+) -> Launch:
+    """The launch, or an error."""
     bound: dict[str, int] = {} if head_size is None else {"HS": head_size}
     if inner is not None:
         bound["K"] = inner
@@ -279,7 +271,9 @@ def _checked(
     # What is recorded is compiled meanwhile.
     function = _function(*of) if THREAD.calls is None else _requested(*of)
     alone = kernel.writes_weights or kernel.cooperative
-    return Launch(function, grid, block, values, kernel.overlaps, shared, alone), pairs
+    return Launch(
+        function, grid, block, values, kernel.overlaps, shared, alone, kernel.cooperative, pairs
+    )
 
 
 def is_device_array(array: Any) -> bool:

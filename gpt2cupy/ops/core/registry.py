@@ -27,6 +27,8 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import numpy as np
 
 from .launch import is_device_array
+from .plan import planned
+from .tape import without_plans
 
 Array = Any
 P = ParamSpec("P")
@@ -125,6 +127,7 @@ def op(
     reference: str | None,
     cost: Callable[..., Cost] | None = None,
     check: Callable[..., None] | None = None,
+    only_launches: bool = False,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare a function as an op.
 
@@ -138,6 +141,9 @@ def op(
         it names must be given to ``.cost`` as well.
     check : callable, optional
         Takes the op's own arguments and raises where neither NumPy nor the kernel may get them.
+    only_launches : bool
+        Whether the op, given an ``out``, does nothing but launch kernels on its own arguments:
+        then a call is found again as a whole (plan.py).
     """
 
     def declare(function: Callable[P, R]) -> Op[P, R]:
@@ -162,7 +168,7 @@ def op(
                 return function(*args, **options)
             return oracle.function(*args, **options)
 
-        made = cast(Op, call)
+        made = cast(Op, planned(function, call) if only_launches else call)
         made.reference = oracle
         made.cost = Counter(function, cost)
         registered[function.__name__] = made
@@ -196,7 +202,8 @@ def observed(callback: Callable[[Op, tuple, dict[str, Any]], Any]) -> Iterator[N
     before = _observers.get(thread)
     _observers[thread] = callback
     try:
-        yield
+        with without_plans():
+            yield
     finally:
         if before is None:
             _observers.pop(thread, None)

@@ -16,7 +16,9 @@ which the name with ``_stride`` passes, in elements.
 
 After the brackets: ``?`` for an array that may be None, ``!`` for one that is
 written and shares no memory with another, ``~`` for one that is written and may
-be one of the others itself, with the same layout.
+be one of the others itself, with the same layout, ``@`` for one that may have any
+strides but that of its last dimension, which must lie together: ``q_stride_T``
+passes the stride of q's letter T in elements.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from ...errors import InputError
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
+_LARGEST = 2**31 - 1  # stride in elements
 
 _SCALARS = {"int": np.int32, "float": np.float32, "int64": np.int64}
-_ARRAY = re.compile(r"(\w+): (\w+)\[([*\w,]*)\]([?!~]*)$")
+_ARRAY = re.compile(r"(\w+): (\w+)\[([*\w,]*)\]([?!~@]*)$")
 
 
 class Parameter(NamedTuple):
@@ -47,6 +50,7 @@ class Parameter(NamedTuple):
     leads: bool = False  # the first letter stands for all leading dimensions
     written: bool = False
     in_place: bool = False  # it may be an input itself
+    strided: bool = False  # all dimensions but the last may have any stride
 
 
 def parse(text: str) -> Parameter:
@@ -63,46 +67,56 @@ def parse(text: str) -> Parameter:
             dims.startswith("*"),
             "!" in marks or "~" in marks,
             "~" in marks,
+            "@" in marks,
         )
     name, _, kind = text.partition(": ")
     return Parameter(name, None, None, _SCALARS[kind] if kind else None)
 
 
+def array_facts(name: str, number: int, optional: bool) -> tuple[list[str], list[str]]:
+    """Lines of Python that read what checks of an array rest on, and the names they set.
+
+    They set ``pointer<number>`` too, to 0 for None. Written out, since they run at every call: a
+    loop takes twice as long.
+    """
+    pointer, *facts = (f"{fact}{number}" for fact in ("pointer", "layout", "dtype", "device"))
+    layout, dtype, device = facts
+    lines = [
+        f"memory = {name}.data",
+        f"{pointer} = memory.ptr",
+        f"{layout} = {name}.shape",
+        f"if not {name}._c_contiguous: {layout} = ({layout}, {name}.strides)",
+        f"{dtype} = {name}.dtype",
+        f"{device} = memory.device_id",
+    ]
+    if optional:
+        missing = f"    {pointer} = 0; {' = '.join(facts)} = None"
+        lines = [f"if {name} is None:", missing, "else:", *(f"    {line}" for line in lines)]
+    return lines, facts
+
+
 def facts_reader(parameters: tuple[Parameter, ...]) -> Any:
     """A function of a launch's settings and arguments: what its checks rest on, and its pointers.
 
-    It returns (facts, pointers, bits): a key under which a checked launch is found again,
-    the address of each array (0 for None), and all addresses ored together. Written out
-    for the parameters it has, since it runs at every call: a loop takes twice as long.
+    It returns (facts, pointers): a key under which a checked launch is found again, and the
+    address of each array (0 for None).
     """
     settings = ["kernel", "device", "grid", "block", "elem", "head_size", "inner", "shared"]
-    facts = list(settings)
-    names: list[str] = []
-    lines: list[str] = []
-    pointers: list[str] = []
+    facts, names, lines, arrays = list(settings), [], [], 0
     for parameter in parameters:
-        if parameter.dims is None:
-            if parameter.cast is not None:
-                names.append(parameter.name)
-                facts.append(parameter.name)
-            continue
-        name, pointer = parameter.name, f"_{len(pointers)}"
-        names.append(name)
-        pointers.append(pointer)
-        layout = f"{name}.shape if {name}._c_contiguous else ({name}.shape, {name}.strides)"
-        read = [f"memory = {name}.data", f"{pointer} = memory.ptr"]
-        if parameter.optional:
-            lines.append(f"if {name} is None: {pointer} = {pointer}_facts = 0")
-            lines.append("else:")
-            lines += [f"    {line}" for line in read]
-            lines.append(f"    {pointer}_facts = {layout}, {name}.dtype, memory.device_id")
-            facts.append(f"{pointer}_facts")
+        if parameter.dims is not None:
+            read, found = array_facts(parameter.name, arrays, parameter.optional)
+            lines += read
+            facts += found
+            arrays += 1
+        elif parameter.cast is not None:
+            facts.append(parameter.name)
         else:
-            lines += [*read, f"{pointer}_device = memory.device_id"]
-            facts += [layout, f"{name}.dtype", f"{pointer}_device"]
-    listed = "".join(f"{pointer}, " for pointer in pointers)
-    result = f"({', '.join(facts)}), ({listed}), {' | '.join(pointers) or 0}"
-    body = "".join(f"    {line}\n" for line in [*lines, f"return {result}"])
+            continue
+        names.append(parameter.name)
+    pointers = "".join(f"pointer{number}, " for number in range(arrays))
+    lines.append(f"return ({', '.join(facts)}), ({pointers})")
+    body = "".join(f"    {line}\n" for line in lines)
     scope: dict[str, Any] = {}
     exec(f"def facts({', '.join([*settings, *names])}):\n{body}", scope)
     return scope["facts"]
@@ -132,7 +146,7 @@ def bind(
     values: list[Any] = []
     given = iter(args)
     for parameter in parameters:
-        name, dtype, dims, cast, optional, leads, *_ = parameter
+        name, dtype, dims, cast, optional, leads, *_, strided = parameter
         if dims is None:
             values.append(np.int32(bound[name]) if cast is None else cast(next(given)))
             continue
@@ -151,10 +165,15 @@ def bind(
             if shape is None:
                 raise Refusal(parameter, array)
             *shape, bound[f"{name}_stride"] = shape
-        elif not array._c_contiguous:
+        elif not (strided or array._c_contiguous):
             raise Refusal(parameter, array)
         if len(shape) != len(dims):
             raise Refusal(parameter, array)
+        if strided:
+            found = strides(array)
+            if found is None:
+                raise Refusal(parameter, array)
+            bound |= {f"{name}_stride_{d}": s for d, s in zip(dims, found, strict=False)}
         for size, letter in zip(shape, dims, strict=True):
             if size != (bound.setdefault(letter, size) if isinstance(letter, str) else letter):
                 raise Refusal(parameter, array)
@@ -199,6 +218,22 @@ def rows(array: Any, kept: int) -> tuple[int, ...] | None:
     if between is None:
         between = length
     return (count, *row, between) if between >= length else None
+
+
+def strides(array: Any) -> tuple[int, ...] | None:
+    """The strides of all dimensions but the last, in elements; None where a kernel takes others.
+
+    They are 0 where there is no second element. The last dimension must lie together, no stride
+    may be negative, and each must be a number of elements.
+    """
+    *leading, last = zip(array.shape, array.strides, strict=True)
+    size = array.itemsize
+    if last[0] > 1 and last[1] != size:
+        return None
+    found = tuple(stride if count > 1 else 0 for count, stride in leading)
+    if any(s < 0 or s % size or s // size > _LARGEST for s in found):
+        return None
+    return tuple(s // size for s in found)
 
 
 def granule(array: Any) -> int:
@@ -291,6 +326,8 @@ def refusal(
     dims = ", ".join(f"{d}={bound[d]}" if d in bound else str(d) for d in parameter.dims)
     contiguous = "contiguous" if array.flags.c_contiguous else "not contiguous"
     takes = "contiguous"
+    if parameter.strided:
+        takes = "a tensor with its last dimension contiguous:"
     if parameter.leads:
         dims = f"..., {dims.partition(', ')[2]}"
         if "N" in bound:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import struct
 import threading
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 
 class _Thread(threading.local):
-    """What belongs to one thread: the tape being recorded, and launches known by their facts."""
+    """What belongs to one thread: the tape being recorded, and plans (plan.py) by their facts."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], Any]] | None = None
-        self.known: dict[tuple[Any, ...], Prepared] = {}
+        self.known: dict[Any, Any] = {}  # of launches
+        self.plans: Mapping[Any, Any] = {}  # of ops; NO_PLANS while none may be run or kept
 
 
 THREAD = _Thread()
+NO_PLANS: Mapping[Any, Any] = MappingProxyType({})
 
 
 class Later:
@@ -57,6 +57,10 @@ class Launch:
     writes_weights : bool
         Whether no kernel may start before it ends: it writes what others load before they
         wait.
+    cooperative : bool
+        Whether all its blocks must run at once.
+    pairs : tuple
+        The arrays that may not overlap, as ``signature.neighbours`` returns them.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class Launch:
         overlaps: bool = False,
         shared: int = 0,
         writes_weights: bool = False,
+        cooperative: bool = False,
+        pairs: Any = (),
     ) -> None:
         self.function = function
         self.grid = grid
@@ -76,6 +82,8 @@ class Launch:
         self.overlaps = overlaps
         self.shared = shared
         self.writes_weights = writes_weights
+        self.cooperative = cooperative
+        self.pairs = pairs
 
     def load(self) -> None:
         """Wait for the kernel if it is still being compiled, and load it."""
@@ -117,58 +125,6 @@ class Launch:
             raise cupy.cuda.driver.CUDADriverError(int(error))
 
 
-class Prepared:
-    """A checked launch to be run again with other pointers, past CuPy's handling of arguments.
-
-    CuPy makes an object of every argument of every call. Here all of them lie in memory
-    once, eight bytes each, and only pointers are written before a launch. So one belongs to
-    one thread.
-
-    Parameters
-    ----------
-    call : Launch
-        Checked, and run once: the thread has a context.
-    device : int
-    pairs : tuple
-        The arrays that may not overlap, as ``signature.neighbours`` returns them.
-    """
-
-    def __init__(self, call: Launch, device: int, pairs: Any = ()) -> None:
-        import cupy
-
-        self.call = call  # keeps the module loaded
-        self.device = device
-        self.pairs = pairs
-        arrays = [isinstance(value, (cupy.ndarray, np.uintp)) for value in call.values]
-        count = self.arrays = sum(arrays)
-        # Arrays come first in every signature, so one call writes all pointers.
-        assert all(arrays[:count]), call.function
-        cells = array("Q", bytes(8 * len(call.values)))
-        for place, value in enumerate(call.values[count:], count):
-            # Little-endian, as every machine with CUDA: the value's bytes come first.
-            cells[place] = int.from_bytes(value.tobytes(), "little")
-        start = cells.buffer_info()[0]
-        addresses = array("Q", range(start, start + 8 * len(cells), 8))
-        self._write = functools.partial(struct.Struct(f"{count}Q").pack_into, cells, 0)
-        self._stream = cupy.cuda.get_current_stream
-        sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
-        self._start = functools.partial(
-            cupy.cuda.driver.launchKernel, call.function.kernel.ptr, *sizes, call.shared
-        )
-        self._addresses = addresses.buffer_info()[0]
-        self._memory = cells, addresses
-
-    def run(self, pointers: Sequence[int]) -> None:
-        """Launch it on the current stream with these pointers, 0 for None."""
-        self._write(*pointers)
-        self._start(self._stream(self.device).ptr, self._addresses, 0)
-
-    def run_on(self, stream: int, pointers: Sequence[int]) -> None:
-        """Launch it on the stream with this address."""
-        self._write(*pointers)
-        self._start(stream, self._addresses, 0)
-
-
 def submit(call: Callable[[], Any]) -> None:
     """Run a checked launch, or put it on the tape while one is being recorded."""
     calls = THREAD.calls
@@ -194,9 +150,20 @@ def recorded() -> Iterator[list[Callable[[], Any]]]:
     calls: list[Callable[[], Any]] = []
     THREAD.calls = calls
     try:
-        yield calls
+        with without_plans():
+            yield calls
     finally:
         THREAD.calls = None
+
+
+@contextlib.contextmanager
+def without_plans() -> Iterator[None]:
+    """Within, this thread's ops run as if they had never been called."""
+    plans, THREAD.plans = THREAD.plans, NO_PLANS
+    try:
+        yield
+    finally:
+        THREAD.plans = plans
 
 
 def load(calls: Iterable[Callable[[], Any]]) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
 from gpt2cupy.ops.core import compiler, jobs, launch
+from gpt2cupy.ops.core.signature import ALIGNMENT
 from gpt2cupy.record import ROOT
 
 pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
@@ -124,7 +125,7 @@ def every_kernel() -> list[launch.Kernel]:
     # Some modules share their name with a function of ops: ask for them by their full name.
     names = ("cached_attention", "gpt2.embedding", "layout", "norm", "linear_kernels")
     names += ("quantized", "sampling", "gpt2.step")
-    names += ("activation", "lookup", "norm_backward", "rope", "softmax")
+    names += ("activation", "attention", "lookup", "norm_backward", "rope", "softmax")
     modules = [importlib.import_module(f"gpt2cupy.ops.{name}") for name in names]
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
@@ -136,8 +137,7 @@ def every_kernel() -> list[launch.Kernel]:
 def test_no_vector_asks_for_more_alignment_than_launch_checks(sources):
     """Newer chips have accesses of 32 bytes: eight floats aligned to 32 would fault on them."""
     checks = [
-        f"static_assert(alignof(Vec<{elem}, {n}>) == {min(n * size, launch.ALIGNMENT)}, "
-        f'"{elem} {n}");'
+        f'static_assert(alignof(Vec<{elem}, {n}>) == {min(n * size, ALIGNMENT)}, "{elem} {n}");'
         for elem, size in (("float", 4), ("__half", 2), ("__nv_bfloat16", 2))
         for n in (1, 2, 4, 8, 16)
     ]
@@ -305,6 +305,16 @@ def test_different_kernels_are_compiled_side_by_side(cache, fake, monkeypatch):
         b"cubin of norm.cu",
         b"cubin of embedding.cu",
     }
+
+
+def test_no_thread_is_left_when_all_is_compiled(cache, fake):
+    before = threading.active_count()
+    for source in ("norm.cu", "embedding.cu"):
+        compiler.request(source, HALF, ARCH).result(60)
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_a_failure_reaches_all_who_wait_and_leaves_no_lock(cache, fake, monkeypatch):

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
-import types
 
+import fake_driver
 import numpy as np
 import pytest
+from fake_driver import DeviceArray
 
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops.core import launch
 from gpt2cupy.ops.core.tape import load, recorded
-
-
-class Memory:
-    """Where a stand-in for a device array lies."""
-
-    def __init__(self, ptr: int, device_id: int) -> None:
-        self.ptr, self.device_id = ptr, device_id
-
-
-class DeviceArray:
-    """What launch() looks at in an array."""
-
-    def __init__(self, shape, dtype, *, ptr=4096, device=0, contiguous=True):
-        host = np.empty(shape, dtype)
-        self.shape, self.dtype, self.itemsize = host.shape, host.dtype, host.itemsize
-        self.strides = host.strides if contiguous else tuple(2 * s for s in host.strides)
-        self.data = Memory(ptr, device)
-        self._c_contiguous = contiguous
-        self.flags = type("Flags", (), {"c_contiguous": contiguous})
-
 
 KERNEL = launch.Kernel(
     "norm.cu", "layer_norm", "x: float32[N,C], w: ELEM[C]?, out: ELEM[N,C], eps: float, N, C"
@@ -144,35 +123,7 @@ IN_PLACE = launch.Kernel(
 
 @pytest.fixture
 def driver(monkeypatch):
-    """What reaches the driver: (function, sizes, stream, values of 8 bytes each)."""
-    calls, checked = [], []
-
-    def start(function, *rest):
-        *sizes, stream, addresses, _ = rest
-        places = np.ctypeslib.as_array((ctypes.c_uint64 * 8).from_address(addresses))
-        values = [ctypes.c_uint64.from_address(int(place)).value for place in places]
-        calls.append((function, tuple(sizes), stream, values))
-
-    cupy = types.ModuleType("cupy")
-    cupy.ndarray = DeviceArray
-    cupy.cuda = types.SimpleNamespace(
-        driver=types.SimpleNamespace(launchKernel=start),
-        get_current_stream=lambda device: types.SimpleNamespace(ptr=70 + device),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(launch, "current_device", lambda: 0)
-    kernel = types.SimpleNamespace(ptr=123)
-
-    def function(*key):
-        checked.append(key)
-        run = lambda *call, shared_mem: None  # noqa: E731
-        run.kernel = kernel
-        return run
-
-    monkeypatch.setattr(launch, "_function", function)
-    launch.THREAD.known.clear()
-    yield types.SimpleNamespace(calls=calls, checked=checked)
-    launch.THREAD.known.clear()
+    yield from fake_driver.stand_in(monkeypatch)
 
 
 def in_place(eps=1e-5, grid=(2,), **changed):

@@ -1,0 +1,285 @@
+"""Calls that were checked before: found again by the facts that their checks rest on.
+
+A :class:`Plan` is the launches of one call with their arguments in memory. Another call of the
+same dtypes, shapes, layouts, devices and scalars differs from it in its pointers alone, which are
+written there before the kernels start. :func:`launch` keeps plans of single launches, and
+:func:`planned` those of a whole op, which then costs one look-up in a dictionary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .device import current_device
+from .signature import array_facts, granule, meet
+from .tape import THREAD, Launch, recorded
+
+Array = Any
+_KNOWN = 4096  # plans that a thread keeps
+_CHECKED = 256  # sets of pointers that a plan remembers as checked
+_UNPLANNED = False  # stands for a plan where a call is more than launches on its own arguments
+
+
+class Plan:
+    """Checked launches, to be run again with other pointers, past CuPy's handling of arguments.
+
+    CuPy makes an object of every argument of every call. Here all of them lie in memory
+    once, eight bytes each, and only pointers are written before the launches. So a plan belongs
+    to one thread.
+
+    Parameters
+    ----------
+    calls : sequence of Launch
+        Checked, and loaded.
+    places : sequence of sequences of int
+        For each array of each launch the place of its pointer among those of the call.
+    count : int
+        Pointers of the call.
+    device : int
+    """
+
+    def __init__(
+        self, calls: Sequence[Launch], places: Sequence[Sequence[int]], count: int, device: int
+    ) -> None:
+        import cupy
+
+        # The pointers, and the scalars of all launches.
+        cells = array("Q", bytes(8 * (count + sum(len(call.values) for call in calls))))
+        start, free = cells.buffer_info()[0], count
+        self._memory: list[Any] = [cells]
+        launches: list[tuple[Callable[..., None], int]] = []
+        granules: dict[int, int] = {}
+        pairs = set()
+        for call, taken in zip(calls, places, strict=True):
+            for place, value in zip(taken, call.values, strict=False):
+                if isinstance(value, cupy.ndarray):
+                    granules[place] = granule(value)
+            scalars = call.values[len(taken) :]
+            for place, value in enumerate(scalars, free):
+                # Little-endian, as every machine with CUDA: the value's bytes come first.
+                cells[place] = int.from_bytes(value.tobytes(), "little")
+            used = *taken, *range(free, free + len(scalars))
+            free += len(scalars)
+            addresses = array("Q", [start + 8 * place for place in used])
+            self._memory += [addresses, call.function]  # keeps the module loaded
+            sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
+            kernel = call.function.kernel.ptr
+            begin = functools.partial(cupy.cuda.driver.launchKernel, kernel, *sizes, call.shared)
+            launches.append((begin, addresses.buffer_info()[0]))
+            for pair in call.pairs:
+                pairs.add(pair._replace(written=taken[pair.written], other=taken[pair.other]))
+        self.device = device
+        self.current_device = cupy.cuda.runtime.getDevice
+        self.checked: set[tuple[int, ...]] = set()
+        self._granules, self._pairs = tuple(granules.items()), tuple(pairs)
+        self._write = functools.partial(struct.Struct(f"{count}Q").pack_into, cells, 0)
+        self._stream = cupy.cuda.get_current_stream
+        self._launches = launches
+
+    def admits(self, pointers: tuple[int, ...]) -> bool:
+        """Whether arrays at these addresses are aligned, and overlap only where they may."""
+        if pointers in self.checked:
+            return True
+        for place, step in self._granules:
+            if pointers[place] % step:
+                return False
+        for pair in self._pairs:
+            if meet(pair, pointers[pair.written] - pointers[pair.other]):
+                return False
+        if len(self.checked) >= _CHECKED:
+            self.checked.clear()
+        self.checked.add(pointers)
+        return True
+
+    def run(self, pointers: tuple[int, ...]) -> None:
+        """Launch on the current stream with these pointers, 0 for None."""
+        self._write(*pointers)
+        stream = self._stream(self.device).ptr
+        for start, addresses in self._launches:
+            start(stream, addresses, 0)
+
+    def run_on(self, stream: int, pointers: tuple[int, ...]) -> None:
+        """Launch on the stream with this address."""
+        self._write(*pointers)
+        for start, addresses in self._launches:
+            start(stream, addresses, 0)
+
+
+def can_be_planned(call: Any) -> bool:
+    """Whether a recorded call is a launch that can be run past CuPy; it is loaded then."""
+    if not isinstance(call, Launch) or call.cooperative:
+        return False
+    call.load()
+    return hasattr(call.function, "kernel")
+
+
+def places_of(calls: Sequence[Launch], arrays: Sequence[Array | None]) -> list[list[int]] | None:
+    """For each array of each launch its place among the call's; None if one is not among them.
+
+    What a launch leaves out (a null pointer) has the place behind the last.
+    """
+    known = {id(each): place for place, each in enumerate(arrays) if each is not None}
+    places = []
+    for call in calls:
+        pointers = [value for value in call.values if _is_pointer(value)]
+        # Arrays come first in every signature.
+        assert all(map(_is_pointer, call.values[: len(pointers)])), call.function
+        known_here = [
+            len(arrays) if isinstance(value, np.uintp) else known.get(id(value))
+            for value in pointers
+        ]
+        if None in known_here:
+            return None
+        places.append(known_here)
+    return places  # type: ignore[return-value]
+
+
+def _is_pointer(value: Any) -> bool:
+    # Scalars of kernels are of other types of NumPy's.
+    return isinstance(value, np.uintp) or not isinstance(value, np.generic)
+
+
+def keep(plans: dict[Any, Any], key: Any, plan: Any) -> None:
+    """Remember a plan; a thread that has too many forgets them all."""
+    if len(plans) >= _KNOWN:
+        plans.clear()
+    plans[key] = plan
+
+
+def planned(function: Callable[..., Any], slow: Callable[..., Any]) -> Callable[..., Any]:
+    """An op that runs the plan of an earlier call where there is one, and else ``slow``.
+
+    Without an ``out`` nothing is looked up: there is an array to be made.
+
+    Parameters
+    ----------
+    function : callable
+        The op: nothing but launches on its arguments, where ``out`` (and ``scratch``) is given.
+        What it launches follows from dtypes, shapes, layouts, scalars and the device alone.
+    slow : callable
+        Takes the same arguments and does the same, with all checks.
+    """
+    op = _Arguments(function)
+    read = "".join(f"            {line}\n" for line in op.lines)
+    pointers = "".join(f"pointer{number}, " for number in range(len(op.arrays)))
+    outputs = ", ".join(name for name in op.arrays if name.partition("_")[0] == "out")
+    text = f"""
+def rebuild(function, arrays, scalars):
+    return function({", ".join(op.rebuilt)})
+
+def call({", ".join(op.header)}):
+    if out is not None:
+        try:
+{read}
+            key = (name, {", ".join(op.facts)})
+            plan = THREAD.plans.get(key)
+        except (AttributeError, TypeError, ValueError):
+            plan = False  # no arrays of a GPU, or settings that cannot be looked up
+        if plan:
+            pointers = ({pointers}0)
+            if (pointers in plan.checked or plan.admits(pointers)) and (
+                plan.current_device() == plan.device
+            ):
+                plan.run(pointers)
+                return {outputs}
+        elif plan is None:
+            arrays = ({"".join(f"{name}, " for name in op.arrays)})
+            first(rebuild, key, arrays, ({"".join(f"{name}, " for name in op.scalars)}))
+            return {outputs}
+    return slow({", ".join(op.passed)})
+"""
+    scope = {
+        "THREAD": THREAD,
+        "name": function.__name__,
+        "slow": slow,
+        "first": functools.partial(_first, slow),
+        **op.defaults,
+    }
+    exec(text, scope)
+    return functools.wraps(function)(scope["call"])
+
+
+class _Arguments:
+    """Pieces of :func:`planned`'s text, from the parameters of an op.
+
+    What an argument is follows from its annotation: ``Array``, ``Array | None``, ``Pair | None``
+    (two arrays), or a scalar.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.header: list[str] = []  # parameters with their defaults
+        self.passed: list[str] = []  # them as arguments
+        self.rebuilt: list[str] = []  # the same, from all arrays and scalars
+        self.arrays: list[str] = []
+        self.scalars: list[str] = []
+        self.lines: list[str] = []  # that read the facts
+        self.facts: list[str] = []
+        self.defaults: dict[str, Any] = {}
+        keyword = ""
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and not keyword:
+                self.header.append("*")
+                keyword = "="
+            prefix = keyword and f"{name}="
+            self.passed.append(f"{prefix}{name}")
+            if parameter.default is parameter.empty:
+                self.header.append(name)
+            else:
+                self.header.append(f"{name}=default_{name}")
+                self.defaults[f"default_{name}"] = parameter.default
+            self.rebuilt.append(prefix + self._take(name, parameter.annotation))
+
+    def _take(self, name: str, annotation: str) -> str:
+        """Read an argument's facts; what it is, as an expression, when it is put together again."""
+        if annotation == "Pair | None":
+            self.lines.append(f"{name}_0, {name}_1 = {name}")
+            return f"({self._array(f'{name}_0')}, {self._array(f'{name}_1')})"
+        if annotation in ("Array", "Array | None"):
+            return self._array(name, annotation != "Array" and name != "out")
+        self.scalars.append(name)
+        self.facts.append(name)
+        return f"scalars[{len(self.scalars) - 1}]"
+
+    def _array(self, name: str, optional: bool = False) -> str:
+        lines, facts = array_facts(name, len(self.arrays), optional)
+        self.lines += lines
+        self.facts += facts
+        self.arrays.append(name)
+        return f"arrays[{len(self.arrays) - 1}]"
+
+
+def _first(
+    slow: Callable[..., Any],
+    rebuild: Callable[..., Any],
+    key: Any,
+    arrays: tuple[Array | None, ...],
+    scalars: tuple[Any, ...],
+) -> None:
+    """Run a call with all checks, and keep its plan."""
+    plans = THREAD.plans
+    if not isinstance(plans, dict):  # its launches are recorded, or its ops observed
+        rebuild(slow, arrays, scalars)
+        return
+    # An array that is given twice stands for two: the next call may have different ones.
+    distinct = [
+        each.view() if any(each is other for other in arrays[:place]) and each is not None else each
+        for place, each in enumerate(arrays)
+    ]
+    with recorded() as calls:
+        rebuild(slow, distinct, scalars)
+    for call in calls:
+        call()
+    plan: Any = _UNPLANNED
+    if all(map(can_be_planned, calls)):
+        launches: Any = calls
+        places = places_of(launches, distinct)
+        if places is not None:
+            plan = Plan(launches, places, len(distinct) + 1, current_device())
+    keep(plans, key, plan)
