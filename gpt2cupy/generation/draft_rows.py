@@ -16,7 +16,7 @@ from .scheduler import Sequence
 # 1.25 times as long as one, of 124M 1.5 times.
 _ROWS = ((0.6, 1 + DRAFTS), (0.45, 2), (0.0, 1))
 _WORTH = {1 + DRAFTS: 1.6, 2: 1.3}  # tokens that such a step must bring on average
-_HOPED = 2.0  # what they are taken to bring before any has
+_HOPED = 2.25  # what they are taken to bring before any has
 _MEMORY = 8  # tokens over which that share is averaged
 _STEPS = 4  # and steps over which their tokens are
 _TAIL = 32  # tokens of a prompt that it begins with

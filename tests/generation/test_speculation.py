@@ -234,11 +234,11 @@ def test_a_step_that_fails_leaves_nothing_behind(device, monkeypatch):
 
 def test_generate_says_what_stood():
     with gpt2cupy.load("shakespeare", device="cpu") as lm:
-        text = "the king, the king, the king, the king, the king, the king, the"
+        text = "And the king and the king and the king and the"
         plain = lm.generate(text, max_new_tokens=40)
         done = lm.generate(text, max_new_tokens=40, speculate="ngram")
         assert done.tokens == plain.tokens
-        np.testing.assert_allclose(done.logprobs, plain.logprobs, rtol=1e-4)
+        np.testing.assert_allclose(done.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)
         assert done.drafted >= done.accepted > 0 == plain.drafted
         pieces = list(lm.stream(text, max_new_tokens=40, speculate="ngram", stop=["\n\n"]))
         assert [piece.token for piece in pieces] == plain.tokens[: len(pieces)]
