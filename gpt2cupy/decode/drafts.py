@@ -66,12 +66,13 @@ class DraftState(DecodeState):
     def begin(self, slot: int, params: np.ndarray, plain: bool, prompt: np.ndarray) -> None:
         """Give all rows to a text whose prompt is about to end in ``slot``.
 
-        Its first token is sampled in row 0 as in any :class:`DecodeState`; the step after it
-        has one row.
+        Its first token is sampled in row 0 as in any :class:`DecodeState`.
         """
-        rows, last = self.batch, len(prompt) - 1
-        self.enter(0, [slot] * rows, [params] * rows, [plain] * rows, [last] * rows)
-        self._write(self.sampled_positions, 0, np.full(rows, last + 1, np.int32))
+        rows = self.batch
+        positions = np.arange(len(prompt), len(prompt) + rows, dtype=np.int32)
+        self._write(self.sampled_positions, 0, positions)
+        positions[0] -= 1  # sampling of the first token brings it there
+        self.enter(0, [slot] * rows, [params] * rows, [plain] * rows, positions.tolist())
         self._write(self.whole.history, 0, prompt)
 
     def set_biases(self, bias: Any | None) -> None:
@@ -82,16 +83,24 @@ class DraftState(DecodeState):
 
 def ops_draft_step(model: GPT2, state: Any) -> None:
     """Queue a step of a :class:`DraftState` as the ops of :meth:`GPT2.decode`."""
+    together = _propose(state)
     rows = state.ids, state.positions, state.slots
-    together = state.batch > 1
     model.decode(*rows, state.cache, state.work, state.logits, together=together)
     _keep_what_stands(state)
 
 
 def persistent_draft_step(model: GPT2, state: Any) -> None:
     """The same with :func:`persistent.forward`."""
-    persistent.forward(model, state, together=state.batch > 1)
+    together = _propose(state)
+    persistent.forward(model, state, together=together)
     _keep_what_stands(state)
+
+
+def _propose(state: DraftState) -> bool:
+    """Queue the look-up of drafts, if the step has rows for them; whether it has."""
+    if state.batch > 1:
+        ops.propose_drafts(state.ids, state.positions, state.whole.history)
+    return state.batch > 1
 
 
 def _keep_what_stands(state: DraftState) -> None:

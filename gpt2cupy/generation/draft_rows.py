@@ -98,7 +98,6 @@ class DraftRows:
         self._luck = Luck(np.zeros(1, np.int32))
         self._width = 1  # rows of what was queued last
         self._waits = False  # whether a bias keeps ends back, which is lifted at a known token
-        self._proposed = False  # whether a step has proposed drafts
 
     @property
     def steps(self) -> int:
@@ -116,7 +115,7 @@ class DraftRows:
         self.state.set_biases(bias)
         self._waits = bool(others)
         self._luck = Luck(request.prompt)
-        self._width, self._proposed = 1, False
+        self._width = 1
 
     def release(self, first: int, end: int) -> None:
         """Leave all rows to nobody."""
@@ -133,8 +132,7 @@ class DraftRows:
 
     def step(self, running: int) -> None:
         """Queue a step of as many rows as have been worth it lately."""
-        self._width = 1 if self._waits or not self._proposed else self._luck.rows
-        self._proposed = True
+        self._width = 1 if self._waits else self._luck.rows
         self._decoder(self._width).step(self.state.first(self._width))
         self._plain.steps += 1
 

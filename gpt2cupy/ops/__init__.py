@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
     from .attention import attention, decode_attention
     from .cached_attention import attention_decode, attention_prefill
-    from .drafts import accept_drafts, store_kv
+    from .drafts import accept_drafts, propose_drafts, store_kv
     from .gpt2.embedding import embedding, last_rows
     from .linear import bias_act, gemv, linear, norm_linear
     from .lookup import lookup
@@ -49,6 +49,7 @@ _MODULES = {
     "linear": "linear",
     "lookup": "lookup",
     "norm_linear": "linear",
+    "propose_drafts": "drafts",
     "quantize": "quantized",
     "rms_norm": "norm",
     "rms_norm_backward": "norm_backward",
@@ -85,6 +86,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",

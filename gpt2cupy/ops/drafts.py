@@ -1,4 +1,4 @@
-"""Rows of one text in a step, and its drafts. Kernels: store_kv.cu, accept_drafts.cu.
+"""Rows of one text in a step, and its drafts. Kernels: store_kv.cu, *_drafts.cu.
 
 Look-up speculation feeds the newest token of a text and drafts of those that may follow, in
 neighbouring rows of one step.
@@ -29,6 +29,11 @@ ACCEPT_DRAFTS = Kernel(
     "history: int32[H], steps: uint32[M], ring: uint8[M,Q,16], R, M, H, Q",
     overlaps=True,
 )
+PROPOSE_DRAFTS = Kernel(
+    "propose_drafts.cu",
+    "propose_drafts",
+    "ids: int32[R], positions: int32[R], history: int32[H], R, H",
+)
 
 
 @op(reference="reference.store_kv")
@@ -55,6 +60,32 @@ def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> 
     )
 
 
+@op(reference="reference.propose_drafts")
+def propose_drafts(ids: Array, positions: Array, history: Array) -> None:
+    """Draft the tokens that may follow the newest one of a text.
+
+    Parameters
+    ----------
+    ids : array of int32 [R]
+        In: the newest token, first. Out: drafts behind it; -1 is none.
+    positions : array of int32 [R]
+        The first is the newest token's.
+    history : array of int32 [H]
+        The tokens of the text by position; the newest is added.
+
+    Notes
+    -----
+    Drafts are what followed the last place where the text ended alike, by 2 to 8 tokens, the
+    longest match first ("prompt lookup").
+    """
+    launch(
+        PROPOSE_DRAFTS,
+        (1,),
+        (constants("propose_drafts.cu")["THREADS"],),
+        (ids, positions, history),
+    )
+
+
 @op(reference="reference.accept_drafts")
 def accept_drafts(
     ids: Array,
@@ -65,7 +96,7 @@ def accept_drafts(
     steps: Array,
     ring: Array,
 ) -> None:
-    """Keep the drafts that were sampled, hand out tokens, and propose the next drafts.
+    """Keep the drafts that were sampled, and hand out the tokens.
 
     Of M rows of one text, the first R of which were fed in this step.
 
@@ -73,7 +104,7 @@ def accept_drafts(
     ----------
     ids, positions : array of int32 [M]
         In: the newest token and the drafts that were fed after it, with their positions. Out:
-        those of the next step; a draft of -1 is none.
+        the newest token of the next step, and the positions of its rows.
     sampled_positions : array of int32 [M]
         Set to ``positions``, which sampling starts from.
     chosen : array of uint8 [R, 1, 16]
@@ -84,15 +115,10 @@ def accept_drafts(
         Tokens pushed so far in each row; advanced for the R rows.
     ring : array of uint8 [M, Q, 16]
         As of :func:`sample`; id -1 where a row's draft did not stand.
-
-    Notes
-    -----
-    Drafts are what followed the last place where the text ended alike, by 2 to 8 tokens, the
-    longest match first ("prompt lookup").
     """
     launch(
         ACCEPT_DRAFTS,
         (1,),
-        (constants("accept_drafts.cu")["THREADS"],),
+        (constants("accept_drafts.cu")["MOST_ROWS"],),
         (ids, positions, sampled_positions, chosen, history, steps, ring),
     )

@@ -33,6 +33,7 @@ from .reference_rows import store as _store
 from .reference_rows import wide as _wide
 from .reference_sampling import (
     accept_drafts,
+    propose_drafts,
     sample,
     sample_logits,
     target_logprobs,
@@ -59,6 +60,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",

@@ -33,7 +33,7 @@ RING_ENTRY = np.dtype(
     [("stamp", np.uint32), ("id", np.int32), ("stamp_again", np.uint32), ("logprob", np.float32)]
 )
 
-SHORTEST, LONGEST = 2, 8  # tokens by which a text must have ended alike; `accept_drafts.cu`
+SHORTEST, LONGEST = 2, 8  # tokens by which a text must have ended alike; `propose_drafts.cu`
 
 PROMPT_BIT = np.int32(1 << 30)  # in `counts`: the token stands in the prompt
 
@@ -236,6 +236,14 @@ def continuation(history: Array, last: int, count: int) -> list[int]:
     return [int(history[end + 1 + step % period]) for step in range(count)]
 
 
+def propose_drafts(ids: Array, positions: Array, history: Array) -> None:
+    last, drafts = int(positions[0]), len(ids) - 1
+    inside = 0 <= last < len(history)
+    if inside:
+        history[last] = ids[0]
+    ids[1:] = continuation(history, last, drafts) if inside else [-1] * drafts
+
+
 def accept_drafts(
     ids: Array,
     positions: Array,
@@ -250,9 +258,9 @@ def accept_drafts(
     while count < len(sampled) and ids[count] == sampled["id"][count - 1]:
         count += 1
     last = first + count
-    inside = last < len(history)
-    if inside:
+    if 0 <= first < len(history):
         history[first] = ids[0]
+    if first >= 0 and last < len(history):
         history[first + 1 : last + 1] = sampled["id"][:count]
     for row in range(len(sampled)):
         entry = entries[row, int(steps[row]) % entries.shape[1]]
@@ -261,7 +269,5 @@ def accept_drafts(
         entry["stamp"] = entry["stamp_again"] = steps[row] + np.uint32(1)
         steps[row] += np.uint32(1)
     ids[0] = sampled["id"][count - 1]
-    drafts = len(ids) - 1
-    ids[1:] = continuation(history, last, drafts) if inside else [-1] * drafts
     positions[...] = last + np.arange(len(positions))
     sampled_positions[...] = positions

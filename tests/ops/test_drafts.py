@@ -48,10 +48,34 @@ def test_drafts_that_were_sampled_stand(xp):
         count = 1
         while count < rows and fed[count] == sampled[count - 1]:
             count += 1
-        history, ids, positions = expected[4], expected[0], expected[1]
+        ids, positions, *_, history, _, _ = expected
         assert history[first] == fed[0]
         assert history[first + 1 : first + 1 + count].tolist() == sampled[:count]
         assert (ids[0], positions[0]) == (sampled[count - 1], first + count)
+
+
+def test_drafts_are_what_followed_before(xp):
+    rng = np.random.default_rng(4)
+    for turn in range(60):
+        tokens, rows = int(rng.integers(1, 300)), (2, 4)[turn % 2]
+        history = np.full(300, -7, np.int32)
+        history[: tokens - 1] = rng.integers(0, 2 + turn % 9, tokens - 1)
+        ids = rng.integers(0, 3, rows).astype(np.int32)
+        positions = np.arange(tokens - 1, tokens - 1 + rows, dtype=np.int32)
+        text = [*history[: tokens - 1].tolist(), int(ids[0])]
+        expected = [ids.copy(), positions, history.copy()]
+        found = [
+            each.copy() if xp is np else xp.asarray(each) for each in (ids, positions, history)
+        ]
+        reference.propose_drafts(*expected)
+        ops.propose_drafts(*found)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(host(ours), theirs)
+        assert expected[2][:tokens].tolist() == text
+        drafts = expected[0][1:].tolist()
+        alike = [end for end in range(1, tokens - 1) if text[end - 1 : end + 1] == text[-2:]]
+        assert (drafts == [-1] * (rows - 1)) == (not alike)
+        assert not alike or drafts[0] in {text[end + 1] for end in alike}
 
 
 @pytest.mark.parametrize("first", [293, 296, 299, 1000])
@@ -63,6 +87,9 @@ def test_a_text_that_runs_on_past_its_room_writes_nothing_there(xp, first):
     expected = [each.copy() for each in (ids, positions, *rest)]
     reference.accept_drafts(*expected)
     ops.accept_drafts(*arrays)
+    for each in (expected, arrays):
+        propose = reference.propose_drafts if each is expected else ops.propose_drafts
+        propose(each[0], each[1], each[4])
     for ours, theirs in zip(arrays, expected, strict=True):
         np.testing.assert_array_equal(host(ours), theirs)
 

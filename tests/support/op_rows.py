@@ -149,6 +149,7 @@ ELSEWHERE = {
     "decode_step": "decode/test_persistent.py",
     "dequantize": "ops/test_quantized.py",
     "gemv": "ops/test_ops.py",
+    "propose_drafts": "ops/test_drafts.py",
     "quantize": "ops/test_quantized.py",
     "sample_logits": "ops/test_row_ops.py",
     "sample": "ops/test_sampling.py",
