@@ -226,7 +226,7 @@ def test_an_error_of_the_engine_is_one_of_every_call(tmp_path, monkeypatch):
         def broken():
             raise MemoryError("step")
 
-        monkeypatch.setattr(engine, "_run_prompts", broken)
+        monkeypatch.setattr(engine.running, "run_prompts", broken)
 
         async def calls():
             return await asyncio.gather(
