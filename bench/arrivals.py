@@ -1,12 +1,13 @@
 """Prompts that arrive while other texts run: how long a running text waits for its next token.
 
     python bench/arrivals.py [--model 124M] [--dtype float16] [--texts 64] [--rate 200]
-                             [--longest 1000] [--seconds 20] [--warm 5] [--out FILE]
+                             [--longest 1000] [--seconds 20] [--warm 2] [--out FILE]
 
 --texts texts run in an engine that has as many slots again. Requests of 1 to --longest prompt
 tokens, each with 8 new ones, are submitted at random moments, --rate a second. A gap is the time by
 the clock on the wall between two tokens of a running text as :meth:`Engine.step` returns them; each
-text has its own. Gaps of the first --warm seconds, in which graphs are made, are left out.
+text has its own. Graphs are captured before, as a server does; gaps of the first --warm seconds are
+left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shared import DTYPES, Kept, config_of, random_model
 from gpt2cupy import SamplingParams
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
+from gpt2cupy.server.warm import warm_up
 
 NEW_TOKENS = 8  # of a request that arrives
 SHARES = (50, 99, 99.9)
@@ -103,7 +105,7 @@ def run() -> None:
     options.add_argument("--rate", type=float, default=200)
     options.add_argument("--longest", type=int, default=1000)
     options.add_argument("--seconds", type=float, default=20)
-    options.add_argument("--warm", type=float, default=5)
+    options.add_argument("--warm", type=float, default=2)
     args = parsed(options)
     chosen([args.dtype], DTYPES, "dtype")
     config = config_of(args.model)
@@ -113,7 +115,9 @@ def run() -> None:
     with Kept(args.out, settings, gpu=args.device != "cpu") as kept:
         model = random_model(config, args.dtype, args.device)
         for rate in (0.0, args.rate):
-            row = measure(Engine(model, 2 * args.texts), args, rate)
+            engine = Engine(model, 2 * args.texts)
+            warm_up(engine)
+            row = measure(engine, args, rate)
             kept.rows.append(row)
             shares = ", ".join(f"p{share} {row[f'p{share}_us'] / 1e3:.2f} ms" for share in SHARES)
             print(
