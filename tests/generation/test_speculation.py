@@ -262,3 +262,69 @@ def test_penalties_exclude_it(penalty):
 def test_its_name_is_known(wrong):
     with pytest.raises(InputError, match="speculate"):
         SamplingParams(speculate=wrong)
+
+
+# -- random arrivals -------------------------------------------------------------------------------
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(1, 40)),
+        st.tuples(st.just("cancel"), st.integers(0, 8)),
+        st.tuples(st.just("step"), st.integers(1, 12)),
+        st.tuples(st.just("fail"), st.sampled_from(["step", "read"])),
+    ),
+    max_size=20,
+)
+
+
+def numbered(key, tokens, *, plain=False):
+    """Greedy and sampled texts that repeat themselves, each other one speculating."""
+    options = {} if key % 3 else {"temperature": 0.3, "seed": key}
+    how = None if plain or key % 2 else "ngram"
+    wanted = request([3, 1, 4] * (1 + key % 4), tokens=tokens, speculate=how, **options)
+    return Request(key, wanted.prompt, wanted.params, eos=(7,) if key % 4 else ())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=25, deadline=None)
+@given(EVENTS, st.integers(0, 3), st.booleans())
+def test_random_arrivals_cancels_and_failures(device, events, lead, keeps):
+    engine = Engine(model_on(device), 1, lead=lead, prefix_cache=keeps)
+    found, wanted, cancelled, over = {}, {}, set(), set()
+
+    def take(block):
+        for token in tokens_of(block):
+            found.setdefault(token.key, []).append((token.id, token.logprob))
+        over.update(done.request.key for done in block.finished)
+
+    def broken(*args, **options):
+        raise KeyboardInterrupt
+
+    for kind, what in events:
+        if kind == "submit":
+            wanted[len(wanted)] = numbered(len(wanted), what)
+            engine.submit(wanted[len(wanted) - 1])
+        elif kind == "cancel":
+            engine.cancel(what)
+            cancelled |= {what} & wanted.keys()
+        elif kind == "step":
+            for _ in range(what):
+                take(engine.step())
+        else:
+            rows = engine.running.rows
+            setattr(rows, what, broken)
+            try:
+                take(engine.step())
+            except KeyboardInterrupt:  # it ends all that were there
+                assert engine.idle
+                cancelled |= wanted.keys() - over
+            finally:
+                delattr(rows, what)
+    while not engine.idle:
+        take(engine.step())
+    for key, each in wanted.items():
+        same = numbered(key, each.params.max_new_tokens, plain=True)
+        expected = [(t.id, t.logprob) for t in engine_on(device).run([same])]
+        got = found.get(key, [])
+        assert got == (expected[: len(got)] if key in cancelled else expected)
+    assert engine.cache.lengths.tolist() == [0]
