@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from .attention import attention, decode_attention
     from .cached_attention import attention_decode, attention_prefill
     from .drafts import accept_drafts, propose_drafts, store_kv
+    from .epilogue import bias_act
+    from .ffn import ffn
     from .gpt2.embedding import embedding, last_rows
-    from .linear import bias_act, gemv, linear, norm_linear
+    from .linear import gemv, linear
     from .lookup import lookup
     from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from .norm_backward import layer_norm_backward, rms_norm_backward
+    from .norm_linear import norm_linear
     from .quantized import dequantize, quantize
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
@@ -35,12 +38,13 @@ _MODULES = {
     "attention": "attention",
     "attention_decode": "cached_attention",
     "attention_prefill": "cached_attention",
-    "bias_act": "linear",
+    "bias_act": "epilogue",
     "bias_gelu": "activation",
     "copy_slots": "slots",
     "decode_attention": "attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
+    "ffn": "ffn",
     "gelu": "activation",
     "gemv": "linear",
     "last_rows": "gpt2.embedding",
@@ -48,7 +52,7 @@ _MODULES = {
     "layer_norm_backward": "norm_backward",
     "linear": "linear",
     "lookup": "lookup",
-    "norm_linear": "linear",
+    "norm_linear": "norm_linear",
     "propose_drafts": "drafts",
     "quantize": "quantized",
     "rms_norm": "norm",
@@ -78,6 +82,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "embedding",
+    "ffn",
     "gelu",
     "gemv",
     "last_rows",
