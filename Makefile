@@ -127,6 +127,9 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/prefixes.py
+	$(BIN)/python bench/speculation.py
+	$(BIN)/python bench/arrivals.py
 	$(BIN)/python bench/server.py
 	$(BIN)/python bench/server_front.py
 	$(BIN)/python -m bench.report --draw
