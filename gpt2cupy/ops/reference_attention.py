@@ -157,8 +157,8 @@ def attention(
     *,
     out: Array | None = None,
 ) -> Array:
-    of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
-    check_heads(*of, "BTNH", "attention")
+    of_q, of_k, of_v = (facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v)))
+    check_heads(of_q, of_k, of_v, "BTNH", "attention")
     batch, queries = q.shape[:2]
     check_counts("lengths", lengths, batch, "attention")
     check_offset(q_offset, causal, batch, "attention")
@@ -187,7 +187,8 @@ def decode_attention(
     scratch: Array | None = None,
 ) -> Array:
     arrays = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
-    check_heads(*(facts(n, a, "decode_attention") for n, a in arrays), "BNH", "decode_attention")
+    of_q, of_k, of_v = (facts(n, a, "decode_attention") for n, a in arrays)
+    check_heads(of_q, of_k, of_v, "BNH", "decode_attention")
     check_given(lengths, len(q))
     found = attention(
         q[:, None],
