@@ -558,9 +558,8 @@ class LanguageModel:
             return self._scores_of(map(encode.numbered, itertools.count(), text), *size, progress)
         single = prompts.is_one(text)
         given = [text] if single else prompts.several(text)
-        tokens = [
-            encode(each) if single else encode.numbered(i, each) for i, each in enumerate(given)
-        ]
+        # Made while the GPU runs those before: an error may come after some passes.
+        tokens = (encode(text),) if single else map(encode.numbered, itertools.count(), given)
         with lists.bar(progress, len(given), long=len(given) > 1000) as done:
             found = list(self._scores(tokens, *size, done))
         failed = tuple((i, 0) for i, each in enumerate(found) if each is None)

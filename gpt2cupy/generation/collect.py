@@ -239,13 +239,10 @@ class Collector:
             return [[]] * count
         ids, values = (table[line, :count, :most] for table in self._tables.top)
         steps = zip(ids.tolist(), self._listed(values), strict=True)
+        if ids[:, -1].min() >= 0:
+            return [list(zip(*step, strict=False)) for step in steps]
         # A vocabulary may have fewer tokens than are asked for.
-        return [
-            [pair for pair in zip(*step, strict=True) if pair[0] >= 0]
-            if step[0][-1] < 0
-            else list(zip(*step, strict=True))
-            for step in steps
-        ]
+        return [[pair for pair in zip(*step, strict=False) if pair[0] >= 0] for step in steps]
 
     def _listed(self, logprobs: np.ndarray) -> list[Any]:
         if self._decimals is not None:

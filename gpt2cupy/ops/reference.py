@@ -7,6 +7,7 @@ narrower than float32 are computed in float32, as the kernels do.
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +20,7 @@ from .reference_rows import (
     add_layer_norm,
     add_rms_norm,
     bias_gelu,
+    fits,
     gelu,
     layer_norm,
     layer_norm_backward,
@@ -44,6 +46,7 @@ __all__ = [
     "bias_gelu",
     "dequantize",
     "embedding",
+    "ffn",
     "gelu",
     "last_rows",
     "layer_norm",
@@ -105,6 +108,10 @@ def bias_act(
 # Inputs of a GEMM that BLAS sums at a time. It may keep one running sum over all of them
 # (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
 PART: ContextVar[int] = ContextVar("PART", default=128)
+# OpenBLAS multiplies matrices of so few results and multiplications as they lie; larger ones it
+# packs first, which takes three times as long where one of them has 8 rows.
+_UNPACKED = 1024, 10**6
+_LEAST = 16  # rows of weights at a time for which that pays
 
 
 def _product(x: Array, weight: Array, backend: str) -> Array:
@@ -114,11 +121,22 @@ def _product(x: Array, weight: Array, backend: str) -> Array:
         return (weight @ x[0])[None]
     if backend == "invariant":
         return np.stack([weight @ row for row in x])
-    part = PART.get()
+    part, rows = PART.get(), _unpacked_rows(*x.shape)
+    if part < x.shape[1] and rows >= _LEAST:
+        y = np.empty((len(x), len(weight)), np.result_type(x, weight))
+        for start in range(0, len(weight), rows):
+            y[:, start : start + rows] = x @ weight[start : start + rows].T
+        return y
     y = x[:, :part] @ weight[:, :part].T
     for start in range(part, x.shape[1], part):
         y += x[:, start : start + part] @ weight[:, start : start + part].T
     return y
+
+
+def _unpacked_rows(rows: int, size: int) -> int:
+    """Rows of weights that OpenBLAS multiplies by so many of x without packing them."""
+    results, products = _UNPACKED
+    return min(results, products // max(size, 1)) // rows // _LEAST * _LEAST if rows else 0
 
 
 def linear(
@@ -129,17 +147,38 @@ def linear(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
-    backend: str = "ours",
+    backend: str = "auto",
     scratch: Array | None = None,
 ) -> Array:
+    shape = (*x.shape[:-1], len(weight))
+    fits(bias, "bias", shape[-1:])
+    fits(residual, "residual", shape)
     wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
-    y = _product(wide, matrix, backend)
+    rows = math.prod(shape[:-1])
+    y = _product(wide.reshape(rows, x.shape[-1]), matrix, backend).reshape(shape)
     if bias is not None:
         y += bias
     y = activate(y, activation)
     if residual is not None:
         y = y + residual
     return _store(y, out, x.dtype if residual is None else residual.dtype)
+
+
+def ffn(
+    x: Array,
+    w1: Array,
+    b1: Array | None,
+    w2: Array,
+    b2: Array | None,
+    *,
+    activation: str = "gelu_tanh",
+    residual: Array | None = None,
+    out: Array | None = None,
+    scratch: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    hidden = linear(x, w1, b1, activation=activation)
+    return linear(hidden, w2, b2, residual=residual, out=out)
 
 
 def norm_linear(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .blas import Queued
 from .device import current_device
 from .signature import array_facts, granule, meet
 from .tape import THREAD, Launch, recorded
@@ -37,7 +38,7 @@ class Plan:
 
     Parameters
     ----------
-    calls : sequence of Launch
+    calls : sequence of Launch or Queued
         Checked, and loaded.
     places : sequence of sequences of int
         For each array of each launch the place of its pointer among those of the call.
@@ -47,7 +48,11 @@ class Plan:
     """
 
     def __init__(
-        self, calls: Sequence[Launch], places: Sequence[Sequence[int]], count: int, device: int
+        self,
+        calls: Sequence[Launch | Queued],
+        places: Sequence[Sequence[int]],
+        count: int,
+        device: int,
     ) -> None:
         import cupy
 
@@ -63,6 +68,12 @@ class Plan:
             for place, value in zip(taken, call.values, strict=False):
                 if isinstance(value, cupy.ndarray):
                     granules[place] = granule(value)
+            for pair in call.pairs:
+                if taken[pair.other] < count - 1:  # one is there
+                    pairs.add(pair._replace(written=taken[pair.written], other=taken[pair.other]))
+            if isinstance(call, Queued):
+                launches.append((functools.partial(_start, call, cells, taken), 0))
+                continue
             used = [start + 8 * place for place in taken]
             of_tiles = iter(call.tiles_of)
             for value in call.values[len(taken) :]:
@@ -82,8 +93,6 @@ class Plan:
             kernel = call.function.kernel.ptr
             begin = functools.partial(cupy.cuda.driver.launchKernel, kernel, *sizes, call.shared)
             launches.append((begin, addresses.buffer_info()[0]))
-            for pair in call.pairs:
-                pairs.add(pair._replace(written=taken[pair.written], other=taken[pair.other]))
         self.device = device
         self.current_device = cupy.cuda.runtime.getDevice
         self.checked: set[tuple[int, ...]] = set()
@@ -126,29 +135,47 @@ class Plan:
             start(stream, addresses, 0)
 
 
+def _start(
+    call: Queued, cells: Sequence[int], taken: Sequence[int], stream: int, *rest: int
+) -> None:
+    call.start(stream, [cells[place] for place in taken])
+
+
 def can_be_planned(call: Any) -> bool:
     """Whether a recorded call is a launch that can be run past CuPy; it is loaded then."""
+    if isinstance(call, Queued):
+        return True
     if not isinstance(call, Launch) or call.cooperative:
         return False
     call.load()
     return hasattr(call.function, "kernel")
 
 
-def places_of(calls: Sequence[Launch], arrays: Sequence[Array | None]) -> list[list[int]] | None:
+def places_of(
+    calls: Sequence[Launch | Queued], arrays: Sequence[Array | None]
+) -> list[list[int]] | None:
     """For each array of each launch its place among the call's; None if one is not among them.
 
-    What a launch leaves out (a null pointer) has the place behind the last.
+    What a launch leaves out (a null pointer) has the place behind the last. A view of all of an
+    array stands for it.
     """
     known = {id(each): place for place, each in enumerate(arrays) if each is not None}
+
+    def place_of(value: Any) -> int | None:
+        if value is None or isinstance(value, np.uintp):
+            return len(arrays)
+        place = known.get(id(value))
+        whole = getattr(value, "base", None)
+        if place is None and whole is not None and whole.data.ptr == value.data.ptr:
+            place = known.get(id(whole))
+        return place
+
     places = []
     for call in calls:
         pointers = [value for value in call.values if _is_pointer(value)]
         # Arrays come first in every signature.
-        assert all(map(_is_pointer, call.values[: len(pointers)])), call.function
-        known_here = [
-            len(arrays) if isinstance(value, np.uintp) else known.get(id(value))
-            for value in pointers
-        ]
+        assert all(map(_is_pointer, call.values[: len(pointers)])), call
+        known_here = [place_of(value) for value in pointers]
         if None in known_here:
             return None
         places.append(known_here)

@@ -16,9 +16,9 @@ which the name with ``_stride`` passes, in elements.
 
 After the brackets: ``?`` for an array that may be None, ``!`` for one that is
 written and shares no memory with another, ``~`` for one that is written and may
-be one of the others itself, with the same layout, ``@`` for one that may have any
-strides but that of its last dimension, which must lie together: ``q_stride_T``
-passes the stride of q's letter T in elements.
+be one of the others itself, with the same layout: one with a star, or of the same
+letters. ``@`` for one that may have any strides but that of its last dimension, which
+must lie together: ``q_stride_T`` passes the stride of q's letter T in elements.
 
 ``q_tiles: tiles[q,128]`` passes a tensor map of q, an array [B, T, H, C], whose tiles have 128
 rows; no argument is given for it.
@@ -298,7 +298,8 @@ def neighbours(parameters: tuple[Parameter, ...], args: tuple[Any, ...]) -> tupl
             if i == j or other is None or (theirs.written and j > i):
                 continue
             alike = array.dtype == other.dtype and _layout(array) == _layout(other)
-            in_place = parameter.in_place and theirs.leads and not theirs.written and alike
+            same = theirs.leads or theirs.dims == parameter.dims
+            in_place = parameter.in_place and same and not theirs.written and alike
             (stride, row), (their_stride, their_row) = (
                 _rows_of(parameter, array),
                 _rows_of(theirs, other),
