@@ -56,7 +56,8 @@ _DECODE = (
     "NKV, q_stride_B, q_stride_NH, k_cache_stride_B, k_cache_stride_T, k_cache_stride_NKV, "
     "v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV, out_stride_B, out_stride_NH"
 )
-DECODE = Kernel("decode_attention.cu", "decode_attention", _DECODE)
+# By the query heads of a block.
+DECODE = {n: Kernel("decode_attention.cu", f"decode_attention_h{n}", _DECODE) for n in (1, 2, 4, 8)}
 DECODE_MMA = Kernel("decode_attention_mma.cu", "decode_attention_mma", _DECODE)
 DECODE_MERGE = Kernel(
     "decode_attention.cu",
@@ -284,21 +285,24 @@ def _blocks(device: int, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> 
     """So many that all multiprocessors have some to the end; it follows from the shapes alone."""
     batch, heads, size = q
     _, capacity, kv, _ = k
-    kernel = DECODE
+    share = heads // max(kv, 1)
     if dtype != np.float32 and has_mma():
         kernel = DECODE_MMA
-    c = constants(kernel.source, HS=size)
-    if kernel is DECODE:
-        of_warp = max(c.evaluate("WARP_BYTES", dtype.itemsize), c["STATE_BYTES"])
-        static = c["MOST_HEADS"] * size * 4
-    else:
+        c = constants(kernel.source, HS=size)
+        of_block = c["MOST_HEADS"]
         of_warp, static = max(c["STAGES"] * c["STAGE_BYTES"], c["STATE_BYTES"]), 0
+    else:
+        of_block = next((n for n in DECODE if n >= share), max(DECODE))
+        kernel = DECODE[of_block]
+        c = constants(kernel.source, HS=size)
+        states_bytes = c.evaluate("STATE_BYTES", of_block)
+        of_warp = max(c.evaluate("WARP_BYTES", dtype.itemsize), states_bytes)
+        static = of_block * size * 4
     of_warp = -(-of_warp // 128) * 128
     warps = c["MOST_WARPS"]
     while warps * of_warp + static > shared_limit():
         warps //= 2
-    share = heads // max(kv, 1)
-    blocks = kv * -(-share // c["MOST_HEADS"])
+    blocks = kv * -(-share // of_block)
     resident = max(shared_limit() // (warps * of_warp + static), 1) * sm_count()
     # No part is so short that its warps have fewer than two tiles.
     longest = max(capacity // (2 * warps * c["KEYS"]), 1)

@@ -210,6 +210,14 @@ def test_the_ladders_agree(dtype):
             for a in (wide(q, k, v), (q, k, v))
         )
         check(host(token), least, one, dtype, f"decode_attention {step}")
+    # Heads that share keys, of which a block has all.
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in forced(patch, "plain"):
+            for kv in (1, 2, 4, 8):
+                few = q[:, 0].repeat(2, 1), k[:, :, :1].repeat(kv, 2), v[:, :, :1].repeat(kv, 2)
+                token = ops.decode_attention(*on(cupy, *few, lengths))
+                one, least = (reference.decode_attention(*a, lengths) for a in (wide(*few), few))
+                check(host(token), least, one, dtype, f"decode_attention 8/{kv}")
     # Whole tiles, which the copy engine brings where there is one.
     part = [each[:, :128] for each in (q, k, v)]
     exact, baseline = (reference.attention(*a, True) for a in (wide(*part), part))
