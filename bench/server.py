@@ -30,6 +30,7 @@ from arguments import chosen, main, names, numbers, parsed, parser
 from serving import HERE, Server, lengths_of, load, summary, text_prompts, write_served_checkpoint
 from shared import DTYPES, Kept, config_of
 
+from gpt2cupy import record
 from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.tokenizer import Tokenizer
 
@@ -84,7 +85,8 @@ class Bench:
         end = float(seen["end"].max())
         cpu = {name: (s - before.get(name, 0)) / (end - begin) for name, s in after.items()}
         row = {"clients": clients, "lengths": kind, "cpu": cpu}
-        return row | summary(seen, (begin + WARM, begin + WARM + seconds))
+        limits = self.args.limit_first / 1e3, self.args.limit_between / 1e3
+        return row | summary(seen, (begin + WARM, begin + WARM + seconds), limits)
 
     def keep(self, part: str, row: dict[str, Any]) -> None:
         self.kept.rows.append({"part": part, **row})
@@ -133,25 +135,30 @@ class Bench:
                 row = self.loaded(server, 64, "random", seconds=args.seconds, rate=rate)
                 self.keep("open", row | {"rate": rate, "what": f"{rate}/s"})
 
-    def one(self) -> None:
+    def direct(self, runs: int) -> tuple[float, float]:
+        """Milliseconds to the first token and to the end, through the engine without a server."""
         args = self.args
-        prompts = text_prompts(self.tokenizer, [args.prompt] * 8)
         settings = {"model": str(self.folder), "dtype": args.dtype, "device": args.device}
-        job = {"settings": settings | {"slots": args.slots}, "prompts": prompts}
-        job |= {"tokens": args.tokens, "runs": args.runs}
+        job = {"settings": settings | {"slots": args.slots}, "runs": runs}
+        job |= {"tokens": args.tokens, "prompts": text_prompts(self.tokenizer, [args.prompt] * 8)}
         found = subprocess.run(
             [sys.executable, str(HERE / "server_direct.py")],
             input=json.dumps(job), capture_output=True, text=True, check=False,
         )  # fmt: skip
         if found.returncode:
-            self.kept.skip("one", found.stderr.strip().splitlines()[-1])
-            return
-        first, direct = np.median(json.loads(found.stdout.splitlines()[-1]), axis=0) * 1e3
+            raise Gpt2CupyError(f"the engine alone: {found.stderr.strip().splitlines()[-1]}")
+        answer = json.loads(found.stdout.splitlines()[-1])
+        record.add_loaded(answer["loaded"])
+        first, last = np.median(answer["times"] or [(0, 0)], axis=0) * 1e3
+        return float(first), float(last)
+
+    def one(self) -> None:
+        first, direct = self.direct(self.args.runs)
         with self.server("--event-tokens", "2") as server:
-            row = self.loaded(server, 1, "equal", seconds=args.seconds)
+            row = self.loaded(server, 1, "equal", seconds=self.args.seconds)
             name = "vllm:time_to_first_token_seconds"
             inside = server.metric(f"{name}_sum") / server.metric(f"{name}_count") * 1e3
-        row |= {"direct_ms": float(direct), "direct_first_token_ms": float(first)}
+        row |= {"direct_ms": direct, "direct_first_token_ms": first}
         row |= {"over_direct": row["end_to_end_ms"]["p50"] / direct}
         # From the front's having the request to the engine process's having its first token.
         self.keep("one", row | {"engine_first_token_ms": inside})
@@ -188,7 +195,7 @@ class Bench:
             with self.server("--engine", f"{ENGINES}:{engine}", *options) as server:
                 measure(server)
         except Gpt2CupyError as error:
-            self.kept.skip(engine, str(error)[-300:])
+            self.kept.skip(engine, str(error)[-300:].rstrip("."))
 
 
 def run() -> None:
@@ -204,6 +211,8 @@ def run() -> None:
     options.add_argument("--tokens", type=int, default=128)
     options.add_argument("--seconds", type=int, default=20)
     options.add_argument("--row-seconds", type=int, default=60)
+    options.add_argument("--limit-first", type=int, default=50, help="ms, for the goodput")
+    options.add_argument("--limit-between", type=int, default=5, help="ms, for the goodput")
     options.add_argument("--runs", type=int, default=20)
     options.add_argument("--processes", type=int, default=4, help="of clients")
     args = parsed(options)
@@ -212,6 +221,7 @@ def run() -> None:
     config = config_of(args.model)
     taken = ("model", "dtype", "slots", "workers", "prompt", "tokens", "seconds", "row_seconds")
     settings = {name: getattr(args, name) for name in taken}
+    settings["limit_ms"] = {"first_token": args.limit_first, "between_events": args.limit_between}
     gpu = args.device != "cpu"
     with tempfile.TemporaryDirectory() as name, Kept(args.out, settings, gpu=gpu) as kept:
         write_served_checkpoint(Path(name), config, args.dtype)
@@ -219,6 +229,8 @@ def run() -> None:
         parts: dict[str, Callable[[], None]] = {part: getattr(bench, part) for part in PARTS}
         for part in args.parts:
             parts[part]()
+        if "one" not in args.parts:
+            bench.direct(0)  # what a server loads, for the record
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Reads a job as JSON from stdin: ``settings`` (of the server), ``prompts`` (texts), ``tokens``,
 ``runs``. Writes JSON: seconds from a text to the first piece of its continuation's text and to the
-last one, for each run.
+last one, for each run, as ``times``; and what it loaded, as ``loaded``, for the record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 
 import numpy as np
 
-from gpt2cupy import SamplingParams
+from gpt2cupy import SamplingParams, record
 from gpt2cupy.generation.request import Request
 from gpt2cupy.server.engine_process import make_engine
 from gpt2cupy.server.settings import Settings
@@ -41,7 +41,11 @@ def main() -> None:
             if pieces and not first:
                 first = time.perf_counter() - start
         seconds.append((first, time.perf_counter() - start))
-    print(json.dumps(seconds[3:]))
+    # Speed depends on what runs in the fronts too.
+    from gpt2cupy.server import front_process, worker
+
+    assert front_process and worker
+    print(json.dumps({"times": seconds[3:], "loaded": record.loaded()}))
 
 
 if __name__ == "__main__":

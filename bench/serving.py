@@ -199,15 +199,24 @@ def load(job: dict[str, Any], processes: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def summary(seen: dict[str, np.ndarray], window: tuple[float, float]) -> dict[str, Any]:
-    """Rates and percentiles of what clients saw within a window of time."""
+def summary(
+    seen: dict[str, np.ndarray], window: tuple[float, float], limits: tuple[float, float] = (1, 1)
+) -> dict[str, Any]:
+    """Rates and percentiles of what clients saw within a window of time.
+
+    ``limits`` are the seconds to a first token, and between events on average, within which a
+    request counts for the goodput.
+    """
     first, last = window
     inside = (seen["at"] >= first) & (seen["at"] < last)
     ended = (seen["end"] >= first) & (seen["end"] < last)
     per_event = seen["tokens"] / np.maximum(seen["events"], 1)
     tokens = float((np.repeat(per_event, seen["events"])[inside]).sum())
     gaps = seen["gap"][inside & ~np.isnan(seen["gap"])]
+    mean_gap = (seen["end"] - seen["first"]) / np.maximum(seen["events"] - 1, 1)
+    good = ended & (seen["first"] - seen["start"] <= limits[0]) & (mean_gap <= limits[1])
     found: dict[str, Any] = {
+        "goodput": float(good.sum()) / (last - first),
         "requests": int(ended.sum()),
         "errors": int(seen["errors"].sum()),
         "tokens_per_second": tokens / (last - first),

@@ -72,7 +72,8 @@ def run(
 
     start, texts, tokens = time.perf_counter(), 0, 0
     # Where the texts themselves are on the terminal, they are the progress.
-    bar = not quiet and sys.stderr.isatty() and not sys.stdout.isatty()
+    seen = [stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)]
+    bar = not quiet and seen == [False, True]
     slots = lm.most_slots if max_batch is None else max_batch
     each: Completion
     for found in lm.generate(prompts(), max_batch=slots, progress=bar, **settings):

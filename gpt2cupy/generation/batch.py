@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,23 @@ class _Line:
         return len(self.made) == len(self.requests)
 
 
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Let the garbage collector look at nothing that is there already.
+
+    What a batch makes sets it off again and again, and each time it would go through all modules,
+    which takes a third of the host's time.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
+
+
 class Batch:
     """Runs the requests of a file.
 
@@ -121,7 +139,8 @@ class Batch:
         if self.summary.before == self.summary.requests:
             self.summary.failed = self._answers.failed
             return self.summary
-        with contextlib.closing(self._session.blocks(self._requests(done), self._slots)) as blocks:
+        blocks = self._session.blocks(self._requests(done), self._slots)
+        with _frozen(), contextlib.closing(blocks):
             for block in blocks:
                 for key in self._collector.push(block):
                     self._session.cancel(key)

@@ -97,8 +97,8 @@ class CompletionRequest:
 class CompletionParser:
     """Reads bodies; settings that came before are not checked again.
 
-    Bodies of one list mostly differ in the prompt alone, and to check the rest costs more than
-    to make a request of it.
+    Bodies of one list mostly differ in prompt and seed alone, and to check the rest costs more
+    than to make a request of it.
     """
 
     def __init__(self) -> None:
@@ -108,14 +108,21 @@ class CompletionParser:
         """:func:`completion_request`, with a memory."""
         if not isinstance(body, Mapping):
             return completion_request(body)
-        rest = {name: value for name, value in body.items() if name != "prompt"}
+        rest = {name: value for name, value in body.items() if name not in ("prompt", "seed")}
         known = self._seen.get(key := repr(rest))
         if known is None:
             known = completion_request(rest)
-            if len(self._seen) >= 64:  # as where each has a seed of its own
+            if len(self._seen) >= 64:
                 self._seen.clear()
             self._seen[key] = known
-        return dataclasses.replace(known, prompts=_prompts(body.get("prompt")))
+        params, seed = known.params, body.get("seed")
+        if seed is not None:
+            try:
+                params = params.with_seed(_seed(seed))
+            except InputError as error:
+                raise in_body_words(error) from error
+        prompts = _prompts(body.get("prompt"))
+        return dataclasses.replace(known, prompts=prompts, params=params)
 
 
 def completion_request(body: Any) -> CompletionRequest:
@@ -174,9 +181,8 @@ def _params(given: Mapping[str, Any]) -> SamplingParams:
     settings |= {_RENAMED.get(name, name): given[name] for name in _SAMPLING if name in given}
     if "logit_bias" in given:
         settings["logit_bias"] = _biases(given["logit_bias"])
-    seed = settings.get("seed")
-    if isinstance(seed, int) and not isinstance(seed, bool) and seed < 0:  # 64 bits with a sign
-        settings["seed"] = seed % LARGEST_SEED if seed >= -(LARGEST_SEED // 2) else seed
+    if "seed" in settings:
+        settings["seed"] = _seed(settings["seed"])
     if settings.get("top_k") == -1:  # how vLLM writes "off"
         settings["top_k"] = 0
     if _flag(given, "ignore_eos"):
@@ -185,6 +191,12 @@ def _params(given: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams(**settings)
     except InputError as error:
         raise in_body_words(error) from error
+
+
+def _seed(seed: Any) -> Any:
+    """A seed, whose 64 bits may have been written with a sign."""
+    signed = isinstance(seed, int) and -(LARGEST_SEED // 2) <= seed < 0
+    return seed % LARGEST_SEED if signed else seed
 
 
 def _biases(given: Any) -> dict[int, Any]:

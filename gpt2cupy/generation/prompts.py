@@ -160,7 +160,7 @@ class PromptEncoder:
                     place += f"; {error.where}"
                 raise type(error)(error.what, where=place, remedy=error.remedy) from error
             if own.seed is None and not own.greedy:
-                own = SamplingParams.unchecked(vars(own) | {"seed": secrets.randbits(_SEED_BITS)})
+                own = own.with_seed(secrets.randbits(_SEED_BITS))
             yield [Request((number, i), ids, own, index=i, eos=ends) for i in range(own.n)]
 
     def _fitting(self, prompt: Any, params: SamplingParams) -> np.ndarray:

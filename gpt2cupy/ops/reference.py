@@ -33,17 +33,26 @@ from .reference_rows import (
 )
 from .reference_rows import store as _store
 from .reference_rows import wide as _wide
-from .reference_sampling import sample, sample_logits, target_logprobs, top_logprobs
+from .reference_sampling import (
+    accept_drafts,
+    propose_drafts,
+    sample,
+    sample_logits,
+    target_logprobs,
+    top_logprobs,
+)
 
 Array = Any
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "dequantize",
     "embedding",
     "ffn",
@@ -54,6 +63,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",
@@ -63,6 +73,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]
@@ -81,7 +92,13 @@ def embedding(
     *,
     out: Array | None = None,
 ) -> Array:
-    x = _wide(_dense(wte)[ids]) + _wide(wpe[positions])
+    tokens = _dense(wte)
+    inside = (ids >= 0) & (ids < len(tokens)) & (positions >= 0) & (positions < len(wpe))
+    if inside.all():
+        x = _wide(tokens[ids]) + _wide(wpe[positions])
+    else:  # idle rows run on past the context, and a draft may be none
+        x = _wide(tokens[np.where(inside, ids, 0)]) + _wide(wpe[np.where(inside, positions, 0)])
+        x[~inside] = 0
     return _store(x, out, x.dtype)
 
 
@@ -108,6 +125,10 @@ def bias_act(
 # Inputs of a GEMM that BLAS sums at a time. It may keep one running sum over all of them
 # (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
 PART: ContextVar[int] = ContextVar("PART", default=128)
+# OpenBLAS multiplies matrices of so few results and multiplications as they lie; larger ones it
+# packs first, which takes three times as long where one of them has 8 rows.
+_UNPACKED = 1024, 10**6
+_LEAST = 16  # rows of weights at a time for which that pays
 
 
 def _product(x: Array, weight: Array, backend: str) -> Array:
@@ -117,11 +138,22 @@ def _product(x: Array, weight: Array, backend: str) -> Array:
         return (weight @ x[0])[None]
     if backend == "invariant":
         return np.stack([weight @ row for row in x])
-    part = PART.get()
+    part, rows = PART.get(), _unpacked_rows(*x.shape)
+    if part < x.shape[1] and rows >= _LEAST:
+        y = np.empty((len(x), len(weight)), np.result_type(x, weight))
+        for start in range(0, len(weight), rows):
+            y[:, start : start + rows] = x @ weight[start : start + rows].T
+        return y
     y = x[:, :part] @ weight[:, :part].T
     for start in range(part, x.shape[1], part):
         y += x[:, start : start + part] @ weight[:, start : start + part].T
     return y
+
+
+def _unpacked_rows(rows: int, size: int) -> int:
+    """Rows of weights that OpenBLAS multiplies by so many of x without packing them."""
+    results, products = _UNPACKED
+    return min(results, products // max(size, 1)) // rows // _LEAST * _LEAST if rows else 0
 
 
 def linear(
@@ -285,3 +317,18 @@ def attention_decode(
         keys, values = _wide(k[slot, :, : position + 1]), _wide(v[slot, :, : position + 1])
         out[row] = _attend(q[:, row, None], keys, values, scale, position).reshape(-1)
     return out
+
+
+def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array) -> None:
+    for source, target, count in zip(sources, targets, counts, strict=True):
+        for cache in (k, v):
+            cache[:, target, :, :count] = cache[:, source, :, :count]
+
+
+def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> None:
+    _, n_head, capacity, head_size = k.shape
+    _, new_k, new_v = _heads(qkv, n_head, head_size)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        if slot >= 0 and 0 <= position < capacity:
+            k[slot, :, position] = new_k[:, row]
+            v[slot, :, position] = new_v[:, row]

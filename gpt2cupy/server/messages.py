@@ -6,7 +6,7 @@ A frame is a list of messages. A front opens with :class:`Hello`; the engine ans
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -114,14 +114,14 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
 
 
-def ints(data: bytes, kind: str = "i") -> list[int]:
+def ints(data: bytes, kind: Literal["i", "q"] = "i") -> list[int]:
     """Packed int32 (``kind`` "q": int64) as a list."""
     return memoryview(data).cast(kind).tolist()
 
 
 def floats(data: bytes) -> list[float]:
     """Packed float32 as a list."""
-    return memoryview(data).cast("f").tolist()
+    return list(memoryview(data).cast("f"))
 
 
 def packed(ids: Any) -> bytes:
@@ -131,7 +131,15 @@ def packed(ids: Any) -> bytes:
 
 def params_of(params: SamplingParams) -> dict[str, Any]:
     """The fields of SamplingParams that are not its defaults, as :class:`Submit` carries them."""
-    return {name: v for name, v in vars(params).items() if v != getattr(_DEFAULT, name)}
+    given = {name: v for name, v in vars(params).items() if v != getattr(_DEFAULT, name)}
+    if bias := given.get("logit_bias"):
+        given["logit_bias"] = {id_: _in_64_bits(value) for id_, value in bias.items()}
+    return {name: _in_64_bits(value) for name, value in given.items()}
+
+
+def _in_64_bits(value: Any) -> Any:
+    """An integer that msgpack has not, where a number was meant, as a float."""
+    return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value
 
 
 _DEFAULT = SamplingParams()

@@ -21,6 +21,7 @@ from .blas import Queued
 from .device import current_device
 from .signature import array_facts, granule, meet
 from .tape import THREAD, Launch, recorded
+from .tensor_map import Tiles, room
 
 Array = Any
 _KNOWN = 4096  # plans that a thread keeps
@@ -32,8 +33,8 @@ class Plan:
     """Checked launches, to be run again with other pointers, past CuPy's handling of arguments.
 
     CuPy makes an object of every argument of every call. Here all of them lie in memory
-    once, eight bytes each, and only pointers are written before the launches. So a plan belongs
-    to one thread.
+    once, eight bytes each, and only pointers are written before the launches, and the tensor maps
+    that hold some. So a plan belongs to one thread.
 
     Parameters
     ----------
@@ -62,6 +63,7 @@ class Plan:
         launches: list[tuple[Callable[..., None], int]] = []
         granules: dict[int, int] = {}
         pairs = set()
+        maps: list[tuple[Tiles, int, int]] = []  # with the place of the pointer, and the address
         for call, taken in zip(calls, places, strict=True):
             for place, value in zip(taken, call.values, strict=False):
                 if isinstance(value, cupy.ndarray):
@@ -72,13 +74,20 @@ class Plan:
             if isinstance(call, Queued):
                 launches.append((functools.partial(_start, call, cells, taken), 0))
                 continue
-            scalars = call.values[len(taken) :]
-            for place, value in enumerate(scalars, free):
+            used = [start + 8 * place for place in taken]
+            of_tiles = iter(call.tiles_of)
+            for value in call.values[len(taken) :]:
+                if isinstance(value, Tiles):
+                    memory, address = room()
+                    self._memory.append(memory)
+                    maps.append((value, taken[next(of_tiles)], address))
+                    used.append(address)
+                    continue
                 # Little-endian, as every machine with CUDA: the value's bytes come first.
-                cells[place] = int.from_bytes(value.tobytes(), "little")
-            used = *taken, *range(free, free + len(scalars))
-            free += len(scalars)
-            addresses = array("Q", [start + 8 * place for place in used])
+                cells[free] = int.from_bytes(value.tobytes(), "little")
+                used.append(start + 8 * free)
+                free += 1
+            addresses = array("Q", used)
             self._memory += [addresses, call.function]  # keeps the module loaded
             sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
             kernel = call.function.kernel.ptr
@@ -91,6 +100,7 @@ class Plan:
         self._write = functools.partial(struct.Struct(f"{count}Q").pack_into, cells, 0)
         self._stream = cupy.cuda.get_current_stream
         self._launches = launches
+        self._maps = maps
 
     def admits(self, pointers: tuple[int, ...]) -> bool:
         """Whether arrays at these addresses are aligned, and overlap only where they may."""
@@ -110,6 +120,8 @@ class Plan:
     def run(self, pointers: tuple[int, ...]) -> None:
         """Launch on the current stream with these pointers, 0 for None."""
         self._write(*pointers)
+        for tiles, place, address in self._maps:
+            tiles.write(pointers[place], address)
         stream = self._stream(self.device).ptr
         for start, addresses in self._launches:
             start(stream, addresses, 0)
@@ -117,6 +129,8 @@ class Plan:
     def run_on(self, stream: int, pointers: tuple[int, ...]) -> None:
         """Launch on the stream with this address."""
         self._write(*pointers)
+        for tiles, place, address in self._maps:
+            tiles.write(pointers[place], address)
         for start, addresses in self._launches:
             start(stream, addresses, 0)
 
@@ -170,7 +184,7 @@ def places_of(
 
 def _is_pointer(value: Any) -> bool:
     # Scalars of kernels are of other types of NumPy's.
-    return isinstance(value, np.uintp) or not isinstance(value, np.generic)
+    return isinstance(value, np.uintp) or not isinstance(value, (np.generic, Tiles))
 
 
 def keep(plans: dict[Any, Any], key: Any, plan: Any) -> None:
