@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import types
 
 import fake_driver
@@ -35,6 +36,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(blas, "_stream", lambda: 70)
     for seen in fake_driver.stand_in(monkeypatch):
         seen.queued, seen.turns = [], 0
+        sys.modules["cupy"].cuda.driver.launchKernel = lambda *given: None
 
         @contextlib.contextmanager
         def workspace(seen=seen):
