@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
-    from .attention import attention, decode_attention
+    from .attention import attention
     from .cached_attention import attention_decode, attention_prefill
+    from .decode_attention import decode_attention
     from .epilogue import bias_act
     from .ffn import ffn
     from .gpt2.embedding import embedding, last_rows
@@ -37,7 +38,7 @@ _MODULES = {
     "attention_prefill": "cached_attention",
     "bias_act": "epilogue",
     "bias_gelu": "activation",
-    "decode_attention": "attention",
+    "decode_attention": "decode_attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
     "ffn": "ffn",
