@@ -81,10 +81,19 @@ def check_heads(q: Facts, k: Facts, v: Facts, dims: str, where: str) -> None:
 
 
 def check_aligned(where: str, **arrays: Facts | None) -> None:
-    """Refuse strides that are no multiple of 16 bytes, and an output that overlaps itself."""
+    """Refuse what no kernel takes.
+
+    These are float64, strides that are no multiple of 16 bytes, and an output that overlaps itself.
+    """
     for name, each in arrays.items():
         if each is None:
             continue
+        if each.dtype == np.float64:
+            raise InputError(
+                f"{name} is of float64, which NumPy alone computes in",
+                where=f"{where}: {name}",
+                remedy="Give all arrays in one of float32, float16 and bfloat16.",
+            )
         leading = [s for n, s in zip(each.shape[:-1], each.strides, strict=False) if n > 1]
         if any(stride % 16 for stride in leading):
             raise InputError(

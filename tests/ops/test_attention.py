@@ -421,6 +421,7 @@ def test_layouts_that_kernels_cannot_take_are_refused_by_name():
         ("out", (q, k, v), {"out": q}),
         ("out", (q, k, v), {"out": cupy.broadcast_to(q[:, :1], q.shape)}),
         ("k", (q, k.get(), v), {}),
+        ("q", tuple(each.astype(np.float64) for each in (q, k, v)), {}),
     ):
         with pytest.raises(InputError) as caught:
             ops.attention(*args, **options)
