@@ -91,6 +91,9 @@ class Token:
         "error" (the logits are not finite, and ``id`` means nothing), or None while it goes on.
     top : list of (int, float)
         The most probable tokens, where ``logprobs`` asks for them.
+    drafted, accepted : int
+        With the last token of a text that speculates: its drafts that steps verified, and those
+        that stood.
     """
 
     key: Any
@@ -98,3 +101,5 @@ class Token:
     logprob: float
     finish_reason: str | None
     top: list[tuple[int, float]]
+    drafted: int = 0
+    accepted: int = 0
