@@ -78,26 +78,25 @@ def test_ffn_of_real_widths(rows, c, f, kind):
     dtype, rng = DTYPES[kind], np.random.default_rng(1)
     weights = [cupy.asarray(w).astype(dtype) for w in real_weights(c, f)]
     x, residual = (cupy.asarray(draw(rng, (rows, c), dtype)) for _ in range(2))
-    ours = ops.ffn(x, *weights, residual=residual)
     w1, b1, w2, b2 = (w.astype(np.float64) for w in weights)
     hidden = reference.activate(host(x.astype(np.float64) @ w1.T + b1), "gelu_tanh")
-    exact = cupy.asarray(hidden) @ w2.T + b2 + residual.astype(np.float64)
+    exact = host(cupy.asarray(hidden) @ w2.T + b2 + residual.astype(np.float64))
     torch = torch_with_gpu()
     if torch is None:
         hidden = ops.linear(x, *weights[:2], activation="gelu_tanh", backend="cublas")
-        baseline = ops.linear(hidden, *weights[2:], residual=residual, backend="cublas")
+        baseline = host(ops.linear(hidden, *weights[2:], residual=residual, backend="cublas"))
     else:
         tensors = [torch.as_tensor(a.astype(np.float32), device="cuda") for a in (x, *weights)]
         x_, w1_, b1_, w2_, b2_ = (t.to(getattr(torch, kind)) for t in tensors)
         linear = torch.nn.functional.linear
         hidden = torch.nn.functional.gelu(linear(x_, w1_, b1_), approximate="tanh")
         added = torch.as_tensor(residual.astype(np.float32), device="cuda").to(hidden.dtype)
-        baseline = (added + linear(hidden, w2_, b2_)).float()
-    check(
-        *(a.get() if hasattr(a, "get") else a.cpu().numpy() for a in (ours, baseline, exact)),
-        dtype,
-        f"ffn {rows} x {c} x {f}",
-    )
+        baseline = (added + linear(hidden, w2_, b2_)).float().cpu().numpy()
+    for backend in ("auto", "products", "fused"):
+        if backend == "fused" and not ffn_few.fits(rows, (c, f, c), dtype):
+            continue
+        ours = host(ops.ffn(x, *weights, residual=residual, backend=backend))
+        check(ours, baseline, exact, dtype, f"ffn {backend} {rows} x {c} x {f}")
 
 
 def float32_on_gpu(function, *arrays):
