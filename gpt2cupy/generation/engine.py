@@ -165,30 +165,7 @@ class Engine:
             it speculates in an engine of several slots.
         """
         request.check(self.model.config)
-        room = self.cache.capacity - len(request.prompt) + 1
-        if room < 1:
-            raise InputError(
-                f"a prompt of {len(request.prompt)} tokens does not fit a slot of "
-                f"{self.cache.capacity}",
-                where="Engine.submit",
-                remedy="Shorten the prompt, or make an Engine of a larger capacity.",
-            )
-        if (wanted := request.params.must_fit) > room:
-            raise InputError(
-                f"{len(request.prompt)} tokens of prompt and {wanted} new ones exceed a slot of "
-                f"{self.cache.capacity}",
-                where="Engine.submit",
-                remedy=f"Ask for at most {room}, leave max_new_tokens out to fill the slot, or "
-                "make an Engine of a larger capacity.",
-            )
-        if request.params.speculate and self.slots > 1:
-            raise InputError(
-                f"speculation is for one text at a time, and this engine has {self.slots} slots",
-                where="Engine.submit: speculate",
-                remedy="Take max_batch=1, or an Engine of one slot; several texts at once are "
-                "faster without.",
-            )
-        sequence = Sequence(request, request.params.limit(room))
+        sequence = Sequence(request, request.limit_in(self.cache.capacity, self.slots))
         if self._by_key.setdefault(request.key, sequence) is not sequence:
             raise InputError(
                 f"a request with the key {shown(request.key)} is running",

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
-    from .attention import attention, decode_attention
+    from .attention import attention
     from .cached_attention import attention_decode, attention_prefill
+    from .decode_attention import decode_attention
     from .drafts import accept_drafts, propose_drafts, store_kv
     from .epilogue import bias_act
     from .ffn import ffn
@@ -41,7 +42,7 @@ _MODULES = {
     "bias_act": "epilogue",
     "bias_gelu": "activation",
     "copy_slots": "slots",
-    "decode_attention": "attention",
+    "decode_attention": "decode_attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
     "ffn": "ffn",
