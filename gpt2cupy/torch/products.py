@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.core import blas
+from ..ops.core.device import cupy_module
 from ..ops.ffn import scratch_of
 from .launches import DTYPES, launches
 from .operators import refuse_gradient
@@ -49,6 +50,7 @@ def _linear(
 @functools.cache
 def _scratch(device: int, rows: int, sizes: tuple[int, int, int], kind: Any) -> tuple[Any, Any]:
     """Shape and dtype of what ffn needs beside its output."""
+    cupy_module()  # which is asked about the GPU
     with torch.cuda.device(device):
         shape, dtype = scratch_of(rows, sizes, DTYPES[kind])
     return shape, _KINDS[np.dtype(dtype)]

@@ -127,3 +127,37 @@ def test_a_caller_with_memory_takes_no_turns(driver):
     with recorded() as calls, blas.working_in(DeviceArray((0,), np.uint8)):
         ops.linear(**given)
     assert calls[0].values[5] is None
+
+
+class Reshaped(DeviceArray):
+    """An array that can be seen under another shape, as CuPy's."""
+
+    base = None
+
+    def reshape(self, *shape):
+        made = Reshaped(shape, self.dtype, ptr=self.data.ptr)
+        made.base = self if self.base is None else self.base
+        return made
+
+    def view(self):
+        return self.reshape(*self.shape)
+
+
+def test_rows_of_more_dimensions_are_found_again_where_it_is_clear_what_they_are(driver):
+    def given(**pointers):
+        made = {name: Reshaped((2, 150, M), HALF, ptr=p * APART) for name, p in pointers.items()}
+        return arrays(x=Reshaped((2, 150, K), HALF, ptr=APART)) | made
+
+    for out in (4, 5):
+        ops.linear(**given(out=out))
+    assert [queued[1][4] for queued in driver.queued] == [4 * APART, 5 * APART]
+    assert [type(plan) for plan in THREAD.plans.values()] == [Plan]
+    # The residual is the output: the launch has two views of the same memory.
+    together = given(out=4)
+    together["residual"] = together["out"]
+    ops.linear(**together)
+    ops.linear(**given(out=6, residual=7))
+    assert [queued[1][3:] for queued in driver.queued[2:]] == [
+        [4 * APART, 4 * APART],
+        [7 * APART, 6 * APART],
+    ]
