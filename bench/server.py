@@ -37,7 +37,8 @@ from gpt2cupy.tokenizer import Tokenizer
 PARTS = ("ready", "closed", "many", "open", "one", "baseline", "norms")
 KINDS = ("equal", "random")
 WARM = 1.0  # seconds of a load before what is counted
-ENGINES = HERE / "peers" / "served.py"
+PEERS = "served"  # the script of engines that go behind our fronts
+ENGINES = HERE / "peers" / f"{PEERS}.py"
 # Engines of row i, by the names in the table.
 NORMS = {
     "ours, fused": "fused",

@@ -57,7 +57,7 @@ def serve(generation: int, settings: Settings) -> None:
 
     start = time.monotonic()
     store = Store(settings.folder, "engine")
-    socket = zmq.Context.instance(io_threads=1).socket(zmq.ROUTER)
+    socket: Any = zmq.Context.instance(io_threads=1).socket(zmq.ROUTER)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
     socket.set(zmq.LINGER, 0)
