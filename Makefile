@@ -122,10 +122,14 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/call_cost.py
 	$(BIN)/python bench/batch.py
 	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/prefixes.py
+	$(BIN)/python bench/speculation.py
+	$(BIN)/python bench/arrivals.py
 	$(BIN)/python bench/server.py
 	$(BIN)/python bench/server_front.py
 	$(BIN)/python -m bench.report --draw
@@ -151,9 +155,9 @@ records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale
 # A batch killed 100 times, 10,000 requests against 256 slots, and bodies at random for ten minutes.
 release-check: $(VENV)/test ## Fail if a record is stale or cut off, a table has none, or a long test fails
 	@$(BIN)/python -m bench.report --records --strict
-	GPT2CUPY_TEST_KILLS=100 $(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills
 	GPT2CUPY_E2E_REQUESTS=10000 $(BIN)/python -m pytest -q tests/e2e/test_survival.py -k beyond_the_slots
 	$(BIN)/python tests/fuzz/fuzz_server.py --seconds 600
+	$(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills --kills 100
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,30 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
-    from .attention import attention, decode_attention
+    from .attention import attention
     from .cached_attention import attention_decode, attention_prefill
+    from .decode_attention import decode_attention
+    from .drafts import accept_drafts, propose_drafts, store_kv
+    from .epilogue import bias_act
+    from .ffn import ffn
     from .gpt2.embedding import embedding, last_rows
-    from .linear import bias_act, gemv, linear, norm_linear
+    from .linear import gemv, linear
     from .lookup import lookup
     from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from .norm_backward import layer_norm_backward, rms_norm_backward
+    from .norm_linear import norm_linear
     from .quantized import dequantize, quantize
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
     from .shift import shifted_bias
+    from .slots import copy_slots
     from .softmax import softmax
 
 _MODULES = {
+    "accept_drafts": "drafts",
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
     "attention": "attention",
     "attention_decode": "cached_attention",
     "attention_prefill": "cached_attention",
-    "bias_act": "linear",
+    "bias_act": "epilogue",
     "bias_gelu": "activation",
-    "decode_attention": "attention",
+    "copy_slots": "slots",
+    "decode_attention": "decode_attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
+    "ffn": "ffn",
     "gelu": "activation",
     "gemv": "linear",
     "last_rows": "gpt2.embedding",
@@ -44,7 +53,8 @@ _MODULES = {
     "layer_norm_backward": "norm_backward",
     "linear": "linear",
     "lookup": "lookup",
-    "norm_linear": "linear",
+    "norm_linear": "norm_linear",
+    "propose_drafts": "drafts",
     "quantize": "quantized",
     "rms_norm": "norm",
     "rms_norm_backward": "norm_backward",
@@ -55,11 +65,13 @@ _MODULES = {
     "shifted_bias": "shift",
     "silu_mul": "activation",
     "softmax": "softmax",
+    "store_kv": "drafts",
     "target_logprobs": "sampling",
     "top_logprobs": "sampling",
 }
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -67,9 +79,11 @@ __all__ = [
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "decode_attention",
     "dequantize",
     "embedding",
+    "ffn",
     "gelu",
     "gemv",
     "last_rows",
@@ -78,6 +92,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",
@@ -88,6 +103,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]

@@ -17,9 +17,11 @@ WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several iterations
 _SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
+_MOST_FIXED_ROWS = 16  # of linear_fixed.cu, which reads the weights once for each eight
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
 _FULL = 0.5  # share of the multiprocessors that must have a block of more than a tile of rows
+_LIBRARY_BYTES = 32 << 20  # of weights, for few rows
 _STATIC = 1024  # bytes of its shared memory beside stages and sums, at most
 LONGEST = 8192  # longest row that fits their registers
 
@@ -33,15 +35,15 @@ def entries(source: str, name: str, signature: str, **options: Any) -> dict[bool
 
 
 _GEMV = (
-    "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
+    "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M]~, "
     "activation: int, M"
 )
 _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
-    "out: OUT[1,M], eps: float, activation: int, M"
+    "out: OUT[1,M]!, eps: float, activation: int, M"
 )
 _NORM_GEMV_ONCE = (
-    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M], "
+    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M]!, "
     "eps: float, activation: int, M"
 )
 GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
@@ -73,7 +75,7 @@ GEMV_NAIVE = entries("linear.cu", "gemv_naive", _GEMV + ", K")
 BIAS_ACT = entries(
     "linear.cu",
     "bias_act",
-    "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M], activation: int, N, M",
+    "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M]~, activation: int, N, M",
 )
 
 
@@ -192,6 +194,16 @@ def _one_turn(weight: Array, outputs: int) -> bool:
     return len(weight) <= sm_count() * _BLOCKS_PER_SM * outputs
 
 
+def takes_library(rows: int, weight: Array) -> bool:
+    """Whether cuBLASLt is faster than the kernels here for a GEMV or GEMM of few rows.
+
+    So it is with weights that take longer to read than a launch, and for one row where it
+    is longer than what norm_gemv.cu holds.
+    """
+    large = weight.dtype != np.float32 and weight.nbytes >= _LIBRARY_BYTES
+    return large and (rows > 1 or weight.shape[1] > LONGEST)
+
+
 def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:
     """Whether linear_rows.cu is there for a GEMM of so many rows, and faster than cuBLASLt."""
     few = rows <= _MOST_ROWS and len(weight) <= _MOST_OUTPUTS
@@ -271,7 +283,22 @@ def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...])
     """One kernel and one order of every sum for any number of rows."""
     if _fits_rows(weight) and has_mma():
         launch_rows(x, weight, out, args, invariant=True)
-        return
+    else:
+        launch_fixed(x, weight, out, args)
+
+
+def takes_fixed(rows: int, weight: Array, backend: str) -> bool:
+    """Whether linear_fixed.cu is faster than cuBLASLt: float32, which has no other kernel of ours.
+
+    Its sums are also in more parts: those of cuBLASLt for 16 rows had up to four times
+    PyTorch's error beside a channel in the thousands.
+    """
+    few = 2 <= rows <= _MOST_FIXED_ROWS
+    return few and backend == "ours" and weight.dtype == np.float32
+
+
+def launch_fixed(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
+    """A product whose sums have an order that K alone decides."""
     c = constants("linear_fixed.cu")
     grid = (-(-len(weight) // c["OUTPUTS"]), -(-len(x) // c["ROWS"]))
     kernel = LINEAR_FIXED[out.dtype == np.float32]

@@ -7,6 +7,7 @@ narrower than float32 are computed in float32, as the kernels do.
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +20,7 @@ from .reference_rows import (
     add_layer_norm,
     add_rms_norm,
     bias_gelu,
+    fits,
     gelu,
     layer_norm,
     layer_norm_backward,
@@ -31,19 +33,29 @@ from .reference_rows import (
 )
 from .reference_rows import store as _store
 from .reference_rows import wide as _wide
-from .reference_sampling import sample, sample_logits, target_logprobs, top_logprobs
+from .reference_sampling import (
+    accept_drafts,
+    propose_drafts,
+    sample,
+    sample_logits,
+    target_logprobs,
+    top_logprobs,
+)
 
 Array = Any
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "dequantize",
     "embedding",
+    "ffn",
     "gelu",
     "last_rows",
     "layer_norm",
@@ -51,6 +63,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",
@@ -60,6 +73,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]
@@ -78,7 +92,13 @@ def embedding(
     *,
     out: Array | None = None,
 ) -> Array:
-    x = _wide(_dense(wte)[ids]) + _wide(wpe[positions])
+    tokens = _dense(wte)
+    inside = (ids >= 0) & (ids < len(tokens)) & (positions >= 0) & (positions < len(wpe))
+    if inside.all():
+        x = _wide(tokens[ids]) + _wide(wpe[positions])
+    else:  # idle rows run on past the context, and a draft may be none
+        x = _wide(tokens[np.where(inside, ids, 0)]) + _wide(wpe[np.where(inside, positions, 0)])
+        x[~inside] = 0
     return _store(x, out, x.dtype)
 
 
@@ -144,17 +164,38 @@ def linear(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
-    backend: str = "ours",
+    backend: str = "auto",
     scratch: Array | None = None,
 ) -> Array:
+    shape = (*x.shape[:-1], len(weight))
+    fits(bias, "bias", shape[-1:])
+    fits(residual, "residual", shape)
     wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
-    y = _product(wide, matrix, backend)
+    rows = math.prod(shape[:-1])
+    y = _product(wide.reshape(rows, x.shape[-1]), matrix, backend).reshape(shape)
     if bias is not None:
         y += bias
     y = activate(y, activation)
     if residual is not None:
         y = y + residual
     return _store(y, out, x.dtype if residual is None else residual.dtype)
+
+
+def ffn(
+    x: Array,
+    w1: Array,
+    b1: Array | None,
+    w2: Array,
+    b2: Array | None,
+    *,
+    activation: str = "gelu_tanh",
+    residual: Array | None = None,
+    out: Array | None = None,
+    scratch: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    hidden = linear(x, w1, b1, activation=activation)
+    return linear(hidden, w2, b2, residual=residual, out=out)
 
 
 def norm_linear(
@@ -276,3 +317,18 @@ def attention_decode(
         keys, values = _wide(k[slot, :, : position + 1]), _wide(v[slot, :, : position + 1])
         out[row] = _attend(q[:, row, None], keys, values, scale, position).reshape(-1)
     return out
+
+
+def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array) -> None:
+    for source, target, count in zip(sources, targets, counts, strict=True):
+        for cache in (k, v):
+            cache[:, target, :, :count] = cache[:, source, :, :count]
+
+
+def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> None:
+    _, n_head, capacity, head_size = k.shape
+    _, new_k, new_v = _heads(qkv, n_head, head_size)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        if slot >= 0 and 0 <= position < capacity:
+            k[slot, :, position] = new_k[:, row]
+            v[slot, :, position] = new_v[:, row]

@@ -80,6 +80,36 @@ def check_heads(q: Facts, k: Facts, v: Facts, dims: str, where: str) -> None:
         )
 
 
+def check_aligned(where: str, **arrays: Facts | None) -> None:
+    """Refuse what no kernel takes.
+
+    These are float64, strides that are no multiple of 16 bytes, and an output that overlaps itself.
+    """
+    for name, each in arrays.items():
+        if each is None:
+            continue
+        if each.dtype == np.float64:
+            raise InputError(
+                f"{name} is of float64, which NumPy alone computes in",
+                where=f"{where}: {name}",
+                remedy="Give all arrays in one of float32, float16 and bfloat16.",
+            )
+        leading = [s for n, s in zip(each.shape[:-1], each.strides, strict=False) if n > 1]
+        if any(stride % 16 for stride in leading):
+            raise InputError(
+                f"{name} has strides of {list(each.strides)} bytes",
+                where=f"{where}: {name}",
+                remedy="Kernels read 16 bytes at a time: make the strides multiples of that, or "
+                "copy the array.",
+            )
+        if name == "out" and 0 in leading:
+            raise InputError(
+                "out has a stride of 0: its elements share memory",
+                where=f"{where}: out",
+                remedy="Give an output whose elements have memory of their own.",
+            )
+
+
 def scale_of(scale: float | None, head_size: int, where: str) -> float:
     """The factor on the scores."""
     if scale is None:
@@ -157,8 +187,8 @@ def attention(
     *,
     out: Array | None = None,
 ) -> Array:
-    of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
-    check_heads(*of, "BTNH", "attention")
+    own, keys_of, values_of = (facts(*a, "attention") for a in (("q", q), ("k", k), ("v", v)))
+    check_heads(own, keys_of, values_of, "BTNH", "attention")
     batch, queries = q.shape[:2]
     check_counts("lengths", lengths, batch, "attention")
     check_offset(q_offset, causal, batch, "attention")
@@ -187,7 +217,8 @@ def decode_attention(
     scratch: Array | None = None,
 ) -> Array:
     arrays = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
-    check_heads(*(facts(n, a, "decode_attention") for n, a in arrays), "BNH", "decode_attention")
+    own, keys, values = (facts(*array, "decode_attention") for array in arrays)
+    check_heads(own, keys, values, "BNH", "decode_attention")
     check_given(lengths, len(q))
     found = attention(
         q[:, None],

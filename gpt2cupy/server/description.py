@@ -105,7 +105,7 @@ def _chat(context: int) -> Schema:
 
 
 def _post(summary: str, body: Schema, *kinds: str) -> Schema:
-    content: Schema = {kind: {} for kind in ("application/json", *kinds)}
+    content: dict[str, Schema] = {kind: {} for kind in ("application/json", *kinds)}
     return {
         "post": {
             "summary": summary,

@@ -121,8 +121,7 @@ def ints(data: bytes, kind: Literal["i", "q"] = "i") -> list[int]:
 
 def floats(data: bytes) -> list[float]:
     """Packed float32 as a list."""
-    found: Any = memoryview(data).cast("f").tolist()
-    return found
+    return list(memoryview(data).cast("f"))
 
 
 def packed(ids: Any) -> bytes:

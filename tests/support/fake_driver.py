@@ -47,7 +47,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
     """The body of a fixture: what was seen so far.
 
     ``calls`` are (function, sizes, stream, the first eight values, which a kernel must have)
-    that reached the driver, ``checked`` the functions that were looked for; ``device`` is the current one.
+    that reached the driver, ``checked`` the functions that were looked for; ``device`` is the
+    current one.
     """
     seen = types.SimpleNamespace(calls=[], checked=[], device=0)
 
@@ -62,7 +63,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
     cupy.cuda = types.SimpleNamespace(
         driver=types.SimpleNamespace(launchKernel=start),
         runtime=types.SimpleNamespace(getDevice=lambda: seen.device),
-        get_current_stream=lambda device: types.SimpleNamespace(ptr=70 + device),
+        get_current_stream=lambda device=0: types.SimpleNamespace(ptr=70 + device),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 

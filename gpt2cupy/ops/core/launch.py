@@ -90,6 +90,8 @@ class Kernel:
         self.macros = macros or {}
         self.parameters = tuple(parse(part) for part in re.split(r",\s+", signature))
         self.facts = facts_reader(self.parameters)
+        names = [parameter.name for parameter in self.parameters]
+        self.tiles_of = tuple(names.index(p.tiles[0]) for p in self.parameters if p.tiles)
 
     def defines(
         self, elem: np.dtype | None, head_size: int | None, inner: int | None
@@ -272,8 +274,9 @@ def _checked(
     function = _function(*of) if THREAD.calls is None else _requested(*of)
     alone = kernel.writes_weights or kernel.cooperative
     return Launch(
-        function, grid, block, values, kernel.overlaps, shared, alone, kernel.cooperative, pairs
-    )
+        function, grid, block, values, kernel.overlaps, shared, alone, kernel.cooperative, pairs,
+        kernel.tiles_of,
+    )  # fmt: skip
 
 
 def is_device_array(array: Any) -> bool:

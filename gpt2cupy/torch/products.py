@@ -1,0 +1,105 @@
+"""``linear`` and ``ffn`` of tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.core import blas
+from ..ops.ffn import scratch_of
+from .launches import DTYPES, launches
+from .operators import refuse_gradient
+
+_KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _outputs(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    like = x if residual is None else residual
+    return torch.empty((*x.shape[:-1], len(weight)), dtype=like.dtype, device=x.device)
+
+
+def _memory(x: Tensor, *rest: Any) -> Tensor:
+    """What cuBLASLt works in: from PyTorch, whose graphs keep it. One row never needs it."""
+    size = 0 if _rows(x) == 1 else blas.WORKSPACE
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+@launches(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str? activation) -> Tensor",
+    lambda x, weight, bias, residual, activation: _outputs(x, weight, residual),
+    lambda *args: (_memory(*args),),
+)
+def _linear(
+    x: Any, w: Any, b: Any, residual: Any, out: Any, memory: Any, activation: str | None
+) -> None:
+    with blas.working_in(memory):
+        ops.linear(x, w, b, activation=activation, residual=residual, out=out)
+
+
+@functools.cache
+def _scratch(device: int, rows: int, sizes: tuple[int, int, int], kind: Any) -> tuple[Any, Any]:
+    """Shape and dtype of what ffn needs beside its output."""
+    with torch.cuda.device(device):
+        shape, dtype = scratch_of(rows, sizes, DTYPES[kind])
+    return shape, _KINDS[np.dtype(dtype)]
+
+
+def _ffn_scratch(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if x.dtype not in DTYPES or w1.dim() != 2:  # the op says what is wrong
+        return torch.empty(0, device=x.device), _memory(x)
+    sizes = w1.shape[1], len(w1), len(w2)
+    shape, kind = _scratch(x.get_device(), _rows(x), sizes, x.dtype)
+    return torch.empty(shape, dtype=kind, device=x.device), _memory(x)
+
+
+@launches(
+    "ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
+    "str activation) -> Tensor",
+    lambda x, w1, b1, w2, b2, residual, activation: _outputs(x, w2, residual),
+    _ffn_scratch,
+)
+def _ffn(
+    x: Any, w1: Any, b1: Any, w2: Any, b2: Any, residual: Any, out: Any, scratch: Any,
+    memory: Any, activation: str,
+) -> None:  # fmt: skip
+    given: Any = {"activation": activation, "residual": residual, "out": out}
+    with blas.working_in(memory):
+        ops.ffn(x, w1, b1, w2, b2, **given, scratch=scratch)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`gpt2cupy.ops.linear` of tensors; has no gradient."""
+    refuse_gradient("linear", x, weight, bias, residual)
+    return _linear(x, weight, bias, residual, activation)
+
+
+def ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`gpt2cupy.ops.ffn` of tensors; has no gradient."""
+    refuse_gradient("ffn", x, w1, b1, w2, b2, residual)
+    return _ffn(x, w1, b1, w2, b2, residual, activation)
