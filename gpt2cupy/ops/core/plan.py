@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .device import current_device
+from .device import current_device, has_programmatic_launch
+from .driver import programmatic_start
 from .signature import array_facts, granule, meet
 from .tape import THREAD, Launch, recorded
 
@@ -54,7 +55,7 @@ class Plan:
         cells = array("Q", bytes(8 * (count + sum(len(call.values) for call in calls))))
         start, free = cells.buffer_info()[0], count
         self._memory: list[Any] = [cells]
-        launches: list[tuple[Callable[..., None], int]] = []
+        launches: list[tuple[Callable[[int, int, int], None], int]] = []
         granules: dict[int, int] = {}
         pairs = set()
         for call, taken in zip(calls, places, strict=True):
@@ -69,10 +70,7 @@ class Plan:
             free += len(scalars)
             addresses = array("Q", [start + 8 * place for place in used])
             self._memory += [addresses, call.function]  # keeps the module loaded
-            sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
-            kernel = call.function.kernel.ptr
-            begin = functools.partial(cupy.cuda.driver.launchKernel, kernel, *sizes, call.shared)
-            launches.append((begin, addresses.buffer_info()[0]))
+            launches.append((_start(call, device), addresses.buffer_info()[0]))
             for pair in call.pairs:
                 pairs.add(pair._replace(written=taken[pair.written], other=taken[pair.other]))
         self.device = device
@@ -110,6 +108,17 @@ class Plan:
         self._write(*pointers)
         for start, addresses in self._launches:
             start(stream, addresses, 0)
+
+
+def _start(call: Launch, device: int) -> Callable[[int, int, int], None]:
+    """A function of stream and addresses that starts a launch."""
+    import cupy
+
+    kernel = call.function.kernel.ptr
+    if call.waits_first and has_programmatic_launch(device):
+        return programmatic_start(kernel, call.grid, call.block, call.shared)
+    sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
+    return functools.partial(cupy.cuda.driver.launchKernel, kernel, *sizes, call.shared)
 
 
 def can_be_planned(call: Any) -> bool:
