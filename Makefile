@@ -112,6 +112,8 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/gemv.py
 	$(BIN)/python bench/ops.py --dtype float16,bfloat16,float32
 	$(BIN)/python bench/call_cost.py
+	$(BIN)/python bench/batch.py
+	$(BIN)/python bench/scoring.py
 	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
@@ -135,8 +137,9 @@ docs: $(VENV)/docs ## Write docs/api.md from the docstrings
 records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale, cut off or missing
 	@$(BIN)/python -m bench.report --records
 
-release-check: $(VENV)/base ## Fail if a record is stale or cut off, or a table has none
+release-check: $(VENV)/test ## Fail if a record is stale or cut off or a table has none; kill a batch 100 times
 	@$(BIN)/python -m bench.report --records --strict
+	GPT2CUPY_TEST_KILLS=100 $(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,11 +13,13 @@ something grew by more than ALLOWED.
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,6 +54,34 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"min_new_tokens": 2, "logprobs": 1},
     {"temperature": 1.2, "stop": ("e", "ab")},
 )
+
+
+def shapes(longest: int, most: int) -> Iterator[list[int]]:
+    """Lengths of prompts that meet every shape for which a graph is captured.
+
+    Those of decode/prompt.py: tokens in all by BUCKETS, sequences and the longest by powers of
+    four.
+
+    Parameters
+    ----------
+    longest : int
+        Tokens of a prompt at most.
+    most : int
+        Prompts at once.
+    """
+    seen = set()
+    for fewest, rows in itertools.pairwise((0, *BUCKETS)):
+        for count in range(1, most + 1):
+            for power in range(6):
+                top = min(4**power, longest)
+                total = min(rows, count * top)
+                top = min(top, total - count + 1)
+                shape = rows, *(math.ceil(math.log(n, 4)) for n in (count, max(top, 1)))
+                if top < 1 or total <= fewest or shape in seen:
+                    continue
+                seen.add(shape)
+                rest = np.array_split(range(total - top), count - 1) if count > 1 else []
+                yield [top, *(len(part) for part in rest)]
 
 
 class Load:
@@ -92,15 +122,15 @@ class Load:
         """
         once = SamplingParams(max_new_tokens=1)
         self.lm.generate([[0]] * SLOTS, once, max_batch=SLOTS)  # the largest engine there will be
-        for rows in BUCKETS:
-            parts = max(2, -(-rows // (self.context - 1)))
-            prompts = [part.tolist() for part in np.array_split(np.zeros(rows, int), parts)]
-            if rows < self.context:
-                self.lm.generate([0] * rows, once)
-            if parts <= SLOTS:
-                self.lm.generate(prompts, once, max_batch=SLOTS)
-            if parts <= self.engine.slots:
-                ids = (np.array(prompt, np.int32) for prompt in prompts)
+        for lengths in shapes(self.context - 1, SLOTS):
+            prompts = [[0] * length for length in lengths]
+            # The first token of a single prompt is chosen in its graph, by its style's kernels.
+            for style in STYLES if len(lengths) == 1 else ({},):
+                wanted: dict[str, Any] = {"max_new_tokens": 1} | style
+                wanted.pop("min_new_tokens", None)
+                self.lm.generate(prompts, SamplingParams(**wanted), max_batch=SLOTS)
+            if len(lengths) <= self.engine.slots:
+                ids = (np.zeros(length, np.int32) for length in lengths)
                 list(self.engine.run([Request(key, each, once) for key, each in enumerate(ids)]))
         for length in range(1, self.context + 1):
             self.lm.score([0] * length)

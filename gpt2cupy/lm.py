@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from . import loading
 from .errors import InputError, NoTokenizerError, kind_of, shown
-from .generation import continuations, prompts, scoring
+from .generation import continuations, lists, prompts, scoring
+from .generation.asynchronous import Owner
+from .generation.batch import Batch, BatchSummary
+from .generation.batch_file import BatchInput, BatchOutput
 from .generation.generation_config import GenerationConfig
 from .generation.session import Session
 from .generation.text import Completion, GrowingText, Piece, Score
@@ -63,6 +70,7 @@ class LanguageModel:
         self.generation_config = generation or GenerationConfig()
         self._defaults_from_file = defaults_from_file
         self._encoder = prompts.PromptEncoder(tokenizer, self.config, self.generation_config)
+        self._owner = Owner(self._session, tokenizer)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -82,6 +90,14 @@ class LanguageModel:
     @property
     def dtype(self) -> np.dtype:
         return self.model.dtype
+
+    @property
+    def most_slots(self) -> int:
+        """Sequences that may well be generated at once: what :meth:`batch` takes by default.
+
+        16 on the CPU; on a GPU a power of two up to 256 that fits half of its free memory.
+        """
+        return self._session.most_slots()
 
     def close(self) -> None:
         """Free the weights and the cache; the object cannot be used afterwards.
@@ -139,47 +155,71 @@ class LanguageModel:
         row = GrowingText(self.tokenizer, ())
         return "".join(map(row.decode, tokens.tolist())) + row.decoder.flush()
 
+    @overload
     def stream(
         self,
         prompt: str | Sequence[int] = "",
         params: SamplingParams | None = None,
         *,
+        max_batch: int = 16,
         generation_config: bool | None = None,
         **options: Any,
-    ) -> Iterator[Piece]:
-        """Continue one prompt, yielding a :class:`Piece` per token.
+    ) -> Iterator[Piece]: ...
+
+    @overload
+    def stream(
+        self,
+        prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Iterator[Any],
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Piece]]: ...
+
+    def stream(
+        self,
+        prompt: Any = "",
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Continue one prompt or many, yielding a :class:`Piece` per token.
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text, or token ids, as :meth:`generate` takes them. Empty text starts from
-            ``bos_token_id``.
-        params : SamplingParams, optional
+        prompt : str, sequence of int, or a list or iterator of either
+            As :meth:`generate` takes them. Empty text starts from ``bos_token_id``.
+        params : SamplingParams, or one for each prompt, optional
+        max_batch : int
+            Texts generated at once, of several.
         generation_config : bool, optional
             As in :meth:`generate`.
         **options
             Fields of :class:`SamplingParams`, over those of ``params``.
+
+        Yields
+        ------
+        Piece
+            Of one prompt; of a list or an iterator, pairs of the prompt's number and a piece,
+            as they come.
 
         Raises
         ------
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
         NonFiniteError
-            If logits are not finite, in place of the piece that they would have given.
+            If logits are not finite, in place of the piece that they would have given; of
+            several texts, when the others are done.
         """
         self._session.check_open()
-        chosen = self._encoder.params(params, options, self._from_file(generation_config))
-        if chosen.n != 1:
-            raise InputError("stream() yields one continuation", where="n", remedy="Use generate.")
-        if not prompts.is_one(prompt):
-            raise InputError(
-                "stream() continues one prompt, and this is a list",
-                where="prompt",
-                remedy="Use generate() for a list.",
-            )
-        prompts.warn_of_idle(chosen)
-        (request,) = self._encoder.requests([prompt], chosen, single=True)
-        return continuations.pieces(self._session, self.tokenizer, request)
+        from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
+        asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file, one=True)
+        prompts.warn_of_idle(asked.settings)
+        found = continuations.pieces(self._session, self.tokenizer, asked.groups, slots)
+        return (piece for _, piece in found) if asked.single else found
 
     @overload
     def generate(
@@ -188,6 +228,7 @@ class LanguageModel:
         params: SamplingParams | None = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         n: Literal[1] = 1,
         **options: Any,
@@ -197,9 +238,10 @@ class LanguageModel:
     def generate(
         self,
         prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        params: lists.Params = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         n: Literal[1] = 1,
         **options: Any,
@@ -209,9 +251,10 @@ class LanguageModel:
     def generate(
         self,
         prompt: Any = "",
-        params: SamplingParams | None = None,
+        params: lists.Params = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         **options: Any,
     ) -> Any: ...
@@ -219,9 +262,10 @@ class LanguageModel:
     def generate(
         self,
         prompt: Any = "",
-        params: SamplingParams | None = None,
+        params: lists.Params = None,
         *,
         max_batch: int = 16,
+        progress: bool | None = None,
         generation_config: bool | None = None,
         **options: Any,
     ) -> Any:
@@ -229,12 +273,16 @@ class LanguageModel:
 
         Parameters
         ----------
-        prompt : str, sequence of int, or a list of either
+        prompt : str, sequence of int, or a list or iterator of either
             Prompts of a list may differ in length. Ids may be a list, an array of NumPy
-            or CuPy, a tensor of PyTorch, or what a tokenizer of transformers returns.
-        params : SamplingParams, optional
+            or CuPy, a tensor of PyTorch, or what a tokenizer of transformers returns. An
+            iterator, such as a generator or an open file, is read as slots become free.
+        params : SamplingParams, or one for each prompt, optional
         max_batch : int
             Sequences generated at once; further ones wait for a free slot.
+        progress : bool, optional
+            Whether a bar on stderr shows how many texts are finished; left out, it does on a
+            terminal for a list of more texts than ``max_batch``.
         generation_config : bool, optional
             Whether the checkpoint's generation_config.json has the defaults; as given to
             :func:`gpt2cupy.load` if left out. ``params`` goes before it as a whole, and
@@ -246,31 +294,36 @@ class LanguageModel:
         -------
         Completion
             For one prompt; a list of ``n`` of them where ``n`` > 1; for a list
-            of prompts, the list of these.
+            of prompts, the list of these; for an iterator, an iterator over these in the
+            order of the prompts, which holds a bounded number of them in memory.
 
         Raises
         ------
         InputError
-            If prompt and new tokens do not fit the context, or an id is unknown.
+            If prompt and new tokens do not fit the context, or an id is unknown. For an
+            iterator, when the completions of the prompts before have been given.
         NonFiniteError
             If logits are not finite. The others are finished first, and are its
-            ``completions``.
+            ``completions``; for an iterator it stands in the place of the completion.
         """
         self._session.check_open()
-        chosen = self._encoder.params(params, options, self._from_file(generation_config))
-        if not isinstance(max_batch, int | np.integer) or max_batch < 1:
-            raise InputError(
-                f"max_batch={shown(max_batch)} is impossible",
-                where="max_batch",
-                remedy="It must be an integer, 1 or more.",
+        from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
+        asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file)
+        prompts.warn_of_idle(asked.settings)
+        if (groups := asked.known) is None:
+            return self._one_by_one(asked, slots, progress)
+        model, count = (self._session, self.tokenizer), sum(map(len, groups))
+        with lists.bar(progress, count, long=count > slots) as done:
+            return continuations.complete(
+                *model, groups, slots, asked.given, done, single=asked.single
             )
-        prompts.warn_of_idle(chosen)
-        single = prompts.is_one(prompt)
-        given = [prompt] if single else prompts.several(prompt)
-        requests = self._encoder.requests(given, chosen, single=single)
-        return continuations.complete(
-            self._session, self.tokenizer, requests, int(max_batch), given, single=single
-        )
+
+    def _one_by_one(self, asked: lists.Asked, slots: int, progress: bool | None) -> Iterator[Any]:
+        """The completions of an iterator of prompts."""
+        with lists.bar(progress, None, long=False) as done:
+            yield from continuations.one_by_one(
+                self._session, self.tokenizer, asked.groups, slots, done
+            )
 
     def _from_file(self, asked: bool | None) -> bool:
         """Whether the defaults are those of generation_config.json."""
@@ -278,8 +331,148 @@ class LanguageModel:
             raise _not_a_flag("generation_config", asked)
         return self._defaults_from_file if asked is None else bool(asked)
 
+    async def agenerate(
+        self,
+        prompt: Any = "",
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """:meth:`generate` for asyncio: calls of many tasks run side by side in one engine.
+
+        A task that is cancelled ends its requests, and those of no other. While such calls run,
+        other calls of this model wait for all of them.
+
+        Parameters
+        ----------
+        prompt, params, generation_config, **options
+            As in :meth:`generate`; no iterator.
+        max_batch : int
+            Sequences generated at once. What runs already keeps its number, and further
+            sequences wait for a free slot.
+
+        Returns
+        -------
+        Completion
+            Or lists, as :meth:`generate`.
+
+        Raises
+        ------
+        InputError, NonFiniteError
+            As :meth:`generate`.
+        """
+        asked, slots = self._asked(prompt, params, options, generation_config, max_batch)
+        groups = asked.known or []
+        found = await self._owner.completions(groups, slots)
+        return continuations.as_given(
+            self._session, groups, found, asked.given, single=asked.single
+        )
+
+    def astream(
+        self,
+        prompt: Any = "",
+        params: lists.Params = None,
+        *,
+        max_batch: int = 16,
+        generation_config: bool | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Any]:
+        """:meth:`stream` for asyncio: calls of many tasks run side by side in one engine.
+
+        Its requests end when the iterator is closed, or the task that reads it is cancelled.
+
+        Parameters
+        ----------
+        prompt, params, max_batch, generation_config, **options
+            As in :meth:`agenerate`.
+
+        Returns
+        -------
+        asynchronous iterator of Piece
+            Of one prompt; of a list, of pairs of the prompt's number and a piece.
+
+        Raises
+        ------
+        InputError, NonFiniteError
+            As :meth:`stream`.
+        """
+        asked, slots = self._asked(prompt, params, options, generation_config, max_batch, one=True)
+        found = self._owner.pieces(asked.known or [], slots)
+        return _alone(found) if asked.single else found
+
+    def _asked(
+        self,
+        prompt: Any,
+        params: lists.Params,
+        options: dict[str, Any],
+        generation_config: bool | None,
+        max_batch: Any,
+        *,
+        one: bool = False,
+    ) -> tuple[lists.Asked, int]:
+        """What a call of asyncio asks for, checked, and the slots."""
+        self._session.check_open()
+        if isinstance(prompt, Iterator):
+            raise InputError(
+                "an iterator of prompts is read by generate() and stream() alone",
+                where="prompt",
+                remedy="Call once for each prompt: the calls of many tasks run side by side.",
+            )
+        from_file, slots = self._from_file(generation_config), lists.check_max_batch(max_batch)
+        asked = lists.asked(self._encoder, prompt, params, options, from_file=from_file, one=one)
+        prompts.warn_of_idle(asked.settings)
+        return asked, slots
+
+    def batch(
+        self,
+        requests: str | os.PathLike[str],
+        answers: str | os.PathLike[str],
+        *,
+        max_batch: int | None = None,
+        progress: bool | None = None,
+    ) -> BatchSummary:
+        """Answer a file of completion requests in OpenAI's batch format.
+
+        Each line of ``requests`` is an object with ``custom_id``, ``method`` ("POST"), ``url``
+        ("/v1/completions") and ``body``; docs/batch.md has the fields of a body. Each line of
+        ``answers`` has the ``custom_id``, the ``response`` and the ``error`` of one, in the order
+        in which they come. A file of answers that is not complete is gone on with. Memory grows
+        by nine bytes a request.
+
+        Parameters
+        ----------
+        requests, answers : path
+        max_batch : int, optional
+            Sequences generated at once; :attr:`most_slots` by default.
+        progress : bool, optional
+            Whether a bar on stderr shows how many are answered; left out, it does on a terminal.
+
+        Returns
+        -------
+        BatchSummary
+
+        Raises
+        ------
+        InputError
+            If two requests have the same ``custom_id``, a file cannot be read, or the answers
+            belong to other requests or another model. A request that fails alone is an error in
+            its line.
+        """
+        self._session.check_open()
+        slots = self.most_slots if max_batch is None else max_batch
+        slots = lists.check_max_batch(slots)
+        given = BatchInput(Path(requests))
+        with BatchOutput(Path(answers), given, self.name) as output:
+            batch = Batch(self._session, self._encoder, self.name, given, output, slots)
+            before = batch.summary.before
+            with lists.bar(progress, len(given), long=True, unit="request", initial=before) as done:
+                return batch.run(done)
+
     # -- scoring ---------------------------------------------------------------------------------
 
+    @overload
     def score(
         self,
         text: str | Sequence[int],
@@ -287,47 +480,133 @@ class LanguageModel:
         window: int | None = None,
         stride: int | None = None,
         bos: bool = True,
-    ) -> Score:
-        """Log-probability of every token of a text, by a sliding window.
+        progress: bool | None = None,
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        text: list[str] | list[tuple[str, str]] | Sequence[Sequence[Any]],
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        bos: bool = True,
+        progress: bool | None = None,
+    ) -> list[Score]: ...
+
+    @overload
+    def score(
+        self,
+        text: Any,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        bos: bool = True,
+        progress: bool | None = None,
+    ) -> Any: ...
+
+    def score(
+        self,
+        text: Any,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        bos: bool = True,
+        progress: bool | None = None,
+    ) -> Any:
+        """Log-probability of every token of one text or many.
+
+        Many run packed, without padding. Of a pair (context, continuation) the tokens of the
+        continuation alone are scored, which is what multiple-choice benchmarks compare.
 
         Parameters
         ----------
-        text : str or sequence of int
+        text : str, sequence of int, or a list or iterator of these or of pairs
+            A pair is a tuple of two, each text or token ids. Two texts are encoded as one; a
+            token that has a part in both belongs to the continuation.
         window : int, optional
-            Tokens of a window; ``n_positions`` by default.
+            Tokens of a window; ``n_positions`` by default. A context that is too long for it
+            loses its beginning.
         stride : int, optional
             How far each window moves; half a window by default. A window scores
             only tokens that the one before did not.
         bos : bool
             Put ``bos_token_id`` before the text, so that its first token is scored too.
+        progress : bool, optional
+            Whether a bar on stderr shows how many are scored; left out, it does on a terminal
+            for a list of more than 1,000.
 
         Returns
         -------
         Score
+            Of one text; for a list the list of these, for an iterator an iterator over these.
 
         Raises
         ------
         InputError
             If there is nothing to score, or an id is unknown.
         NonFiniteError
-            If logits are not finite.
+            If logits are not finite. The others of a list are scored first, and are its
+            ``completions``; for an iterator it stands in the place of the score.
         """
+        self._session.check_open()
         if not isinstance(bos, bool | np.bool_):
             raise _not_a_flag("bos", bos)
-        window, stride = scoring.check_window(window, stride, self.config)
-        if not prompts.is_one(text):
-            raise InputError(
-                "score() takes one text, and this is a list",
-                where="text",
-                remedy="Call it once for each.",
-            )
-        ids = [*self._first(bos), *prompts.to_ids(text, self.tokenizer)]
-        if len(ids) < 2:
-            raise InputError("there is nothing to score", where="text", remedy="Pass more text.")
-        tokens = check_tokens(ids, self.config)
-        with self._session.turn() as model:
-            logprobs = scoring.token_logprobs(model, tokens, window, stride)
-        return Score(tokens[1:].tolist(), logprobs)
+        size = scoring.check_window(window, stride, self.config)
+        encode = lists.ScoredEncoder(self.tokenizer, self.config, self._first(bos))
+        if isinstance(text, Iterator):
+            return self._scores_of(map(encode.numbered, itertools.count(), text), *size, progress)
+        single = prompts.is_one(text)
+        given = [text] if single else prompts.several(text)
+        # Made while the GPU runs those before: an error may come after some passes.
+        tokens = (encode(text),) if single else map(encode.numbered, itertools.count(), given)
+        with lists.bar(progress, len(given), long=len(given) > 1000) as done:
+            found = list(self._scores(tokens, *size, done))
+        failed = tuple((i, 0) for i, each in enumerate(found) if each is None)
+        result = found[0] if single else found
+        if failed:
+            where = "score" if single else prompts.place_of(failed[0][0], given[failed[0][0]])
+            raise scoring.non_finite(self.model, where, completions=result, failed=failed)
+        return result
+
+    def _scores(
+        self,
+        tokens: Iterable[tuple[np.ndarray, int]],
+        window: int,
+        stride: int,
+        done: Callable[[int], object],
+    ) -> Iterator[Score | None]:
+        """The scores of tokens, None where logits are not finite."""
+
+        def scored(model: GPT2) -> Iterator[Score | None]:
+            given: deque[np.ndarray] = deque()
+
+            def noted() -> Iterator[tuple[np.ndarray, int]]:
+                for ids, first in tokens:
+                    given.append(ids[first:])
+                    yield ids, first
+
+            scorer = scoring.Scorer(model)
+            for logprobs in scoring.token_logprobs(scorer, noted(), window, stride):
+                ids = given.popleft()
+                done(1)
+                yield None if np.isnan(logprobs).any() else Score(ids.tolist(), logprobs)
+
+        return self._session.items(scored)
+
+    def _scores_of(
+        self,
+        tokens: Iterator[tuple[np.ndarray, int]],
+        window: int,
+        stride: int,
+        progress: bool | None,
+    ) -> Iterator[Score]:
+        """The scores of an iterator of texts."""
+        with lists.bar(progress, None, long=False) as done:
+            for number, found in enumerate(self._scores(tokens, window, stride, done)):
+                if found is None:
+                    raise scoring.non_finite(self.model, f"text {number}", failed=((number, 0),))
+                yield found
 
     def _first(self, bos: bool) -> list[int]:
         """What stands before a text that is scored."""
@@ -352,6 +631,13 @@ class LanguageModel:
         """
         with self._session.turn() as model:
             return model.hidden_states(ids)
+
+
+async def _alone(found: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[Piece]:
+    """The pieces of one prompt."""
+    async with contextlib.aclosing(found):  # type: ignore[type-var]
+        async for _, piece in found:
+            yield piece
 
 
 def load(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import Gpt2CupyError
 
@@ -57,6 +59,15 @@ def write(text: str) -> None:
     with stdout_errors():
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def with_nulls(value: Any) -> Any:
+    """What JSON is made of, with null for numbers that JSON has not (NaN, infinity)."""
+    if isinstance(value, dict):
+        return {key: with_nulls(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_nulls(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_writable(path: Path, flag: str) -> None:

@@ -28,7 +28,7 @@ RESULTS = ROOT / "bench" / "results"
 # The modules that speed and numbers depend on, with those below them; not the command line.
 MEASURED = (
     "cache", "decode", "engine", "generation", "model", "ops", "quantize", "request", "sampling",
-    "shifts", "torch", "weights", "workspace",
+    "server", "shifts", "torch", "weights", "workspace",
 )  # fmt: skip
 # A door that fetches by name: what is fetched stands in a file of its own.
 _DOORS = ("gpt2cupy.ops",)

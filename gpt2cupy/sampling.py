@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,14 +130,30 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             self._check_number(name, allowed="within float32")
         self._check_bias()
-        if self.seed is not None:
-            self._check_int("seed", 0, 2**64 - 1, allowed="from 0 to 2**64 - 1, or None")
+        self._check_seed()
         self._check_stops()
         self._check_ends()
         self._check_int("n", 1, MAX_CONTINUATIONS, allowed=f"from 1 to {MAX_CONTINUATIONS}")
         if self.logprobs is not None:
             allowed = f"from 0 to {MAX_LOGPROBS}, or None"
             self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
+
+    @classmethod
+    def unchecked(cls, fields: Mapping[str, Any]) -> SamplingParams:
+        """Those of fields as an instance has them, where they were checked before."""
+        made = object.__new__(cls)
+        vars(made).update(_default_fields(), **fields)
+        return made
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with another seed; nothing else is checked again, which takes much longer."""
+        made = self.unchecked(vars(self) | {"seed": _plain(seed)})
+        made._check_seed()
+        return made
+
+    def _check_seed(self) -> None:
+        if self.seed is not None:
+            self._check_int("seed", 0, 2**64 - 1, allowed="from 0 to 2**64 - 1, or None")
 
     def _check_int(self, name: str, least: int, most: int = LARGEST_INT, *, allowed: str) -> None:
         value = getattr(self, name)
@@ -279,6 +296,11 @@ class SamplingParams:
             prompt_length + self.min_new_tokens, 0,
         )  # fmt: skip
         return np.array([values], ROW_PARAMS)
+
+
+@functools.lru_cache(1)
+def _default_fields() -> dict[str, Any]:
+    return dict(vars(SamplingParams()))
 
 
 def _plain(value: Any) -> Any:

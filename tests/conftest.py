@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -39,13 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _take_gpu(number: int) -> None:
-    """Let GPU ``number`` stand for the first one, and hold the arrays of this thread."""
+    """Let GPU ``number`` stand for the first one, on which every thread begins."""
     from gpt2cupy import loading
     from gpt2cupy.ops.core.device import cupy_module
 
-    usable = loading._usable
+    usable, run = loading._usable, threading.Thread.run
+    there = cupy_module().cuda.Device(number)
+
+    def run_there(thread: threading.Thread) -> None:
+        there.use()
+        run(thread)
+
     loading._usable = lambda index: usable(index or number)
-    cupy_module().cuda.Device(number).use()
+    threading.Thread.run = run_there
+    there.use()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

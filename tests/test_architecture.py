@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "output", "quantize"),
     ("ids", "timing", "tokenizer", "weights"),
     ("cache", "checkpoint", "ops.reference_rows", "ops.reference_sampling"),
-    ("ops.core", "ops.reference", "sampling", "workspace"),
+    ("ops.core", "ops.reference", "ops.reference_attention", "sampling", "workspace"),
     ("ops", "record"),
     ("ops.gpt2",),
     ("loading", "shifts", "torch"),

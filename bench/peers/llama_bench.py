@@ -31,7 +31,7 @@ CONTROL, NORMAL = 3, 1  # kinds of tokens
 
 
 def convert(folder: Path) -> Path:
-    """The GGUF file of a float16 checkpoint, beside it; made once."""
+    """The GGUF file of a checkpoint in float16 or float32, beside it; made once."""
     path = folder / "model.gguf"
     if path.exists():
         return path
@@ -45,7 +45,8 @@ def convert(folder: Path) -> Path:
     writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-    writer.add_file_type(1)  # mostly float16
+    tensors = load_file(folder / "model.safetensors")
+    writer.add_file_type(int(any(a.dtype == np.float16 for a in tensors.values())))  # 0: float32
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -53,7 +54,7 @@ def convert(folder: Path) -> Path:
     writer.add_token_merges((folder / "merges.txt").read_text().splitlines())
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
-    for key, array in load_file(folder / "model.safetensors").items():
+    for key, array in tensors.items():
         writer.add_tensor(*converted(key, array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -79,10 +80,11 @@ def prepare(job: Job) -> tuple[Run, dict[str, Any]]:
     program = "llama-bench" if batch == 1 else "llama-batched-bench"
     if shutil.which(program) is None:
         raise FileNotFoundError(f"{program} is not on PATH")
-    if job["dtype"] != "float16":
-        raise ValueError("the GGUF file is made in float16")
+    if job["dtype"] not in ("float16", "float32"):
+        raise ValueError("the GGUF file is made in float16 or float32")
     layers = "0" if job["device"] == "cpu" else "99"
     model = [program, "-m", str(convert(Path(job["folder"]))), "-ngl", layers]
+    model += ["-t", str(job["threads"])] if job.get("threads") else []
 
     def single(tokens: int) -> tuple[float, float]:
         command = [*model, "-p", str(prompt), "-n", str(tokens - 1), "-r", "1", "-fa", "1"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import (
+    attention_tables,
     batch_tables,
     gpu_test_tables,
+    list_tables,
     op_tables,
     profile_tables,
     quantization_tables,
+    server_tables,
     text_tables,
     validate_tables,
 )
@@ -134,6 +137,12 @@ def cpu(entry: Record) -> str:
         f"{results['rounds']} rounds in turn. gpt2cupy makes {results['ratio_to_best']:.2f} times "
         f"the tokens/s of {results['best_of_transformers']}"
     )
+    if "ratio_of_texts" in results:
+        note += f", and with {results['texts']} texts at once {results['ratio_of_texts']:.1f} times"
+        note += " those of one text"
+    if "ratio_to_llama" in results:
+        note += f". It makes {results['ratio_to_llama']:.2f} times those of llama.cpp"
+        note += f", built by {results.get('llama_build', 'a line that was not noted')}"
     header = ["engine", "prompt, ms", "tokens/s"]
     return table(header, rows) + caption(entry, note)
 
@@ -293,6 +302,18 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
     "devices": ("devices", text_tables.devices),
     "generate": ("generate", text_tables.generate),
+    "attention": ("attention", attention_tables.speeds),
+    "attention-errors": ("attention", attention_tables.correctness),
+    "attention-rates": ("attention", attention_tables.rates),
+    "attention-decode": ("attention", attention_tables.decode),
+    "batch": ("batch", list_tables.batch),
+    "scoring": ("scoring", list_tables.scoring),
+    "server-load": ("server", server_tables.load),
+    "server-arrivals": ("server", server_tables.arrivals),
+    "server-processes": ("server", server_tables.processes),
+    "server-one": ("server", server_tables.one),
+    "server-norms": ("server", server_tables.norms),
+    "server-front": ("server-front", server_tables.front),
     "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
     "prefill": ("prefill", prefill),
     "gemv": ("gemv", gemv),

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .._version import __version__
-from . import generate, instruments, machine, shell, text
+from . import batch, generate, instruments, machine, serve, shell, text
 
 
 class _FlagsAsFlags:
@@ -58,6 +58,8 @@ def _options(
 
 for command in (
     generate.generate,
+    batch.batch,
+    serve.serve,
     text.score,
     text.tokenize,
     machine.info,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import typer
 
 from ..errors import InputError, NonFiniteError, shown
 from ..sampling import DEFAULT_NEW_TOKENS, SamplingParams
-from . import options, progress, shell
+from . import dialogue, options, progress, prompt_file, shell
 
 if TYPE_CHECKING:
     from ..generation.text import Completion
@@ -32,6 +34,14 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="The text, as an option.")
     ] = None,
     file: options.File = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='A file of prompts, one a line; "-" reads stdin. See also batch.'),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="With --prompts: texts at once; by default as batch has it."),
+    ] = None,
     special: options.Special = False,
     model: options.Model = "shakespeare",
     dtype: options.Dtype = "auto",
@@ -124,7 +134,8 @@ def generate(
 
     With --n the continuations are written when all are finished. With --json each
     is an object with the fields of a Completion, as docs/api.md has them (logprobs
-    and top where --logprobs asks), and prompt, index and speeds.
+    and top where --logprobs asks), and prompt, index and speeds. On a terminal without
+    a prompt you and the model write in turn.
     """
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -151,10 +162,19 @@ def generate(
         raise typer.BadParameter("give --gemv or --batch-invariant, not both")
     if prompt_option is not None and prompt is not None:
         raise typer.BadParameter("give the prompt once, with --prompt or without")
+    if prompts is not None and any(x is not None for x in (prompt, prompt_option, file)):
+        raise typer.BadParameter("give --prompts or one prompt, not both")
+    if max_batch is not None and prompts is None:
+        raise typer.BadParameter("--max-batch is for --prompts")
     if quiet:
         shell.silence_warnings()
     SamplingParams(**settings)  # refuses what cannot be, before anything is loaded
-    text = shell.read_text(prompt if prompt_option is None else prompt_option, file)
+    in_turn = _in_turn(prompt, prompt_option, file, prompts) and not as_json and n in (None, 1)
+    text = (
+        ""
+        if in_turn or prompts is not None
+        else shell.read_text(prompt if prompt_option is None else prompt_option, file)
+    )
 
     from ..decode import decoder
     from ..lm import load
@@ -179,6 +199,15 @@ def generate(
         lm.model.decode_path = decode
         shell.say_model(lm, quantized=quantize is not None, quiet=quiet)
         _say_settings(lm, taken=generation_config, quiet=quiet)
+        if prompts is not None:
+            prompt_file.run(
+                lm, prompts, settings, max_batch,
+                special=special, echo=echo, as_json=as_json, quiet=quiet,
+            )  # fmt: skip
+            return
+        if in_turn:
+            dialogue.Dialogue(lm, settings, special=special).run()
+            return
         ids = lm.tokenizer.encode(text, allowed_special="all") if special else text
         several = settings.get("n", 1) > 1
         if as_json or several:
@@ -194,6 +223,13 @@ def generate(
                 raise failure
         else:
             _stream(lm, ids, settings, text if echo else "", quiet)
+
+
+def _in_turn(*given: Any) -> bool:
+    """Whether nothing is given to continue, and there is a user to ask."""
+    streams = sys.stdin, sys.stdout
+    asked = any(each is not None for each in given)
+    return not asked and all(each is not None and each.isatty() for each in streams)
 
 
 def _biases(given: list[str]) -> dict[int, float]:

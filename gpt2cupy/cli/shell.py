@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from ..errors import Gpt2CupyError, InputError
+from ..output import with_nulls
 from ..output import write as write  # for every command
 from . import wording
 
@@ -118,15 +118,7 @@ def _one_line(error: Gpt2CupyError) -> str:
 
 def write_json(found: dict[str, Any]) -> None:
     """An object in a line; a number that JSON has not (NaN, infinity) is null."""
-    write(json.dumps(_with_nulls(found), allow_nan=False) + "\n")
-
-
-def _with_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_nulls(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_nulls(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write(json.dumps(with_nulls(found), allow_nan=False) + "\n")
 
 
 # -- input ---------------------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def read_text(argument: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give the text or --file, not both")
     if file is not None and str(file) != "-":
         try:
-            return _decoded(file.read_bytes(), str(file))
+            return decoded(file.read_bytes(), str(file))
         except OSError as error:
             raise InputError(
                 f"the file cannot be read: {error.strerror}",
@@ -152,10 +144,17 @@ def read_text(argument: str | None, file: Path | None) -> str:
         return ""
     # In pieces: while one read() goes on to the end, Ctrl-C may have to wait for it.
     read: Callable[[int], bytes] = sys.stdin.buffer.read1  # type: ignore[union-attr]
-    return _decoded(b"".join(iter(lambda: read(1 << 16), b"")), "stdin")
+    return decoded(b"".join(iter(lambda: read(1 << 16), b"")), "stdin")
 
 
-def _decoded(data: bytes, where: str) -> str:
+def decoded(data: bytes, where: str) -> str:
+    """Bytes of UTF-8 as text.
+
+    Raises
+    ------
+    InputError
+        If they are none.
+    """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is not text
     except UnicodeDecodeError as error:
@@ -170,4 +169,4 @@ def _check_text(given: Any) -> None:
     """Refuse bytes of an argument that are no text, which Python hands over as surrogates."""
     for text in given if isinstance(given, list) else [given]:
         if isinstance(text, str):
-            _decoded(text.encode("utf-8", "surrogateescape"), "argument")
+            decoded(text.encode("utf-8", "surrogateescape"), "argument")

@@ -19,7 +19,7 @@ from .step import sample_next
 
 # Tokens of a graph; a prompt takes the next larger one, at most half as many again.
 BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-MOST_GRAPHS = 48  # that a runner keeps: those used last
+MOST_GRAPHS = 128  # that a runner keeps: those used last
 
 
 class Shape(NamedTuple):
@@ -66,6 +66,8 @@ class PromptRunner:
         self._last = Workspace(model.config, rows, model.dtype, model.xp)
         self._graphs = graphs and model.xp is not np
         self._buckets: dict[tuple[Any, ...], _Bucket] = {}  # by shape, backend, kind of sampling
+        self._most = MOST_GRAPHS
+        self._fixed = False  # whether no more graphs are captured
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +89,29 @@ class PromptRunner:
         packed = PackedPrompts(sum(lengths), self._sequences(len(lengths)), self.model.xp)
         with recorded():
             self._queue(packed, max(lengths), state)
+
+    def capture(self, state: DecodeState | None = None) -> int:
+        """Capture the graphs of :func:`shapes`; what has none later is run launch by launch.
+
+        Parameters
+        ----------
+        state : DecodeState, optional
+            As :meth:`run` will be given it.
+
+        Returns
+        -------
+        int
+            How many graphs there are.
+        """
+        if state is not None and self._dequantises():
+            state = None
+        all_shapes = shapes(self.work.rows, self.cache.slots)
+        self._most = max(MOST_GRAPHS, len(all_shapes) + len(self._buckets))
+        for shape in all_shapes:
+            bucket = self._bucket(shape, state)
+            bucket.launch = bucket.launch or captured(bucket.calls)
+        self._fixed = True
+        return len(self._buckets)
 
     def run(
         self,
@@ -114,6 +139,8 @@ class PromptRunner:
         """
         lengths = [len(t) for t in tokens]
         shape = self._shape(lengths)
+        if shape is not None and self._fixed and self._key(shape, state) not in self._buckets:
+            shape = None
         if shape is None:
             packed = PackedPrompts(sum(lengths), self._sequences(len(tokens)), self.model.xp)
             packed.fill(tokens, slots, self.cache)
@@ -160,19 +187,42 @@ class PromptRunner:
 
     def _bucket(self, shape: Shape, state: DecodeState | None) -> _Bucket:
         """The bucket of a shape, recorded if it is new."""
-        kind = () if state is None else (state, state.counts, state.bias, state.plain)
-        # Identities, which stay theirs because the bucket keeps the objects.
-        key = *shape, self.model.backend, *map(id, kind)
+        key = self._key(shape, state)
         if key in self._buckets:
             self._buckets[key] = self._buckets.pop(key)  # the last one used is the last
         else:
-            while len(self._buckets) >= MOST_GRAPHS:
+            while len(self._buckets) >= self._most:
                 del self._buckets[next(iter(self._buckets))]
             packed = PackedPrompts(shape.rows, shape.sequences, self.model.xp)
             with recorded() as calls:
                 x = self._queue(packed, shape.longest, state)
-            self._buckets[key] = _Bucket(packed, kind, calls, x)
+            self._buckets[key] = _Bucket(packed, _kind(state), calls, x)
         return self._buckets[key]
+
+    def _key(self, shape: Shape, state: DecodeState | None) -> tuple[Any, ...]:
+        # Identities, which stay theirs because the bucket keeps the objects.
+        return *shape, self.model.backend, *map(id, _kind(state))
+
+
+def shapes(rows: int, slots: int) -> list[Shape]:
+    """The usual shapes of up to so many tokens in all: one prompt, or 2 to 16 that are not tiny."""
+    found, least = [], 0
+    for size in (each for each in BUCKETS if each <= rows):
+        found.append(Shape(size, 1, size))
+        for sequences in (4, 16):
+            for longest in (64, 256, 1024):
+                fewest, shortest = sequences // 4 + 1, longest // 4 + 1
+                fits = shortest + fewest - 1 <= size and sequences * longest > least
+                if fits and fewest <= slots:
+                    found.append(Shape(size, min(sequences, size, slots), min(longest, size)))
+        least = size
+    # Where the longest is as long as all together, two names mean one shape.
+    return list(dict.fromkeys(found))
+
+
+def _kind(state: DecodeState | None) -> tuple[Any, ...]:
+    """What sampling in a prompt's graph depends on."""
+    return () if state is None else (state, state.counts, state.bias, state.plain)
 
 
 def _power_of_four(count: int) -> int:

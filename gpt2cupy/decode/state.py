@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ..ops.sampling import RING_ENTRY
 from ..sampling import SamplingParams
 
 RING = 16  # tokens of a row that may wait to be read: those of the steps queued ahead, and more
+_PAUSE = 1e-5  # seconds asked for between two looks for a token; the system makes more of them
 
 _BY_ROW = ("ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring")
 
@@ -243,7 +245,10 @@ class DecodeState:
 
         while not arrived():
             spins += 1
-            time.sleep(0)  # lets other threads run, such as that of a model on another GPU
+            # Other threads need the interpreter, such as that of a model on another GPU. A sleep
+            # of nothing would have it back before they wake; this one takes some 60 us, which
+            # the steps queued ahead cover.
+            time.sleep(_PAUSE if threading.active_count() > 1 else 0)
             # The stamp comes through memory; asking the driver is only for the case that
             # the step died and never writes it.
             if spins % 1024 == 0 and stream.done and not arrived():

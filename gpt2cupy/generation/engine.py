@@ -28,6 +28,7 @@ from .rows import Queued, Rows
 from .scheduler import Piece, Scheduler, Sequence
 
 PREFILL_ROWS = 1024  # prompt tokens run between two decode steps
+_END: Any = object()  # of an iterator
 LEAD = 3  # decode steps queued before the oldest is read, on a GPU
 
 
@@ -169,8 +170,11 @@ class Engine:
 
     # -- loops over step() -------------------------------------------------------------------------
 
-    def blocks(self, requests: Iterable[Request]) -> Generator[Block, None, None]:
+    def blocks(self, requests: Iterable[Request | None]) -> Generator[Block, None, None]:
         """Run requests to their ends; an iterator is read as slots become free.
+
+        It may give None for "none at present", and is asked again after a step; where nothing
+        runs, it should wait instead.
 
         Raises
         ------
@@ -194,11 +198,13 @@ class Engine:
             source, more = iter(requests), True
             while True:
                 while more and self.scheduler.waiting + len(self._submitted) < self.slots:
-                    request = next(source, None)
-                    more = request is not None
-                    if request is not None:
+                    request = next(source, _END)
+                    more = request is not _END
+                    if request is None:
+                        break
+                    if request is not _END:
                         self.submit(request)
-                if self.idle:
+                if self.idle and not more:
                     return
                 yield self.step()
                 self._check_process(begun)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class PromptEncoder:
             warnings.warn(
                 f"not supported and left out: {', '.join(found.lacking)} ({found.where})",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=6,  # who calls generate() or stream()
             )
         try:
             return SamplingParams(**found.settings)
@@ -127,13 +128,30 @@ class PromptEncoder:
         InputError
             If prompt and new tokens do not fit the context, or an id is unknown.
         """
-        ends = self._ends(params)
-        if params.stop:
-            self.tokenizer.require()
-        requests = []
-        for number, prompt in enumerate(prompts):
+        groups = self.groups(prompts, itertools.repeat(params), single=single)
+        return [request for group in groups for request in group]
+
+    def groups(
+        self, prompts: Iterable[Any], params: Iterable[SamplingParams], *, single: bool = False
+    ) -> Iterator[list[Request]]:
+        """The requests of each prompt, made when they are asked for; as :meth:`requests`.
+
+        Parameters
+        ----------
+        prompts : iterable
+        params : iterable of SamplingParams
+            At least as many; ``n`` of each is the number of its requests.
+        single : bool
+        """
+        known: SamplingParams | None = None
+        ends: tuple[int, ...] = ()
+        for number, (prompt, own) in enumerate(zip(prompts, params, strict=False)):
+            if own is not known:
+                known, ends = own, self._ends(own)
+                if own.stop:
+                    self.tokenizer.require()
             try:
-                ids = self._fitting(prompt, params)
+                ids = self._fitting(prompt, own)
             except Gpt2CupyError as error:
                 if single:
                     raise
@@ -141,11 +159,9 @@ class PromptEncoder:
                 if error.where not in ("", "prompt", "ids"):
                     place += f"; {error.where}"
                 raise type(error)(error.what, where=place, remedy=error.remedy) from error
-            own = params
-            if params.seed is None and not params.greedy:
-                own = dataclasses.replace(params, seed=secrets.randbits(_SEED_BITS))
-            requests += [Request((number, i), ids, own, index=i, eos=ends) for i in range(own.n)]
-        return requests
+            if own.seed is None and not own.greedy:
+                own = own.with_seed(secrets.randbits(_SEED_BITS))
+            yield [Request((number, i), ids, own, index=i, eos=ends) for i in range(own.n)]
 
     def _fitting(self, prompt: Any, params: SamplingParams) -> np.ndarray:
         ids = self.encode(prompt)
@@ -250,9 +266,10 @@ def with_options(params: SamplingParams | None, options: dict[str, Any]) -> Samp
     return dataclasses.replace(params or SamplingParams(), **options)
 
 
-def warn_of_idle(params: SamplingParams) -> None:
+def warn_of_idle(settings: Iterable[SamplingParams]) -> None:
     """Warn the caller's caller of settings that change nothing in greedy decoding."""
-    if idle := params.without_effect():
+    idle = dict.fromkeys(name for params in settings for name in params.without_effect())
+    if idle:
         verb = "does" if len(idle) == 1 else "do"
         warnings.warn(
             f"{', '.join(idle)} {verb} nothing without a temperature: decoding is greedy",

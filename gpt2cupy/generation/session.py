@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from .engine import Engine
 from .lock import SessionLock
 from .request import Request
 from .results import Block
+
+T = TypeVar("T")
+_END: Any = object()  # of an iterator
 
 
 class Session:
@@ -86,18 +89,46 @@ class Session:
         with self._lock.take(), self._on_gpu():
             yield self.model
 
-    def blocks(self, requests: list[Request], slots: int) -> Generator[Block, None, None]:
-        """What the engine makes of the requests; holds the turn until they are done."""
+    def items(self, make: Callable[[GPT2], Iterator[T]]) -> Generator[T, None, None]:
+        """What ``make(model)`` yields; holds the turn until it ends.
+
+        Between two items the current device is the caller's.
+        """
+        self.check_open()
+        with self._lock.take():
+            with self._on_gpu():
+                found = make(self.model)
+            try:
+                while True:
+                    self.check_open()
+                    with self._on_gpu():
+                        item = next(found, _END)
+                    if item is _END:
+                        return
+                    yield item
+                    self._lock.carry()
+            finally:
+                del found  # and the model with it, which a traceback would keep
+
+    def blocks(
+        self, requests: Iterable[Request | None], slots: int
+    ) -> Generator[Block, None, None]:
+        """What the engine makes of the requests; holds the turn until they are done.
+
+        Parameters
+        ----------
+        requests : iterable of Request or None
+            As :meth:`Engine.blocks` takes them.
+        slots : int
+            Sequences generated at once.
+        """
         self.check_open()
         begun = self._forks
         with self._lock.take():
             self.check_open()
-            wanting = [r for r in requests if r.params.max_new_tokens != 0]
-            if not wanting:
-                return
             # Not held by this frame, so that close() frees it while a stream is open.
             with self._on_gpu():
-                self._running = self._engine_for(min(slots, len(wanting))).blocks(wanting)
+                self._running = self._engine_for(slots).blocks(requests)
             try:
                 while (block := self._next(begun)) is not None:
                     yield block
@@ -134,6 +165,22 @@ class Session:
             block = next(self._running, None)
         self.check_open()
         return block
+
+    def most_slots(self) -> int:
+        """Sequences that may well be generated at once: 16 on the CPU; as many as fit a GPU.
+
+        At most 256, a power of two, in half of the memory that is free.
+        """
+        if self.gpu is None:
+            return 16
+        model = self.model
+        config = model.config
+        per_slot = 2 * config.n_layer * config.n_positions * config.n_embd * model.dtype.itemsize
+        with self._on_gpu():
+            free = model.xp.cuda.runtime.memGetInfo()[0]
+            free += model.xp.get_default_memory_pool().free_bytes()
+        fitting = max(int(free // 2 // per_slot), 1)
+        return min(1 << (fitting.bit_length() - 1), 256)
 
     def cancel(self, key: Any) -> None:
         """End a running request from outside, for instance at a stop string."""

@@ -133,6 +133,21 @@ class Score:
         return total / math.log(2) / len(text.encode("utf-8", "replace"))
 
 
+@dataclass(frozen=True)
+class PromptScore:
+    """Log-probabilities of a prompt's own tokens, after its first.
+
+    Attributes
+    ----------
+    logprobs : list of float [T - 1]
+    top : list of list of (int, float) [T - 1]
+        Most probable tokens of each place; empty lists where none are asked for.
+    """
+
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+
+
 class GrowingText:
     """Text of one continuation while it grows: streaming decoder and stop strings.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
+    from .attention import attention, decode_attention
     from .cached_attention import attention_decode, attention_prefill
     from .gpt2.embedding import embedding, last_rows
     from .linear import bias_act, gemv, linear, norm_linear
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
+    "attention": "attention",
     "attention_decode": "cached_attention",
     "attention_prefill": "cached_attention",
     "bias_act": "linear",
     "bias_gelu": "activation",
+    "decode_attention": "attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
     "gelu": "activation",
@@ -59,10 +62,12 @@ _MODULES = {
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "attention_decode",
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "decode_attention",
     "dequantize",
     "embedding",
     "gelu",

@@ -105,6 +105,10 @@ def bias_act(
 # Inputs of a GEMM that BLAS sums at a time. It may keep one running sum over all of them
 # (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
 PART: ContextVar[int] = ContextVar("PART", default=128)
+# OpenBLAS multiplies matrices of so few results and multiplications as they lie; larger ones it
+# packs first, which takes three times as long where one of them has 8 rows.
+_UNPACKED = 1024, 10**6
+_LEAST = 16  # rows of weights at a time for which that pays
 
 
 def _product(x: Array, weight: Array, backend: str) -> Array:
@@ -114,11 +118,22 @@ def _product(x: Array, weight: Array, backend: str) -> Array:
         return (weight @ x[0])[None]
     if backend == "invariant":
         return np.stack([weight @ row for row in x])
-    part = PART.get()
+    part, rows = PART.get(), _unpacked_rows(*x.shape)
+    if part < x.shape[1] and rows >= _LEAST:
+        y = np.empty((len(x), len(weight)), np.result_type(x, weight))
+        for start in range(0, len(weight), rows):
+            y[:, start : start + rows] = x @ weight[start : start + rows].T
+        return y
     y = x[:, :part] @ weight[:, :part].T
     for start in range(part, x.shape[1], part):
         y += x[:, start : start + part] @ weight[:, start : start + part].T
     return y
+
+
+def _unpacked_rows(rows: int, size: int) -> int:
+    """Rows of weights that OpenBLAS multiplies by so many of x without packing them."""
+    results, products = _UNPACKED
+    return min(results, products // max(size, 1)) // rows // _LEAST * _LEAST if rows else 0
 
 
 def linear(

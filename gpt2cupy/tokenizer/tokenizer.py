@@ -270,6 +270,11 @@ class StreamDecoder:
         """The text that this id completes, maybe none."""
         return self._utf8.decode(self._tokenizer.decode_bytes([id_]))
 
+    @property
+    def pending(self) -> bool:
+        """Whether a character has begun and not ended."""
+        return bool(self._utf8.getstate()[0])
+
     def flush(self) -> str:
         """What remains at the end: U+FFFD for an unfinished character."""
         return self._utf8.decode(b"", final=True)
@@ -318,6 +323,8 @@ class NoTokenizer(Tokenizer):
 
 class _NoText(StreamDecoder):
     """The text of ids that no tokenizer knows: none."""
+
+    pending = False
 
     def push(self, id_: int) -> str:
         return ""

@@ -1,4 +1,4 @@
-"""The row ops on PyTorch's CUDA tensors: without a copy, on PyTorch's current stream.
+"""The ops on PyTorch's CUDA tensors: without a copy, on PyTorch's current stream.
 
     import gpt2cupy.torch as ours
     y = ours.rms_norm(x, weight)
@@ -11,16 +11,20 @@ compiles and launches the kernels. This is the only package that imports PyTorch
 
 from __future__ import annotations
 
+from .attention import Attention, attention, decode_attention
 from .modules import LayerNorm, RMSNorm
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rows import bias_gelu, gelu, lookup, rope, sample_logits, silu_mul, softmax
 
 __all__ = [
+    "Attention",
     "LayerNorm",
     "RMSNorm",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "bias_gelu",
+    "decode_attention",
     "gelu",
     "layer_norm",
     "lookup",

@@ -354,6 +354,38 @@ SAYS = {
 }
 
 
+LISTS = {
+    "batch": {
+        "model": "124M", "dtype": "float16", "weights": "random",
+        "rows": [
+            {"name": "plain", "requests": 4096, "max_batch": 256, "prompt_tokens": 4096 * 128,
+             "tokens": 4096 * 128, "wall": _TIMING | {"median_us": 3.2e6},
+             "host": _TIMING | {"median_us": 0.8e6}, "tokens_per_second": 163_840.0},
+        ],
+    },
+    "scoring": {
+        "model": "124M", "dtype": "float16", "weights": "random", "context": 100,
+        "continuation": 10,
+        "rows": [
+            {"pairs": 12000, "tokens": 1_320_000, "scored": 120_000, "wall": _TIMING,
+             "alone": _TIMING, "encoding": _TIMING | {"median_us": 480_000.0}, "alone_pairs": 200,
+             "apart": 0.0, "pairs_per_second": 9000.0, "tokens_per_second": 990_000.0,
+             "alone_per_second": 700.0},
+        ],
+    },
+}  # fmt: skip
+
+
+def test_tables_of_lists():
+    made = {name: tables.TABLES[name][1](entry(LISTS[name])) for name in LISTS}
+    assert "| plain | 163,840 | 3.20 | 0.80 | 1.53 |" in made["batch"]
+    assert (
+        "4,096 requests of 128 tokens on average, 128 new ones each, 256 at once" in made["batch"]
+    )
+    assert "| 12,000 | 9,000 | 990,000 | 40.0 |" in made["scoring"]
+    assert "| 1 | 700 | - | - |" in made["scoring"]
+
+
 @pytest.mark.parametrize(
     "name", [name for name, (source, _) in tables.TABLES.items() if source in SYNTHETIC]
 )

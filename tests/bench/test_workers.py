@@ -198,18 +198,19 @@ def test_llama_bench_is_read(tmp_path, monkeypatch):
     program.chmod(0o755)
     with workers.Comparison({"llama": workers.Spec("llama_bench", options)}) as comparison:
         several = comparison.run(job | {"prompts": [[1], [2]]}, rounds=1)
-        other = comparison.run(job | {"dtype": "float32"}, rounds=1)
+        other = comparison.run(job | {"dtype": "bfloat16"}, rounds=1)
     assert several["engines"]["llama"]["prefill"]["median_us"] == pytest.approx(6e3)
     assert several["engines"]["llama"]["step"]["median_us"] == pytest.approx(3e3)
-    assert "in float16" in other["skipped"]["llama"]
+    assert "in float16 or float32" in other["skipped"]["llama"]
 
 
-def test_a_checkpoint_becomes_a_gguf_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_checkpoint_becomes_a_gguf_file(tmp_path, monkeypatch, dtype):
     gguf = pytest.importorskip("gguf", reason="llama.cpp is timed with the extra bench")
     monkeypatch.syspath_prepend(ROOT / "bench" / "peers")
     import llama_bench
 
-    shared.write_checkpoint(tmp_path, shared.TINY, "float16")
+    shared.write_checkpoint(tmp_path, shared.TINY, dtype)
     found = gguf.GGUFReader(llama_bench.convert(tmp_path))
     tensors = {tensor.name: tensor.data for tensor in found.tensors}
     ours = GPT2.from_pretrained(str(tmp_path), device="cpu").weights
@@ -217,4 +218,5 @@ def test_a_checkpoint_becomes_a_gguf_file(tmp_path, monkeypatch):
     np.testing.assert_array_equal(tensors["blk.0.ffn_down.bias"], ours.out_b[0])
     np.testing.assert_array_equal(tensors["token_embd.weight"], ours.wte[: shared.TINY.vocab_size])
     assert tensors["position_embd.weight"].dtype == np.float32
+    assert tensors["blk.1.attn_qkv.weight"].dtype == dtype
     assert len(tensors) == 4 + 12 * shared.TINY.n_layer

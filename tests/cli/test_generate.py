@@ -10,6 +10,7 @@ import pytest
 from command import CPU, SHORT, call, cli, done
 
 import gpt2cupy
+from gpt2cupy import output
 from gpt2cupy.checkpoint.resolve import EMBEDDED
 from gpt2cupy.lm import LanguageModel
 from gpt2cupy.sampling import SamplingParams
@@ -299,7 +300,5 @@ def test_an_option_that_does_nothing_is_one_line(flags, says):
 
 
 def test_numbers_that_json_has_not_are_null():
-    from gpt2cupy.cli import shell
-
     found = {"a": [float("nan"), (float("-inf"), 1.5)], "b": {"c": float("inf")}, "d": "x"}
-    assert shell._with_nulls(found) == {"a": [None, [None, 1.5]], "b": {"c": None}, "d": "x"}
+    assert output.with_nulls(found) == {"a": [None, [None, 1.5]], "b": {"c": None}, "d": "x"}

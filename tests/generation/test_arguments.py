@@ -182,13 +182,9 @@ def test_the_remedy_fits_the_input(lm):
     for call, says in (
         (lambda: lm("To be"), r"cannot be text, as .*'To be'.* is .*lm\(lm.encode\(text\)\)"),
         (lambda: lm(["To", "be"]), r"lm\(lm.encode\(text\)\)"),
-        (lambda: lm.stream(["a"]), r"continues one prompt, and this is a list .*generate\(\)"),
-        (lambda: lm.stream([[5], [6]]), "continues one prompt"),
         (lambda: lm.generate([5, 1.5]), "must be integers, not 1.5, a float"),
         (lambda: lm.generate([True]), "must be integers, not True, a bool"),
         (lambda: lm.generate([None]), r"must be integers, not None \("),
-        (lambda: lm.score(["a", "b"]), "takes one text, and this is a list"),
-        (lambda: lm.score(np.array([[1, 2]])), "takes one text, and this is a list"),
         (lambda: lm.generate("a", eos_token_id=[-1]), "-1 alone, not in a list"),
         (lambda: lm.generate(["a", 5.5]), r"cannot be a float \(prompt 1, 5.5\)"),
         (lambda: lm.generate(5), "cannot be an int"),

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from gpt2cupy import ops  # noqa: E402
 from gpt2cupy import torch as ours  # noqa: E402
 from gpt2cupy.errors import InputError  # noqa: E402
-from gpt2cupy.ops import reference  # noqa: E402
+from gpt2cupy.ops import reference, reference_attention  # noqa: E402
 from gpt2cupy.torch.launches import DTYPES as DTYPES_OF_TENSORS  # noqa: E402
 
 functional = torch.nn.functional
@@ -24,8 +24,16 @@ def tables(device):
     return [torch.tensor(table, device=device) for table in ops.rope_tables(16, 8)]
 
 
+def heads(x, size=8):
+    return x.reshape(2, -1, 3, size)
+
+
 # Every function on inputs x [2, 3, 8], weight [8]; how its results look.
 CALLS = {
+    "attention": lambda x, w: ours.attention(heads(x), heads(x), heads(x), True, q_offset=1),
+    "decode_attention": lambda x, w: ours.decode_attention(
+        x, heads(x), heads(x), torch.zeros(2, dtype=torch.int32, device=x.device)
+    ),
     "rms_norm": lambda x, w: ours.rms_norm(x, w),
     "layer_norm": lambda x, w: ours.layer_norm(x, w, w),
     "add_rms_norm": lambda x, w: ours.add_rms_norm(x, x, w),
@@ -55,7 +63,9 @@ def test_fake_results_have_the_shapes_of_the_reference(name):
         # Tensors of the meta device run the same fake implementations.
         found = CALLS[name](torch.empty(2, 3, 8, device="meta"), torch.empty(8, device="meta"))
     found = found if isinstance(found, tuple) else (found,)
-    shape = {"sample_logits": (3,), "lookup": (2, 3, 8)}.get(name, tuple(x.shape))
+    shape = {"sample_logits": (3,), "lookup": (2, 3, 8), "attention": (2, 1, 3, 8)}.get(
+        name, tuple(x.shape)
+    )
     dtype = torch.int32 if name == "sample_logits" else w.dtype
     assert [(tuple(y.shape), y.dtype) for y in found] == [(shape, dtype)] * len(found)
     assert len(found) == (2 if name.startswith("add_") else 1)
@@ -63,7 +73,8 @@ def test_fake_results_have_the_shapes_of_the_reference(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tensors_on_the_cpu_are_refused_by_name(name):
-    first = {"silu_mul": "gate", "sample_logits": "logits", "lookup": "ids"}.get(name, "x")
+    first = {"silu_mul": "gate", "sample_logits": "logits", "lookup": "ids"}
+    first = first.get(name, "q" if "attention" in name else "x")
     with pytest.raises(InputError, match=f"^{first} is on the CPU") as caught:
         CALLS[name](torch.zeros(2, 3, 8), torch.zeros(8))
     assert (caught.value.remedy and name in caught.value.where) or name == "gelu"
@@ -136,6 +147,27 @@ def test_schemas_are_functional():
     for name in CALLS:
         operator = getattr(torch.ops.gpt2cupy, "bias_gelu" if name == "gelu" else name).default
         assert not operator._schema.is_mutable
+
+
+def test_the_module_of_attention():
+    made = ours.Attention(64, 8, 2)
+    shapes = {name: tuple(p.shape) for name, p in made.state_dict().items() if "weight" in name}
+    assert shapes == {
+        "q_proj.weight": (64, 64),
+        "k_proj.weight": (16, 64),
+        "v_proj.weight": (16, 64),
+        "o_proj.weight": (64, 64),
+    }
+    assert {*ours.Attention(64, 8, bias=False).state_dict()} == {*shapes}
+    for sizes in ((60, 8), (64, 8, 3)):
+        with pytest.raises(InputError, match="do not divide"):
+            ours.Attention(*sizes)
+    with pytest.raises(InputError, match="needs a gradient"):
+        made(torch.zeros(1, 3, 64))
+    with torch.no_grad():
+        assert ours.Attention(64, 8, device="meta")(torch.empty(2, 5, 64, device="meta")).shape == (
+            2, 5, 64,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,3 +351,52 @@ def test_what_a_kernel_cannot_take_is_refused():
 
 def test_dtypes_are_those_of_the_kernels():
     assert {str(d).removeprefix("torch.") for d in DTYPES_OF_TENSORS} >= set(DTYPES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+def test_attention_is_pytorchs(kind, dtype, layout):
+    torch.manual_seed(0)
+    shapes = (2, 99, 4, 64), (2, 150, 2, 64), (2, 150, 2, 64)
+    q, k, v = (torch.randn(shape, device="cuda").to(kind) for shape in shapes)
+    if layout == "heads":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    theirs = functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    exact = reference_attention.attention(*(t.double().cpu().numpy() for t in (q, k, v)), True)
+    mine = ours.attention(q, k, v, True)
+    check(mine.double().cpu().numpy(), theirs.double().cpu().numpy(), exact, dtype, "attention")
+    lengths = torch.tensor([150, 19], dtype=torch.int32, device="cuda")
+    exact = reference_attention.decode_attention(
+        *(t.double().cpu().numpy() for t in (q[:, 0], k, v)), lengths.cpu().numpy()
+    )
+    baseline = reference_attention.decode_attention(
+        *(t.float().cpu().numpy() for t in (q[:, 0], k, v)), lengths.cpu().numpy()
+    ).astype(dtype)
+    one = ours.decode_attention(q[:, 0], k, v, lengths)
+    check(one.double().cpu().numpy(), baseline, exact, dtype, "decode_attention")
+    compiled = torch.compile(lambda q, k, v: ours.attention(q, k, v, True), fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(q, k, v), mine)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_lengths():
+    q, k, v = (torch.randn(2, 9, 4, 64, device="cuda", dtype=torch.float16) for _ in "qkv")
+    lengths = torch.full((2,), 9, dtype=torch.int32, device="cuda")
+
+    def call():
+        whole = ours.attention(q, k, v, lengths=lengths)
+        return whole, ours.decode_attention(q[:, 0], k, v, lengths)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    lengths[1] = 4
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
+    module = ours.Attention(256, 4, 2, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        assert torch.isfinite(module(torch.randn(2, 9, 256, device="cuda").half())).all()

@@ -14,6 +14,8 @@ RUNS = {
     "prefill": "--dtype float32 --tokens 8,64 --runs 2",
     "ablation": "--dtype float32 --batch 1,2 --tokens 6 --runs 2",
     "startup": "--dtype float32 --runs 1",
+    "batch": "--dtype float32 --requests 6 --prompt 8 --tokens 4 --max-batch 4 --runs 1",
+    "scoring": "--dtype float32 --pairs 6 --context 10 --continuation 3 --runs 1",
     "invariance": "--dtype float32 --batch 1,2 --context 16 --tokens 8,64 --runs 2",
 }
 

@@ -33,6 +33,17 @@ def add_layer_norm(rng, dtype):
     return (draw(rng, (N, C), dtype), draw(rng, (N, C)), *_norm(rng, dtype)), {}
 
 
+def attention(rng, dtype):
+    q, k, v = (draw(rng, (2, 5, heads, 32), dtype) for heads in (4, 2, 2))
+    offsets = np.array([0, 3], INT)
+    return (q, k, v, True, 0.2, np.array([5, 4], INT), offsets), {}
+
+
+def decode_attention(rng, dtype):
+    q = draw(rng, (2, 4, 32), dtype)
+    return (q, *(draw(rng, (2, 9, 2, 32), dtype) for _ in "kv"), np.array([9, 0], INT)), {}
+
+
 def attention_decode(rng, dtype):
     rows = np.array([2, 0], INT), np.array([15, 0], INT)
     return (draw(rng, (2, 3 * C), dtype), *_cache(rng, dtype), *rows, 0.125), {}
@@ -125,10 +136,10 @@ def softmax(rng, dtype):
 ROWS: dict[str, Row] = {
     make.__name__: make
     for make in (
-        add_layer_norm, add_rms_norm, attention_decode, attention_prefill, bias_act, bias_gelu,
-        embedding, gelu, last_rows, layer_norm, layer_norm_backward, linear, lookup, norm_linear,
-        rms_norm, rms_norm_backward, rope, shifted_bias, silu_mul, softmax,
-        target_logprobs,
+        add_layer_norm, add_rms_norm, attention, attention_decode, attention_prefill, bias_act,
+        bias_gelu, decode_attention, embedding, gelu, last_rows, layer_norm, layer_norm_backward,
+        linear, lookup, norm_linear, rms_norm, rms_norm_backward, rope, shifted_bias, silu_mul,
+        softmax, target_logprobs,
     )
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.

@@ -141,8 +141,9 @@ def macros(source: str) -> tuple[str, ...]:
 
 
 def _on_tensor_cores(source: str) -> bool:
-    """Whether a source multiplies on tensor cores, which take fp16 and bf16 alone."""
-    return any(name == "mma.cuh" for name, _ in source_closure(source))
+    """Whether a source multiplies on tensor cores, and does not split float for that."""
+    names = {name for name, _ in source_closure(source)}
+    return "mma.cuh" in names and "split.cuh" not in names
 
 
 @functools.cache

@@ -134,6 +134,11 @@ def has_mma() -> bool:
     return int(device_arch(current_device())[3:]) >= 80
 
 
+def has_wgmma() -> bool:
+    """Whether the current device has products of a warpgroup, which sm_90 alone has."""
+    return device_arch(current_device()) == "sm_90"
+
+
 @functools.cache
 def device_arch(device: int) -> str:
     """``sm_90`` and the like, checked to be one that the kernels support."""

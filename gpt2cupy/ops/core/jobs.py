@@ -62,6 +62,9 @@ class Jobs:
             self._tell()
             if not self._under_way:
                 self._ended = self._asked = 0
+                if self._pool is not None:
+                    self._pool.shutdown(wait=False)  # idle threads would look like work beside us
+                    self._pool = None
 
     def _tell(self) -> None:
         for watcher in self._watchers:

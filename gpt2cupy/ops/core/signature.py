@@ -16,7 +16,9 @@ which the name with ``_stride`` passes, in elements.
 
 After the brackets: ``?`` for an array that may be None, ``!`` for one that is
 written and shares no memory with another, ``~`` for one that is written and may
-be one of the others itself, with the same layout.
+be one of the others itself, with the same layout, ``@`` for one that may have any
+strides but that of its last dimension, which must lie together: ``q_stride_T``
+passes the stride of q's letter T in elements.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from ...errors import InputError
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
+_LARGEST = 2**31 - 1  # stride in elements
 
 _SCALARS = {"int": np.int32, "float": np.float32, "int64": np.int64}
-_ARRAY = re.compile(r"(\w+): (\w+)\[([*\w,]*)\]([?!~]*)$")
+_ARRAY = re.compile(r"(\w+): (\w+)\[([*\w,]*)\]([?!~@]*)$")
 
 
 class Parameter(NamedTuple):
@@ -47,6 +50,7 @@ class Parameter(NamedTuple):
     leads: bool = False  # the first letter stands for all leading dimensions
     written: bool = False
     in_place: bool = False  # it may be an input itself
+    strided: bool = False  # all dimensions but the last may have any stride
 
 
 def parse(text: str) -> Parameter:
@@ -63,6 +67,7 @@ def parse(text: str) -> Parameter:
             dims.startswith("*"),
             "!" in marks or "~" in marks,
             "~" in marks,
+            "@" in marks,
         )
     name, _, kind = text.partition(": ")
     return Parameter(name, None, None, _SCALARS[kind] if kind else None)
@@ -141,7 +146,7 @@ def bind(
     values: list[Any] = []
     given = iter(args)
     for parameter in parameters:
-        name, dtype, dims, cast, optional, leads, *_ = parameter
+        name, dtype, dims, cast, optional, leads, *_, strided = parameter
         if dims is None:
             values.append(np.int32(bound[name]) if cast is None else cast(next(given)))
             continue
@@ -160,10 +165,15 @@ def bind(
             if shape is None:
                 raise Refusal(parameter, array)
             *shape, bound[f"{name}_stride"] = shape
-        elif not array._c_contiguous:
+        elif not (strided or array._c_contiguous):
             raise Refusal(parameter, array)
         if len(shape) != len(dims):
             raise Refusal(parameter, array)
+        if strided:
+            found = strides(array)
+            if found is None:
+                raise Refusal(parameter, array)
+            bound |= {f"{name}_stride_{d}": s for d, s in zip(dims, found, strict=False)}
         for size, letter in zip(shape, dims, strict=True):
             if size != (bound.setdefault(letter, size) if isinstance(letter, str) else letter):
                 raise Refusal(parameter, array)
@@ -208,6 +218,22 @@ def rows(array: Any, kept: int) -> tuple[int, ...] | None:
     if between is None:
         between = length
     return (count, *row, between) if between >= length else None
+
+
+def strides(array: Any) -> tuple[int, ...] | None:
+    """The strides of all dimensions but the last, in elements; None where a kernel takes others.
+
+    They are 0 where there is no second element. The last dimension must lie together, no stride
+    may be negative, and each must be a number of elements.
+    """
+    *leading, last = zip(array.shape, array.strides, strict=True)
+    size = array.itemsize
+    if last[0] > 1 and last[1] != size:
+        return None
+    found = tuple(stride if count > 1 else 0 for count, stride in leading)
+    if any(s < 0 or s % size or s // size > _LARGEST for s in found):
+        return None
+    return tuple(s // size for s in found)
 
 
 def granule(array: Any) -> int:
@@ -300,6 +326,8 @@ def refusal(
     dims = ", ".join(f"{d}={bound[d]}" if d in bound else str(d) for d in parameter.dims)
     contiguous = "contiguous" if array.flags.c_contiguous else "not contiguous"
     takes = "contiguous"
+    if parameter.strided:
+        takes = "a tensor with its last dimension contiguous:"
     if parameter.leads:
         dims = f"..., {dims.partition(', ')[2]}"
         if "N" in bound:

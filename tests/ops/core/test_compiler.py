@@ -125,7 +125,7 @@ def every_kernel() -> list[launch.Kernel]:
     # Some modules share their name with a function of ops: ask for them by their full name.
     names = ("cached_attention", "gpt2.embedding", "layout", "norm", "linear_kernels")
     names += ("quantized", "sampling", "gpt2.step")
-    names += ("activation", "lookup", "norm_backward", "rope", "softmax")
+    names += ("activation", "attention", "lookup", "norm_backward", "rope", "softmax")
     modules = [importlib.import_module(f"gpt2cupy.ops.{name}") for name in names]
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
@@ -305,6 +305,16 @@ def test_different_kernels_are_compiled_side_by_side(cache, fake, monkeypatch):
         b"cubin of norm.cu",
         b"cubin of embedding.cu",
     }
+
+
+def test_no_thread_is_left_when_all_is_compiled(cache, fake):
+    before = threading.active_count()
+    for source in ("norm.cu", "embedding.cu"):
+        compiler.request(source, HALF, ARCH).result(60)
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_a_failure_reaches_all_who_wait_and_leaves_no_lock(cache, fake, monkeypatch):

@@ -1,0 +1,212 @@
+"""Attention over given keys and values in plain NumPy: part of :mod:`.reference`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError, kind_of, shown
+from .reference_rows import store, wide
+
+Array = Any
+
+HEAD_SIZES = range(8, 129, 8)
+_DTYPES = ("float32", "float16", "bfloat16", "float64")  # the last for exact results
+
+
+class Facts(NamedTuple):
+    """What of an array decides whether an op takes it, and by which kernel."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+
+
+def facts(name: str, array: Array, where: str) -> Facts:
+    """The facts of an argument, or an error for what is no array."""
+    try:
+        return Facts(array.shape, array.strides, array.dtype)
+    except AttributeError:
+        raise InputError(
+            f"{name} is {kind_of(array)}, not an array of NumPy or CuPy",
+            where=f"{where}: {name}",
+            remedy="Give all arrays in one memory; gpt2cupy.torch takes PyTorch's tensors.",
+        ) from None
+
+
+def check_heads(q: Facts, k: Facts, v: Facts, dims: str, where: str) -> None:
+    """Refuse queries, keys and values that do not fit each other.
+
+    ``dims`` are those of q: "BTNH" for many queries of a sequence, "BNH" for one.
+    """
+    for name, each, letters in (("q", q, dims), ("k", k, "BSKH"), ("v", v, "BSKH")):
+        if each.dtype.name not in _DTYPES or each.dtype != q.dtype:
+            raise InputError(
+                f"{name} is of {each.dtype.name}, q of {q.dtype.name}",
+                where=f"{where}: {name}",
+                remedy="Give all three in one of float32, float16 and bfloat16.",
+            )
+        if len(each.shape) != len(letters):
+            raise InputError(
+                f"{name} has {len(each.shape)} dimensions, not {len(letters)}",
+                where=f"{where}: {name}",
+                remedy="Give q as [batch, tokens, heads, channels], without tokens for decode_"
+                "attention, and k and v as [batch, tokens, heads, channels].",
+            )
+    batch, size, heads = q.shape[0], q.shape[-1], q.shape[-2]
+    if size not in HEAD_SIZES:
+        raise InputError(
+            f"q has heads of {size} channels",
+            where=f"{where}: q",
+            remedy="Kernels take multiples of 8 up to 128: pad q, k and v with zeros, and give "
+            "the scale of the size that it was.",
+        )
+    for name, each in (("k", k), ("v", v)):
+        if each.shape[0] != batch or each.shape[-1] != size or each.shape != k.shape:
+            raise InputError(
+                f"{name} is {list(each.shape)}, where q is {list(q.shape)} and k {list(k.shape)}",
+                where=f"{where}: {name}",
+                remedy="All have the same batch and channels, k and v also the same tokens and "
+                "heads.",
+            )
+    kv = k.shape[2]
+    if heads and (not kv or heads % kv):
+        raise InputError(
+            f"k has {kv} heads, of which the {heads} of q are no multiple",
+            where=f"{where}: k",
+            remedy="Each key head serves as many query heads.",
+        )
+
+
+def scale_of(scale: float | None, head_size: int, where: str) -> float:
+    """The factor on the scores."""
+    if scale is None:
+        return 1 / math.sqrt(head_size)
+    if not (isinstance(scale, (int, float, np.floating, np.integer)) and 0 < scale < math.inf):
+        raise InputError(
+            f"{shown(scale)} is no factor of scores",
+            where=f"{where}: scale",
+            remedy="Give a positive number, or None for 1 / sqrt(channels).",
+        )
+    return float(scale)
+
+
+def check_counts(name: str, array: Array | None, batch: int, where: str) -> None:
+    """Refuse what is not an int32 for each sequence."""
+    if array is None:
+        return
+    found = facts(name, array, where)
+    if found.dtype != np.int32 or found.shape != (batch,):
+        raise InputError(
+            f"{name} is {found.dtype.name}{list(found.shape)}",
+            where=f"{where}: {name}",
+            remedy=f"Give an array of int32 [{batch}]: a number for each sequence.",
+        )
+
+
+def check_offset(q_offset: Any, causal: bool, batch: int, where: str) -> None:
+    """Refuse an offset that is no position, or that nothing would use."""
+    one = isinstance(q_offset, (int, np.integer)) and not isinstance(q_offset, bool)
+    if one and not 0 <= q_offset < 2**31:
+        raise InputError(
+            f"{shown(q_offset)} is no position",
+            where=f"{where}: q_offset",
+            remedy="Give the position of the first query among the keys: 0 or more.",
+        )
+    if not one:
+        check_counts("q_offset", q_offset, batch, where)
+    if not causal and not (one and q_offset == 0):
+        raise InputError(
+            "q_offset is given where all queries see all keys",
+            where=f"{where}: q_offset",
+            remedy="Leave it out, or set causal=True.",
+        )
+
+
+def _softmax(scores: Array) -> Array:
+    """Over the last dimension; zeros where all is minus infinity."""
+    largest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isneginf(largest), 0, largest))
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / np.where(total == 0, 1, total)
+
+
+def _attend(q: Array, k: Array, v: Array, scale: float, hidden: Array | None) -> Array:
+    """One sequence: q [T, NH, HS], k and v [S, NKV, HS] -> [T, NH, HS]."""
+    queries, heads, size = q.shape
+    kv = k.shape[1]
+    # Query heads that share keys beside each other: [NKV, share, T, HS].
+    grouped = q.transpose(1, 0, 2).reshape(kv, heads // kv, queries, size)
+    scores = grouped @ k.transpose(1, 2, 0)[:, None] * q.dtype.type(scale)
+    if hidden is not None:
+        scores[..., hidden] = -np.inf
+    context = _softmax(scores) @ v.transpose(1, 0, 2)[:, None]
+    return context.reshape(heads, queries, size).transpose(1, 0, 2)
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    scale: float | None = None,
+    lengths: Array | None = None,
+    q_offset: Any = 0,
+    *,
+    out: Array | None = None,
+) -> Array:
+    of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
+    check_heads(*of, "BTNH", "attention")
+    batch, queries = q.shape[:2]
+    check_counts("lengths", lengths, batch, "attention")
+    check_offset(q_offset, causal, batch, "attention")
+    factor = scale_of(scale, q.shape[-1], "attention")
+    result = np.zeros(q.shape, wide(q).dtype)
+    for b in range(batch if q.size else 0):
+        keys = k.shape[1] if lengths is None else min(max(int(lengths[b]), 0), k.shape[1])
+        if not keys:
+            continue
+        first = int(q_offset if np.ndim(q_offset) == 0 else q_offset[b])
+        hidden = None
+        if causal:
+            hidden = np.arange(keys) > np.arange(first, first + queries)[:, None]
+        result[b] = _attend(wide(q[b]), wide(k[b, :keys]), wide(v[b, :keys]), factor, hidden)
+    return store(result, out, q.dtype)
+
+
+def decode_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    lengths: Array,
+    scale: float | None = None,
+    *,
+    out: Array | None = None,
+    scratch: Array | None = None,
+) -> Array:
+    arrays = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
+    check_heads(*(facts(n, a, "decode_attention") for n, a in arrays), "BNH", "decode_attention")
+    check_given(lengths, len(q))
+    found = attention(
+        q[:, None],
+        k_cache,
+        v_cache,
+        False,
+        scale,
+        lengths,
+        out=None if out is None else out[:, None],
+    )
+    return found[:, 0] if out is None else out
+
+
+def check_given(lengths: Array | None, batch: int) -> None:
+    """Refuse a cache of which nobody says how many keys it has."""
+    if lengths is None:
+        raise InputError(
+            "lengths is None",
+            where="decode_attention: lengths",
+            remedy="Give the number of keys of each sequence, the new token's among them.",
+        )
+    check_counts("lengths", lengths, batch, "decode_attention")

@@ -1,0 +1,293 @@
+"""The ASGI application: paths, keys, errors, and the life of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from .._version import __version__
+from ..errors import Gpt2CupyError, InputError, NoTokenizerError
+from ..generation.completion_request import CompletionParser, CompletionRequest
+from ..generation.prompts import only_ids
+from ..ids import check_tokens
+from . import metrics
+from .answers import Answer
+from .chat import chat_request
+from .front import Front
+from .http import CONNECTION, ApiError, Headers, Receive, Scope, Send, answer, header, read_body
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+_STREAM: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class App:
+    """Answers HTTP requests of one front."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self._parser = CompletionParser()
+        # Path to method, whether a key is needed, and what answers.
+        self._routes: dict[str, tuple[str, bool, Any]] = {
+            "/health": ("GET", False, self._health),
+            "/ready": ("GET", False, self._ready),
+            "/version": ("GET", False, self._version),
+            "/metrics": ("GET", False, self._metrics),
+            "/v1/models": ("GET", True, self._models),
+            "/tokenize": ("POST", True, self._tokenize),
+            "/detokenize": ("POST", True, self._detokenize),
+            "/v1/completions": ("POST", True, self._completions),
+            "/v1/chat/completions": ("POST", True, self._chat),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        arrived = time.monotonic()
+        about: dict[str, Any] = {"id": secrets.token_hex(8)}
+        scope["about"] = about
+        own: Headers = [(b"x-request-id", about["id"].encode())]
+        status = 200
+        try:
+            handler = self._route(scope)
+            status = await handler(scope, receive, send, own, arrived)
+        except Gpt2CupyError as error:
+            status = await self._refuse(send, ApiError.of(error), own)
+        except ApiError as error:
+            status = await self._refuse(send, error, own)
+        seconds = round(time.monotonic() - arrived, 4)
+        path = scope["path"][:200]
+        if path not in ("/health", "/ready", "/metrics") or status >= 500:
+            self.front.log.request(status, path=path, **about, seconds=seconds)
+
+    def _route(self, scope: Scope) -> Any:
+        path, method = scope["path"], scope["method"]
+        found = self._routes.get(path)
+        if found is None and path == f"/v1/models/{self.front.settings.name}":
+            found = "GET", True, self._model
+        if found is None:
+            raise ApiError(404, f"there is no {path[:200]!r} here", code="not_found")
+        wanted, guarded, handler = found
+        if method != wanted and not (method == "HEAD" and wanted == "GET"):
+            allow = [(b"allow", wanted.encode())]
+            raise ApiError(405, f"{path} takes {wanted}", code="method_not_allowed", headers=allow)
+        if guarded and not self.front.allowed(header(scope, b"authorization")):
+            raise ApiError(
+                401, "no valid API key was given: send Authorization: Bearer KEY",
+                code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")],
+            )  # fmt: skip
+        return handler
+
+    async def _refuse(self, send: Send, error: ApiError, own: Headers) -> int:
+        self.front.store.add("gpt2cupy:requests_refused")
+        await answer(send, error.status, error.body, [*error.headers, *own])
+        return error.status
+
+    # -- what can be looked up ---------------------------------------------------------------------
+
+    async def _json(self, send: Send, found: Any, own: Headers, status: int = 200) -> int:
+        await answer(send, status, msgspec.json.encode(found), own)
+        return status
+
+    async def _health(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        return await self._json(send, {"status": "ok"}, own)
+
+    async def _ready(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        ready = self.front.link.about is not None and not self.front.draining
+        found = {"ready": ready, "engine": self.front.link.about}
+        return await self._json(send, found, own, 200 if ready else 503)
+
+    async def _version(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        return await self._json(send, {"version": __version__}, own)
+
+    async def _metrics(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        settings = self.front.settings
+        text = metrics.exposition(metrics.total(settings.folder), settings.name)
+        kind = b"text/plain; version=0.0.4; charset=utf-8"
+        await answer(send, 200, text.encode(), own, kind)
+        return 200
+
+    def _about_model(self) -> dict[str, Any]:
+        front = self.front
+        return {
+            "id": front.settings.name,
+            "object": "model",
+            "created": front.created,
+            "owned_by": "gpt2cupy",
+            "root": front.settings.model,
+            "max_model_len": front.context,
+        }
+
+    async def _models(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        return await self._json(send, {"object": "list", "data": [self._about_model()]}, own)
+
+    async def _model(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        return await self._json(send, self._about_model(), own)
+
+    # -- text and ids ------------------------------------------------------------------------------
+
+    async def _tokenize(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        _size, body = await self._body(scope, receive)
+        if body is None:
+            return 499
+        prompt = body.get("prompt") if isinstance(body, dict) else None
+        if not isinstance(prompt, str):
+            raise InputError("there is no text to tokenize", where="prompt", remedy="Give prompt.")
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(None, self.front.tokenizer.encode, prompt)
+        found = {"count": len(ids), "max_model_len": self.front.context, "tokens": ids}
+        if body.get("return_token_strs"):
+            found["token_strs"] = [self.front.names[id_] for id_ in ids]
+        return await self._json(send, found, own)
+
+    async def _detokenize(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        _size, body = await self._body(scope, receive)
+        if body is None:
+            return 499
+        tokens = body.get("tokens") if isinstance(body, dict) else None
+        if not isinstance(tokens, list):
+            raise InputError("there are no ids to decode", where="tokens", remedy="Give tokens.")
+        ids = check_tokens(only_ids(tokens), self.front.config).tolist() if tokens else []
+        try:
+            text = self.front.tokenizer.decode(ids)
+        except NoTokenizerError as error:
+            raise InputError(str(error), where="tokens") from error
+        return await self._json(send, {"prompt": text}, own)
+
+    async def _body(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
+        """Size and meaning of a body; None as its meaning where the client went away."""
+        data = await read_body(scope, receive, self.front.settings.max_body)
+        if data is None:
+            return 0, None
+        try:
+            return len(data), msgspec.json.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+
+    # -- completions -------------------------------------------------------------------------------
+
+    async def _completions(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, arrived: float
+    ) -> int:
+        size, body = await self._body(scope, receive)
+        if size == 0:
+            return 499
+        return await self._run(
+            self._parser.parse(body), scope, receive, send, own, arrived, chat=False, size=size
+        )
+
+    async def _chat(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, arrived: float
+    ) -> int:
+        size, body = await self._body(scope, receive)
+        if size == 0:
+            return 499
+        asked = chat_request(body, self.front.template)
+        return await self._run(asked, scope, receive, send, own, arrived, chat=True, size=size)
+
+    async def _run(
+        self,
+        asked: CompletionRequest,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        own: Headers,
+        arrived: float,
+        *,
+        chat: bool,
+        size: int,
+    ) -> int:
+        """Answer a request to continue texts; counted once, however it ends."""
+        front = self.front
+        if asked.ignored:
+            names = ", ".join(_UNSAFE.sub("?", name[:40]) for name in asked.ignored[:20])
+            own.append((b"x-ignored-fields", names.encode()))
+        made = await front.accept(asked, arrived, chat=chat, size=size)
+        outcome = "error"
+        loop = asyncio.get_running_loop()
+        gone = loop.create_task(_wait_until_gone(receive, made))
+        seconds = front.settings.request_seconds
+        limit = loop.call_later(seconds, made.fail, 504, f"not done after {seconds:g} s", "timeout")
+        try:
+            status = await (_stream if asked.stream else _whole)(made, scope, send, own)
+            if made.error is None:
+                outcome = "completed"
+            elif made.error.status == 499:
+                outcome = "client_gone"
+            return status
+        finally:
+            limit.cancel()
+            gone.cancel()
+            made.close()
+            front.answered(made, outcome)
+            usage = made.usage()
+            scope["about"].update(
+                outcome=outcome,
+                stream=asked.stream,
+                prompt_tokens=usage["prompt_tokens"],
+                completion_tokens=usage["completion_tokens"],
+            )
+            if front.log.prompts:
+                scope["about"]["prompts"] = asked.prompts
+
+
+async def _wait_until_gone(receive: Receive, made: Answer) -> None:
+    """End an answer whose client went away."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            made.fail(499, "the client went away")
+            return
+
+
+async def _whole(made: Answer, scope: Scope, send: Send, own: Headers) -> int:
+    while not made.ended:
+        await made.wait()
+    if made.error is not None:
+        await answer(send, made.error.status, made.error.body, [*made.error.headers, *own])
+        return made.error.status
+    await answer(send, 200, msgspec.json.encode(made.whole()), own)
+    return 200
+
+
+async def _stream(made: Answer, scope: Scope, send: Send, own: Headers) -> int:
+    await made.wait()
+    if made.error is not None and not made.events:  # nothing was sent: the status can say so
+        await answer(send, made.error.status, made.error.body, [*made.error.headers, *own])
+        return made.error.status
+    await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM, *own]})
+    connection = scope.get("extensions", {}).get(CONNECTION)
+    while True:
+        more = not made.ended
+        made.connection = None  # what comes while this waits for the client comes after it
+        body = made.take_parts()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        if not more:
+            return 200
+        if connection is not None and connection.writes_chunks:
+            made.connection = connection
+        await made.wait()

@@ -1,0 +1,77 @@
+"""``gpt2cupy generate --prompts``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command import CPU, SHORT, call, done
+
+import gpt2cupy
+
+PROMPTS = ["ROMEO:", "To be", "JULIET: o"]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    with gpt2cupy.load("shakespeare", device="cpu") as model:
+        yield model
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfROMEO:\n\nTo be\r\nJULIET: o")
+    return path
+
+
+def test_each_line_is_continued(lm, file):
+    texts = [each.text for each in lm.generate(PROMPTS, max_new_tokens=5)]
+    expected = "".join(f"{p}{t}\n" for p, t in zip(PROMPTS, texts, strict=True))
+    code, out, err = call("generate", "--prompts", str(file), *SHORT)
+    assert (code, out) == (0, expected) and "3 texts, 15 tokens in" in err
+    assert done("generate", "--prompts", str(file), *SHORT, "--max-batch", "1") == expected
+    assert done("generate", "--prompts", "-", *SHORT, stdin=file.read_bytes()) == expected
+    without = done("generate", "--prompts", str(file), "--no-echo", *SHORT)
+    assert without == "".join(f"{text}\n" for text in texts)
+
+
+def test_json_has_an_object_for_each_continuation(lm, file):
+    flags = ("--n", "2", "--temperature", "0.9", "--seed", "1", "--json", "--logprobs", "1")
+    rows = [json.loads(x) for x in
+            done("generate", "--prompts", str(file), *SHORT, *flags).splitlines()]  # fmt: skip
+    assert [(row["prompt"], row["index"]) for row in rows] == [
+        (prompt, index) for prompt in PROMPTS for index in range(2)
+    ]
+    pair = lm.generate("To be", max_new_tokens=5, n=2, temperature=0.9, seed=1)
+    assert [row["text"] for row in rows[2:4]] == [each.text for each in pair]
+    assert [len(row["top"][0]) for row in rows] == [1] * 6
+
+
+def test_a_prompt_that_does_not_fit_is_named_after_those_before(tmp_path):
+    path = tmp_path / "prompts"
+    path.write_text("ROMEO:\n" + "word " * 600 + "\nJULIET:\n")
+    code, out, err = call("generate", "--prompts", str(path), *SHORT)
+    assert code == 1 and out.count("ROMEO:") == 1 and "JULIET" not in out
+    assert "prompt 1, 'word" in err
+    path.write_bytes(b"ROMEO:\n\xff\n")
+    code, out, err = call("generate", "--prompts", str(path), *SHORT)
+    assert code == 1 and out.startswith("ROMEO:") and "line 2" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--prompts", "x", "text"), "--prompts or one prompt"),
+        (("--prompts", "x", "--file", "y"), "--prompts or one prompt"),
+        (("--max-batch", "3", "text"), "--max-batch is for --prompts"),
+    ],
+)
+def test_what_does_not_go_together(arguments, says):
+    code, _, err = call("generate", *CPU, *arguments)
+    assert code == 2 and says in err
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    code, _, err = call("generate", "--prompts", str(tmp_path / "missing"), *CPU)
+    assert code == 1 and "cannot be read" in err
