@@ -32,7 +32,6 @@ DOUBLE = Kernel(
 
 @pytest.fixture
 def driver(monkeypatch):
-    monkeypatch.setattr(norm, "sm_count", lambda: 132)
     monkeypatch.setattr("gpt2cupy.ops.core.launch.current_device", lambda: seen.device)
     monkeypatch.setattr("gpt2cupy.ops.core.plan.current_device", lambda: seen.device)
     for seen in fake_driver.stand_in(monkeypatch):
