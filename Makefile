@@ -22,7 +22,7 @@ LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-
 
 # One environment, filled by one pip at a time.
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest compile-all parity fuzz gpu-test bench lint format docs
+.PHONY: help demo test test-lowest compile-all parity e2e fuzz gpu-test bench lint format docs
 .PHONY: records release-check clean sanitize
 
 help: ## List the targets
@@ -35,12 +35,17 @@ $(VENV)/base: pyproject.toml
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(PIP) -e '.[$(TEST_EXTRA),test]'
+	$(PIP) -e '.[$(TEST_EXTRA),serve,test]'
 	@touch $@
 
 $(VENV)/parity: $(VENV)/test
 	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) -e '.[parity]'
+	@touch $@
+
+# After parity, whose PyTorch lm-eval takes then.
+$(VENV)/e2e: $(VENV)/parity
+	$(PIP) -e '.[serve,e2e]'
 	@touch $@
 
 # Not for every Python and machine has atheris a wheel; what needs it says so and passes.
@@ -66,7 +71,10 @@ demo: $(VENV)/base ## Install and stream text from the embedded model
 # The tests look into kernels of the embedded model, which are compiled faster beforehand.
 test: $(VENV)/test ## Run every test that needs no GPU
 	$(BIN)/gpt2cupy compile --model shakespeare --arch sm_75 --arch sm_90
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity -n auto --dist worksteal
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity --ignore=tests/e2e -n auto --dist worksteal
+
+e2e: $(VENV)/e2e ## A real server on the CPU: its interface, what it survives, clients that others wrote
+	$(BIN)/python -m pytest tests/e2e -n auto --dist loadfile
 
 # Every "name>=version" of pyproject.toml as "name==version", but for the extra of the other CUDA.
 # Needs a Python that the oldest NumPy has wheels for: 3.10 to 3.12.
@@ -80,7 +88,7 @@ $(LOWEST)/test: pyproject.toml
 # The tests on the oldest libraries that pyproject.toml admits.
 test-lowest: $(LOWEST)/test
 	$(LOWEST)/bin/gpt2cupy compile --model shakespeare --arch sm_75 --arch sm_90
-	$(LOWEST)/bin/python -m pytest -m "not gpu" --ignore=tests/parity
+	$(LOWEST)/bin/python -m pytest -m "not gpu" --ignore=tests/parity --ignore=tests/e2e
 
 compile-all: $(VENV)/test ## Compile every kernel for all seven architectures
 	$(BIN)/gpt2cupy compile $(ARCHS:%=--arch %)
@@ -114,10 +122,13 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/call_cost.py
 	$(BIN)/python bench/batch.py
 	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/layers.py
 	$(BIN)/python bench/invariance.py
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/server.py
+	$(BIN)/python bench/server_front.py
 	$(BIN)/python -m bench.report --draw
 
 lint: $(VENV)/lint ## Check with ruff, mypy and clang-format
@@ -137,9 +148,12 @@ docs: $(VENV)/docs ## Write docs/api.md from the docstrings
 records: $(VENV)/base ## List the benchmark and GPU-test records: current, stale, cut off or missing
 	@$(BIN)/python -m bench.report --records
 
-release-check: $(VENV)/test ## Fail if a record is stale or cut off or a table has none; kill a batch 100 times
+# A batch killed 100 times, 10,000 requests against 256 slots, and bodies at random for ten minutes.
+release-check: $(VENV)/test ## Fail if a record is stale or cut off, a table has none, or a long test fails
 	@$(BIN)/python -m bench.report --records --strict
-	GPT2CUPY_TEST_KILLS=100 $(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills
+	GPT2CUPY_E2E_REQUESTS=10000 $(BIN)/python -m pytest -q tests/e2e/test_survival.py -k beyond_the_slots
+	$(BIN)/python tests/fuzz/fuzz_server.py --seconds 600
+	$(BIN)/python -m pytest -q tests/generation/test_batch.py -k kills --kills 100
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(SIDE* SIDE) attention(const elem_t*
       }
       larger = fmaxf(m[i], warp_max<SIDE>(larger));
       // A query may see none of the keys: its maximum is then minus infinity.
-      float base = larger == MINUS_INFINITY ? 0.0f : larger * factor;
-      float old = power_of_two(m[i] * factor - base), sum = 0.0f;
+      float base = larger == MINUS_INFINITY ? 0.0f : __fmul_rn(larger, factor);
+      float old = power_of_two(__fmul_rn(m[i], factor) - base), sum = 0.0f;
       m[i] = larger;
 #pragma unroll
       for (int j = 0; j < CPT; j++) {

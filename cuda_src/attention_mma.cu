@@ -197,8 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_mma(const ele
         larger = fmaxf(larger, fmaxf(s[j][half * 2], s[j][half * 2 + 1]));
       larger = warp_max<4>(larger);  // four lanes share a row
       // A query may see none of the keys: its maximum is then minus infinity.
-      float base = larger == MINUS_INFINITY ? 0.0f : larger * factor;
-      float old = power_of_two(m[half] * factor - base);
+      float base = larger == MINUS_INFINITY ? 0.0f : __fmul_rn(larger, factor);
+      float old = power_of_two(__fmul_rn(m[half], factor) - base);
       m[half] = larger;
       l[half] *= old;
 #pragma unroll

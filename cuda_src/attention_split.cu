@@ -58,7 +58,7 @@ __device__ inline void copy_rows(unsigned to,
                                  const Mbarrier& empty,
                                  unsigned parity,
                                  const Mbarrier& full) {
-  constexpr int AT_ONCE = 2;
+  constexpr int AT_ONCE = 4;
   int thread = threadIdx.x % WARPGROUP, unit = thread % UNITS, row = thread / UNITS;
   unsigned at = to + (unit / 8 * COUNT + row) * 128 + (unit % 8 ^ row % 8) * 16;
   const float* from = head + (size_t)(first + row) * stride + unit * 8;
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_split(const f
   };
 
   if (group == 0) {
-    fewer_registers<56>();
+    fewer_registers<80>();
     PipelineState stage = {0, 0};
     unsigned query_parity = 0;
 #pragma unroll 1
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_split(const f
     return;
   }
 
-  more_registers<224>();
+  more_registers<208>();
   int consumer = group - 1, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
   int along = lane % 4, across = lane / 4;  // place in a fragment
   PipelineState stage = {0, 0};
@@ -241,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_split(const f
           larger = fmaxf(larger, fmaxf(s[j][half * 2], s[j][half * 2 + 1]));
         larger = warp_max<4>(larger);  // four lanes share a row
         // A query may see none of the keys so far: its maximum is then minus infinity.
-        float base = larger == MINUS_INFINITY ? 0.0f : larger * factor;
-        float old = power_of_two(m[half] * factor - base), sum = 0.0f;
+        float base = larger == MINUS_INFINITY ? 0.0f : __fmul_rn(larger, factor);
+        float old = power_of_two(__fmul_rn(m[half], factor) - base), sum = 0.0f;
         m[half] = larger;
 #pragma unroll
         for (int d = 0; d < CHANNELS / 8; d++) {

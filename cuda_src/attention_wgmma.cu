@@ -19,6 +19,14 @@
 // Source    Shah et al., "FlashAttention-3", 2024
 //
 // Head sizes that are no multiple of 64 have zeros behind them in shared memory.
+//
+// Entries   attention_wgmma  copies by cp.async, any strides; keys past a sequence's end become
+// zero
+//           attention_tma    by the copy engine, whose tensor maps say where tiles of q, k and v
+//           lie:
+//                            one thread starts a copy, and no consumer waits for other
+//                            instructions' stores. What lies behind the end of an array counts as
+//                            zero, but not what lies behind a sequence's `lengths`
 #include "attention_tensors.cuh"
 #include "mbarrier.cuh"
 #include "softmax_state.cuh"
@@ -42,6 +50,21 @@ constexpr int STEP = WARPGROUP / UNITS;  // rows that the producer copies at onc
 constexpr int STEPS = (HS + 15) / 16;    // products of a score
 constexpr int CONSUMER_WARPS = CONSUMERS * 4;
 constexpr int TURN = 1;  // the first named barrier of the consumers' turns
+
+// What the entries take. The strides are in elements.
+struct Call {
+  const elem_t *q, *k, *v;
+  const int *lengths, *offsets;
+  elem_t* out;
+  float scale;
+  int causal, offset, together, B, T, S, NH, NKV;
+  Strides of_q, of_k, of_v, of_out;
+};
+// Where tiles of q, k and v lie; null without maps.
+struct Tiles {
+  const TensorMap *q, *k, *v;
+};
+static_assert(BR == 128 && BC == 128, "the tensor maps have boxes of so many rows");
 
 struct Barriers {
   Mbarrier query_full, query_empty, key_full[STAGES], key_empty[STAGES], value_full[STAGES],
@@ -67,6 +90,16 @@ __device__ inline void copy_rows(
   mbarrier_arrive_after_cp_async(address_of(full));
 }
 
+// Likewise by the copy engine, of the COUNT rows of a tile; one thread.
+template <int COUNT>
+__device__ inline void copy_tile(
+    unsigned to, const TensorMap* tiles, int first, int head, int batch, const Mbarrier& full) {
+  mbarrier_arrive_expect_tx(address_of(full), SLABS * COUNT * 128);
+#pragma unroll
+  for (int slab = 0; slab < SLABS; slab++)
+    copy_box(to + slab * COUNT * 128, tiles, slab * 64, first, head, batch, address_of(full));
+}
+
 // The fragments of weights as the left operand of the next products.
 __device__ inline void pack(const float (&s)[BC / 8][4], unsigned (&p)[BC / 16][4]) {
 #pragma unroll
@@ -76,33 +109,10 @@ __device__ inline void pack(const float (&s)[BC / 8][4], unsigned (&p)[BC / 16][
       p[j][i] = packed<elem_t>(s[j * 2 + i / 2][i % 2 * 2], s[j * 2 + i / 2][i % 2 * 2 + 1]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const elem_t* q,
-                                                                         const elem_t* k,
-                                                                         const elem_t* v,
-                                                                         const int* lengths,
-                                                                         const int* offsets,
-                                                                         elem_t* out,
-                                                                         float scale,
-                                                                         int causal,
-                                                                         int offset,
-                                                                         int together,
-                                                                         int B,
-                                                                         int T,
-                                                                         int S,
-                                                                         int NH,
-                                                                         int NKV,
-                                                                         int q_stride_B,
-                                                                         int q_stride_T,
-                                                                         int q_stride_NH,
-                                                                         int k_stride_B,
-                                                                         int k_stride_S,
-                                                                         int k_stride_NKV,
-                                                                         int v_stride_B,
-                                                                         int v_stride_S,
-                                                                         int v_stride_NKV,
-                                                                         int out_stride_B,
-                                                                         int out_stride_T,
-                                                                         int out_stride_NH) {
+template <bool MAPS>
+__device__ __forceinline__ void attend(const Call& call, const Tiles& maps) {
+  auto [q, k, v, lengths, offsets, out, scale, causal, offset, together, B, T, S, NH, NKV, of_q,
+        of_k, of_v, of_out] = call;
   extern __shared__ unsigned char memory[];
   __shared__ Barriers barriers;
   unsigned queries = (shared_address(memory) + 1023) / 1024 * 1024;
@@ -110,16 +120,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
   int tiles = (T + BR - 1) / BR, items = tiles * B * NH;
   int group = threadIdx.x / WARPGROUP;
 
-  if (HS % 64)  // what is never copied
+  if (HS % 64 && !MAPS)  // what is never copied
     for (int i = threadIdx.x; i < (SHARED_BYTES - 1024) / 16; i += THREADS)
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(queries + i * 16), "r"(0)
                    : "memory");
   if (threadIdx.x == 0) {
-    mbarrier_init(address_of(barriers.query_full), WARPGROUP);
+    constexpr int COPIERS = MAPS ? 1 : WARPGROUP;
+    mbarrier_init(address_of(barriers.query_full), COPIERS);
     mbarrier_init(address_of(barriers.query_empty), CONSUMER_WARPS);
     for (int i = 0; i < STAGES; i++) {
-      mbarrier_init(address_of(barriers.key_full[i]), WARPGROUP);
-      mbarrier_init(address_of(barriers.value_full[i]), WARPGROUP);
+      mbarrier_init(address_of(barriers.key_full[i]), COPIERS);
+      mbarrier_init(address_of(barriers.value_full[i]), COPIERS);
       mbarrier_init(address_of(barriers.key_empty[i]), CONSUMER_WARPS);
       mbarrier_init(address_of(barriers.value_empty[i]), CONSUMER_WARPS);
     }
@@ -134,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
   };
 
   if (group == 0) {
-    fewer_registers<40>();
+    fewer_registers<24>();
+    if (MAPS && threadIdx.x > 0) return;
     PipelineState key_stage = {0, 0}, value_stage = {0, 0};
     unsigned query_parity = 0;
 #pragma unroll 1
@@ -146,29 +158,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
       Visible visible = visible_of(lengths, offsets, offset, causal, item.batch, T, S);
       int end = visible.end(min(first + BR, T) - 1);
       if (end == 0) continue;
-      const elem_t* key = k + Strides{k_stride_B, k_stride_S, k_stride_NKV}.at(item.batch, 0, kv);
-      const elem_t* value = v + Strides{v_stride_B, v_stride_S, v_stride_NKV}.at(item.batch, 0, kv);
+      const elem_t* key = k + of_k.at(item.batch, 0, kv);
+      const elem_t* value = v + of_v.at(item.batch, 0, kv);
 
       mbarrier_wait(address_of(barriers.query_empty), query_parity ^ 1);
       query_parity ^= 1;
-      copy_rows<BR>(queries,
-                    q + Strides{q_stride_B, q_stride_T, q_stride_NH}.at(item.batch, 0, item.head),
-                    q_stride_T, first, T, barriers.query_full);
+      if constexpr (MAPS)
+        copy_tile<BR>(queries, maps.q, first, item.head, item.batch, barriers.query_full);
+      else
+        copy_rows<BR>(queries, q + of_q.at(item.batch, 0, item.head), of_q.token, first, T,
+                      barriers.query_full);
       int count = (end + BC - 1) / BC;
       // In the order in which they are used: keys are one tile ahead of values.
 #pragma unroll 1
       for (int i = 0; i <= count; i++) {
         if (i < count) {
           mbarrier_wait(address_of(barriers.key_empty[key_stage.stage]), key_stage.parity ^ 1);
-          copy_rows<BC>(keys + key_stage.stage * TILE_BYTES, key, k_stride_S, (count - 1 - i) * BC,
-                        end, barriers.key_full[key_stage.stage]);
+          unsigned to = keys + key_stage.stage * TILE_BYTES;
+          int t0 = (count - 1 - i) * BC;
+          const Mbarrier& full = barriers.key_full[key_stage.stage];
+          if constexpr (MAPS)
+            copy_tile<BC>(to, maps.k, t0, kv, item.batch, full);
+          else
+            copy_rows<BC>(to, key, of_k.token, t0, end, full);
           key_stage.next(STAGES);
         }
         if (i > 0) {
           mbarrier_wait(address_of(barriers.value_empty[value_stage.stage]),
                         value_stage.parity ^ 1);
-          copy_rows<BC>(values + value_stage.stage * TILE_BYTES, value, v_stride_S,
-                        (count - i) * BC, end, barriers.value_full[value_stage.stage]);
+          unsigned to = values + value_stage.stage * TILE_BYTES;
+          int t0 = (count - i) * BC;
+          const Mbarrier& full = barriers.value_full[value_stage.stage];
+          if constexpr (MAPS)
+            copy_tile<BC>(to, maps.v, t0, kv, item.batch, full);
+          else
+            copy_rows<BC>(to, value, of_v.token, t0, end, full);
           value_stage.next(STAGES);
         }
       }
@@ -177,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
     return;
   }
 
-  more_registers<232>();
+  more_registers<240>();
   int consumer = group - 1, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
   int along = lane % 4, across = lane / 4;  // place in a fragment
   PipelineState key_stage = {0, 0}, value_stage = {0, 0};
@@ -246,8 +270,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
           larger = fmaxf(larger, fmaxf(s[j][half * 2], s[j][half * 2 + 1]));
         larger = warp_max<4>(larger);  // four lanes share a row
         // A query may see none of the keys so far: its maximum is then minus infinity.
-        float base = larger == MINUS_INFINITY ? 0.0f : larger * factor;
-        old[half] = power_of_two(m[half] * factor - base);
+        float base = larger == MINUS_INFINITY ? 0.0f : __fmul_rn(larger, factor);
+        old[half] = power_of_two(__fmul_rn(m[half], factor) - base);
         m[half] = larger;
         l[half] *= old[half];
 #pragma unroll
@@ -265,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
       mbarrier_wait(address_of(barriers.query_full), query_parity);
       query_parity ^= 1;
       mbarrier_wait(address_of(barriers.key_full[key_stage.stage]), key_stage.parity);
-      shared_to_wgmma();
+      if constexpr (!MAPS) shared_to_wgmma();
       start_scores(key_stage.stage);
       wgmma_wait_group<0>();
       keep_order(s);
@@ -276,11 +300,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
 #pragma unroll 1
       for (int tile = count - 2; tile >= 0; tile--) {
         mbarrier_wait(address_of(barriers.key_full[key_stage.stage]), key_stage.parity);
-        shared_to_wgmma();
+        if constexpr (!MAPS) shared_to_wgmma();
         barrier_sync<CONSUMERS * WARPGROUP>(TURN + consumer);
         start_scores(key_stage.stage);
         mbarrier_wait(address_of(barriers.value_full[value_stage.stage]), value_stage.parity);
-        shared_to_wgmma();
+        if constexpr (!MAPS) shared_to_wgmma();
         start_output(value_stage.stage);
         barrier_arrive<CONSUMERS * WARPGROUP>(TURN + (consumer ^ 1));
         wgmma_wait_group<1>();
@@ -301,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
       }
       release(barriers.query_empty);
       mbarrier_wait(address_of(barriers.value_full[value_stage.stage]), value_stage.parity);
-      shared_to_wgmma();
+      if constexpr (!MAPS) shared_to_wgmma();
       start_output(value_stage.stage);
       wgmma_wait_group<0>();
       keep_order(o);
@@ -315,8 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
       l[half] = warp_sum<4>(l[half]);
       int t = row + half * 8;
       float share = l[half] > 0.0f ? 1.0f / l[half] : 0.0f;  // a query that sees no key gives zeros
-      elem_t* to =
-          out + Strides{out_stride_B, out_stride_T, out_stride_NH}.at(item.batch, t, item.head);
+      elem_t* to = out + of_out.at(item.batch, t, item.head);
 #pragma unroll
       for (int d = 0; d < CHANNELS / 8; d += 4) {
         unsigned unit[4];
@@ -330,6 +353,108 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const e
       }
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_wgmma(const elem_t* q,
+                                                                         const elem_t* k,
+                                                                         const elem_t* v,
+                                                                         const int* lengths,
+                                                                         const int* offsets,
+                                                                         elem_t* out,
+                                                                         float scale,
+                                                                         int causal,
+                                                                         int offset,
+                                                                         int together,
+                                                                         int B,
+                                                                         int T,
+                                                                         int S,
+                                                                         int NH,
+                                                                         int NKV,
+                                                                         int q_stride_B,
+                                                                         int q_stride_T,
+                                                                         int q_stride_NH,
+                                                                         int k_stride_B,
+                                                                         int k_stride_S,
+                                                                         int k_stride_NKV,
+                                                                         int v_stride_B,
+                                                                         int v_stride_S,
+                                                                         int v_stride_NKV,
+                                                                         int out_stride_B,
+                                                                         int out_stride_T,
+                                                                         int out_stride_NH) {
+  attend<false>({q,
+                 k,
+                 v,
+                 lengths,
+                 offsets,
+                 out,
+                 scale,
+                 causal,
+                 offset,
+                 together,
+                 B,
+                 T,
+                 S,
+                 NH,
+                 NKV,
+                 {q_stride_B, q_stride_T, q_stride_NH},
+                 {k_stride_B, k_stride_S, k_stride_NKV},
+                 {v_stride_B, v_stride_S, v_stride_NKV},
+                 {out_stride_B, out_stride_T, out_stride_NH}},
+                {});
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_tma(const elem_t* q,
+                  const elem_t* k,
+                  const elem_t* v,
+                  const int* lengths,
+                  const int* offsets,
+                  elem_t* out,
+                  float scale,
+                  int causal,
+                  int offset,
+                  int together,
+                  int B,
+                  int T,
+                  int S,
+                  int NH,
+                  int NKV,
+                  int q_stride_B,
+                  int q_stride_T,
+                  int q_stride_NH,
+                  int k_stride_B,
+                  int k_stride_S,
+                  int k_stride_NKV,
+                  int v_stride_B,
+                  int v_stride_S,
+                  int v_stride_NKV,
+                  int out_stride_B,
+                  int out_stride_T,
+                  int out_stride_NH,
+                  const __grid_constant__ TensorMap q_tiles,
+                  const __grid_constant__ TensorMap k_tiles,
+                  const __grid_constant__ TensorMap v_tiles) {
+  attend<true>({q,
+                k,
+                v,
+                lengths,
+                offsets,
+                out,
+                scale,
+                causal,
+                offset,
+                together,
+                B,
+                T,
+                S,
+                NH,
+                NKV,
+                {q_stride_B, q_stride_T, q_stride_NH},
+                {k_stride_B, k_stride_S, k_stride_NKV},
+                {v_stride_B, v_stride_S, v_stride_NKV},
+                {out_stride_B, out_stride_T, out_stride_NH}},
+               {&q_tiles, &k_tiles, &v_tiles});
 }
 
 #endif

@@ -9,7 +9,7 @@
 // Work      a block for a key head, a part of the keys and a sequence. The up to 16 query heads
 // that
 //           share keys are the rows of the left operand of mma.m16n8k16. Each warp has a pipeline
-//           of its own: `stages` tiles of KEYS keys and values in shared memory, filled by
+//           of its own: STAGES tiles of KEYS keys and values in shared memory, filled by
 //           cp.async. Copies in flight take no registers, so the memory stays busy while the warp
 //           multiplies. The states of the warps are merged in shared memory, those of blocks by
 //           decode_attention_merge.
@@ -19,6 +19,7 @@
 #include "decode_attention.cuh"
 #include "mma.cuh"
 
+constexpr int STAGES = 3;
 constexpr int KEYS = HS <= 64 ? 32 : 16;  // of a tile
 constexpr int MOST_HEADS = 16;            // query heads of a block
 constexpr int STEPS = (HS + 15) / 16;
@@ -38,21 +39,30 @@ struct WarpState {
 };
 static_assert(STATE_BYTES == sizeof(WarpState), "the launch asks for so much");
 
-template <int STAGES>
-__device__ inline void attend(const elem_t* q,
-                              const elem_t* k,
-                              const elem_t* v,
-                              const int* lengths,
-                              elem_t* out,
-                              float* states,
-                              float scale,
-                              int T,
-                              int NH,
-                              int NKV,
-                              Strides of_q,
-                              Strides of_k,
-                              Strides of_v,
-                              Strides of_out) {
+extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
+    decode_attention_mma(const elem_t* q,
+                         const elem_t* k_cache,
+                         const elem_t* v_cache,
+                         const int* lengths,
+                         elem_t* out,
+                         float* states,
+                         float scale,
+                         int T,
+                         int NH,
+                         int NKV,
+                         int q_stride_B,
+                         int q_stride_NH,
+                         int k_cache_stride_B,
+                         int k_cache_stride_T,
+                         int k_cache_stride_NKV,
+                         int v_cache_stride_B,
+                         int v_cache_stride_T,
+                         int v_cache_stride_NKV,
+                         int out_stride_B,
+                         int out_stride_NH) {
+  Strides of_q = {q_stride_B, 0, q_stride_NH}, of_out = {out_stride_B, 0, out_stride_NH};
+  Strides of_k = {k_cache_stride_B, k_cache_stride_T, k_cache_stride_NKV};
+  Strides of_v = {v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV};
   extern __shared__ __align__(128) unsigned char memory[];
   constexpr int WARP_BYTES =
       STAGES * STAGE_BYTES > STATE_BYTES ? STAGES * STAGE_BYTES : (STATE_BYTES + 127) / 128 * 128;
@@ -63,8 +73,8 @@ __device__ inline void attend(const elem_t* q,
   constexpr int TO_VALUES = KEYS * LINE, STAGE = 2 * KEYS * LINE;
 
   // Past the end zeros are stored, for a weight of zero would not hide a NaN.
-  const elem_t *from_k = k + of_k.at(part.batch, 0, part.kv),
-               *from_v = v + of_v.at(part.batch, 0, part.kv);
+  const elem_t *from_k = k_cache + of_k.at(part.batch, 0, part.kv),
+               *from_v = v_cache + of_v.at(part.batch, 0, part.kv);
   auto fetch = [&](int t0, int stage) {
     elem_t* to = own + stage * STAGE;
 #pragma unroll
@@ -190,23 +200,5 @@ __device__ inline void attend(const elem_t* q,
                 NH);
   }
 }
-
-#define DECODE_ENTRY(name, stages)                                                               \
-  extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)                                 \
-      name(const elem_t* q, const elem_t* k_cache, const elem_t* v_cache, const int* lengths,    \
-           elem_t* out, float* states, float scale, int T, int NH, int NKV, int q_stride_B,      \
-           int q_stride_NH, int k_cache_stride_B, int k_cache_stride_T, int k_cache_stride_NKV,  \
-           int v_cache_stride_B, int v_cache_stride_T, int v_cache_stride_NKV, int out_stride_B, \
-           int out_stride_NH) {                                                                  \
-    attend<stages>(q, k_cache, v_cache, lengths, out, states, scale, T, NH, NKV,                 \
-                   {q_stride_B, 0, q_stride_NH},                                                 \
-                   {k_cache_stride_B, k_cache_stride_T, k_cache_stride_NKV},                     \
-                   {v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV},                     \
-                   {out_stride_B, 0, out_stride_NH});                                            \
-  }
-
-DECODE_ENTRY(decode_attention_mma_s2, 2)
-DECODE_ENTRY(decode_attention_mma_s3, 3)
-DECODE_ENTRY(decode_attention_mma_s4, 4)
 
 #endif

@@ -31,6 +31,28 @@ __device__ inline void mma<__nv_bfloat16>(float (&d)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d [16, 8] += a [16, 8] b [8, 8] in TF32: of a float in a register the first 11 bits of mantissa
+// count. ldmatrix() loads its fragments too, where a row of 16 bytes is one of four floats.
+__device__ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// What TF32 leaves out of a float; of an infinity it is no number.
+__device__ inline float tf32_low(float x) {
+  return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u);
+}
+// Round a float to TF32 and return the rest, which is half as large as tf32_low() and of either
+// sign.
+__device__ inline unsigned tf32_split(unsigned& x) {
+  unsigned high = (x + 0x1000u) & 0xffffe000u;
+  unsigned low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
+  x = high;
+  return low;
+}
+
 // Two neighbouring elements of a fragment, the first in the low half.
 template <typename T>
 __device__ inline unsigned packed(float low, float high) {
@@ -134,6 +156,34 @@ __device__ inline void wgmma<__nv_bfloat16>(float (&d)[8][4],
 }
 
 #undef PRODUCT
+
+// ---------------------------------------------------------------------------------------------
+// tiles of 64 x 128, whose rows are fragments in registers
+
+#define SUMS_16 SUMS, SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
+
+__device__ inline void wgmma_wait(float (&d)[16][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : SUMS_16 : : "memory");
+}
+
+// d [64, 128] += a [64, 8] b [128, 8]^T in TF32, or without what d was. Each warp of the group
+// gives the fragment of its 16 rows, as for mma_tf32(); the descriptor is that of b.
+__device__ inline void wgmma_tf32(float (&d)[16][4],
+                                  const unsigned (&a)[4],
+                                  unsigned long long b,
+                                  bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+      "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"
+      "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, p, 1, 1;\n}"
+      : SUMS_16
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+}
+
+#undef SUMS_16
 #undef SUMS
 #undef SUM
 

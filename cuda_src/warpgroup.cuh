@@ -18,6 +18,23 @@ __device__ inline void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Where the copy engine finds tiles of an array in global memory, in four dimensions: made by the
+// driver (gpt2cupy/ops/core/tensor_map.py), and a parameter of the kernel.
+struct alignas(64) TensorMap {
+  unsigned long long words[16];
+};
+
+// Starts to copy a box, as large as the map says, to shared memory in the layout of swizzled<8>.
+// The mbarrier counts its bytes, also of what lies outside the array and becomes zero.
+__device__ inline void copy_box(
+    unsigned to, const TensorMap* map, int channel, int token, int head, int batch, unsigned full) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(full), "r"(channel), "r"(token), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // A named barrier of COUNT threads, of which some only arrive.
 template <int COUNT>
 __device__ inline void barrier_sync(int barrier) {
@@ -84,14 +101,10 @@ struct Wgmma;
 #define D_64 D_32, D16(4)
 #define D_96 D_64, D16(8)
 #define D_128 D_96, D16(12)
-#define D_160 D_128, D16(16)
-#define D_176 D_160, D4(20), D4(21)
 #define LIST_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define LIST_64 LIST_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LIST_96 LIST_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define LIST_128 LIST_96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define LIST_160 LIST_128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define LIST_176 LIST_160 ",%80,%81,%82,%83,%84,%85,%86,%87"
 
 // Numbers of the operands behind the sums.
 #define WGMMA(T, type, n, p0, p1, p2, p3, p4, p5)                                                \
@@ -121,18 +134,12 @@ struct Wgmma;
     }                                                                                            \
   };
 
-WGMMA(__half, "f16", 32, 16, 17, 18, 19, 20, 21)
 WGMMA(__half, "f16", 64, 32, 33, 34, 35, 36, 37)
 WGMMA(__half, "f16", 96, 48, 49, 50, 51, 52, 53)
 WGMMA(__half, "f16", 128, 64, 65, 66, 67, 68, 69)
-WGMMA(__half, "f16", 160, 80, 81, 82, 83, 84, 85)
-WGMMA(__half, "f16", 176, 88, 89, 90, 91, 92, 93)
-WGMMA(__nv_bfloat16, "bf16", 32, 16, 17, 18, 19, 20, 21)
 WGMMA(__nv_bfloat16, "bf16", 64, 32, 33, 34, 35, 36, 37)
 WGMMA(__nv_bfloat16, "bf16", 96, 48, 49, 50, 51, 52, 53)
 WGMMA(__nv_bfloat16, "bf16", 128, 64, 65, 66, 67, 68, 69)
-WGMMA(__nv_bfloat16, "bf16", 160, 80, 81, 82, 83, 84, 85)
-WGMMA(__nv_bfloat16, "bf16", 176, 88, 89, 90, 91, 92, 93)
 
 #undef WGMMA
 #undef D4

@@ -362,6 +362,8 @@ class LanguageModel:
         ------
         InputError, NonFiniteError
             As :meth:`generate`.
+        BusyError
+            If a stream of :meth:`stream` is open in this thread.
         """
         asked, slots = self._asked(prompt, params, options, generation_config, max_batch)
         groups = asked.known or []

@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--chip", help="run the GPU tests as this older chip would (tests/support/chips.py)"
     )
+    parser.addoption(
+        "--kills", type=int, default=10, help="how often a batch is killed; 100 in a release check"
+    )
     parser.addoption("--gpu", type=int, default=0, help="the GPU that tests take as the first one")
 
 

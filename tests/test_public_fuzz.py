@@ -97,9 +97,10 @@ def test_sampling_params(lm, options):
 def test_score(lm, text, window, stride, bos):
     for options in ({}, {"window": window, "stride": stride}, {"bos": bos}):
         found = tried(lm.score, text, **options)
-        if found is not None:
-            assert found.perplexity > 0 and found == found and isinstance(hash(found), int)
-            tried(found.bits_per_byte, text)
+        for score in found if isinstance(found, list) else [found]:
+            if score is not None:
+                assert score.perplexity > 0 and score == score and isinstance(hash(score), int)
+                tried(score.bits_per_byte, text)
 
 
 @FEW

@@ -57,8 +57,8 @@ def speeds(entry: Record) -> str:
         "TF32 off; medians of the GPU's time alone, a node of a graph of many calls. Speed-ups: "
         "with the arrays of the call before, with arrays that no cache holds, called one after the "
         "other from Python on CuPy arrays with `out=` and on tensors through gpt2cupy.torch. "
-        "Memory: the most that the allocator had, inputs and result included, against the formula "
-        "with its T x T matrix. Outside the error rule there is no speed"
+        "Memory: the most that the allocator had beside the inputs, the result included, against "
+        "the formula with its T x T matrix. Outside the error rule there is no speed"
     )
     return table(header, lines, text=4) + caption(entry, note)
 

@@ -190,6 +190,7 @@ class Owner:
 
     def _submit(self, call: _Call, slots: int) -> None:
         self._session.check_open()
+        self._session.check_not_mine()
         with self._lock:
             self._inbox.append((call, slots))
             if self._thread is None:

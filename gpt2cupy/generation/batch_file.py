@@ -209,7 +209,8 @@ class BatchOutput:
         whole = 0
         self._file.seek(0)
         for line in self._file:
-            if not line.endswith(b"\n"):
+            # A loss of power may leave zeros where a line was not yet on the disk.
+            if not line.endswith(b"\n") or b"\0" in line:
                 break
             whole += len(line)
             if line.strip():

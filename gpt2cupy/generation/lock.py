@@ -39,12 +39,7 @@ class SessionLock:
             If the calling thread holds it already.
         """
         with self._changed:
-            if self._holder is threading.current_thread() and not self._over:
-                raise BusyError(
-                    "a stream of this model is still open in this thread",
-                    where=self._name,
-                    remedy="Finish it or call its close() first, or load the model once more.",
-                )
+            self.check_not_mine()
             self._changed.wait_for(lambda: self._over or not self._taken)
             self._taken, forks = True, self._forks
             self.carry()
@@ -55,6 +50,15 @@ class SessionLock:
                 with self._changed:
                     self._taken, self._holder = False, None
                     self._changed.notify()
+
+    def check_not_mine(self) -> None:
+        """Raise BusyError if the calling thread holds the turn: it would wait for itself."""
+        if self._holder is threading.current_thread() and not self._over:
+            raise BusyError(
+                "a stream of this model is still open in this thread",
+                where=self._name,
+                remedy="Finish it or call its close() first, or load the model once more.",
+            )
 
     def carry(self) -> None:
         """Note that the turn is now this thread's: a stream may be read by several in turn."""

@@ -82,6 +82,10 @@ class Session:
         """Raise if it is closed; unlike ``model`` it hands no reference to a frame that stays."""
         _ = self.model
 
+    def check_not_mine(self) -> None:
+        """Raise BusyError if the calling thread has a stream open, for which another would wait."""
+        self._lock.check_not_mine()
+
     @contextlib.contextmanager
     def turn(self) -> Iterator[GPT2]:
         """The model for this call alone, its device the current one."""

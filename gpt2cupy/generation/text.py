@@ -107,6 +107,11 @@ class Score:
         return hash((*self.tokens, self.logprobs.tobytes()))
 
     @property
+    def total(self) -> float:
+        """Log-probability of all the tokens together: their sum."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    @property
     def perplexity(self) -> float:
         """e to the power of the mean negative log-probability; infinite beyond 709 nats."""
         nats = -float(self.logprobs.mean(dtype=np.float64))
@@ -129,8 +134,7 @@ class Score:
                 where="bits_per_byte",
                 remedy="Pass the text that was scored.",
             )
-        total = -float(self.logprobs.sum(dtype=np.float64))
-        return total / math.log(2) / len(text.encode("utf-8", "replace"))
+        return -self.total / math.log(2) / len(text.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
     from .attention import attention, decode_attention
     from .cached_attention import attention_decode, attention_prefill
+    from .epilogue import bias_act
+    from .ffn import ffn
     from .gpt2.embedding import embedding, last_rows
-    from .linear import bias_act, gemv, linear, norm_linear
+    from .linear import gemv, linear
     from .lookup import lookup
     from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
     from .norm_backward import layer_norm_backward, rms_norm_backward
+    from .norm_linear import norm_linear
     from .quantized import dequantize, quantize
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
@@ -32,11 +35,12 @@ _MODULES = {
     "attention": "attention",
     "attention_decode": "cached_attention",
     "attention_prefill": "cached_attention",
-    "bias_act": "linear",
+    "bias_act": "epilogue",
     "bias_gelu": "activation",
     "decode_attention": "attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
+    "ffn": "ffn",
     "gelu": "activation",
     "gemv": "linear",
     "last_rows": "gpt2.embedding",
@@ -44,7 +48,7 @@ _MODULES = {
     "layer_norm_backward": "norm_backward",
     "linear": "linear",
     "lookup": "lookup",
-    "norm_linear": "linear",
+    "norm_linear": "norm_linear",
     "quantize": "quantized",
     "rms_norm": "norm",
     "rms_norm_backward": "norm_backward",
@@ -70,6 +74,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "embedding",
+    "ffn",
     "gelu",
     "gemv",
     "last_rows",

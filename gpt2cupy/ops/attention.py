@@ -24,10 +24,12 @@ from .reference_attention import (
 
 Array = Any
 
-_HEADS_BYTES = 16 << 20  # of keys and values that blocks read at a time: they stay in L2
-_WAVES = 3  # of blocks of decode_attention: their ends differ by less than with one
+_HEADS_BYTES = 32 << 20  # of keys and values that blocks read at a time: they stay in L2
+_TILE = 128  # rows of a tile of attention_tma
+_ITEM = 0.8  # what a tile of queries takes beside its tiles of keys, in such tiles
+_WAVES = 3  # of blocks of decode_attention, at most: each part takes a merge
 _MOST_SPLITS = 64  # of the keys of a sequence
-_STAGES = 3  # of the pipeline of a warp of decode_attention_mma
+_FULLER = 1.02  # how much fuller waves must be to be worth more parts
 
 _ATTENTION = (
     "q: ELEM[B,T,NH,HS]@, k: ELEM[B,S,NKV,HS]@, v: ELEM[B,S,NKV,HS]@, lengths: int32[B]?, "
@@ -39,6 +41,12 @@ _ATTENTION = (
 ATTENTION = Kernel("attention.cu", "attention", _ATTENTION)
 ATTENTION_MMA = Kernel("attention_mma.cu", "attention_mma", _ATTENTION)
 ATTENTION_WGMMA = Kernel("attention_wgmma.cu", "attention_wgmma", _ATTENTION)
+ATTENTION_TMA = Kernel(
+    "attention_wgmma.cu",
+    "attention_tma",
+    f"{_ATTENTION}, q_tiles: tiles[q,{_TILE}], k_tiles: tiles[k,{_TILE}], "
+    f"v_tiles: tiles[v,{_TILE}]",
+)
 ATTENTION_SPLIT = Kernel(
     "attention_split.cu", "attention_split", _ATTENTION.replace("ELEM", "float32")
 )
@@ -49,10 +57,7 @@ _DECODE = (
     "v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV, out_stride_B, out_stride_NH"
 )
 DECODE = Kernel("decode_attention.cu", "decode_attention", _DECODE)
-# By the stages of a warp's pipeline.
-DECODE_MMA = {
-    n: Kernel("decode_attention_mma.cu", f"decode_attention_mma_s{n}", _DECODE) for n in (2, 3, 4)
-}
+DECODE_MMA = Kernel("decode_attention_mma.cu", "decode_attention_mma", _DECODE)
 DECODE_MERGE = Kernel(
     "decode_attention.cu",
     "decode_attention_merge",
@@ -101,6 +106,7 @@ def _plan(
     out: Facts | None,
     causal: bool,
     scale: float | None,
+    whole: bool,
 ) -> _Plan:
     """Everything that follows from the layouts of a call, checked."""
     check_heads(q, k, v, "BTNH", "attention")
@@ -111,6 +117,8 @@ def _plan(
     warpgroups = has_wgmma()
     if warpgroups:
         kernel = ATTENTION_SPLIT if wide else ATTENTION_WGMMA
+        if not wide and whole and all(map(_in_tiles, (q, k, v))):
+            kernel = ATTENTION_TMA
         c = constants(kernel.source, HS=size)
         threads, shared = c["THREADS"], c["SHARED_BYTES"]
     elif has_mma():
@@ -120,14 +128,46 @@ def _plan(
     else:
         c = constants("attention.cu", HS=size)
         kernel, threads, shared = ATTENTION, c["SIDE"] * c["SIDE"], 0
-    # The heads whose keys and values fit, in whole groups that share them.
-    share = heads // max(k.shape[2], 1)
-    pair = 2 * k.shape[1] * size * k.dtype.itemsize
-    together = max(_HEADS_BYTES // max(pair, 1), 1) * share
-    items = -(-queries // c["BR"]) * batch * heads
-    blocks = min(items, sm_count()) if warpgroups else items
-    together = min(together, max(batch * heads, 1)) if causal else 1
+    tiles = -(-queries // c["BR"])
+    blocks = items = tiles * batch * heads
+    together = 1
+    if warpgroups:
+        blocks = min(items, sm_count())
+    if causal:
+        pair = 2 * k.shape[1] * size * k.dtype.itemsize
+        most = min(max(_HEADS_BYTES // max(pair, 1), 1), batch * heads)
+        seen = np.minimum(np.arange(1, tiles + 1) * c["BR"], k.shape[1]) / _TILE + _ITEM
+        together = _together(seen, batch * heads, blocks, most) if warpgroups else most
     return _Plan(kernel, (blocks,), (threads,), shared, factor, together)
+
+
+def _in_tiles(array: Facts) -> bool:
+    """Whether the copy engine can read an array in whole tiles."""
+    _, tokens, _, size = array.shape
+    apart = all(
+        stride for count, stride in zip(array.shape, array.strides, strict=True) if count > 1
+    )
+    return apart and bool(tokens) and not (tokens % _TILE or size % 64)
+
+
+def _together(costs: np.ndarray, heads: int, blocks: int, most: int) -> int:
+    """How many heads are dealt with at a time, so that all blocks end at about the same time.
+
+    ``costs`` are those of the tiles of a head. Items go to the blocks as attention_wgmma.cu deals
+    them out: in turn, forth and back, of some heads the last tiles first.
+    """
+    tiles = len(costs)
+    number = np.arange(tiles * heads)
+    turn, place = np.divmod(number, max(blocks, 1))
+    block = np.where(turn % 2, blocks - 1 - place, place)
+
+    def longest(together: int) -> float:
+        group, rest = np.divmod(number, together * tiles)
+        tile = tiles - 1 - rest // np.minimum(together, heads - group * together)
+        return float(np.bincount(block, costs[tile]).max(initial=0))
+
+    choices = [together for together in (1, 2, 4, 8, 16, 32, 64) if together < most]
+    return min([*choices, max(most, 1)], key=longest)
 
 
 def _attention_cost(
@@ -198,13 +238,14 @@ def attention(
     them, is ``q.transpose(0, 2, 1, 3)``, and nothing is copied. Memory beside the arrays
     does not grow with T or S: no T x S matrix exists. float32 is computed to float32
     accuracy, on tensor cores by split products. The bits of a query do not depend on the
-    other sequences.
+    other sequences. A value that a query does not see may count with a weight of zero, so it
+    must be finite; what lies behind ``lengths`` is not read.
 
     Dao et al., "FlashAttention", 2022; Shah et al., "FlashAttention-3", 2024.
     """
     of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
     of_out = None if out is None else facts("out", out, "attention")
-    plan = _plan(current_device(), *of, of_out, causal, scale)
+    plan = _plan(current_device(), *of, of_out, causal, scale, lengths is None)
     if out is None:
         out = device_empty(q.shape, q.dtype)
     offsets, offset = None, q_offset
@@ -245,13 +286,13 @@ def _blocks(device: int, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> 
     _, capacity, kv, _ = k
     kernel = DECODE
     if dtype != np.float32 and has_mma():
-        kernel = DECODE_MMA[_STAGES]
+        kernel = DECODE_MMA
     c = constants(kernel.source, HS=size)
     if kernel is DECODE:
         of_warp = max(c.evaluate("WARP_BYTES", dtype.itemsize), c["STATE_BYTES"])
         static = c["MOST_HEADS"] * size * 4
     else:
-        of_warp, static = max(_STAGES * c["STAGE_BYTES"], c["STATE_BYTES"]), 0
+        of_warp, static = max(c["STAGES"] * c["STAGE_BYTES"], c["STATE_BYTES"]), 0
     of_warp = -(-of_warp // 128) * 128
     warps = c["MOST_WARPS"]
     while warps * of_warp + static > shared_limit():
@@ -261,9 +302,23 @@ def _blocks(device: int, q: tuple[int, ...], k: tuple[int, ...], dtype: Any) -> 
     resident = max(shared_limit() // (warps * of_warp + static), 1) * sm_count()
     # No part is so short that its warps have fewer than two tiles.
     longest = max(capacity // (2 * warps * c["KEYS"]), 1)
-    splits = min(-(-_WAVES * resident // max(batch * blocks, 1)), longest, _MOST_SPLITS)
+    splits = _splits(batch * blocks, resident, min(longest, _MOST_SPLITS))
     states = (batch, heads, splits, size + 2) if splits > 1 else None
     return _Blocks(kernel, (blocks, splits, batch), warps, warps * of_warp, states)
+
+
+def _splits(blocks: int, resident: int, most: int) -> int:
+    """Parts of the keys of a sequence: the fewest with which waves of blocks are nearly full."""
+
+    def filled(splits: int) -> float:
+        waves = -(-blocks * splits // resident)
+        return blocks * splits / (waves * resident)
+
+    best = 1
+    for splits in range(2, min(most, _WAVES * resident // max(blocks, 1)) + 1):
+        if filled(splits) > filled(best) * _FULLER:
+            best = splits
+    return best
 
 
 @functools.lru_cache(4096)
@@ -363,5 +418,7 @@ def decode_attention(
     args = (q, k_cache, v_cache, lengths, out, states, factor)
     launch(kernel, grid, (32 * warps,), args, shared=shared, **sizes)
     if states is not None:
-        launch(DECODE_MERGE, q.shape[1::-1], q.shape[-1:], (states, out), **sizes)
+        groups = constants(DECODE_MERGE.source, HS=q.shape[-1])["MERGE_GROUPS"]
+        block = (groups * q.shape[-1],)
+        launch(DECODE_MERGE, q.shape[1::-1], block, (states, out), **sizes)
     return out

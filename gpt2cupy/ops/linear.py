@@ -2,46 +2,42 @@
 
 One row goes to norm_gemv.cu, or to skinny.cu in large models of fp16 and bf16; 2 to 16 rows of
 those to skinny.cu, up to 64, and with some weights up to 256, to linear_rows.cu, more to cuBLASLt;
-what those cannot take to linear.cu and cuBLAS. The backend "invariant" takes linear_rows.cu or
-linear_fixed.cu for any number.
+what those cannot take to linear.cu and cuBLAS. Unless a backend is named, as the model does, many
+rows of float32 go to linear_split.cu, and few rows of large weights to cuBLASLt. The backend
+"invariant" takes linear_rows.cu or linear_fixed.cu for any number.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
+from ..errors import InputError, shown
 from ..quantize import QuantizedMatrix
 from . import quantized
 from .core import blas
 from .core.launch import device_empty, launch
 from .core.registry import Cost, moved, op, written
+from .epilogue import ACTIVATION_CODES, bias_act, check_activation
 from .linear_kernels import (
-    BIAS_ACT,
     GEMV_SCALAR,
-    NORM_GEMV,
-    THREADS,
     WARP,
     fused_block,
-    launch_fused,
     launch_gemv_add,
     launch_invariant,
-    launch_norm_once,
     launch_rows,
     launch_skinny,
-    launch_skinny_norm,
-    longest_norm,
+    takes_library,
     takes_linear_rows,
-    takes_norm_once,
     takes_skinny,
-    takes_skinny_norm,
 )
-from .norm import layer_norm
+from .linear_split import launch_split, takes_split
 
 Array = Any
 
-ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
+_BACKENDS = ("auto", "ours", "cublas", "invariant")
 _SCALAR_OUTPUTS = 4  # of a block of gemv_scalar, a warp each
 
 
@@ -52,41 +48,10 @@ def _cost(
 
     A matrix in int8 is read as it is: a byte per weight, and the scales.
     """
-    (n, k), m = x.shape, len(weight)
+    m, k = weight.shape
+    n = math.prod(x.shape[:-1])
     size = written(out, n * m, (x if residual is None else residual).dtype)
     return Cost(moved(x, weight, bias, residual) + size, 2 * n * m * k)
-
-
-def _norm_cost(
-    x: Array,
-    norm_weight: Array,
-    norm_bias: Array,
-    weight: Array,
-    bias: Array | None,
-    out: Array | None,
-    shift: Array | None,
-) -> Cost:
-    """The norm once and the product, with nothing written between them.
-
-    A shift is read in place of both biases.
-    """
-    (m, k), n = weight.shape, len(x)
-    biases = (norm_bias, bias) if shift is None else (shift,)
-    read = moved(x, norm_weight, weight, *biases)
-    size = written(out, n * m, norm_weight.dtype)
-    return Cost(read + size, 8 * x.size + 2 * n * m * k)
-
-
-def _epilogue_cost(
-    x: Array,
-    bias: Array | None,
-    activation: str | None,
-    residual: Array | None,
-    out: Array | None,
-) -> Cost:
-    """An addition per bias and residual, and one operation per activated value."""
-    parts = sum(each is not None for each in (bias, residual, activation))
-    return Cost(moved(x, bias, residual) + written(out, x.size, x.dtype), parts * x.size)
 
 
 @op(reference=None, cost=_cost)
@@ -135,89 +100,34 @@ def gemv(
     return out
 
 
-@op(reference="reference.norm_linear", cost=_norm_cost)
-def norm_linear(
+def _check(
     x: Array,
-    norm_weight: Array,
-    norm_bias: Array,
-    eps: float,
     weight: Array,
     bias: Array | None = None,
     *,
     activation: str | None = None,
+    residual: Array | None = None,
     out: Array | None = None,
-    h: Array | None = None,
-    backend: str = "ours",
+    backend: str = "auto",
     scratch: Array | None = None,
-    shift: Array | None = None,
-) -> Array:
-    """``linear(layer_norm(x), weight, bias)``; one kernel for one row on the GPU.
-
-    More rows, K above 2048 and other backends than "ours" take a norm of its own.
-
-    Parameters
-    ----------
-    x : array [N, K]
-        The residual stream; float32 on the GPU.
-    norm_weight, norm_bias : array [K]
-    eps : float
-    weight : array or QuantizedMatrix [M, K]
-    bias : array [M], optional
-        Of out's dtype.
-    activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
-    out : array [N, M], optional
-        Of norm_weight's dtype, or float32.
-    h : array [N, K], optional
-        Where the normed rows go if they are written at all.
-    backend : {"ours", "cublas", "invariant"}
-        As in :func:`linear`.
-    scratch : array [n], optional
-        As in :func:`linear`.
-    shift : array of float32 [M], optional
-        ``shifted_bias(norm_bias, weight, bias)``, made before: with it one row has a kernel
-        that does less, where :func:`gpt2cupy.ops.shift.takes_shift` says so. Elsewhere it
-        changes nothing.
-
-    Returns
-    -------
-    array [N, M]
-        Of norm_weight's dtype unless ``out`` says otherwise.
-
-    Raises
-    ------
-    InputError
-        On the GPU, for a wrong dtype, shape or layout.
-    """
-    if isinstance(weight, QuantizedMatrix):
-        if quantized.takes_norm(x, weight, backend):
-            if out is None:
-                out = device_empty((1, len(weight)), norm_weight.dtype)
-            norm = x, norm_weight, norm_bias, eps
-            return quantized.norm_product(*norm, weight, bias, ACTIVATION_CODES[activation], out)
-        h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
-        return linear(
-            h, weight, bias, activation=activation, out=out, backend=backend, scratch=scratch
+) -> None:
+    check_activation(activation, "linear")
+    if backend not in _BACKENDS:
+        raise InputError(
+            f"unknown backend {shown(backend)}",
+            where="linear: backend",
+            remedy=f"Use {', '.join(map(repr, _BACKENDS))}.",
         )
-    fused = fused_block(weight, backend) if len(x) == 1 else None
-    if fused is None or weight.shape[1] > longest_norm():
-        h = layer_norm(x, norm_weight, norm_bias, eps, out=h)
-        return linear(h, weight, bias, activation=activation, out=out, backend=backend)
-    if out is None:
-        out = device_empty((len(x), len(weight)), weight.dtype)
-    code = ACTIVATION_CODES[activation]
-    wide = out.dtype == np.float32
-    if shift is not None and takes_norm_once(weight, backend):
-        launch_norm_once(weight, (x, norm_weight, weight, shift, out, eps, code), wide)
-        return out
-    args = (x, norm_weight, norm_bias, weight, bias, out, eps, code)
-    if takes_skinny_norm(weight, backend):
-        launch_skinny_norm(weight, args, wide)
-    else:
-        launch_fused(NORM_GEMV[wide], fused, weight, args)
-    return out
+    if not x.shape or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
+        name = "weight" if x.shape else "x"
+        raise InputError(
+            f"{name} does not fit: x {list(x.shape)}, weight {list(weight.shape)}",
+            where=f"linear: {name}",
+            remedy="Give x [..., K] and weight [M, K], a row for each output.",
+        )
 
 
-@op(reference="reference.linear", cost=_cost)
+@op(reference="reference.linear", cost=_cost, check=_check, only_launches=True)
 def linear(
     x: Array,
     weight: Array,
@@ -226,111 +136,165 @@ def linear(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
-    backend: str = "ours",
+    backend: str = "auto",
     scratch: Array | None = None,
 ) -> Array:
     """``activation(x @ weight.T + bias) + residual``.
 
     Parameters
     ----------
-    x : array [N, K]
+    x : array [..., K]
+        Contiguous; leading dimensions are any, N rows in all.
     weight : array or QuantizedMatrix [M, K]
-        Rows, of x's dtype or in int8.
+        Rows, of x's dtype or in int8: as ``torch.nn.Linear`` holds them.
     bias : array [M], optional
         Of out's dtype.
     activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
-    residual : array [N, M], optional
-        Of out's dtype; may lie where ``out`` does, which is then updated in place.
-    out : array [N, M], optional
-        Of x's dtype, or float32.
-    backend : {"ours", "cublas", "invariant"}
-        Of GEMV and of GEMM with few rows on the GPU (on sm_90 up to 64, with some weights
-        256); more go to cuBLAS either way. With "invariant", here and on the CPU, any number of
-        rows has one kernel and one order of sums: the bits of a row do not depend on the
-        others.
+        In fp16 and bf16 tanh is the hardware's approximation, as in :func:`gelu`.
+    residual : array [..., M], optional
+        Of out's dtype; may be ``out``, which is then updated in place.
+    out : array [..., M], optional
+        Of x's dtype, or float32; shares no memory with x, weight or bias.
+    backend : {"auto", "ours", "cublas", "invariant"}
+        On the GPU "auto" takes what was measured to be the fastest: our kernels for few rows
+        (on sm_90 up to 64, with some weights 256), for float32 with many rows
+        linear_split.cu on sm_80 and sm_90, else cuBLASLt, which also has 2 to 64 rows of weights
+        of 32 MiB and more. "ours", which models take, leaves these two rules out; "cublas" is the
+        library for any number of rows. With "invariant", here and on the CPU, any number of rows
+        has one kernel and one order of sums: the bits of a row do not depend on the others.
     scratch : array [n], optional
         Of x's dtype: where a matrix in int8 is dequantised if it must be; without it, or
         where it is too small, memory is allocated.
 
     Returns
     -------
-    array [N, M]
+    array [..., M]
         Of residual's dtype, else of x's, unless ``out`` says otherwise; sums are
         kept in float32.
 
     Raises
     ------
     InputError
-        On the GPU, for a wrong dtype, shape or layout.
+        For an unknown activation or backend, and for shapes that do not fit; on the GPU also for
+        a dtype, layout, alignment or device that the kernel does not take, and for an ``out``
+        that overlaps an input. The message names the argument.
+
+    Notes
+    -----
+    linear_split.cu computes float32 on tensor cores by three products of TF32 parts, with an
+    error like that of a product in float32. There an infinity in x or weight gives NaN.
     """
+    if x.ndim != 2:
+        return _of_rows(x, weight, bias, activation, residual, out, backend, scratch)
     if isinstance(weight, QuantizedMatrix):
-        if quantized.takes(x, weight, backend):
+        if quantized.takes(x, weight, "ours" if backend == "auto" else backend):
             if out is None:
                 out = _output(x, weight, residual)
             code = ACTIVATION_CODES[activation]
-            return quantized.product(x, weight, bias, code, residual, out, backend)
+            return quantized.product(
+                x, weight, bias, code, residual, out, "ours" if backend == "auto" else backend
+            )
         weight = quantized.dequantize(weight, x.dtype, scratch=scratch)
     if out is None:
         out = _output(x, weight, residual)
     code = ACTIVATION_CODES[activation]
+    args = (x, weight, bias, residual, out, code)
+    if not x.size or not out.size:
+        return _of_nothing(bias, activation, residual, out)
+    if backend == "auto":
+        if out.dtype == np.float32 and takes_split(len(x), weight):
+            launch_split(weight, len(x), args)
+            return out
+        if takes_library(len(x), weight):
+            return _by_library(x, weight, bias, activation, residual, out)
+        backend = "ours"
     if backend == "invariant":
-        launch_invariant(x, weight, out, (x, weight, bias, residual, out, code))
+        launch_invariant(x, weight, out, args)
         return out
     if len(x) == 1:
         epilogue: Any = {"activation": activation, "residual": residual}
         return gemv(x, weight, bias, out=out, backend=backend, **epilogue)
     if takes_skinny(len(x), weight, backend):
-        args = (x, weight, bias, residual, out, code)
         launch_skinny(len(x), weight, args, out.dtype == np.float32)
         return out
     if takes_linear_rows(len(x), weight, backend):
-        launch_rows(x, weight, out, (x, weight, bias, residual, out, code))
+        launch_rows(x, weight, out, args)
         return out
-    in_place = residual is not None and residual.data.ptr == out.data.ptr
-    if in_place and activation is None and _alike(residual, out):
-        blas.matmul(x, weight, bias, out, add=True)
+    return _by_library(x, weight, bias, activation, residual, out)
+
+
+def _by_library(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    out: Array,
+) -> Array:
+    """Many rows: cuBLASLt, and what its epilogue has not in one more pass over the output."""
+    if residual is not None and activation is None and _alike(residual, out):
+        blas.matmul(x, weight, bias, out, residual=residual)
         return out
-    # What the library's epilogue has is fused; the rest is one more pass over the output. Its
-    # GELU is an approximation about as fine as fp16: four times float32's error.
+    # Its GELU is an approximation about as fine as fp16: four times float32's error.
     library = ("relu",) if x.dtype == np.float32 else ("relu", "gelu_tanh")
     if residual is None and (activation is None or activation in library):
         blas.matmul(x, weight, bias, out, activation=activation)
         return out
+    in_place = residual is not None and residual.data.ptr == out.data.ptr
     product = device_empty(out.shape, out.dtype) if in_place else out
-    blas.matmul(x, weight, None, product)
+    blas.matmul(x, weight, None, product, apart=residual)
     return bias_act(product, bias, activation, residual=residual, out=out)
 
 
-@op(reference="reference.bias_act", cost=_epilogue_cost)
-def bias_act(
-    x: Array,
-    bias: Array | None = None,
-    activation: str | None = None,
-    *,
-    residual: Array | None = None,
-    out: Array | None = None,
+def _of_nothing(
+    bias: Array | None, activation: str | None, residual: Array | None, out: Array
 ) -> Array:
-    """``activation(x + bias) + residual``, elementwise over [N, M].
+    """No rows, no outputs, or no inputs: sums of nothing."""
+    if not out.size:
+        return out
+    zeros = device_empty(out.shape, out.dtype)
+    zeros.fill(0)
+    return bias_act(zeros, bias, activation, residual=residual, out=out)
 
-    Parameters
-    ----------
-    x : array [N, M]
-    bias : array [M], optional
-    activation : {None, "gelu_tanh", "gelu_erf", "relu", "silu", "tanh"}
-    residual : array [N, M], optional
-    out : array [N, M], optional
-        May be x or residual. On the GPU all of them have one dtype.
 
-    Returns
-    -------
-    array [N, M]
-    """
+def _of_rows(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    out: Array | None,
+    backend: str,
+    scratch: Array | None,
+) -> Array:
+    """:func:`linear` of an x of any leading dimensions."""
+    shape = (*x.shape[:-1], len(weight))
     if out is None:
-        out = device_empty(x.shape, x.dtype)
-    blocks = min(-(-x.size // THREADS), 4096)
-    args = (x, bias, residual, out, ACTIVATION_CODES[activation])
-    launch(BIAS_ACT[x.dtype == np.float32], (blocks,), (THREADS,), args, elem=x.dtype)
+        out = device_empty(shape, (x if residual is None else residual).dtype)
+    linear(
+        as_rows(x, "x", x.shape, "linear"),
+        weight,
+        bias,
+        activation=activation,
+        residual=None if residual is None else as_rows(residual, "residual", shape, "linear"),
+        out=as_rows(out, "out", shape, "linear"),
+        backend=backend,
+        scratch=scratch,
+    )
     return out
+
+
+def as_rows(array: Array, name: str, shape: tuple[int, ...], where: str) -> Array:
+    """A view of a contiguous array [..., C] as [N, C]; raises where that would be a copy."""
+    if array.shape != shape or not array.flags.c_contiguous:
+        contiguous = "" if array.flags.c_contiguous else ", not contiguous"
+        raise InputError(
+            f"{name} is {array.dtype.name}{list(array.shape)}{contiguous}; the kernel takes a "
+            f"contiguous one of shape {list(shape)}",
+            where=f"{where}: {name}",
+            remedy="Nothing is copied or broadcast silently: convert or copy the array first.",
+        )
+    return array.reshape(math.prod(shape[:-1]), shape[-1])
 
 
 def _alike(a: Array, b: Array) -> bool:

@@ -20,6 +20,7 @@ _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the librar
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
 _FULL = 0.5  # share of the multiprocessors that must have a block of more than a tile of rows
+_LIBRARY_BYTES = 32 << 20  # of weights, for few rows
 _STATIC = 1024  # bytes of its shared memory beside stages and sums, at most
 LONGEST = 8192  # longest row that fits their registers
 
@@ -33,15 +34,15 @@ def entries(source: str, name: str, signature: str, **options: Any) -> dict[bool
 
 
 _GEMV = (
-    "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
+    "x: ELEM[1,K], weight: ELEM[M,K], bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M]~, "
     "activation: int, M"
 )
 _NORM_GEMV = (
     "x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], weight: ELEM[M,K], bias: OUT[M]?, "
-    "out: OUT[1,M], eps: float, activation: int, M"
+    "out: OUT[1,M]!, eps: float, activation: int, M"
 )
 _NORM_GEMV_ONCE = (
-    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M], "
+    "x: float32[1,K], norm_weight: ELEM[K], weight: ELEM[M,K], shift: float32[M], out: OUT[1,M]!, "
     "eps: float, activation: int, M"
 )
 GEMV_ADD = entries("norm_gemv.cu", "gemv_add", _GEMV, overlaps=True)
@@ -73,7 +74,7 @@ GEMV_NAIVE = entries("linear.cu", "gemv_naive", _GEMV + ", K")
 BIAS_ACT = entries(
     "linear.cu",
     "bias_act",
-    "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M], activation: int, N, M",
+    "x: OUT[N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M]~, activation: int, N, M",
 )
 
 
@@ -190,6 +191,16 @@ def _norm_once_block() -> tuple[int, int]:
 def _one_turn(weight: Array, outputs: int) -> bool:
     """Whether the largest grid has a block for every ``outputs`` outputs."""
     return len(weight) <= sm_count() * _BLOCKS_PER_SM * outputs
+
+
+def takes_library(rows: int, weight: Array) -> bool:
+    """Whether cuBLASLt is faster than the kernels here for a GEMV or GEMM of few rows.
+
+    So it is with weights that take longer to read than a launch, and for one row where it
+    is longer than what norm_gemv.cu holds.
+    """
+    large = weight.dtype != np.float32 and weight.nbytes >= _LIBRARY_BYTES
+    return large and (rows > 1 or weight.shape[1] > LONGEST)
 
 
 def takes_linear_rows(rows: int, weight: Array, backend: str) -> bool:

@@ -7,6 +7,7 @@ narrower than float32 are computed in float32, as the kernels do.
 
 from __future__ import annotations
 
+import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +20,7 @@ from .reference_rows import (
     add_layer_norm,
     add_rms_norm,
     bias_gelu,
+    fits,
     gelu,
     layer_norm,
     layer_norm_backward,
@@ -44,6 +46,7 @@ __all__ = [
     "bias_gelu",
     "dequantize",
     "embedding",
+    "ffn",
     "gelu",
     "last_rows",
     "layer_norm",
@@ -144,17 +147,38 @@ def linear(
     activation: str | None = None,
     residual: Array | None = None,
     out: Array | None = None,
-    backend: str = "ours",
+    backend: str = "auto",
     scratch: Array | None = None,
 ) -> Array:
+    shape = (*x.shape[:-1], len(weight))
+    fits(bias, "bias", shape[-1:])
+    fits(residual, "residual", shape)
     wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
-    y = _product(wide, matrix, backend)
+    rows = math.prod(shape[:-1])
+    y = _product(wide.reshape(rows, x.shape[-1]), matrix, backend).reshape(shape)
     if bias is not None:
         y += bias
     y = activate(y, activation)
     if residual is not None:
         y = y + residual
     return _store(y, out, x.dtype if residual is None else residual.dtype)
+
+
+def ffn(
+    x: Array,
+    w1: Array,
+    b1: Array | None,
+    w2: Array,
+    b2: Array | None,
+    *,
+    activation: str = "gelu_tanh",
+    residual: Array | None = None,
+    out: Array | None = None,
+    scratch: Array | None = None,
+    backend: str = "auto",
+) -> Array:
+    hidden = linear(x, w1, b1, activation=activation)
+    return linear(hidden, w2, b2, residual=residual, out=out)
 
 
 def norm_linear(

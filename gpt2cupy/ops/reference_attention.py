@@ -157,8 +157,8 @@ def attention(
     *,
     out: Array | None = None,
 ) -> Array:
-    of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
-    check_heads(*of, "BTNH", "attention")
+    own, keys_of, values_of = (facts(*a, "attention") for a in (("q", q), ("k", k), ("v", v)))
+    check_heads(own, keys_of, values_of, "BTNH", "attention")
     batch, queries = q.shape[:2]
     check_counts("lengths", lengths, batch, "attention")
     check_offset(q_offset, causal, batch, "attention")
@@ -187,7 +187,8 @@ def decode_attention(
     scratch: Array | None = None,
 ) -> Array:
     arrays = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
-    check_heads(*(facts(n, a, "decode_attention") for n, a in arrays), "BNH", "decode_attention")
+    own, keys, values = (facts(*array, "decode_attention") for array in arrays)
+    check_heads(own, keys, values, "BNH", "decode_attention")
     check_given(lengths, len(q))
     found = attention(
         q[:, None],

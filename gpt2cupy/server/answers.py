@@ -208,7 +208,7 @@ class _ScoreStream:
     def __init__(self, answer: Answer, number: int) -> None:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.top = None
+        self.top: list[list[tuple[int, float]]] | None = None
         self.reason: str | None = None
         self._answer = answer
         self._number = number

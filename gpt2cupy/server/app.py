@@ -18,8 +18,20 @@ from ..ids import check_tokens
 from . import metrics
 from .answers import Answer
 from .chat import chat_request
+from .description import description
 from .front import Front
-from .http import CONNECTION, ApiError, Headers, Receive, Scope, Send, answer, header, read_body
+from .http import (
+    CONNECTION,
+    ApiError,
+    ClientGone,
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    header,
+    read_body,
+)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 _STREAM: Headers = [
@@ -41,6 +53,7 @@ class App:
             "/ready": ("GET", False, self._ready),
             "/version": ("GET", False, self._version),
             "/metrics": ("GET", False, self._metrics),
+            "/openapi.json": ("GET", False, self._description),
             "/v1/models": ("GET", True, self._models),
             "/tokenize": ("POST", True, self._tokenize),
             "/detokenize": ("POST", True, self._detokenize),
@@ -63,6 +76,8 @@ class App:
             status = await self._refuse(send, ApiError.of(error), own)
         except ApiError as error:
             status = await self._refuse(send, error, own)
+        except ClientGone:
+            status = 499
         seconds = round(time.monotonic() - arrived, 4)
         path = scope["path"][:200]
         if path not in ("/health", "/ready", "/metrics") or status >= 500:
@@ -114,6 +129,12 @@ class App:
     ) -> int:
         return await self._json(send, {"version": __version__}, own)
 
+    async def _description(
+        self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
+    ) -> int:
+        front = self.front
+        return await self._json(send, description(front.settings.name, front.context), own)
+
     async def _metrics(
         self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
     ) -> int:
@@ -149,9 +170,7 @@ class App:
     async def _tokenize(
         self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
     ) -> int:
-        _size, body = await self._body(scope, receive)
-        if body is None:
-            return 499
+        _, body = await self._body(scope, receive)
         prompt = body.get("prompt") if isinstance(body, dict) else None
         if not isinstance(prompt, str):
             raise InputError("there is no text to tokenize", where="prompt", remedy="Give prompt.")
@@ -165,9 +184,7 @@ class App:
     async def _detokenize(
         self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
     ) -> int:
-        _size, body = await self._body(scope, receive)
-        if body is None:
-            return 499
+        _, body = await self._body(scope, receive)
         tokens = body.get("tokens") if isinstance(body, dict) else None
         if not isinstance(tokens, list):
             raise InputError("there are no ids to decode", where="tokens", remedy="Give tokens.")
@@ -179,10 +196,8 @@ class App:
         return await self._json(send, {"prompt": text}, own)
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
-        """Size and meaning of a body; None as its meaning where the client went away."""
+        """Size and meaning of a body."""
         data = await read_body(scope, receive, self.front.settings.max_body)
-        if data is None:
-            return 0, None
         try:
             return len(data), msgspec.json.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -194,8 +209,6 @@ class App:
         self, scope: Scope, receive: Receive, send: Send, own: Headers, arrived: float
     ) -> int:
         size, body = await self._body(scope, receive)
-        if size == 0:
-            return 499
         return await self._run(
             self._parser.parse(body), scope, receive, send, own, arrived, chat=False, size=size
         )
@@ -204,8 +217,6 @@ class App:
         self, scope: Scope, receive: Receive, send: Send, own: Headers, arrived: float
     ) -> int:
         size, body = await self._body(scope, receive)
-        if size == 0:
-            return 499
         asked = chat_request(body, self.front.template)
         return await self._run(asked, scope, receive, send, own, arrived, chat=True, size=size)
 

@@ -135,8 +135,9 @@ def _messages(given: Any) -> list[dict[str, Any]]:
     for each in given:
         content = each.get("content") if isinstance(each, Mapping) else None
         if isinstance(content, list):  # parts, of which text can be taken
-            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            content = "".join(texts) if all(isinstance(t, str) for t in texts) else None
+            parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else None
         if not isinstance(content, str) or not isinstance(each.get("role"), str):
             raise InputError(
                 f"the message {shown(each)} has no role or no text",

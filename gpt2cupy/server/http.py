@@ -130,11 +130,16 @@ def header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
-async def read_body(scope: Scope, receive: Receive, most: int) -> bytes | None:
-    """The body of a request; None if its client went away.
+class ClientGone(Exception):
+    """The client went away before its request was there."""
+
+
+async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
+    """The body of a request.
 
     Raises
     ------
+    ClientGone
     ApiError
         If it is larger than ``most`` bytes; the connection ends with the answer.
     """
@@ -148,7 +153,7 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes | None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return None
+            raise ClientGone
         parts.append(message["body"])
         size += len(message["body"])
         if size > most:

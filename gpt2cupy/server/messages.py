@@ -6,7 +6,7 @@ A frame is a list of messages. A front opens with :class:`Hello`; the engine ans
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -114,14 +114,14 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode
 
 
-def ints(data: bytes, kind: str = "i") -> list[int]:
+def ints(data: bytes, kind: Literal["i", "q"] = "i") -> list[int]:
     """Packed int32 (``kind`` "q": int64) as a list."""
     return memoryview(data).cast(kind).tolist()
 
 
 def floats(data: bytes) -> list[float]:
     """Packed float32 as a list."""
-    return memoryview(data).cast("f").tolist()
+    return list(memoryview(data).cast("f"))
 
 
 def packed(ids: Any) -> bytes:

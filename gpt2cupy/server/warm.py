@@ -38,8 +38,7 @@ def warm_up(engine: Engine) -> int:
                 graphs += 1
             decoder.replay = launched
         # An engine of one slot samples the first token in the prompt's graph.
-        state = engine.state if engine.slots == 1 else None
-        graphs += engine.prompts.capture(state)
+        graphs += engine.prompts.capture(engine.state if engine.slots == 1 else None)
         engine.stream.synchronize()
     return graphs
 

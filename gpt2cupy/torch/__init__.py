@@ -12,12 +12,14 @@ compiles and launches the kernels. This is the only package that imports PyTorch
 from __future__ import annotations
 
 from .attention import Attention, attention, decode_attention
-from .modules import LayerNorm, RMSNorm
+from .modules import FeedForward, LayerNorm, RMSNorm
 from .norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .products import ffn, linear
 from .rows import bias_gelu, gelu, lookup, rope, sample_logits, silu_mul, softmax
 
 __all__ = [
     "Attention",
+    "FeedForward",
     "LayerNorm",
     "RMSNorm",
     "add_layer_norm",
@@ -25,8 +27,10 @@ __all__ = [
     "attention",
     "bias_gelu",
     "decode_attention",
+    "ffn",
     "gelu",
     "layer_norm",
+    "linear",
     "lookup",
     "rms_norm",
     "rope",

@@ -234,7 +234,28 @@ def validate_results():
     return {"model": "shakespeare", "steps": 128, "batch": 2, "comparisons": comparisons}
 
 
+def layer_row(layer, tokens, ours_us, inside=True):
+    def side(us, error):
+        ways = ("python", "graph", "gpu_warm", "gpu_cold")
+        timed = {way: {"p50_us": us} if us else None for way in ways}
+        return timed | {"max_error": error, "mean_error": error / 10, "inside": inside}
+
+    row = {"layer": layer, "size": "Llama-2 7B", "tokens": tokens, "dtype": "float32"}
+    row |= {"flops": 10**12, "not_stored_bytes": 21_500_000, "kernels": ["linear_split"] * 2}
+    row |= {"ours": side(ours_us, 1e-5), "eager": side(4000.0, 2e-5), "read": {"p50_us": 1500.0}}
+    return row | {"compiled": side(3000.0, 2e-5)}
+
+
 SYNTHETIC = {
+    "layers": {
+        "rows": [
+            layer_row("ffn", 2048, 2000.0),
+            layer_row("ffn", 8, 2000.0),
+            layer_row("ffn", 512, None, inside=False),
+            layer_row("plain", 512, 2000.0),
+            layer_row("llama", 512, 2000.0),
+        ]
+    },
     "validate": validate_results(),
     "gpu-tests": {"passed": 9, "failed": [], "skipped": {"a": "why"}},
     "gpu-tests-sm_75": {"passed": 7, "failed": ["b"], "skipped": {}, "chip": "sm_75", "sms": 40},
@@ -287,6 +308,14 @@ SYNTHETIC = {
     },
 }
 SAYS = {
+    "layers-ffn": [
+        "| Llama-2 7B | float32 | 2048 | 4.000 | 3.000 | 2.000 | 2.00 | 1.50 | 21.5 | 500 | "
+        "1.0e-05 | 1.0e-06 | 2.0e-05 | `linear_split` |",
+        "| Llama-2 7B | float32 | 512 | 4.000 | 3.000 | - | - | - | 21.5 | - |",
+    ],
+    "layers-few": ["| 8 | 4000.0 | 3000.0 | 2000.0 | 1.50 | 1.50 | 1500.0 | 0.75 |"],
+    "layers-errors": ["| 1.0e-05 | 1.0e-06 | 2.0e-05 | 2.0e-06 | no |"],
+    "layers-rates": ["| Llama-2 7B | float32 | 2048 | 500 | 250 | 333 |"],
     "validate": [
         "| bfloat16 | cached, graph | whole forward | 2.00e+00 | 2.50e-01 | 4.00e+00 | 5.00e-01 | "
         "1.0e-03 | 255 of 256 | yes |",

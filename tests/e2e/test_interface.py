@@ -146,8 +146,9 @@ def test_what_cannot_be_is_refused_in_openais_form(served, body, status, param):
     [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 50000, b'{"a":' * 9000],
 )
 def test_bodies_that_are_no_object_are_refused(served, data):
-    status, _, answer = served.ask("POST", "/v1/completions", data)
-    assert status == 400 and "error" in json.loads(answer)
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        status, _, answer = served.ask("POST", path, data)
+        assert status == 400 and "error" in json.loads(answer)
 
 
 def test_paths_and_methods_that_are_not_there(served):

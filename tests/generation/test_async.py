@@ -12,7 +12,7 @@ import pytest
 from small_lm import DEVICES, small_lm
 
 from gpt2cupy import SamplingParams
-from gpt2cupy.errors import ClosedError, InputError, NonFiniteError
+from gpt2cupy.errors import BusyError, ClosedError, InputError, NonFiniteError
 
 SHORT = {"max_new_tokens": 6, "temperature": 0.8, "seed": 3, "eos_token_id": -1}
 LONG = {"max_new_tokens": 120, "eos_token_id": -1}
@@ -141,12 +141,17 @@ def test_the_model_is_free_between_calls_and_waits_for_others(lm):
     assert len({each.text for each in run(calls())}) == 1
     stream = lm.stream("a", **SHORT)
     next(stream)
+    with pytest.raises(BusyError):  # it would wait for this thread, and this thread for it
+        run(lm.agenerate("a"))
+    thread = threading.Thread(target=lambda: next(stream))  # from now on it is that thread's
+    thread.start()
+    thread.join()
 
     async def waits():
         call = asyncio.ensure_future(lm.agenerate("a", **SHORT))
         await asyncio.sleep(0.02)
-        assert not call.done()  # a stream of another thread is open
-        list(stream)
+        assert not call.done()
+        stream.close()
         return await call
 
     assert len(run(waits()).tokens) == 6
@@ -226,7 +231,7 @@ def test_an_error_of_the_engine_is_one_of_every_call(tmp_path, monkeypatch):
         def broken():
             raise MemoryError("step")
 
-        monkeypatch.setattr(engine, "_run_prompts", broken)
+        monkeypatch.setattr(engine, "step", broken)
 
         async def calls():
             return await asyncio.gather(

@@ -67,6 +67,7 @@ def test_perplexity_and_bits_per_byte(lm):
     score = lm.score(TEXT)
     mean = float(score.logprobs.astype(np.float64).mean())
     assert score.perplexity == pytest.approx(math.exp(-mean))
+    assert score.total == pytest.approx(mean * len(score.tokens))
     bits = -mean * len(score.tokens) / math.log(2) / len(TEXT)
     assert score.bits_per_byte(TEXT) == pytest.approx(bits)
     assert 0.5 < bits < 3

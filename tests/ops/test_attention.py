@@ -210,18 +210,24 @@ def test_the_ladders_agree(dtype):
             for a in (wide(q, k, v), (q, k, v))
         )
         check(host(token), least, one, dtype, f"decode_attention {step}")
+    # Whole tiles, which the copy engine brings where there is one.
+    part = [each[:, :128] for each in (q, k, v)]
+    exact, baseline = (reference.attention(*a, True) for a in (wide(*part), part))
+    ours = ops.attention(*(each[:, :128] for each in given[:3]), True)
+    check(host(ours), baseline, exact, dtype, "attention of whole tiles")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-def test_many_tiles(kernels_of_cupy, dtype, causal):
+@pytest.mark.parametrize("tokens", [2048, 2100])
+def test_many_tiles(kernels_of_cupy, dtype, tokens, causal):
     """More tiles than blocks that stay, each with many tiles of keys."""
     import cupy
 
-    arrays = inputs(np.random.default_rng(0), dtype, 1, 2100, 2100, 16, 4, 128)
+    arrays = inputs(np.random.default_rng(0), dtype, 1, tokens, tokens, 16, 4, 128)
     given = on(cupy, *arrays)
     ours = host(ops.attention(*given, causal))
-    rows = np.array([0, 1, 127, 128, 989, 1500, 2099])
+    rows = np.array([0, 1, 127, 128, 989, 1500, tokens - 1])
     part = [arrays[0][:, rows], *arrays[1:]]
     found = []
     for n, t in enumerate(rows):
@@ -236,6 +242,27 @@ def test_many_tiles(kernels_of_cupy, dtype, causal):
         )
     check_together(found, dtype, f"attention, many tiles {kernels_of_cupy}")
     np.testing.assert_array_equal(host(ops.attention(*given, causal)), ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_whole_tiles_elsewhere(dtype, size, heads_first):
+    """The copy engine is told anew where arrays lie: in a call that is found again, too."""
+    import cupy
+
+    found = []
+    for seed in SEEDS[:3]:
+        arrays = inputs(np.random.default_rng(seed), dtype, 2, 256, 384, 4, 2, size)
+        given = on(cupy, *arrays)
+        if heads_first:
+            given = [cupy.ascontiguousarray(a.transpose(0, 2, 1, 3)) for a in given]
+            given = [a.transpose(0, 2, 1, 3) for a in given]
+        for causal in (False, True):
+            ours = ops.attention(*given, causal, out=cupy.empty(arrays[0].shape, dtype))
+            baseline = reference.attention(*arrays, causal)
+            found.append((host(ours), baseline, reference.attention(*wide(*arrays), causal)))
+    check_together(found, dtype, f"attention of whole tiles of {size}")
 
 
 # -- one token a sequence -------------------------------------------------------------------------

@@ -45,6 +45,8 @@ CALLS = {
     "softmax": lambda x, w: ours.softmax(x),
     "lookup": lambda x, w: ours.lookup(torch.zeros(2, 3, dtype=torch.int64, device=x.device), x[0]),
     "sample_logits": lambda x, w: ours.sample_logits(x[0], seed=1),
+    "linear": lambda x, w: ours.linear(x, torch.outer(w, w), w, activation="relu", residual=x),
+    "ffn": lambda x, w: ours.ffn(x, torch.outer(w, w), w, torch.outer(w, w), w, residual=x),
 }
 
 
@@ -220,8 +222,12 @@ def test_every_function_is_the_op(name):
             "softmax": lambda x, w: reference.softmax(x),
             "lookup": lambda x, w: np.broadcast_to(x[0, 0], (2, 3, 8)),
             "sample_logits": lambda x, w: reference.sample_logits(x[0], seed=1),
+            "linear": lambda x, w: reference.linear(
+                x, np.outer(w, w), w, activation="relu", residual=x
+            ),
+            "ffn": lambda x, w: reference.ffn(x, np.outer(w, w), w, np.outer(w, w), w, residual=x),
         }[name](*host)
-        np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
     cupy.cuda = types.SimpleNamespace(
         driver=types.SimpleNamespace(launchKernel=start, CUDADriverError=RuntimeError),
         runtime=types.SimpleNamespace(getDevice=lambda: seen.device),
-        get_current_stream=lambda device: types.SimpleNamespace(ptr=70 + device),
+        get_current_stream=lambda device=0: types.SimpleNamespace(ptr=70 + device),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 

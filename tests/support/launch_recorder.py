@@ -77,7 +77,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     sys.modules["cupy"] = _cupy()
-    from gpt2cupy.ops.core import blas, device, launch
+    from gpt2cupy.ops.core import blas, device, launch, tape
 
     device.cupy_packages = lambda: ("cupy",)
     device.device_arch = launch.device_arch = lambda index: "sm_90"
@@ -89,6 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return lambda *args, **options: None
 
     launch._function = launch._requested = function
+    tape.Launch.by_driver = lambda self: None
     import error_rule
 
     error_rule.check = np.testing.assert_array_equal = lambda *args, **options: None

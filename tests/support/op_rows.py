@@ -64,6 +64,11 @@ def embedding(rng, dtype):
     return (ids, positions, draw(rng, (5, C), dtype), draw(rng, (7, C), dtype)), {}
 
 
+def ffn(rng, dtype):
+    x, w1, w2 = draw(rng, (2, N, C), dtype), draw(rng, (M, C), dtype), draw(rng, (C, M), dtype)
+    return (x, w1, draw(rng, M, dtype), w2, draw(rng, C, dtype)), {"residual": x}
+
+
 def last_rows(rng, dtype):
     out = np.zeros((2, C), np.float32), np.zeros((2, C), dtype)
     return (draw(rng, (5, C)), draw(rng, (5, C), dtype), np.array([0, 4, 5], INT)), {"out": out}
@@ -137,9 +142,9 @@ ROWS: dict[str, Row] = {
     make.__name__: make
     for make in (
         add_layer_norm, add_rms_norm, attention, attention_decode, attention_prefill, bias_act,
-        bias_gelu, decode_attention, embedding, gelu, last_rows, layer_norm, layer_norm_backward,
-        linear, lookup, norm_linear, rms_norm, rms_norm_backward, rope, shifted_bias, silu_mul,
-        softmax, target_logprobs,
+        bias_gelu, decode_attention, embedding, ffn, gelu, last_rows, layer_norm,
+        layer_norm_backward, linear, lookup, norm_linear, rms_norm, rms_norm_backward, rope,
+        shifted_bias, silu_mul, softmax, target_logprobs,
     )
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.

@@ -3,19 +3,24 @@
 CuPy's wrappers refuse to run during stream capture and have no cuBLASLt, so the
 handles and the workspace here are ours. Algorithms are chosen once per problem
 and pinned, so that the same call gives the same bits. Streams of one GPU share the
-workspace: one waits for the other, whichever threads they come from.
+workspace: one waits for the other, whichever threads they come from; a caller with memory
+of its own gives that (:func:`working_in`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from ...errors import DeviceError, InputError
 from .device import current_device
+from .signature import Neighbours, meet
 from .tape import submit
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper, ample elsewhere
@@ -125,31 +130,39 @@ def _stream() -> int:
     return cupy.cuda.get_current_stream().ptr
 
 
-def _check(x: Any, weight: Any, bias: Any | None, out: Any) -> None:
+def _check(x: Any, weight: Any, bias: Any | None, out: Any, residual: Any | None = None) -> None:
     """What launch() checks for our kernels: the library would read and write past the arrays."""
-    m = len(weight)
-    wrong = (
-        weight.shape != (m, x.shape[1])
-        or out.shape != (len(x), m)
-        or weight.dtype != x.dtype
-        or x.dtype.name not in _TYPES
-        or out.dtype not in (x.dtype, np.float32)
-        or (bias is not None and (bias.shape != (m,) or bias.dtype != out.dtype))
-        or not all(a.flags.c_contiguous for a in (x, weight, out))
-    )
-    if wrong:
-        parts = {"x": x, "weight": weight, "bias": bias, "out": out}
-        seen = ", ".join(
-            f"{name} {array.dtype.name}{list(array.shape)}"
-            for name, array in parts.items()
-            if array is not None
-        )
+    parts = {"x": x, "weight": weight, "bias": bias, "residual": residual, "out": out}
+    given = {name: array for name, array in parts.items() if array is not None}
+    name = _misfit(given, len(x), len(weight))
+    if name:
+        seen = ", ".join(f"{part} {a.dtype.name}{list(a.shape)}" for part, a in given.items())
         raise InputError(
-            f"arrays that do not fit each other: {seen}",
-            where="linear",
+            f"arrays that do not fit each other: {name} in {seen}",
+            where=f"linear: {name}",
             remedy="Contiguous x [N, K] and weight [M, K] of one dtype, out [N, M] of it or "
-            "float32, bias [M] of out's dtype.",
+            "float32, bias [M] and residual [N, M] of out's dtype, all of one GPU.",
         )
+
+
+def _misfit(given: dict[str, Any], n: int, m: int) -> str | None:
+    """The name of the first array that does not fit x, or None."""
+    x, out = given["x"], given["out"]
+    if x.dtype.name not in _TYPES:
+        return "x"
+    if out.dtype not in (x.dtype, np.float32):
+        return "out"
+    shapes = {
+        "x": x.shape, "weight": (m, x.shape[1]), "bias": (m,), "residual": (n, m), "out": (n, m),
+    }  # fmt: skip
+    for name, array in given.items():
+        wanted = {"x": x.dtype, "weight": x.dtype}.get(name, out.dtype)
+        fits = array.shape == shapes[name] and array.dtype == wanted
+        if not fits or not array.flags.c_contiguous:
+            return name
+    device = getattr(x.data, "device_id", None)
+    elsewhere = (n for n, a in given.items() if getattr(a.data, "device_id", None) != device)
+    return next(elsewhere, None)
 
 
 def gemv(x: Any, weight: Any, out: Any) -> None:
@@ -193,6 +206,23 @@ def _queue_gemv(own: _Device, x: Any, weight: Any, out: Any) -> None:
     )  # fmt: skip
 
 
+# What the products that are asked for work in, None: the workspace.
+_MEMORY: ContextVar[Any] = ContextVar("_MEMORY", default=None)
+
+
+@contextlib.contextmanager
+def working_in(memory: Any) -> Iterator[None]:
+    """Within, cuBLASLt works in these WORKSPACE bytes and takes no turns at the GPU's own.
+
+    Whoever gives them says when they are used again. None, or no bytes: as without.
+    """
+    token = _MEMORY.set(memory if memory is not None and memory.size else None)
+    try:
+        yield
+    finally:
+        _MEMORY.reset(token)
+
+
 class _Product:
     """A cuBLASLt GEMM of one shape: descriptors, and the algorithm chosen for it.
 
@@ -201,10 +231,19 @@ class _Product:
     """
 
     def __init__(
-        self, own: _Device, n: int, m: int, k: int, kind: str, out_kind: str, epilogue: str | None
+        self,
+        own: _Device,
+        n: int,
+        m: int,
+        k: int,
+        kind: str,
+        out_kind: str,
+        epilogue: str | None,
+        wide_sums: bool,
     ) -> None:
         lt = own.lt
         self.epilogue = epilogue
+        self.lock = threading.Lock()  # the description holds the pointer of the bias
         self.desc = lt.matmul_desc_create(_COMPUTE_32F, _TYPES["float32"])
         self._set(lt, "TRANSA", _OP_T)
         self._set(lt, "EPILOGUE", _EPILOGUES[epilogue])
@@ -216,6 +255,10 @@ class _Product:
         lt.matmul_preference_set_attribute(
             preference, lt.MatmulPreferenceAttribute.MAX_WORKSPACE_BYTES, size.ctypes.data, 8
         )
+        if wide_sums:  # what shares of K give is added in float32, not in the output's dtype
+            schemes = np.array([int(lt.ReductionScheme.COMPUTE_TYPE)], np.uint32)
+            scheme_mask = lt.MatmulPreferenceAttribute.REDUCTION_SCHEME_MASK
+            lt.matmul_preference_set_attribute(preference, scheme_mask, schemes.ctypes.data, 4)
         self.result = np.zeros(1, lt.matmul_heuristic_result_dtype)
         found = np.zeros(1, np.int32)
         lt.matmul_algo_get_heuristic(
@@ -235,26 +278,92 @@ class _Product:
         data = np.array([value], dtype)
         lt.matmul_desc_set_attribute(self.desc, attribute, data.ctypes.data, data.nbytes)
 
-    def run(self, own: _Device, x: Any, weight: Any, bias: Any, add: bool, out: Any) -> None:
-        with workspace():
-            self._queue(own, x, weight, bias, add, out)
+    def queue(self, own: _Device, pointers: Sequence[int], memory: int | None, stream: int) -> None:
+        """Queue it: pointers of x, weight, bias, residual and out, 0 for None.
 
-    def _queue(self, own: _Device, x: Any, weight: Any, bias: Any, add: bool, out: Any) -> None:
-        if bias is not None:
-            self._set(own.lt, "BIAS_POINTER", bias.data.ptr, np.uint64)
-        beta = own.one if add else own.zero
-        own.lt.matmul(
-            own.lt_handle, self.desc, own.one.ctypes.data, weight.data.ptr, self.a, x.data.ptr,
-            self.b, beta.ctypes.data, out.data.ptr, self.c, out.data.ptr, self.c,
-            self.result.ctypes.data, own.workspace.data.ptr, WORKSPACE, _stream(),
-        )  # fmt: skip
+        It works in WORKSPACE bytes at ``memory``, by default in the GPU's workspace.
+        """
+        if memory is None:
+            memory = own.workspace.data.ptr
+        x, weight, bias, residual, out = pointers
+        beta, added = (own.one, residual) if residual else (own.zero, out)
+        with self.lock:
+            if bias:
+                self._set(own.lt, "BIAS_POINTER", bias, np.uint64)
+            own.lt.matmul(
+                own.lt_handle, self.desc, own.one.ctypes.data, weight, self.a, x, self.b,
+                beta.ctypes.data, added, self.c, out, self.c, self.result.ctypes.data, memory,
+                WORKSPACE, stream,
+            )  # fmt: skip
+
+
+_NAMES = ("x", "weight", "bias", "residual", "out", "memory", "residual")
+_OUT, _RESIDUAL = 4, 3
+
+
+class Queued:
+    """A checked call of cuBLASLt, as a Launch is one of a kernel of ours.
+
+    Parameters
+    ----------
+    product : _Product
+    own : _Device
+    values : tuple of arrays or None
+        x, weight, bias, residual, out, the WORKSPACE bytes that it works in (None: those of the
+        GPU, when its turn has come), and what out must not be (None: nothing more).
+    """
+
+    def __init__(self, product: _Product, own: _Device, values: tuple[Any, ...]) -> None:
+        self._product, self._own = product, own
+        self.values = values
+        self.pairs = tuple(self._neighbours())
+
+    def _neighbours(self) -> Iterator[Neighbours]:
+        out = self.values[_OUT]
+        for place, other in enumerate(self.values):
+            if other is not None and place != _OUT:
+                low, high = -out.nbytes, other.nbytes
+                yield Neighbours(_OUT, place, low, high, place == _RESIDUAL, (0, 0, 0))
+
+    def check(self) -> None:
+        """Refuse an output that lies where an input does."""
+        pointers = self._pointers()
+        for pair in self.pairs:
+            if meet(pair, pointers[pair.written] - pointers[pair.other]):
+                raise InputError(
+                    f"out shares memory with {_NAMES[pair.other]}",
+                    where="linear: out",
+                    remedy="Give an output memory of its own, or the very array of the residual.",
+                )
+
+    def _pointers(self) -> list[int]:
+        return [0 if value is None else value.data.ptr for value in self.values]
+
+    def __call__(self) -> None:
+        self.start(_stream(), self._pointers())
+
+    def start(self, stream: int, pointers: Sequence[int]) -> None:
+        """Queue it with these pointers, 0 for None; without memory on the current stream alone."""
+        *arrays, memory, _ = pointers
+        if memory:
+            self._product.queue(self._own, arrays, memory, stream)
+            return
+        with workspace():
+            self._product.queue(self._own, arrays, None, stream)
 
 
 @functools.lru_cache(maxsize=512)
 def _product(
-    device: int, n: int, m: int, k: int, kind: str, out_kind: str, epilogue: str | None
+    device: int,
+    n: int,
+    m: int,
+    k: int,
+    kind: str,
+    out_kind: str,
+    epilogue: str | None,
+    wide_sums: bool,
 ) -> _Product:
-    return _Product(_device(device), n, m, k, kind, out_kind, epilogue)
+    return _Product(_device(device), n, m, k, kind, out_kind, epilogue, wide_sums)
 
 
 def matmul(
@@ -264,9 +373,10 @@ def matmul(
     out: Any,
     *,
     activation: str | None = None,
-    add: bool = False,
+    residual: Any | None = None,
+    apart: Any | None = None,
 ) -> None:
-    """``out = activation(x @ weight.T + bias)``, or ``out += ...`` with ``add``.
+    """``out = activation(x @ weight.T + bias) + residual``; not both of these two.
 
     Parameters
     ----------
@@ -279,12 +389,19 @@ def matmul(
         Of x's dtype, or float32.
     activation : {None, "relu", "gelu_tanh"}
         What the library's epilogues have.
+    residual : cupy.ndarray [N, M], optional
+        Of out's dtype and layout; may be out.
+    apart : cupy.ndarray, optional
+        What is read later, so that out may not lie there.
     """
-    _check(x, weight, bias, out)
+    _check(x, weight, bias, out, residual)
     device = current_device()
     parts = (["bias"] if bias is not None else []) + ([activation] if activation else [])
     n, k = x.shape
-    product = _product(
-        device, n, len(weight), k, x.dtype.name, out.dtype.name, "+".join(parts) or None
-    )
-    submit(functools.partial(product.run, _device(device), x, weight, bias, add, out))
+    kinds = x.dtype.name, out.dtype.name
+    wide_sums = residual is not None and out.dtype != np.float32
+    product = _product(device, n, len(weight), k, *kinds, "+".join(parts) or None, wide_sums)
+    values = x, weight, bias, residual, out, _MEMORY.get(), apart
+    queued = Queued(product, _device(device), values)
+    queued.check()
+    submit(queued)

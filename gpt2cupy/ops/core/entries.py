@@ -37,6 +37,7 @@ _SCALARS = {
     "int32": ("int", "int32_t"),
     "int64": ("long long", "int64_t"),
     "float32": ("float",),
+    "tiles": ("TensorMap",),
 }
 
 
@@ -77,7 +78,7 @@ def entries(source: str) -> dict[str, tuple[Value, ...]]:
 
 def _value(text: str) -> Value:
     kind, name = _VALUE.match(text.strip()).groups()  # type: ignore[union-attr]
-    words = re.sub(r"\bconst\b|\b__restrict__\b|\*", " ", kind).split()
+    words = re.sub(r"\bconst\b|\b__(?:restrict|grid_constant)__\b|\*", " ", kind).split()
     return Value(" ".join(words), "*" in kind, name)
 
 
@@ -130,7 +131,9 @@ def _fits(parameter: Parameter, value: Value) -> bool:
 
 
 def _type(parameter: Parameter) -> str:
-    """ELEM, or the dtype of an array or scalar."""
+    """ELEM, or the dtype of an array or scalar, or "tiles"."""
+    if parameter.tiles is not None:
+        return "tiles"
     if parameter.dims is not None:
         return "ELEM" if parameter.dtype is None else parameter.dtype.name
     return "int32" if parameter.cast is None else parameter.cast.__name__

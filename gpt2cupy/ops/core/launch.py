@@ -95,6 +95,8 @@ class Kernel:
         self.macros = macros or {}
         self.parameters = tuple(parse(part) for part in re.split(r",\s+", signature))
         self.facts = facts_reader(self.parameters)
+        names = [parameter.name for parameter in self.parameters]
+        self.tiles_of = tuple(names.index(p.tiles[0]) for p in self.parameters if p.tiles)
 
     def defines(
         self, elem: np.dtype | None, head_size: int | None, inner: int | None
@@ -285,6 +287,7 @@ def _checked(
         kernel.writes_weights or kernel.cooperative,
         kernel.cooperative,
         pairs,
+        kernel.tiles_of,
         kernel.waits_first,
     )
 

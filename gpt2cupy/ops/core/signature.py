@@ -16,9 +16,12 @@ which the name with ``_stride`` passes, in elements.
 
 After the brackets: ``?`` for an array that may be None, ``!`` for one that is
 written and shares no memory with another, ``~`` for one that is written and may
-be one of the others itself, with the same layout, ``@`` for one that may have any
-strides but that of its last dimension, which must lie together: ``q_stride_T``
-passes the stride of q's letter T in elements.
+be one of the others itself, with the same layout: one with a star, or of the same
+letters. ``@`` for one that may have any strides but that of its last dimension, which
+must lie together: ``q_stride_T`` passes the stride of q's letter T in elements.
+
+``q_tiles: tiles[q,128]`` passes a tensor map of q, an array [B, T, H, C], whose tiles have 128
+rows; no argument is given for it.
 """
 
 from __future__ import annotations
@@ -30,12 +33,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import InputError
+from .tensor_map import tiles_of
 
 ALIGNMENT = 16  # bytes: kernels use 16-byte accesses
 NULL = np.uintp(0)
 _LARGEST = 2**31 - 1  # stride in elements
 
 _SCALARS = {"int": np.int32, "float": np.float32, "int64": np.int64}
+_TILES = re.compile(r"(\w+): tiles\[(\w+),(\d+)\]$")
 _ARRAY = re.compile(r"(\w+): (\w+)\[([*\w,]*)\]([?!~@]*)$")
 
 
@@ -51,10 +56,14 @@ class Parameter(NamedTuple):
     written: bool = False
     in_place: bool = False  # it may be an input itself
     strided: bool = False  # all dimensions but the last may have any stride
+    tiles: tuple[str, int] | None = None  # of which array, and the rows of one
 
 
 def parse(text: str) -> Parameter:
     """A parameter from the text that declares it."""
+    if match := _TILES.match(text):
+        name, array, rows = match.groups()
+        return Parameter(name, None, None, None, tiles=(array, int(rows)))
     if match := _ARRAY.match(text):
         name, dtype, dims, marks = match.groups()
         letters = tuple(int(d) if d.isdigit() else d for d in dims.lstrip("*").split(","))
@@ -144,9 +153,13 @@ def bind(
         For the first array of another dtype, shape, layout, alignment or device.
     """
     values: list[Any] = []
+    arrays: dict[str, Any] = {}
     given = iter(args)
     for parameter in parameters:
-        name, dtype, dims, cast, optional, leads, *_, strided = parameter
+        name, dtype, dims, cast, optional, leads, *_, strided, tiles = parameter
+        if tiles is not None:
+            values.append(tiles_of(arrays[tiles[0]], tiles[1]))
+            continue
         if dims is None:
             values.append(np.int32(bound[name]) if cast is None else cast(next(given)))
             continue
@@ -181,6 +194,7 @@ def bind(
         if data.device_id != device or data.ptr % granule(array):
             raise Refusal(parameter, array)
         values.append(array)
+        arrays[name] = array
     return tuple(values)
 
 
@@ -284,7 +298,8 @@ def neighbours(parameters: tuple[Parameter, ...], args: tuple[Any, ...]) -> tupl
             if i == j or other is None or (theirs.written and j > i):
                 continue
             alike = array.dtype == other.dtype and _layout(array) == _layout(other)
-            in_place = parameter.in_place and theirs.leads and not theirs.written and alike
+            same = theirs.leads or theirs.dims == parameter.dims
+            in_place = parameter.in_place and same and not theirs.written and alike
             (stride, row), (their_stride, their_row) = (
                 _rows_of(parameter, array),
                 _rows_of(theirs, other),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .driver import programmatic_start
+from .tensor_map import Tiles, room
 
 
 class _Thread(threading.local):
@@ -50,7 +51,8 @@ class Launch:
     function : cupy.RawKernel or Later
     grid, block : tuple of int
     values : tuple
-        CuPy arrays and NumPy scalars, as the kernel takes them.
+        CuPy arrays, NumPy scalars and Tiles, as the kernel takes them; a Tiles is that of
+        the array whose place ``tiles_of`` has.
     overlaps : bool
         Whether the kernel waits for its predecessor by itself, so that it may
         start before that one ends (``griddepcontrol_wait`` in common.cuh).
@@ -63,6 +65,8 @@ class Launch:
         Whether all its blocks must run at once.
     pairs : tuple
         The arrays that may not overlap, as ``signature.neighbours`` returns them.
+    tiles_of : tuple of int
+        For each Tiles among the values the place of its array among them.
     waits_first : bool
         Whether it reads and writes nothing before it waits, so that any kernel may precede it.
     """
@@ -78,6 +82,7 @@ class Launch:
         writes_weights: bool = False,
         cooperative: bool = False,
         pairs: Any = (),
+        tiles_of: tuple[int, ...] = (),
         waits_first: bool = False,
     ) -> None:
         self.function = function
@@ -89,6 +94,7 @@ class Launch:
         self.writes_weights = writes_weights
         self.cooperative = cooperative
         self.pairs = pairs
+        self.tiles_of = tiles_of
         self.waits_first = waits_first
 
     def load(self) -> None:
@@ -97,7 +103,34 @@ class Launch:
             self.function = self.function.load()
 
     def __call__(self) -> None:
-        self.function(self.grid, self.block, self.values, shared_mem=self.shared)
+        if self.tiles_of:
+            self.by_driver()
+        else:
+            self.function(self.grid, self.block, self.values, shared_mem=self.shared)
+
+    def by_driver(self) -> None:
+        """Launch it past CuPy, which passes no tensor maps."""
+        import cupy
+
+        self.load()
+        memory: list[Any] = []
+        addresses = []
+        places = iter(self.tiles_of)
+        for value in self.values:
+            if isinstance(value, Tiles):
+                cell, address = room()
+                value.write(self.values[next(places)].data.ptr, address)
+            else:
+                cell = np.array([value.data.ptr if isinstance(value, cupy.ndarray) else value])
+                address = cell.ctypes.data
+            memory.append(cell)
+            addresses.append(address)
+        listed = np.array(addresses, np.uintp)
+        sizes = *(*self.grid, 1, 1)[:3], *(*self.block, 1, 1)[:3]
+        stream = cupy.cuda.get_current_stream().ptr
+        cupy.cuda.driver.launchKernel(
+            self.function.kernel.ptr, *sizes, self.shared, stream, listed.ctypes.data, 0
+        )
 
     def overlapped(self) -> None:
         """Launch it so that it may start while its predecessor still runs."""

@@ -11,7 +11,7 @@ from ..core.compiler import STEP_ROWS, constants
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
 from ..core.registry import Cost, moved, op
-from ..linear import ACTIVATION_CODES
+from ..epilogue import ACTIVATION_CODES
 
 Array = Any
 

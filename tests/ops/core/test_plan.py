@@ -16,7 +16,7 @@ from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import norm
 from gpt2cupy.ops.core import driver as core_driver
-from gpt2cupy.ops.core import plan, registry
+from gpt2cupy.ops.core import plan, registry, tensor_map
 from gpt2cupy.ops.core.launch import THREAD, Kernel, device_empty, launch
 from gpt2cupy.ops.core.registry import op
 from gpt2cupy.ops.core.signature import meet, neighbours, parse
@@ -58,6 +58,34 @@ def test_a_call_is_checked_once_and_then_only_its_pointers_change(driver):
     eps = int(np.float32(1e-6).view(np.uint32))
     assert first[3] == [32768, 8192, 1 << 20, eps, 6, 8, 8, 8]
     assert second[3] == [4096, 0, 16384, eps, 6, 8, 8, 8]
+
+
+def test_tensor_maps_are_made_anew_where_an_array_lies_elsewhere(driver, monkeypatch):
+    made = []
+
+    def encoded(pointer, *rest):
+        made.append((pointer, rest))
+        return pointer.to_bytes(8, "little") + bytes(120)
+
+    monkeypatch.setattr(tensor_map, "_encoded", encoded)
+    kernel = Kernel(
+        "toy.cu",
+        "turned",
+        "x: ELEM[B,T,H,C]@, out: ELEM[B,T,H,C]!@, a: int, B, T, x_stride_T, x_stride_H, "
+        "x_tiles: tiles[x,128]",
+    )
+    assert kernel.tiles_of == (0,)
+    shape = (1, 256, 3, 64)
+    for ptr in (4096, 1 << 20, 4096):
+        arrays = DeviceArray(shape, HALF, ptr=ptr), DeviceArray(shape, HALF, ptr=1 << 24)
+        launch(kernel, (2,), (32,), (*arrays, 7), elem=HALF)
+    values = [values for *_, values in driver.calls]
+    low = [[int(value) & 0xFFFFFFFF for value in each] for each in values]
+    for ptr, each in zip((4096, 1 << 20, 4096), low, strict=True):
+        assert each == [ptr, 1 << 24, 7, 1, 256, 192, 64, ptr]
+    # Strides of a dimension with one element are not those of the array, which may be anything.
+    assert made[0] == (4096, ("float16", shape, (128, 384, 128, 2), 128))
+    assert {call[:3] for call in driver.calls} == {(123, (2, 1, 1, 32, 1, 1, 0), 70)}
 
 
 @pytest.mark.parametrize(
