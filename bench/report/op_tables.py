@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from .layout import Record, Row, caption, table
+from .picture import COLOURS, Found, Points
 
 # As bench/ops.py measures them: (key, title).
 WAYS = (
@@ -96,3 +98,46 @@ def some_ops(wanted: Callable[[Row], bool]) -> Callable[[Record], str]:
         return table(header, lines, text=4) + caption(entry, note)
 
     return made
+
+
+# ---------------------------------------------------------------------------------------------
+# the picture: how much longer PyTorch takes
+
+PICTURED = (("python", "called from Python"), ("gpu_cold", "GPU alone, cold L2"))
+
+
+def picture_points(found: Found) -> Points:
+    """For each case in float16: its name, and the faster PyTorch's time over ours by way."""
+    points = []
+    for row in found["ops"]["results"]["rows"]:
+        if row["dtype"] != "float16":
+            continue
+        ratios = []
+        for way, _ in PICTURED:
+            peers = [row[peer][way]["p50_us"] for peer in ("eager", "compiled") if row[peer][way]]
+            mine = row["ours"][way]
+            ratios.append(min(peers) / mine["p50_us"] if mine and peers else None)
+        points.append([f"{row['op']} {'x'.join(map(str, row['shape']))}", *ratios])
+    return points
+
+
+def picture_draw(figure: Any, points: Points) -> None:
+    figure.set_size_inches(8, 1.4 + 0.26 * len(points))
+    axes = figure.subplots()
+    places = range(len(points))[::-1]
+    for number, (_, title) in enumerate(PICTURED):
+        ratios = [math.nan if point[1 + number] is None else point[1 + number] for point in points]
+        axes.plot(ratios, places, "os"[number], color=COLOURS[number], label=title)
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_yticks(list(places), [point[0] for point in points])
+    axes.set(xlabel="time of the faster of PyTorch eager and compiled / ours", xscale="log")
+    most = max((ratio for point in points for ratio in point[1:] if ratio is not None), default=1)
+    ticks = [0.5 * 2**power for power in range(2 + max(1, math.ceil(math.log2(most))))]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+
+
+def picture_note(points: Points) -> str:
+    return "float16; right of 1 PyTorch's op takes longer"
