@@ -118,7 +118,7 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/gemv.py
-	$(BIN)/python bench/ops.py --dtype float16,bfloat16,float32
+	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/call_cost.py
 	$(BIN)/python bench/batch.py
 	$(BIN)/python bench/scoring.py

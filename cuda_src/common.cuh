@@ -195,6 +195,12 @@ __device__ inline void griddepcontrol_wait() {
 #endif
 }
 
+// Bring what lies there to the L2 cache, which all that is written passes: so it may come before
+// the wait, also for what the kernel before writes.
+__device__ inline void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // ---------------------------------------------------------------------------------------------
 // asynchronous copies of 16 bytes to shared memory (sm_80 and newer; older chips copy at once)
 

@@ -33,7 +33,7 @@ extern "C" __global__ void layer_norm_naive(
     y[c] = from_float<elem_t>((x[c] - mean) * scale * to_float(weight[c]) + to_float(bias[c]));
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) layer_norm(const elem_t* x,
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) layer_norm(const elem_t* x,
                                                                          const elem_t* weight,
                                                                          const elem_t* bias,
                                                                          elem_t* y,
@@ -46,20 +46,21 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) layer_norm(const e
       {x, nullptr, nullptr, weight, bias, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) layer_norm_f32(const float* x,
-                                                                             const elem_t* weight,
-                                                                             const elem_t* bias,
-                                                                             elem_t* y,
-                                                                             float eps,
-                                                                             int N,
-                                                                             int C,
-                                                                             int x_stride,
-                                                                             int y_stride) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
+    layer_norm_f32(const float* x,
+                   const elem_t* weight,
+                   const elem_t* bias,
+                   elem_t* y,
+                   float eps,
+                   int N,
+                   int C,
+                   int x_stride,
+                   int y_stride) {
   norm_rows<true, false, float, float>(
       {x, nullptr, nullptr, weight, bias, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) add_layer_norm(const elem_t* x,
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) add_layer_norm(const elem_t* x,
                                                                              const elem_t* residual,
                                                                              elem_t* total,
                                                                              const elem_t* weight,
@@ -76,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) add_layer_norm(con
                                          residual_stride, total_stride, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
     add_layer_norm_f32(const elem_t* x,
                        const float* residual,
                        float* total,

@@ -6,7 +6,8 @@
 // alone, or of total = x + residual, which is then written too, rounded as it is stored, and it is
 // the rounded sum that is normalised.
 //
-// Work      a row has 1, 2, 4 or 8 warps, each a stretch of it in pieces of 16 bytes of the wider
+// Work      a row has 1, 2, 4, 8 or 16 warps, each a stretch of it in pieces of 16 bytes of the
+// wider
 //           type, and lies in their registers as it is stored. One warp needs no barrier of its
 //           block; several are sooner done with the few rows that leave the chip idle.
 // Order     a lane adds up its pieces by a tree, then warps of a row, lane by lane, by the levels
@@ -14,8 +15,8 @@
 //           alone, and neither from the other rows nor from how many warps it has. The mean is
 //           taken before the squares, so that an outlier channel in the thousands cancels
 //           nothing: E[x^2] - E[x]^2 loses half the digits there.
-// Overlap   weight and bias are loaded before the kernel waits for its predecessor, where
-//           registers have room for them.
+// Overlap   before it waits for its predecessor, which may have written anything, the kernel only
+//           asks for weight and bias to be brought to the L2 cache.
 // Alignment a row is read in pieces if C and all strides are multiples of a piece, else by
 //           elements.
 #pragma once
@@ -36,8 +37,14 @@ struct NormRows {
   int x_stride, residual_stride, total_stride, y_stride;  // elements from row to row
 };
 
-constexpr int MOST_THREADS = 256;  // of a block
-constexpr int MOST_PIECES = 16;    // that a lane keeps in registers
+constexpr int MOST_THREADS = 512;  // of a block
+// Channels that a lane keeps in registers, in pieces and one by one: with two blocks of so many
+// threads it has 64 registers, and a multiprocessor warps enough to wait for memory.
+constexpr int MOST_IN_PIECES = 32;
+constexpr int MOST_SINGLE = 16;
+constexpr int FEW_ROWS = 512;
+// Of floats with parameters of 16 bits a lane keeps those too, and has 128 registers.
+constexpr int WIDE_BLOCKS = sizeof(elem_t) < sizeof(float) ? 1 : 2;
 
 // The sum over the warps of a row and their lanes, the same in all of them. Between two uses of
 // `shared` there must be a sum by way of another.
@@ -57,7 +64,8 @@ __device__ inline float row_sum(float x, float* shared) {
     const float* lane = shared + threadIdx.x % WARP;
     x = threads == 2 * WARP   ? sum_of_warps<2>(lane)
         : threads == 4 * WARP ? sum_of_warps<4>(lane)
-                              : sum_of_warps<8>(lane);
+        : threads == 8 * WARP ? sum_of_warps<8>(lane)
+                              : sum_of_warps<16>(lane);
   }
   return warp_sum(x);
 }
@@ -116,18 +124,26 @@ __device__ inline void keep_packed(Packed<T, VEC>& piece) {
 // A row of up to S pieces a lane, in registers.
 template <int VEC, int S, bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void row_in_registers(const NormRows<X, R>& rows, float (*shared)[MOST_THREADS]) {
-  // Parameters of so many bytes of a lane are loaded before anything else.
-  constexpr bool AHEAD = S * VEC * sizeof(elem_t) <= 64;
+  // Pieces whose parameters registers have room for at once; and whether those of a row are loaded
+  // with it, where there are few rows: many find them in the L1 cache, and wait for their own.
+  constexpr int ROOM =
+      VEC == 1 ? 4 : (sizeof(R) > sizeof(elem_t) ? 64 : 32) / (VEC * sizeof(elem_t));
+  constexpr int AT_ONCE = ROOM < S ? ROOM : S;
+  const bool ahead = AT_ONCE == S && (!CENTRED || rows.N <= FEW_ROWS);
   const int C = rows.C;
   const int first = (threadIdx.x / WARP * S * WARP + threadIdx.x % WARP) * VEC;
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows.N) return;  // a whole warp, or none of the block
-  Vec<elem_t, VEC> weight[S], bias[S];
+  Vec<elem_t, VEC> weight[AT_ONCE], bias[AT_ONCE];
   auto load_parameters = [&](int s, int c) {
     if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
     if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
   };
-  if constexpr (AHEAD) each_piece<VEC, S>(first, C, load_parameters);
+  if (blockIdx.x == 0)  // for all
+    each_piece<VEC, S>(first, C, [&](int, int c) {
+      if (rows.weight) prefetch_to_l2(rows.weight + c);
+      if (CENTRED && rows.bias) prefetch_to_l2(rows.bias + c);
+    });
   const float share = 1.0f / C;
   const bool weighted = rows.weight, biased = CENTRED && rows.bias;
   griddepcontrol_wait();
@@ -137,22 +153,30 @@ __device__ inline void row_in_registers(const NormRows<X, R>& rows, float (*shar
   if constexpr (ADD) {
     const R* residual = rows.residual + (size_t)row * rows.residual_stride;
     R* total = rows.total + (size_t)row * rows.total_stride;
-    Vec<X, VEC> addend[S];
-    each_piece<VEC, S>(first, C, [&](int s, int c) {
-      addend[s] = *reinterpret_cast<const Vec<X, VEC>*>(x + c);
-      held[s] = *reinterpret_cast<const Packed<R, VEC>*>(residual + c);
-    });
-    each_piece<VEC, S>(first, C, [&](int s, int c) {
-      float sum[VEC];
+    constexpr int TWO_AT_ONCE = S < 4 || VEC == 1 ? S : 4;
 #pragma unroll
-      for (int i = 0; i < VEC; i++) sum[i] = to_float(addend[s].value[i]) + held[s][i];
-      store_floats(reinterpret_cast<R*>(&held[s]), sum);
-      *reinterpret_cast<Packed<R, VEC>*>(total + c) = held[s];
-    });
+    for (int some = 0; some < S; some += TWO_AT_ONCE) {
+      const int start = first + some * WARP * VEC;
+      Vec<X, VEC> addend[TWO_AT_ONCE];
+      each_piece<VEC, TWO_AT_ONCE>(start, C, [&](int s, int c) {
+        addend[s] = *reinterpret_cast<const Vec<X, VEC>*>(x + c);
+        held[some + s] = *reinterpret_cast<const Packed<R, VEC>*>(residual + c);
+      });
+      each_piece<VEC, TWO_AT_ONCE>(start, C, [&](int s, int c) {
+        float sum[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum[i] = to_float(addend[s].value[i]) + held[some + s][i];
+        store_floats(reinterpret_cast<R*>(&held[some + s]), sum);
+        *reinterpret_cast<Packed<R, VEC>*>(total + c) = held[some + s];
+      });
+    }
   } else {
     each_piece<VEC, S>(
         first, C, [&](int s, int c) { held[s] = *reinterpret_cast<const Packed<R, VEC>*>(x + c); });
   }
+
+  if constexpr (AT_ONCE == S)
+    if (ahead) each_piece<VEC, S>(first, C, load_parameters);
 
   float values[VEC], sums[S] = {}, mean = 0.0f;
   auto unpack = [&](int s) {
@@ -173,18 +197,23 @@ __device__ inline void row_in_registers(const NormRows<X, R>& rows, float (*shar
   });
   float scale = one_over_root(fmaf(row_sum(sum_of(sums), shared[1]), share, rows.eps));
   elem_t* y = rows.y + (size_t)row * rows.y_stride;
-  each_piece<VEC, S>(first, C, [&](int s, int c) {
-    if constexpr (!AHEAD) load_parameters(s, c);
-    unpack(s);
 #pragma unroll
-    for (int i = 0; i < VEC; i++) {
-      float w = weighted ? to_float(weight[s].value[i]) : 1.0f;
-      float b = biased ? to_float(bias[s].value[i]) : 0.0f;
-      float n = (values[i] - mean) * scale;
-      values[i] = CENTRED ? fmaf(n, w, b) : n * w;
-    }
-    store_floats(y + c, values);
-  });
+  for (int some = 0; some < S; some += AT_ONCE) {
+    // Together: a load behind a store would wait for it, which may have written the same.
+    const int start = first + some * WARP * VEC;
+    if (!ahead) each_piece<VEC, AT_ONCE>(start, C, load_parameters);
+    each_piece<VEC, AT_ONCE>(start, C, [&](int s, int c) {
+      unpack(some + s);
+#pragma unroll
+      for (int i = 0; i < VEC; i++) {
+        float w = weighted ? to_float(weight[s].value[i]) : 1.0f;
+        float b = biased ? to_float(bias[s].value[i]) : 0.0f;
+        float n = (values[i] - mean) * scale;
+        values[i] = CENTRED ? fmaf(n, w, b) : n * w;
+      }
+      store_floats(y + c, values);
+    });
+  }
 }
 
 // What is normalised of a piece: x, or the sum, which is stored on the way.
@@ -259,12 +288,13 @@ __device__ inline void row_in_passes(const NormRows<X, R>& rows,
 template <int VEC, bool CENTRED, bool ADD, typename X, typename R>
 __device__ inline void rows_of_pieces(const NormRows<X, R>& rows, float (*shared)[MOST_THREADS]) {
   int pieces = (rows.C / VEC + blockDim.x - 1) / blockDim.x;  // of a lane
-  if (VEC > 1 && pieces <= 2)
-    row_in_registers<VEC, 2, CENTRED, ADD>(rows, shared);
-  else if (VEC > 1 && pieces <= 8)
-    row_in_registers<VEC, 8, CENTRED, ADD>(rows, shared);
-  else if (pieces <= MOST_PIECES)
-    row_in_registers<VEC, MOST_PIECES, CENTRED, ADD>(rows, shared);
+  constexpr int MOST = VEC > 1 ? MOST_IN_PIECES / VEC : MOST_SINGLE;
+  if constexpr (VEC > 1)
+    if (pieces <= 2) return row_in_registers<VEC, 2, CENTRED, ADD>(rows, shared);
+  if constexpr (MOST == 8)
+    if (pieces <= 4) return row_in_registers<VEC, 4, CENTRED, ADD>(rows, shared);
+  if (pieces <= MOST)
+    row_in_registers<VEC, MOST, CENTRED, ADD>(rows, shared);
   else
     row_in_passes<VEC, CENTRED, ADD>(rows, shared[0], shared[1]);
 }

@@ -12,7 +12,7 @@
 // Source    Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019
 #include "norm_rows.cuh"
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) rms_norm(const elem_t* x,
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) rms_norm(const elem_t* x,
                                                                        const elem_t* weight,
                                                                        elem_t* y,
                                                                        float eps,
@@ -24,19 +24,20 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) rms_norm(const ele
       {x, nullptr, nullptr, weight, nullptr, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) rms_norm_f32(const float* x,
-                                                                           const elem_t* weight,
-                                                                           elem_t* y,
-                                                                           float eps,
-                                                                           int N,
-                                                                           int C,
-                                                                           int x_stride,
-                                                                           int y_stride) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
+    rms_norm_f32(const float* x,
+                 const elem_t* weight,
+                 elem_t* y,
+                 float eps,
+                 int N,
+                 int C,
+                 int x_stride,
+                 int y_stride) {
   norm_rows<false, false, float, float>(
       {x, nullptr, nullptr, weight, nullptr, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) add_rms_norm(const elem_t* x,
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) add_rms_norm(const elem_t* x,
                                                                            const elem_t* residual,
                                                                            elem_t* total,
                                                                            const elem_t* weight,
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) add_rms_norm(const
                                           x_stride, residual_stride, total_stride, y_stride});
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
     add_rms_norm_f32(const elem_t* x,
                      const float* residual,
                      float* total,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import peer_tables
+from . import op_tables, peer_tables
 from .picture import COLOURS, Found, Picture, Points
 
 MARKERS = "os^Dv<>"
@@ -269,5 +269,9 @@ PICTURES = {
     "picture-share": Picture(
         "decode-share.png", "Share of the limit by kernel", "gemv", ("profile",),
         share_points, draw_share, share_note,
+    ),
+    "picture-ops": Picture(
+        "ops.png", "Ops beside PyTorch's", "ops", (),
+        op_tables.picture_points, op_tables.picture_draw, op_tables.picture_note,
     ),
 }  # fmt: skip

@@ -319,7 +319,17 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "server-one": ("server", server_tables.one),
     "server-norms": ("server", server_tables.norms),
     "server-front": ("server-front", server_tables.front),
-    "ops-rms-norm": ("ops", op_tables.one_op("rms_norm")),
+    "ops-rms-norm": ("ops", op_tables.some_ops(op_tables.of("rms_norm", few=True))),
+    "ops-norms": ("ops", op_tables.some_ops(op_tables.of(*op_tables.NORMS, few=True))),
+    "ops-many-rows": (
+        "ops",
+        op_tables.some_ops(op_tables.of("rms_norm", *op_tables.NORMS, few=False)),
+    ),
+    "ops-sampling": ("ops", op_tables.some_ops(op_tables.of("softmax", "sample_logits"))),
+    "ops-activations": (
+        "ops",
+        op_tables.some_ops(op_tables.of("gelu", "gelu_erf", "bias_gelu", "silu_mul", "rope")),
+    ),
     "layers-ffn": ("layers", layer_tables.ffn),
     "layers-few": ("layers", layer_tables.few),
     "layers-plain": ("layers", layer_tables.plain),

@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 from .core.compiler import constants
-from .core.device import sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
@@ -18,7 +17,6 @@ Array = Any
 Pair = tuple[Array | None, Array | None]
 
 _WARP, _ROWS = 32, 4  # threads of a warp; rows of a block where a row has a warp
-_FEW_PIECES = 8  # of a lane, where there are few rows
 
 
 def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], dict[bool, Kernel]]:
@@ -27,7 +25,11 @@ def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], di
     alone, added = {}, {}
     for elem, dtype, ending in ((True, "ELEM", ""), (False, "float32", "_f32")):
         alone[elem] = Kernel(
-            source, entry + ending, f"x: {dtype}[*N,C], {after}out_stride", overlaps=True
+            source,
+            entry + ending,
+            f"x: {dtype}[*N,C], {after}out_stride",
+            overlaps=True,
+            waits_first=True,
         )
         added[elem] = Kernel(
             source,
@@ -35,6 +37,7 @@ def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], di
             f"x: ELEM[*N,C], residual: {dtype}[*N,C], total: {dtype}[*N,C]~, {after}"
             "residual_stride, total_stride, out_stride",
             overlaps=True,
+            waits_first=True,
         )
     return alone, added
 
@@ -50,37 +53,51 @@ LAYER_NORM_NAIVE = Kernel(
 
 @functools.lru_cache(4096)
 def _blocks(
-    shape: tuple[int, ...], itemsize: int, in_pieces: bool
+    shape: tuple[int, ...], itemsize: int, of_weight: int, centred: bool, in_pieces: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Grid and block: rows, and warps of a row, which its bits do not depend on.
 
-    ``in_pieces`` says whether no stride keeps rows from being read in pieces of 16 bytes.
+    Bytes of an element are those of the widest input and of a weight. ``in_pieces`` says whether
+    no stride keeps rows from being read in pieces of 16 bytes.
     """
     channels = shape[-1] if shape else 0  # which launch() refuses
     rows = math.prod(shape[:-1]) if channels else 0
     c = constants("norm.cu")
     elements = 16 // itemsize
-    pieces = channels // elements if in_pieces and not channels % elements else channels
-    most = c["MOST_THREADS"] // _WARP
-    # Few rows leave the chip idle, so that each is given what makes it short.
-    each = _FEW_PIECES if rows <= 2 * sm_count() else c["MOST_PIECES"]
-    warps = 1
+    if in_pieces and not channels % elements:
+        pieces, held = channels // elements, c["MOST_IN_PIECES"] // elements
+    else:
+        pieces, held = channels, c["MOST_SINGLE"]
+    # Pieces of a lane, as measured: few rows leave the chip idle, and more warps make each short;
+    # of many, few pieces a lane leave room for its weights.
+    if itemsize > of_weight:
+        each = 8
+    elif rows <= c["FEW_ROWS"] or (itemsize == 2 and not centred):
+        each = 2
+    else:
+        each = 4
+    each, most, warps = min(each, held), c["MOST_THREADS"] // _WARP, 1
     while warps < most and warps * _WARP * each < pieces:
         warps *= 2
-    if warps * _WARP * c["MOST_PIECES"] < pieces:
+    if most * _WARP * held < pieces:
         warps = most  # in passes: then bits depend on it
     if warps == 1:
         return (-(-rows // _ROWS),), (_WARP, _ROWS)
     return (rows,), (warps * _WARP, 1)
 
 
-def _in_pieces(itemsize: int, *arrays: Array) -> bool:
-    """Whether all strides between rows are multiples of a piece's elements."""
-    elements = 16 // itemsize
-    return all(
-        a._c_contiguous or not any(stride % (elements * a.itemsize) for stride in a.strides[:-1])
+def _sizes(
+    centred: bool, elem: Any, x: Array, *others: Array
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Grid and block for rows of these arrays."""
+    arrays = x, *others
+    itemsize = max(a.itemsize for a in arrays)
+    piece = 16 // itemsize
+    in_pieces = all(
+        a._c_contiguous or not any(stride % (piece * a.itemsize) for stride in a.strides[:-1])
         for a in arrays
     )
+    return _blocks(x.shape, itemsize, elem.itemsize, centred, in_pieces)
 
 
 def _norm_cost(x: Array, weight: Array | None, bias: Array | None, out: Array | None) -> Cost:
@@ -152,7 +169,7 @@ def layer_norm(
     if out is None:
         out = device_empty(x.shape, elem)
     kernel = LAYER_NORM[x.dtype == elem]
-    grid, block = _blocks(x.shape, x.itemsize, _in_pieces(x.itemsize, x, out))
+    grid, block = _sizes(True, elem, x, out)
     launch(kernel, grid, block, (x, weight, bias, out, eps), elem=elem)
     return out
 
@@ -192,7 +209,7 @@ def rms_norm(
     elem = x.dtype if weight is None else weight.dtype
     if out is None:
         out = device_empty(x.shape, elem)
-    grid, block = _blocks(x.shape, x.itemsize, _in_pieces(x.itemsize, x, out))
+    grid, block = _sizes(False, elem, x, out)
     launch(RMS_NORM[x.dtype == elem], grid, block, (x, weight, out, eps), elem=elem)
     return out
 
@@ -237,8 +254,7 @@ def add_layer_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_LAYER_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, bias, y, eps)
-    size = max(x.itemsize, residual.itemsize)
-    grid, block = _blocks(x.shape, size, _in_pieces(size, x, residual, y, total))
+    grid, block = _sizes(True, elem, x, residual, total, y)
     launch(kernel, grid, block, args, elem=elem)
     return y, total
 
@@ -282,8 +298,7 @@ def add_rms_norm(
     y, total = _pair(x, residual, elem, out)
     kernel = ADD_RMS_NORM[residual.dtype == elem]
     args = (x, residual, total, weight, y, eps)
-    size = max(x.itemsize, residual.itemsize)
-    grid, block = _blocks(x.shape, size, _in_pieces(size, x, residual, y, total))
+    grid, block = _sizes(False, elem, x, residual, total, y)
     launch(kernel, grid, block, args, elem=elem)
     return y, total
 

@@ -65,7 +65,8 @@ def prefill(us):
 @pytest.fixture(params=[False, True], ids=["ours alone", "with others"])
 def found(request):
     """The records that pictures are drawn from, as benchmarks write them."""
-    made = {name: RECORDS[name] for name in ("ablation", "gemv")} | {"peers": ours_alone()}
+    made = {name: RECORDS[name] for name in ("ablation", "gemv", "ops")}
+    made |= {"peers": ours_alone()}
     if not request.param:
         return made | {"batches": batches(read=None)}
     return made | {"batches": batches(), "peers": peers(), "profile": RECORDS["profile"]}
@@ -94,6 +95,9 @@ def test_a_picture_knows_whether_it_is_of_these_records(name, found, tmp_path):
     for row in other[picture.needs]["results"]["rows"]:
         if "engines" in row:
             row = next(iter(row["engines"].values()))
+        if name == "picture-ops":
+            row["ours"]["python"]["p50_us"] += 1e-9
+            continue
         row["ours" if name == "picture-share" else "step"]["median_us"] += 1e-9
     assert not picture.is_current(tmp_path, other)
 

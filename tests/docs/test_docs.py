@@ -82,7 +82,8 @@ def test_the_project_has_one_address():
     """Clone lines, links and the notebook name the repository of pyproject.toml."""
     url = re.search(r'^Homepage = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
-    texts.append((ROOT / "docs" / "colab.ipynb").read_text(encoding="utf-8"))
+    for notebook in ("colab.ipynb", "ops.ipynb"):
+        texts.append((ROOT / "docs" / notebook).read_text(encoding="utf-8"))
     found = re.findall(r"https://github\.com/[\w-]*gpt2cupy[\w-]*/[\w-]+", "\n".join(texts))
     assert len(found) >= 3 and set(found) == {url}
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from gpt2cupy.ops.core import launch
+from gpt2cupy.ops.core import driver, launch, plan
 from gpt2cupy.ops.core.tape import Launch
 
 
@@ -48,9 +48,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
 
     ``calls`` are (function, sizes, stream, the first eight values, which a kernel must have)
     that reached the driver, ``checked`` the functions that were looked for; ``device`` is the
-    current one.
+    current one. Where it is ``programmatic``, ``overlapped`` counts launches that may overlap
+    their predecessor, which return ``error``.
     """
-    seen = types.SimpleNamespace(calls=[], checked=[], device=0)
+    seen = types.SimpleNamespace(
+        calls=[], checked=[], device=0, programmatic=False, overlapped=0, error=0
+    )
 
     def start(function, *rest):
         *sizes, stream, addresses, _ = rest
@@ -61,7 +64,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
     cupy = types.ModuleType("cupy")
     cupy.ndarray = DeviceArray
     cupy.cuda = types.SimpleNamespace(
-        driver=types.SimpleNamespace(launchKernel=start),
+        driver=types.SimpleNamespace(launchKernel=start, CUDADriverError=RuntimeError),
         runtime=types.SimpleNamespace(getDevice=lambda: seen.device),
         get_current_stream=lambda device=0: types.SimpleNamespace(ptr=70 + device),
     )
@@ -73,6 +76,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]
         run.kernel = types.SimpleNamespace(ptr=123)
         return run
 
+    def start_programmatic(config, function, addresses, extra):
+        *sizes, stream, attribute, count = driver._CONFIG.unpack(ctypes.string_at(config, 56))
+        assert count == 1
+        assert driver._ATTRIBUTE.unpack(ctypes.string_at(attribute, 72)) == (6, 1)
+        start(function, *sizes, stream, addresses, 0)
+        seen.overlapped += 1
+        return seen.error
+
+    monkeypatch.setattr(driver, "_launch", lambda: start_programmatic)
+    monkeypatch.setattr(plan, "has_programmatic_launch", lambda device: seen.programmatic)
     monkeypatch.setattr(launch, "_function", function)
     monkeypatch.setattr(launch, "_requested", function)
     plans = launch.THREAD.known, launch.THREAD.plans

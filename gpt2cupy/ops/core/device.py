@@ -124,6 +124,11 @@ def has_clusters() -> bool:
     return int(device_arch(current_device())[3:]) >= 90
 
 
+def has_programmatic_launch(device: int) -> bool:
+    """Whether a kernel may start before the one that precedes it ends (sm_90 and newer)."""
+    return int(device_arch(device)[3:]) >= 90
+
+
 def has_mma() -> bool:
     """Whether the current device has mma.m16n8k16 for half and bfloat16 (sm_80 and newer)."""
     return int(device_arch(current_device())[3:]) >= 80

@@ -66,6 +66,9 @@ class Kernel:
     cooperative : bool
         Whether its blocks wait for each other: then the launch is refused where they
         cannot all run at once, and the next kernel starts when it has ended.
+    waits_first : bool
+        Whether it reads and writes nothing before ``griddepcontrol_wait``, so that it may be
+        launched to overlap whatever precedes it.
     macros : mapping
         Those that this entry needs beside element type and sizes, where its source is
         compiled for each entry.
@@ -80,6 +83,7 @@ class Kernel:
         overlaps: bool = False,
         writes_weights: bool = False,
         cooperative: bool = False,
+        waits_first: bool = False,
         macros: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
@@ -87,6 +91,7 @@ class Kernel:
         self.overlaps = overlaps
         self.writes_weights = writes_weights
         self.cooperative = cooperative
+        self.waits_first = waits_first
         self.macros = macros or {}
         self.parameters = tuple(parse(part) for part in re.split(r",\s+", signature))
         self.facts = facts_reader(self.parameters)
@@ -272,11 +277,19 @@ def _checked(
     of = device, kernel, elem, head_size, inner, shared
     # What is recorded is compiled meanwhile.
     function = _function(*of) if THREAD.calls is None else _requested(*of)
-    alone = kernel.writes_weights or kernel.cooperative
     return Launch(
-        function, grid, block, values, kernel.overlaps, shared, alone, kernel.cooperative, pairs,
+        function,
+        grid,
+        block,
+        values,
+        kernel.overlaps,
+        shared,
+        kernel.writes_weights or kernel.cooperative,
+        kernel.cooperative,
+        pairs,
         kernel.tiles_of,
-    )  # fmt: skip
+        kernel.waits_first,
+    )
 
 
 def is_device_array(array: Any) -> bool:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from .blas import Queued
-from .device import current_device
+from .device import current_device, has_programmatic_launch
+from .driver import programmatic_start
 from .signature import array_facts, granule, meet
 from .tape import THREAD, Launch, recorded
 from .tensor_map import Tiles, room
@@ -60,7 +61,7 @@ class Plan:
         cells = array("Q", bytes(8 * (count + sum(len(call.values) for call in calls))))
         start, free = cells.buffer_info()[0], count
         self._memory: list[Any] = [cells]
-        launches: list[tuple[Callable[..., None], int]] = []
+        launches: list[tuple[Callable[[int, int, int], None], int]] = []
         granules: dict[int, int] = {}
         pairs = set()
         maps: list[tuple[Tiles, int, int]] = []  # with the place of the pointer, and the address
@@ -69,10 +70,10 @@ class Plan:
                 if isinstance(value, cupy.ndarray):
                     granules[place] = granule(value)
             for pair in call.pairs:
-                if taken[pair.other] < count - 1:  # one is there
+                if not _is_absent(call.values[pair.other]):
                     pairs.add(pair._replace(written=taken[pair.written], other=taken[pair.other]))
             if isinstance(call, Queued):
-                launches.append((functools.partial(_start, call, cells, taken), 0))
+                launches.append((functools.partial(_start_queued, call, cells, taken), 0))
                 continue
             used = [start + 8 * place for place in taken]
             of_tiles = iter(call.tiles_of)
@@ -89,10 +90,7 @@ class Plan:
                 free += 1
             addresses = array("Q", used)
             self._memory += [addresses, call.function]  # keeps the module loaded
-            sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
-            kernel = call.function.kernel.ptr
-            begin = functools.partial(cupy.cuda.driver.launchKernel, kernel, *sizes, call.shared)
-            launches.append((begin, addresses.buffer_info()[0]))
+            launches.append((_start(call, device), addresses.buffer_info()[0]))
         self.device = device
         self.current_device = cupy.cuda.runtime.getDevice
         self.checked: set[tuple[int, ...]] = set()
@@ -135,7 +133,18 @@ class Plan:
             start(stream, addresses, 0)
 
 
-def _start(
+def _start(call: Launch, device: int) -> Callable[[int, int, int], None]:
+    """A function of stream and addresses that starts a launch."""
+    import cupy
+
+    kernel = call.function.kernel.ptr
+    if call.waits_first and has_programmatic_launch(device):
+        return programmatic_start(kernel, call.grid, call.block, call.shared)
+    sizes = *(*call.grid, 1, 1)[:3], *(*call.block, 1, 1)[:3]
+    return functools.partial(cupy.cuda.driver.launchKernel, kernel, *sizes, call.shared)
+
+
+def _start_queued(
     call: Queued, cells: Sequence[int], taken: Sequence[int], stream: int, *rest: int
 ) -> None:
     call.start(stream, [cells[place] for place in taken])
@@ -162,7 +171,7 @@ def places_of(
     known = {id(each): place for place, each in enumerate(arrays) if each is not None}
 
     def place_of(value: Any) -> int | None:
-        if value is None or isinstance(value, np.uintp):
+        if _is_absent(value):
             return len(arrays)
         place = known.get(id(value))
         whole = getattr(value, "base", None)
@@ -188,6 +197,11 @@ def _same_memory(array: Any, view: Any, whole: Any) -> bool:
     """Whether a view of ``whole`` is all of an array, under another shape."""
     related = array is not None and (array is whole or getattr(array, "base", None) is whole)
     return related and (array.data.ptr, array.nbytes) == (view.data.ptr, view.nbytes)
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether it stands for an array that is left out."""
+    return value is None or isinstance(value, np.uintp)
 
 
 def _is_pointer(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .driver import programmatic_start
 from .tensor_map import Tiles, room
 
 
@@ -66,6 +67,8 @@ class Launch:
         The arrays that may not overlap, as ``signature.neighbours`` returns them.
     tiles_of : tuple of int
         For each Tiles among the values the place of its array among them.
+    waits_first : bool
+        Whether it reads and writes nothing before it waits, so that any kernel may precede it.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Launch:
         cooperative: bool = False,
         pairs: Any = (),
         tiles_of: tuple[int, ...] = (),
+        waits_first: bool = False,
     ) -> None:
         self.function = function
         self.grid = grid
@@ -91,6 +95,7 @@ class Launch:
         self.cooperative = cooperative
         self.pairs = pairs
         self.tiles_of = tiles_of
+        self.waits_first = waits_first
 
     def load(self) -> None:
         """Wait for the kernel if it is still being compiled, and load it."""
@@ -128,35 +133,16 @@ class Launch:
         )
 
     def overlapped(self) -> None:
-        """Launch it so that it may start while its predecessor still runs.
-
-        CuPy has no launch attributes, so this goes through the driver.
-        """
+        """Launch it so that it may start while its predecessor still runs."""
         import cupy
-        from cuda.bindings import driver
 
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = (*self.grid, 1, 1)[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = (*self.block, 1, 1)[:3]
-        config.sharedMemBytes = self.shared
-        config.hStream = cupy.cuda.get_current_stream().ptr
-        attribute = driver.CUlaunchAttribute()
-        serialization = (
-            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        )
-        attribute.id = serialization
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
         cells = [
             np.array([value.data.ptr if isinstance(value, cupy.ndarray) else value])
             for value in self.values
         ]
         addresses = np.array([cell.ctypes.data for cell in cells], np.uintp)
-        (error,) = driver.cuLaunchKernelEx(
-            config, self.function.kernel.ptr, addresses.ctypes.data, 0
-        )
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise cupy.cuda.driver.CUDADriverError(int(error))
+        start = programmatic_start(self.function.kernel.ptr, self.grid, self.block, self.shared)
+        start(cupy.cuda.get_current_stream().ptr, addresses.ctypes.data, 0)
 
 
 def submit(call: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import fake_driver
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import norm
+from gpt2cupy.ops.core import driver as core_driver
 from gpt2cupy.ops.core import plan, registry, tensor_map
 from gpt2cupy.ops.core.launch import THREAD, Kernel, device_empty, launch
 from gpt2cupy.ops.core.registry import op
@@ -30,7 +32,6 @@ DOUBLE = Kernel(
 
 @pytest.fixture
 def driver(monkeypatch):
-    monkeypatch.setattr(norm, "sm_count", lambda: 132)
     monkeypatch.setattr("gpt2cupy.ops.core.launch.current_device", lambda: seen.device)
     monkeypatch.setattr("gpt2cupy.ops.core.plan.current_device", lambda: seen.device)
     for seen in fake_driver.stand_in(monkeypatch):
@@ -139,6 +140,38 @@ def test_one_of_two_outputs_is_made(driver, monkeypatch):
     for _ in range(3):
         assert ops.add_rms_norm(x, residual, None, out=(y, None)) == (y, made)
     assert not THREAD.plans
+
+
+def test_a_kernel_that_waits_first_may_overlap_what_precedes_it(driver):
+    driver.programmatic = True
+    for ptr in (1 << 14, 1 << 15, 1 << 16):
+        rms_norm(out=DeviceArray((2, 3, 8), HALF, ptr=ptr))
+    assert driver.overlapped == len(driver.calls) == 2
+    first, second = driver.calls
+    assert first[:3] == second[:3] == (123, (2, 1, 1, 32, 4, 1, 0), 70)
+    assert (first[3][2], second[3][2]) == (1 << 15, 1 << 16)
+    driver.error = 700
+    with pytest.raises(RuntimeError, match="700"):
+        rms_norm()
+
+
+def test_the_drivers_structs_are_those_of_its_header():
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    ident = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert ident == core_driver._PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute, config = bindings.CUlaunchAttribute(), bindings.CUlaunchConfig()
+    attribute.id, attribute.value.programmaticStreamSerializationAllowed = ident, 1
+    sizes = dict(zip(("gridDim", "blockDim"), ((2, 3, 4), (5, 6, 7)), strict=True))
+    for name, each in sizes.items():
+        for axis, size in zip("XYZ", each, strict=True):
+            setattr(config, name + axis, size)
+    config.sharedMemBytes, config.hStream, config.attrs, config.numAttrs = 8, 9, [attribute], 1
+    raw = ctypes.string_at(config.getPtr(), core_driver._CONFIG.size)
+    *found, attributes, count = core_driver._CONFIG.unpack(raw)
+    assert found == [2, 3, 4, 5, 6, 7, 8, 9] and count == 1
+    assert raw[core_driver._STREAM_AT] == 9
+    raw = ctypes.string_at(attributes, core_driver._ATTRIBUTE.size)
+    assert core_driver._ATTRIBUTE.unpack(raw) == (ident, 1)
 
 
 def test_nothing_is_found_while_calls_are_recorded_or_observed(driver):
