@@ -151,7 +151,7 @@ def test_a_text_without_repeats_takes_as_many_steps(device):
 
 OPTIONS = st.fixed_dictionaries(
     {
-        "tokens": st.integers(1, 91),
+        "tokens": st.sampled_from([1, 2, 3, 5, 9, 17, 30, 92]),
         "temperature": st.sampled_from([0, 0.3, 1.0]),
         "seed": st.integers(0, 5),
         "top_k": st.sampled_from([0, 3]),
@@ -165,9 +165,11 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(OPTIONS, st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 3))
 def test_the_text_is_the_same(device, options, prompt, lead):
+    # To the end of the context too, past which rows may run on.
+    options["tokens"] = min(options["tokens"], WIDE.n_positions + 1 - len(prompt))
     options["min_new_tokens"] = min(options["min_new_tokens"], options["tokens"])
     engine = Engine(model_on(device), 1, lead=lead)
     plain, _ = run(engine_on(device), request(prompt, speculate=None, **options))
