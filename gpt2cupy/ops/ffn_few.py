@@ -30,7 +30,7 @@ FFN_SUM = entries(
     "partial: float32[P,N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M]~, P, N, M",
     overlaps=True,
 )
-_STATIC = 64  # bytes of its shared memory beside ring, rows and sums
+_STATIC = 256  # bytes of its shared memory beside ring, rows and sums, at most
 _AHEAD = (12, 8, 4)  # loads of a lane in flight, as many as fit
 
 
@@ -41,7 +41,7 @@ def fits(rows: int, sizes: Sizes, dtype: Any) -> bool:
         return False
     # Every warp has a part of a row of w1.
     wide = sizes[0] * itemsize >= c["WARPS"] * 64
-    return wide and has_mma() and _plan(rows, sizes, itemsize)[1] <= shared_limit()
+    return wide and has_mma() and _plan(rows, sizes, itemsize)[1] <= shared_limit() - _STATIC
 
 
 def _blocks() -> int:
@@ -60,9 +60,9 @@ def _plan(rows: int, sizes: Sizes, itemsize: int) -> tuple[int, int]:
     longest = -(-hidden // c["TILE"] // parts(hidden)) * c["TILE"]
     pad = c["PAD_BYTES"]
     pitches = (-(-k * itemsize // (2 * pad)) * 2 * pad + pad for k in (inner, longest))
-    rest = rows * sum(pitches) + c["SUM_BYTES"] + _STATIC
-    sizes_of = {ahead: ahead * c["RING_BYTES"] + rest for ahead in _AHEAD}
-    return next((each for each in sizes_of.items() if each[1] <= shared_limit()), (4, sizes_of[4]))
+    rest = rows * sum(pitches) + c["SUM_BYTES"]
+    plans = [(ahead, ahead * c["RING_BYTES"] + rest) for ahead in _AHEAD]
+    return next((each for each in plans if each[1] <= shared_limit() - _STATIC), plans[-1])
 
 
 def launch_few(
