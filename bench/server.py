@@ -6,7 +6,7 @@
 Prompts of 128 tokens and 128 new ones of random weights, sampled at temperature 1, streamed; what
 is "random" are log-normal lengths with a deviation of half the mean. Parts:
 
-ready     a server is started twice, the second time with warm caches
+ready     a server is started twice, first with an empty cache of kernels
 closed    closed loop: each client sends again when it is answered; at most 2 tokens an event
 many      256 clients, events of 5 ms, 4 workers
 open      Poisson arrivals at several rates, and the goodput under a limit
@@ -67,11 +67,11 @@ class Bench:
         options = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
         return json.dumps({"prompt": prompt, "max_tokens": tokens, "temperature": 1.0} | options)
 
-    def server(self, *options: str) -> Server:
+    def server(self, *options: str, cache: Path | None = None) -> Server:
         args = self.args
         return Server(
             "--model", str(self.folder), "--dtype", args.dtype, "--device", args.device,
-            "--slots", str(args.slots), *options,
+            "--slots", str(args.slots), *options, cache=cache,
         )  # fmt: skip
 
     def loaded(
@@ -111,10 +111,11 @@ class Bench:
 
     def ready(self) -> None:
         times = []
-        for _ in range(2):
-            with self.server() as server:
-                times.append(server.ready_seconds)
-                engine = json.loads(server.get("/ready"))["engine"]
+        with tempfile.TemporaryDirectory() as cache:  # empty at first
+            for _ in range(2):
+                with self.server(cache=Path(cache)) as server:
+                    times.append(server.ready_seconds)
+                    engine = json.loads(server.get("/ready"))["engine"]
         row = {"first_s": times[0], "warm_s": times[1], "engine": engine}
         self.kept.rows.append({"part": "ready", **row})
         print(f"ready after {times[0]:.2f} s, warm {times[1]:.2f} s; engine {engine}", flush=True)

@@ -45,17 +45,21 @@ BYTE_SYMBOLS_OF = {byte: symbol for symbol, byte in BYTE_SYMBOLS.items()}
 def text_prompts(tokenizer: Tokenizer, lengths: list[int], seed: int = 1) -> list[str]:
     """Random words, one text of exactly so many tokens for each length."""
     rng = np.random.default_rng(seed)
+    letters = np.array(list(string.ascii_lowercase))
+
+    def words(characters: int) -> str:
+        text = "".join(rng.choice(letters, characters))
+        places = np.cumsum(rng.integers(2, 9, characters))
+        return "".join(" " + text[a:b] for a, b in zip([0, *places], places, strict=False) if a < b)
+
     found = []
     for length in lengths:
-        text, count = "", 0
-        while count != length:
-            if count > length:
-                text = text[:-1]
-            else:
-                size = int(rng.integers(1, 9)) if length - count > 4 else 1
-                text += " " + "".join(rng.choice(list(string.ascii_lowercase), size))
-            count = len(tokenizer.encode(text))
-        found.append(text)
+        text = words(4 * length)
+        # A token is two or three characters here: cut where that many tokens are likely, and look.
+        size = round(2.3 * length)
+        while (count := len(tokenizer.encode(text[:size]))) != length:
+            size += max(length - count, 1) if count < length else min(length - count, -1)
+        found.append(text[:size])
     return found
 
 
@@ -75,6 +79,8 @@ class Server:
     ----------
     *options : str
         Of ``gpt2cupy serve``.
+    cache : path, optional
+        Of compiled kernels, in place of the usual one.
 
     Attributes
     ----------
@@ -82,12 +88,15 @@ class Server:
         From its start until ``/ready`` says so.
     """
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, cache: Path | None = None) -> None:
         self.options = options
+        self.cache = cache
 
     def __enter__(self) -> Server:
         start = time.perf_counter()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+        if self.cache is not None:
+            environment |= {"GPT2CUPY_CACHE_DIR": str(self.cache)}
         self.log = tempfile.NamedTemporaryFile("w", suffix=".log")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt2cupy", "serve", "--port", "0", "--quiet", *self.options],

@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 import zmq
 
-from ..errors import DeviceError, Gpt2CupyError
+from ..errors import DeviceError, DeviceMemoryError, Gpt2CupyError
 from ..generation.request import Request
 from ..generation.results import Block, merged
+from ..generation.scoring import Scorer, Window, non_finite
 from ..sampling import SamplingParams
 from . import messages
 from .messages import Cancel, Failed, Hello, Ready, Score, Scored, Submit, Tick
 from .metrics import Store
-from .scored import scored
 from .stations import Stations
 
 _SETTLE_SECONDS = 0.1
+_SCORED_AT_ONCE = 64
 _IDLE_SECONDS = 0.2  # how long an idle loop waits for a message before it looks around again
 
 
@@ -68,6 +69,7 @@ class Worker:
         self._blocks: list[Block] = []  # that have not gone out
         self._sent = self._settled = clock()
         self._scores: deque[tuple[int, Score]] = deque()
+        self._scorer: Scorer | None = None  # made when the first prompt is to be scored
         self.closed = False
 
     def run(self) -> None:
@@ -80,7 +82,7 @@ class Worker:
         busy = not self.engine.idle or bool(self._scores)
         self._read_inbox(wait=not busy and not self._blocks)
         if self._scores:
-            self._score(*self._scores.popleft())
+            self._score()
         if not self.engine.idle:
             self._step()
         self._send()
@@ -165,18 +167,40 @@ class Worker:
         if block.keys:
             self._blocks.append(block)
 
-    def _score(self, front: int, message: Score) -> None:
-        tokens = np.frombuffer(message.tokens, np.int32)
+    def _score(self) -> None:
+        """Score prompts that wait and want as many tokens at each place as the first, in a pass."""
+        top = self._scores[0][1].top
+        several: list[tuple[int, int, np.ndarray]] = []
+        while self._scores and self._scores[0][1].top == top and len(several) < _SCORED_AT_ONCE:
+            front, message = self._scores.popleft()
+            several.append((front, message.stream, np.frombuffer(message.tokens, np.int32)))
+        windows = [Window(tokens, 1) for _, _, tokens in several if len(tokens) > 1]
         try:
-            logprobs, top = scored(self.engine, tokens, message.top)
-        except DeviceError:
-            raise
+            with self.engine.device, self.engine.stream:
+                if self._scorer is None:
+                    self._scorer = Scorer(self.engine.model)
+                found = iter(list(self._scorer.run(windows, top)))
         except Gpt2CupyError as error:
-            self._post(front, Failed(message.stream, 500, str(error)))
+            for front, stream, _ in several:
+                self._post(front, Failed(stream, 500, str(error)))
+            if isinstance(error, DeviceError) and not isinstance(error, DeviceMemoryError):
+                self._send()
+                raise
             return
-        count, ids, values = top
-        rows = count, ids.tobytes(), values.tobytes()
-        self._post(front, Scored(message.stream, logprobs.tobytes(), rows))
+        for front, stream, tokens in several:
+            if len(tokens) < 2:
+                self._post(front, Scored(stream, b"", (0, b"", b"")))
+                continue
+            each = next(found)
+            if np.isnan(each.logprobs).any():
+                words = str(non_finite(self.engine.model, "score"))
+                self._post(front, Failed(stream, 500, words))
+                continue
+            best: tuple[int, bytes, bytes] = 0, b"", b""
+            if each.top is not None:
+                ids, values = each.top
+                best = ids.shape[1], ids.astype(np.int32).tobytes(), _float32(values)
+            self._post(front, Scored(stream, _float32(each.logprobs), best))
 
     # -- what goes out -----------------------------------------------------------------------------
 
@@ -224,3 +248,7 @@ class Worker:
             self._post(front, tick)
         for done in block.finished:
             stations.close(done.request.key)
+
+
+def _float32(values: np.ndarray) -> bytes:
+    return np.asarray(values, np.float32).tobytes()
