@@ -127,15 +127,19 @@ bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the doc
 	$(BIN)/python bench/ablation.py
 	$(BIN)/python bench/validation.py --model 124M
 	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/prefixes.py
+	$(BIN)/python bench/speculation.py
+	$(BIN)/python bench/arrivals.py
 	$(BIN)/python bench/server.py
 	$(BIN)/python bench/server_front.py
 	$(BIN)/python -m bench.report --draw
 
-lint: $(VENV)/lint ## Check with ruff, mypy and clang-format
+lint: $(VENV)/lint ## Check with ruff, mypy, clang-format and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror cuda_src/*.cu cuda_src/*.cuh
+	$(BIN)/hadolint tools/docker/Dockerfile
 
 format: $(VENV)/lint ## Rewrite sources in the project's format
 	$(BIN)/ruff check --fix .

@@ -32,6 +32,11 @@ class Watched(Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.marks: list[tuple[Any, Any]] = []
+        running: Any = self.running
+        prompts, step = running.run_prompts, running.queue_step
+        # A tick without prompts queues nothing.
+        running.run_prompts = lambda: self.scheduler.prompts and self._between_events(prompts)
+        running.queue_step = lambda: self._between_events(step)
 
     def _between_events(self, queue: Any) -> Any:
         events = self.model.xp.cuda.Event(), self.model.xp.cuda.Event()
@@ -40,13 +45,6 @@ class Watched(Engine):
         events[1].record()
         self.marks.append(events)
         return result
-
-    def _run_prompts(self) -> None:
-        if self.scheduler.prompts:
-            self._between_events(super()._run_prompts)
-
-    def _queue_step(self) -> bool:
-        return self._between_events(super()._queue_step)
 
     def busy(self) -> float:
         """Seconds between the pairs of events."""

@@ -73,17 +73,25 @@ def drawn(sizes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> Iterat
 class Ffn:
     """The feed-forward network alone: two products, tanh GELU."""
 
+    backend = "auto"
+
     def __init__(
         self, xp: Any, shape: Shape, w: dict[str, Array], batch: int, tokens: int, dtype: Any
     ) -> None:
         self.w = w
         self.y = xp.empty((batch, tokens, shape.width), dtype)
-        self.scratch = xp.empty(*ffn_scratch(self.y, w["w1"], w["w2"]))
+        self.scratch = xp.empty(*ffn_scratch(self.y, w["w1"], w["w2"], self.backend))
 
     def __call__(self, x: Array) -> Array:
         """The network of x [B, T, C]."""
-        w = self.w
-        return ops.ffn(x, w["w1"], w["b1"], w["w2"], w["b2"], out=self.y, scratch=self.scratch)
+        w, how = self.w, {"out": self.y, "scratch": self.scratch, "backend": self.backend}
+        return ops.ffn(x, w["w1"], w["b1"], w["w2"], w["b2"], **how)
+
+
+class FfnProducts(Ffn):
+    """The same by two products, whatever the number of tokens."""
+
+    backend = "products"
 
 
 class Plain:

@@ -22,7 +22,7 @@ from shared import SIZES, config_of
 
 from gpt2cupy import GPT2, GPT2Config, checkpoint, record
 from gpt2cupy.errors import InputError
-from gpt2cupy.generation.scoring import token_logprobs
+from gpt2cupy.generation.scoring import Scorer, token_logprobs
 from gpt2cupy.ids import check_tokens
 from gpt2cupy.loading import place, resolve_device, resolve_dtype, weight_tensors
 from gpt2cupy.quantize import through_int8
@@ -86,7 +86,7 @@ def compared(
         row["logit_rms_error_of_rms"] = row["logit_rms_error"] / float(np.sqrt(np.mean(exact**2)))
         if text is not None:
             window = config.n_positions
-            logprobs = token_logprobs(model, text, window, window // 2)
+            (logprobs,) = token_logprobs(Scorer(model), [(text, 1)], window, window // 2)
             row["bits"] = -float(logprobs.sum(dtype=np.float64)) / np.log(2)
         rows.append(row)
         del model

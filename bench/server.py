@@ -36,8 +36,10 @@ from gpt2cupy.tokenizer import Tokenizer
 
 PARTS = ("ready", "closed", "many", "open", "one", "baseline", "norms")
 KINDS = ("equal", "random")
+PROMPTS = 2048  # different ones, so many that none is still held when it comes again
 WARM = 1.0  # seconds of a load before what is counted
-ENGINES = HERE / "peers" / "served.py"
+PEERS = "served"  # the script of engines that go behind our fronts
+ENGINES = HERE / "peers" / f"{PEERS}.py"
 # Engines of row i, by the names in the table.
 NORMS = {
     "ours, fused": "fused",
@@ -56,7 +58,7 @@ class Bench:
         self.bodies = {kind: self._bodies(kind) for kind in KINDS}
 
     def _bodies(self, kind: str) -> list[str]:
-        count = 64
+        count = PROMPTS
         prompts = text_prompts(self.tokenizer, lengths_of(kind, self.args.prompt, count))
         tokens = lengths_of(kind, self.args.tokens, count, seed=3)
         return [self._body(p, n) for p, n in zip(prompts, tokens, strict=True)]
@@ -76,7 +78,7 @@ class Bench:
         self, server: Server, clients: int, kind: str, *, seconds: int, rate: float = 0.0
     ) -> dict[str, Any]:
         """What clients saw of a server."""
-        before = server.cpu_seconds()
+        before, hits = server.cpu_seconds(), server.metric("vllm:prefix_cache_hits_total")
         job: dict[str, Any] = {"port": server.port, "bodies": self.bodies[kind], "rate": rate}
         job |= {"clients": clients, "seconds": seconds + WARM}
         seen = load(job, self.args.processes)
@@ -85,6 +87,7 @@ class Bench:
         end = float(seen["end"].max())
         cpu = {name: (s - before.get(name, 0)) / (end - begin) for name, s in after.items()}
         row = {"clients": clients, "lengths": kind, "cpu": cpu}
+        row["prefix_hits"] = server.metric("vllm:prefix_cache_hits_total") - hits
         limits = self.args.limit_first / 1e3, self.args.limit_between / 1e3
         return row | summary(seen, (begin + WARM, begin + WARM + seconds), limits)
 
@@ -99,6 +102,7 @@ class Bench:
             f"{figures['first_token_ms'].get('p99', 0):.2f} ms, between events "
             f"{figures['between_events_ms'].get('p50', 0):.2f}/"
             f"{figures['between_events_ms'].get('p99', 0):.2f} ms, errors {row['errors']}, "
+            f"{row['prefix_hits']:.0f} prompt tokens from kept prefixes, "
             f"CPU {', '.join(f'{name} {share:.0%}' for name, share in row['cpu'].items())}",
             flush=True,
         )
@@ -140,7 +144,10 @@ class Bench:
         args = self.args
         settings = {"model": str(self.folder), "dtype": args.dtype, "device": args.device}
         job = {"settings": settings | {"slots": args.slots}, "runs": runs}
-        job |= {"tokens": args.tokens, "prompts": text_prompts(self.tokenizer, [args.prompt] * 8)}
+        job |= {
+            "tokens": args.tokens,
+            "prompts": text_prompts(self.tokenizer, [args.prompt] * (runs + 3)),
+        }
         found = subprocess.run(
             [sys.executable, str(HERE / "server_direct.py")],
             input=json.dumps(job), capture_output=True, text=True, check=False,

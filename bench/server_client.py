@@ -1,6 +1,6 @@
 """A process of clients for bench/server.py: plain sockets, one system call to wait for all.
 
-Reads a job as JSON from stdin: ``port``; ``bodies`` (JSON texts of requests, taken at random);
+Reads a job as JSON from stdin: ``port``; ``bodies`` (JSON texts of requests, taken in turn);
 ``clients``; ``seconds``; ``begin`` (when to start, by time.monotonic); ``rate`` (requests a second
 of an open loop; 0 is a closed loop, in which each client sends again when it is answered); ``out``.
 Writes arrays, as bench/serving.py's load() says.
@@ -56,6 +56,7 @@ class Load:
         self.job = job
         self.bodies = [body.encode() for body in job["bodies"]]
         self.random = random.Random(job["seed"])
+        self.place = job["seed"] * len(self.bodies) // 7  # where its turn begins
         self.epoll = select.epoll()
         self.clients: dict[int, Client] = {}
         self.rows: list[tuple[float, float, float, int, int]] = []
@@ -75,7 +76,8 @@ class Load:
         self.errors += 1
 
     def ask(self, client: Client, start: float) -> None:
-        client.send(self.random.choice(self.bodies), start)
+        self.place = (self.place + 1) % len(self.bodies)
+        client.send(self.bodies[self.place], start)
 
     def run(self) -> None:
         rate, closed = self.job["rate"], not self.job["rate"]

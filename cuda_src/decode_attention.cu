@@ -6,7 +6,7 @@
 //           sequences, tokens and heads; NKV divides NH, and g = h / (NH / NKV) is the key head of
 //           query head h. lengths [B] int, the rest ELEM. A sequence without keys gives zeros.
 //           states [B, NH, splits, HS + 2] float: o, m and l of each part of the keys
-// Bytes     2 lengths[b] NKV HS sizeof ELEM a sequence: up to MOST_HEADS query heads that share
+// Bytes     2 lengths[b] NKV HS sizeof ELEM a sequence: up to HEADS query heads that share
 // keys
 //           share one read
 // FLOPs     4 lengths[b] NH HS a sequence
@@ -16,12 +16,14 @@
 //           warps are merged in shared memory, those of blocks by decode_attention_merge.
 // Source    Dao et al., "Flash-Decoding for long-context inference", 2023
 //
-// Entries   decode_attention        in float
-//           decode_attention_merge  merges the states of blocks, a block a sequence and query head
+// Entries   decode_attention_h1, _h2, _h4, _h8   for HEADS query heads of a block; those beyond
+// them
+//                                               are zero, for a loop of known length overlaps
+//           decode_attention_merge              merges the states of blocks, a block a sequence and
+//                                               query head
 #include "decode_attention.cuh"
 
-constexpr int KEYS = 8;        // of a tile
-constexpr int MOST_HEADS = 8;  // query heads of a block
+constexpr int KEYS = 8;  // of a tile
 constexpr int STAGES = 2;
 // Bytes of a row of shared memory, of elements of BYTES bytes: two neighbours are read at a time,
 // by eight lanes, and 64 bytes keep their banks apart.
@@ -30,7 +32,8 @@ constexpr int ROW_BYTES = HS * BYTES % 128 == 0 ? HS * BYTES + 64 : HS * BYTES;
 template <int BYTES>
 constexpr int WARP_BYTES = STAGES * 2 * KEYS * ROW_BYTES<BYTES>;
 // Of the state of a warp, which later lies in the place of its tiles, if they are larger.
-constexpr int STATE_BYTES = MOST_HEADS * (HS + 2) * 4;
+template <int HEADS>
+constexpr int STATE_BYTES = HEADS * (HS + 2) * 4;
 
 constexpr int PITCH = ROW_BYTES<sizeof(elem_t)> / sizeof(elem_t);  // elements
 constexpr int VEC = WIDEST<elem_t>;
@@ -38,45 +41,36 @@ constexpr int UNITS = HS / VEC;                       // copies of a row
 constexpr int PER_LANE = (UNITS + 3) / 4;             // of a key, for each of four lanes
 constexpr int OWN = HS > 64 ? 4 : (HS > 32 ? 2 : 1);  // channels of the output of a lane
 
+template <int HEADS>
 struct WarpState {
-  float m[MOST_HEADS], l[MOST_HEADS], o[MOST_HEADS][HS];
+  float m[HEADS], l[HEADS], o[HEADS][HS];
 };
-static_assert(STATE_BYTES == sizeof(WarpState), "the launch asks for so much");
+static_assert(STATE_BYTES<8> == sizeof(WarpState<8>), "the launch asks for so much");
 
-extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
-    decode_attention(const elem_t* q,
-                     const elem_t* k_cache,
-                     const elem_t* v_cache,
-                     const int* lengths,
-                     elem_t* out,
-                     float* states,
-                     float scale,
-                     int T,
-                     int NH,
-                     int NKV,
-                     int q_stride_B,
-                     int q_stride_NH,
-                     int k_cache_stride_B,
-                     int k_cache_stride_T,
-                     int k_cache_stride_NKV,
-                     int v_cache_stride_B,
-                     int v_cache_stride_T,
-                     int v_cache_stride_NKV,
-                     int out_stride_B,
-                     int out_stride_NH) {
+template <int HEADS>
+__device__ inline void attend(const elem_t* q,
+                              const elem_t* k,
+                              const elem_t* v,
+                              const int* lengths,
+                              elem_t* out,
+                              float* states,
+                              float scale,
+                              int T,
+                              int NH,
+                              int NKV,
+                              Strides of_q,
+                              Strides of_k,
+                              Strides of_v,
+                              Strides of_out) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ float queries[MOST_HEADS][HS];
-  constexpr int BYTES = WARP_BYTES<sizeof(elem_t)> > STATE_BYTES ? WARP_BYTES<sizeof(elem_t)>
-                                                                 : (STATE_BYTES + 127) / 128 * 128;
+  __shared__ float queries[HEADS][HS];
+  constexpr int STATE = STATE_BYTES<HEADS>, TILES = WARP_BYTES<sizeof(elem_t)>;
+  constexpr int BYTES = TILES > STATE ? TILES : (STATE + 127) / 128 * 128;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  Part part = part_of<MOST_HEADS>(lengths, T, NH, NKV, KEYS);
+  Part part = part_of<HEADS>(lengths, T, NH, NKV, KEYS);
   elem_t* own = reinterpret_cast<elem_t*>(memory + warp * BYTES);
-  const elem_t *from_k =
-                   k_cache + Strides{k_cache_stride_B, k_cache_stride_T, k_cache_stride_NKV}.at(
-                                 part.batch, 0, part.kv),
-               *from_v =
-                   v_cache + Strides{v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV}.at(
-                                 part.batch, 0, part.kv);
+  const elem_t *from_k = k + of_k.at(part.batch, 0, part.kv),
+               *from_v = v + of_v.at(part.batch, 0, part.kv);
   constexpr int TO_VALUES = KEYS * PITCH, STAGE = 2 * KEYS * PITCH;
 
   // Tokens past the end are not copied, nor read.
@@ -86,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
       int row = i / UNITS, unit = i % UNITS;
       if (t0 + row >= part.end) continue;
       elem_t* to = own + stage * STAGE + row * PITCH + unit * VEC;
-      cp_async(to, from_k + (size_t)k_cache_stride_T * (t0 + row) + unit * VEC);
-      cp_async(to + TO_VALUES, from_v + (size_t)v_cache_stride_T * (t0 + row) + unit * VEC);
+      cp_async(to, from_k + (size_t)of_k.token * (t0 + row) + unit * VEC);
+      cp_async(to + TO_VALUES, from_v + (size_t)of_v.token * (t0 + row) + unit * VEC);
     }
   };
   int first = part.begin + warp * KEYS, stride = warps * KEYS;
@@ -97,14 +91,16 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
     cp_async_commit();
   }
   float factor = scale * LOG2_E;  // exp(x) = 2^(x log2 e)
-  for (int i = threadIdx.x; i < part.heads * HS; i += blockDim.x)
-    queries[i / HS][i % HS] = to_float(
-        q[Strides{q_stride_B, 0, q_stride_NH}.at(part.batch, 0, part.head + i / HS) + i % HS]);
+  for (int i = threadIdx.x; i < HEADS * HS; i += blockDim.x) {
+    int h = i / HS, channel = i % HS;
+    queries[h][channel] =
+        h < part.heads ? to_float(q[of_q.at(part.batch, 0, part.head + h) + channel]) : 0.0f;
+  }
   __syncthreads();
 
-  float o[MOST_HEADS][OWN] = {}, m[MOST_HEADS], l[MOST_HEADS] = {};
+  float o[HEADS][OWN] = {}, m[HEADS], l[HEADS] = {};
 #pragma unroll
-  for (int h = 0; h < MOST_HEADS; h++) m[h] = LOWEST;
+  for (int h = 0; h < HEADS; h++) m[h] = LOWEST;
   int key = lane / 4, quarter = lane % 4, stage = 0;
 #pragma unroll 1
   for (int t0 = first; t0 < part.end; t0 += stride) {
@@ -112,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
     cp_async_wait<STAGES - 1>();
     __syncwarp();
     int there = min(KEYS, part.end - t0);
-    float scores[MOST_HEADS] = {};
+    float scores[HEADS] = {};
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       int unit = i * 4 + quarter;
@@ -120,8 +116,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
       float of_key[VEC];
       load_floats(keys + min(key, there - 1) * PITCH + unit * VEC, of_key);
 #pragma unroll
-      for (int h = 0; h < MOST_HEADS; h++) {
-        if (h >= part.heads) break;
+      for (int h = 0; h < HEADS; h++) {
         const float* query = &queries[h][unit * VEC];
         float products[VEC];
 #pragma unroll
@@ -129,10 +124,9 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
         scores[h] += sum_of(products);
       }
     }
-    float olds[MOST_HEADS];
+    float olds[HEADS];
 #pragma unroll
-    for (int h = 0; h < MOST_HEADS; h++) {
-      if (h >= part.heads) break;
+    for (int h = 0; h < HEADS; h++) {
       float score = warp_sum<4>(scores[h]) * factor;
       score = key < there ? score : MINUS_INFINITY;
       float common = fmaxf(m[h], score);
@@ -146,18 +140,22 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
 #pragma unroll
       for (int c = 0; c < OWN; c++) o[h][c] *= olds[h];
     }
-#pragma unroll
-    for (int t = 0; t < KEYS; t++) {
-      if (t >= there) break;
+    auto add = [&](int t) {
       float value[OWN] = {};
       if (lane * OWN < HS) load_floats(values + t * PITCH + lane * OWN, value);
 #pragma unroll
-      for (int h = 0; h < MOST_HEADS; h++) {
-        if (h >= part.heads) break;
+      for (int h = 0; h < HEADS; h++) {
         float weight = __shfl_sync(FULL_MASK, scores[h], t * 4);
 #pragma unroll
         for (int c = 0; c < OWN; c++) o[h][c] = fmaf(weight, value[c], o[h][c]);
       }
+    };
+    if (there == KEYS) {
+#pragma unroll
+      for (int t = 0; t < KEYS; t++) add(t);
+    } else {
+#pragma unroll 1
+      for (int t = 0; t < there; t++) add(t);
     }
     __syncwarp();
     int next = t0 + STAGES * stride;
@@ -168,10 +166,9 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
   cp_async_wait<0>();
   __syncwarp();
 
-  WarpState& state = *reinterpret_cast<WarpState*>(own);
+  WarpState<HEADS>& state = *reinterpret_cast<WarpState<HEADS>*>(own);
 #pragma unroll
-  for (int h = 0; h < MOST_HEADS; h++) {
-    if (h >= part.heads) break;
+  for (int h = 0; h < HEADS; h++) {
     // The four lanes of a key have the same weight.
     float sum = quarter == 0 ? l[h] : 0.0f;
     sum = warp_sum(sum);
@@ -189,17 +186,36 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)
     float ms[MOST_WARPS], ls[MOST_WARPS], os[MOST_WARPS], merged_m, merged_l, merged_o;
 #pragma unroll
     for (int w = 0; w < MOST_WARPS; w++) {
-      const WarpState& theirs =
-          *reinterpret_cast<const WarpState*>(memory + min(w, warps - 1) * BYTES);
+      const WarpState<HEADS>& theirs =
+          *reinterpret_cast<const WarpState<HEADS>*>(memory + min(w, warps - 1) * BYTES);
       ms[w] = w < warps ? theirs.m[head] : LOWEST;
       ls[w] = w < warps ? theirs.l[head] : 0.0f;
       os[w] = w < warps ? theirs.o[head][channel] : 0.0f;
     }
     merge(ms, ls, os, merged_m, merged_l, merged_o);
-    store_state(part, part.head + head, channel, merged_m, merged_l, merged_o, out, states,
-                {out_stride_B, 0, out_stride_NH}, NH);
+    store_state(part, part.head + head, channel, merged_m, merged_l, merged_o, out, states, of_out,
+                NH);
   }
 }
+
+#define DECODE_ENTRY(name, heads)                                                                \
+  extern "C" __global__ void __launch_bounds__(MOST_WARPS* WARP)                                 \
+      name(const elem_t* q, const elem_t* k_cache, const elem_t* v_cache, const int* lengths,    \
+           elem_t* out, float* states, float scale, int T, int NH, int NKV, int q_stride_B,      \
+           int q_stride_NH, int k_cache_stride_B, int k_cache_stride_T, int k_cache_stride_NKV,  \
+           int v_cache_stride_B, int v_cache_stride_T, int v_cache_stride_NKV, int out_stride_B, \
+           int out_stride_NH) {                                                                  \
+    attend<heads>(q, k_cache, v_cache, lengths, out, states, scale, T, NH, NKV,                  \
+                  {q_stride_B, 0, q_stride_NH},                                                  \
+                  {k_cache_stride_B, k_cache_stride_T, k_cache_stride_NKV},                      \
+                  {v_cache_stride_B, v_cache_stride_T, v_cache_stride_NKV},                      \
+                  {out_stride_B, 0, out_stride_NH});                                             \
+  }
+
+DECODE_ENTRY(decode_attention_h1, 1)
+DECODE_ENTRY(decode_attention_h2, 2)
+DECODE_ENTRY(decode_attention_h4, 4)
+DECODE_ENTRY(decode_attention_h8, 8)
 
 // Every thread has one channel and every MERGE_GROUPS-th state, of which it loads AT_ONCE together:
 // one after the other, their latencies would add up.

@@ -17,6 +17,8 @@
 //           multiply on tensor cores; each has its part of K for all rows of weights, so that it
 //           needs only its part of x. Their sums are added through shared memory. A head is
 //           attended to by one block, with many tokens by several.
+// Together  Rows may belong to one text, at neighbouring positions: each then sees the new keys and
+//           values of the rows before its own, which it reads where these are exchanged.
 // Exchange  Blocks exchange values through flagged mailboxes in global memory (mailbox.cuh). A
 //           mailbox may be overwritten when all have read it: its writer has seen values to which
 //           every block contributed after it had read the mailbox.
@@ -59,6 +61,7 @@ __device__ inline void step(const int* ids,
                             int by_layer,
                             float eps,
                             int activation,
+                            int together,
                             int L,
                             int S,
                             int T,
@@ -80,6 +83,7 @@ __device__ inline void step(const int* ids,
     job.position = positions[job.n];
     job.idle = slot < 0 || job.position < 0 || job.position >= T;
     if (job.idle) job.position = -1;
+    job.fresh = N > 1 && together ? job.n + 1 : 1;
     job.parts = min(most, job.position / (2 * TOKENS) + 1);
     job.cache = cache_offset(max(slot, 0), job.head, NH, T);
     return job;
@@ -192,19 +196,19 @@ __device__ inline void step(const int* ids,
 }
 
 #define DECODE_STEP_ENTRY(name, N)                                                                \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                        \
-      name(const int* ids, const int* positions, const int* slots, const elem_t* wte,             \
-           const elem_t* wpe, const elem_t* ln1_w, const elem_t* ln1_b, const elem_t* qkv_w,      \
-           const elem_t* qkv_b, const elem_t* proj_w, const float* proj_b, const elem_t* ln2_w,   \
-           const elem_t* ln2_b, const elem_t* fc_w, const elem_t* fc_b, const elem_t* out_w,      \
-           const float* out_b, const elem_t* lnf_w, const elem_t* lnf_b, const elem_t* lm_head,   \
-           elem_t* k, elem_t* v, unsigned char* mailboxes, float* logits, float scale,            \
-           int by_layer, float eps, int activation, int L, int S, int T, int P, int Vp) {         \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) name(                                  \
+      const int* ids, const int* positions, const int* slots, const elem_t* wte,                  \
+      const elem_t* wpe, const elem_t* ln1_w, const elem_t* ln1_b, const elem_t* qkv_w,           \
+      const elem_t* qkv_b, const elem_t* proj_w, const float* proj_b, const elem_t* ln2_w,        \
+      const elem_t* ln2_b, const elem_t* fc_w, const elem_t* fc_b, const elem_t* out_w,           \
+      const float* out_b, const elem_t* lnf_w, const elem_t* lnf_b, const elem_t* lm_head,        \
+      elem_t* k, elem_t* v, unsigned char* mailboxes, float* logits, float scale, int by_layer,   \
+      float eps, int activation, int together, int L, int S, int T, int P, int Vp) {              \
     Layers layers = {ln1_w, ln1_b, qkv_w, qkv_b, proj_w, proj_b,                                  \
                      ln2_w, ln2_b, fc_w,  fc_b,  out_w,  out_b};                                  \
     step<N>(ids, positions, slots, wte, wpe, layers, lnf_w, lnf_b, lm_head, k, v,                 \
             reinterpret_cast<Mailboxes<N>*>(mailboxes), logits, scale, by_layer, eps, activation, \
-            L, S, T, P, Vp);                                                                      \
+            together, L, S, T, P, Vp);                                                            \
   }
 
 #ifndef BATCH

@@ -15,18 +15,21 @@ constexpr int TOKENS = CONSUMERS * KEYS;  // of a block's
 constexpr int CHUNKS = HS / 32;           // of a key: of a lane, 4 lanes a key
 static_assert(HS == 64, "a value is eight lanes' channels");
 
-// In shared memory: query, key and value of the newest token; and the softmax states of the warps
-// and, behind them, of the other blocks of the head.
+// In shared memory: the query of the newest token, and key and value of each token that the cache
+// lacks, up to the newest; and the softmax states of the warps and, behind them, of the other
+// blocks of the head.
+template <int N>
 struct AttentionStorage {
-  alignas(16) elem_t newest[3][HS];
+  alignas(16) elem_t newest[1 + 2 * N][HS];
   float m[2 * CONSUMERS], l[2 * CONSUMERS];
   alignas(16) float o[2 * CONSUMERS][HS];
 };
 
 // One head of a row and a part of its tokens. parts == 0: there is no job. idle: the row is not
-// decoded, and zeros are posted.
+// decoded, and zeros are posted. fresh: its tokens that the cache lacks, which are its own and,
+// where all rows belong to one text, those of the rows before.
 struct Job {
-  int n, head, part, parts, position;
+  int n, head, part, parts, position, fresh;
   bool idle;
   size_t cache;  // offset of the head's keys and values in those of a layer
 
@@ -74,7 +77,7 @@ struct KeyTile {
 template <int N>
 __device__ inline void attend(int tid,
                               Mailboxes<N>* mailboxes,
-                              AttentionStorage& shared,
+                              AttentionStorage<N>& shared,
                               unsigned flag,
                               const Job& job,
                               elem_t* k,
@@ -86,6 +89,8 @@ __device__ inline void attend(int tid,
   auto newest = [&](int which, int channel) {
     return *reinterpret_cast<const Eight*>(&shared.newest[which][channel]);
   };
+  constexpr int QUADS = HS / 4;  // of a head in the mailboxes
+  int oldest = position - job.fresh + 1;
   float o[8][4] = {}, m = LOWEST, l = 0.0f, factor = scale * LOG2_E;
 #pragma unroll 1
   for (int t0 = job.first(tid), tiles = 0; tiles == 0 || t0 <= position;
@@ -93,37 +98,50 @@ __device__ inline void attend(int tid,
     KeyTile tile;
     tile.load(tid, job, k, v, t0);
     if (tiles == 0) {
-      if (warp < 2) {  // the mailboxes of the newest token, four a thread
-        int i = min(tid, 3 * HS / 4 - 1);
+      // The mailboxes of the fresh tokens, four a thread.
+      int quads = N == 1 ? 3 * QUADS : (1 + 2 * job.fresh) * QUADS;
+      if (warp < (quads + WARP - 1) / WARP) {
+        int i = min(tid, quads - 1), which = i / QUADS;
+        int row = job.n, matrix = which;  // query, key, value
+        if (N > 1 && which > 0) {
+          row += (which + 1) / 2 - job.fresh;
+          matrix = 2 - which % 2;
+        }
         uint4 w[1];
         wait_for_flag(w, flag, [&](int) {
-          return poll_four(mailboxes->qkv[job.n] + i / (HS / 4) * C + job.head * HS +
-                           i % (HS / 4) * 4);
+          return poll_four(mailboxes->qkv[row] + matrix * C + job.head * HS + i % QUADS * 4);
         });
         *reinterpret_cast<uint2*>(&shared.newest[0][i * 4]) = elements_of(w[0]);
       }
       sync_consumers();
     }
-    if (t0 + KEYS > position && t0 <= position) {
+    if (t0 + KEYS > oldest && t0 <= position) {
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) {
-        Eight key = newest(1, KeyTile::key_channel(tid, c));
+      for (int fresh = 0; fresh < N; fresh++) {
+        int at = N == 1 ? position : oldest + fresh;
+        if (at > position) break;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (KeyTile::token_of_key(tid, t0, i) == position) {
-            tile.keys[i][c] = key;
-            reinterpret_cast<Eight&>(
-                k[job.cache + (size_t)position * HS + KeyTile::key_channel(tid, c)]) = key;
+        for (int c = 0; c < CHUNKS; c++) {
+          Eight key = newest(1 + 2 * fresh, KeyTile::key_channel(tid, c));
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (KeyTile::token_of_key(tid, t0, i) == at) {
+              tile.keys[i][c] = key;
+              if (at == position)
+                reinterpret_cast<Eight&>(
+                    k[job.cache + (size_t)position * HS + KeyTile::key_channel(tid, c)]) = key;
+            }
+        }
+        Eight value = newest(2 + 2 * fresh, KeyTile::value_channel(tid));
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (KeyTile::token_of_value(tid, t0, i) == at) {
+            tile.values[i] = value;
+            if (at == position)
+              reinterpret_cast<Eight&>(
+                  v[job.cache + (size_t)position * HS + KeyTile::value_channel(tid)]) = value;
           }
       }
-      Eight value = newest(2, KeyTile::value_channel(tid));
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (KeyTile::token_of_value(tid, t0, i) == position) {
-          tile.values[i] = value;
-          reinterpret_cast<Eight&>(
-              v[job.cache + (size_t)position * HS + KeyTile::value_channel(tid)]) = value;
-        }
     }
     // Of keys 2 along, 2 along + 1, and these + 8: the first two of scores[0] and of scores[1].
     float scores[2][4] = {};

@@ -25,7 +25,7 @@ struct SharedStorage {
   alignas(16) elem_t x[N][ROW];
   float2 moments[2][N][CONSUMERS];  // mean, and sum of squares about it
   float sums[2][CONSUMERS][N][GROUP];
-  AttentionStorage attention;
+  AttentionStorage<N> attention;
   Share shares[4];  // of each matrix
   Job job;          // the first; most blocks have no more
 };

@@ -44,6 +44,8 @@ class LanguageModel:
         What the checkpoint's generation_config.json says.
     defaults_from_file : bool
         Whether its settings are the defaults of requests.
+    prefix_cache : bool
+        As in :func:`gpt2cupy.load`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LanguageModel:
         generation: GenerationConfig | None = None,
         *,
         defaults_from_file: bool = False,
+        prefix_cache: bool = False,
     ) -> None:
         # Added tokens that the model does not have are errors where they are met.
         if tokenizer.ordinary_size > model.config.vocab_size:
@@ -63,7 +66,7 @@ class LanguageModel:
                 where=name,
                 remedy="They belong to different checkpoints; pass the right tokenizer=.",
             )
-        self._session = Session(model, name)
+        self._session = Session(model, name, prefix_cache=prefix_cache)
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config
@@ -654,6 +657,7 @@ def load(
     batch_invariant: bool = False,
     quantize: str | None = None,
     generation_config: bool = False,
+    prefix_cache: bool = False,
 ) -> LanguageModel:
     """Load a checkpoint as a :class:`LanguageModel`.
 
@@ -689,6 +693,10 @@ def load(
         Take the defaults of :class:`SamplingParams` from the checkpoint's
         generation_config.json, and warn of what it asks that is not supported. Which
         tokens end a text is read from it in any case.
+    prefix_cache : bool
+        Let a prompt take its beginning from an earlier call's, as far as it is still in
+        memory: for dialogues. A second call may then have other last bits than the first.
+        Prompts of one call share what they begin with in any case.
 
     Raises
     ------
@@ -703,6 +711,8 @@ def load(
         )
     if not isinstance(generation_config, bool):
         raise _not_a_flag("generation_config", generation_config)
+    if not isinstance(prefix_cache, bool):
+        raise _not_a_flag("prefix_cache", prefix_cache)
     check_batch_invariant(batch_invariant)
     weights, source = loading.load_weights(
         name_or_path, dtype=dtype, device=device, revision=revision, variant=variant,
@@ -718,8 +728,9 @@ def load(
         tokenizer = Tokenizer.from_path(tokenizer)
     generation = GenerationConfig.beside(source.path, model.config)
     return LanguageModel(
-        model, tokenizer, source.name, generation, defaults_from_file=generation_config
-    )
+        model, tokenizer, source.name, generation,
+        defaults_from_file=generation_config, prefix_cache=prefix_cache,
+    )  # fmt: skip
 
 
 def _not_a_flag(name: str, value: object) -> InputError:

@@ -307,11 +307,19 @@ class GPT2:
         cache: KVCache,
         work: Workspace,
         logits: Array,
+        *,
+        together: bool = False,
     ) -> Array:
-        """One token per row: ids [B] at positions [B] into slots [B] -> logits [B, Vp]."""
+        """One token per row: ids [B] at positions [B] into slots [B] -> logits [B, Vp].
+
+        Rows of one slot are allowed with ``together``, at neighbouring positions in their order:
+        each sees the keys of those before it.
+        """
 
         def attend(layer: int, qkv: Array, out: Array) -> None:
             k, v = cache.layers[layer]
+            if together:
+                ops.store_kv(qkv, k, v, slots, positions)
             scale = self.config.attention_scale(layer)
             ops.attention_decode(
                 qkv, k, v, slots, positions, scale, out=out, batch_invariant=self._batch_invariant

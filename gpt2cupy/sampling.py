@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -90,6 +90,16 @@ class SamplingParams:
         Continuations of each prompt, at most 16,384; number i uses seed + i.
     logprobs : int, optional
         Also give that many most probable tokens with each token, at most 20.
+    speculate : {None, "ngram"}
+        "ngram" guesses tokens from what the text has said before and verifies up to three in
+        one step: faster where a text repeats itself, and the same text. For one text at a time
+        (``max_batch=1``), and not with a penalty.
+    logits_processor : callable, optional
+        Called before each token as ``logits_processor(ids, logits)``: the ids of prompt and text
+        so far (int32 [T], on the host) and the logits of the next token (float32 [V], of CuPy
+        on a GPU), which it changes in place or returns anew. Everything else is applied
+        afterwards, and log-probabilities are of what it leaves. The text waits for Python at
+        every token, and so do those that run beside it. Not with ``speculate``.
 
     Raises
     ------
@@ -113,6 +123,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     n: int = 1
     logprobs: int | None = None
+    speculate: str | None = None
+    logits_processor: Callable[[np.ndarray, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).copy().items():
@@ -137,6 +149,8 @@ class SamplingParams:
         if self.logprobs is not None:
             allowed = f"from 0 to {MAX_LOGPROBS}, or None"
             self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
+        self._check_speculation()
+        self._check_processor()
 
     @classmethod
     def unchecked(cls, fields: Mapping[str, Any]) -> SamplingParams:
@@ -225,6 +239,28 @@ class SamplingParams:
         self._set("stop_token_ids", tuple(map(_plain, self.stop_token_ids)))
         if not all(_is_int(id_, 0) for id_ in self.stop_token_ids):
             self._refuse("stop_token_ids", "several token ids")
+
+    def _check_processor(self) -> None:
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            self._refuse("logits_processor", "a callable of ids and logits, or None")
+        if self.logits_processor is not None and self.speculate:
+            raise InputError(
+                "speculation and a logits_processor exclude each other: it is called with the "
+                "tokens before, and drafts are none yet",
+                where="SamplingParams: speculate",
+                remedy="Leave one of them out.",
+            )
+
+    def _check_speculation(self) -> None:
+        if self.speculate not in (None, "ngram"):
+            self._refuse("speculate", "'ngram' or None")
+        if self.speculate and self.counts_tokens:
+            raise InputError(
+                "speculation and a penalty exclude each other: a penalty depends on all tokens "
+                "before, drafts included",
+                where="SamplingParams: speculate",
+                remedy="Leave speculate out, or the penalty.",
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

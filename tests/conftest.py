@@ -129,3 +129,10 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     from fake_cupy import stand_in
 
     yield from stand_in(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """A call of an op is not found again from another test, which may have changed its kernels."""
+    if (tape := sys.modules.get("gpt2cupy.ops.core.tape")) and tape.THREAD.plans:
+        tape.THREAD.plans = {}

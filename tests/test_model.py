@@ -253,7 +253,8 @@ def test_a_graph_gives_the_bits_of_the_eager_step(slots, options):
     found = []
     for path in ("eager", "graph", "graph"):
         engine = Engine(model, slots, decode=path)
-        engine.prompts = PromptRunner(model, engine.cache, engine.prefill_work)  # the same for both
+        # The same for both.
+        engine.running.prompts = PromptRunner(model, engine.cache, engine.prefill_work)
         requests = [Request(i, prompt, params) for i, prompt in enumerate(prompts)]
         found.append(sorted((t.key, t.id, t.logprob) for t in engine.run(requests)))
     assert found[0] == found[1] == found[2]

@@ -33,6 +33,8 @@ INVALID = {
     "stop_token_ids": (5, "5", [-1], [1.5], [True]),
     "n": (0, -1, 1.0, None),
     "logprobs": (-1, 21, 1.0, True),
+    "speculate": ("yes", 1, True),
+    "logits_processor": (3, "repr"),
 }
 VALID = {
     "max_new_tokens": (0, 1, None),
@@ -51,6 +53,8 @@ VALID = {
     "stop_token_ids": ((), [3], (3, 4), np.array([3, 4]), None),
     "n": (1, 4),
     "logprobs": (0, 20, None),
+    "speculate": ("ngram", None),
+    "logits_processor": (repr, None),
 }
 
 

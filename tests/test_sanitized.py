@@ -39,4 +39,4 @@ def test_every_kernel_is_launched_by_a_listed_test(tmp_path):
 
 def test_the_list_is_short():
     """A second or less each: a tool ends within minutes."""
-    assert len(LISTED) == len(set(LISTED)) <= 95
+    assert len(LISTED) == len(set(LISTED)) <= 110

@@ -98,11 +98,11 @@ def norms(entry: Record) -> str:
     lines = []
     for without, with_ in pairs:
         for what in (without, with_):
-            if what not in rows:
+            if "end_to_end_ms" not in rows.get(what, {}):
                 continue
             spread = rows[what]["end_to_end_ms"]
             better = "-"
-            if what == with_ and without in rows:
+            if what == with_ and "end_to_end_ms" in rows.get(without, {}):
                 before = rows[without]["end_to_end_ms"]["p50"]
                 better = f"{100 * (1 - spread['p50'] / before):.1f}"
             percentiles = [number(spread[p]) for p in ("p50", "p95", "p99")]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from . import (
     attention_tables,
     batch_tables,
+    engine_tables,
     gpu_test_tables,
     layer_tables,
     list_tables,
@@ -303,6 +304,9 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
     "devices": ("devices", text_tables.devices),
     "generate": ("generate", text_tables.generate),
+    "prefixes": ("prefixes", engine_tables.prefixes),
+    "speculation": ("speculation", engine_tables.speculation),
+    "arrivals": ("arrivals", engine_tables.arrivals),
     "attention": ("attention", attention_tables.speeds),
     "attention-errors": ("attention", attention_tables.correctness),
     "attention-rates": ("attention", attention_tables.rates),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 Gemv = enum.Enum("Gemv", {"ours": "ours", "cublas": "cublas"})
+Speculation = enum.Enum("Speculation", {"ngram": "ngram"})
 
 
 def generate(
@@ -124,6 +125,10 @@ def generate(
         int | None,
         typer.Option(help="With --json: logprobs, and those of so many most probable tokens."),
     ] = None,
+    speculate: Annotated[
+        Speculation | None,
+        typer.Option(help="Guess tokens from what the text said before; the same text, faster."),
+    ] = None,
     echo: Annotated[
         bool, typer.Option("--echo/--no-echo", help="Write the prompt before the text.")
     ] = True,
@@ -154,6 +159,7 @@ def generate(
         "stop_token_ids": stop_token_ids or None,
         "n": n,
         "logprobs": logprobs,
+        "speculate": options.name_of(speculate),
     }
     settings = {name: value for name, value in given.items() if value is not None}
     if logprobs is not None and not as_json:
@@ -273,6 +279,8 @@ def _stream(
             f"{count} tokens ({piece.finish_reason}), first after "
             f"{piece.prefill_seconds * 1e3:.1f} ms, then {piece.tokens_per_second:.0f} tokens/s"
         )
+        if settings.get("speculate"):
+            summary += f", {piece.accepted} of {piece.drafted} drafts stood"
         shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
 
 

@@ -37,6 +37,9 @@ def serve(
     context: Annotated[
         int, typer.Option(min=0, help="Tokens of prompt and text; 0 is the model's context.")
     ] = 0,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Run the beginning of a prompt once, as long as a slot holds it.")
+    ] = True,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that speak HTTP.")] = 1,
@@ -95,7 +98,8 @@ def serve(
         model=model, served_name=served_name or "", dtype=dtype, device=device, revision=revision,
         variant=variant, adapter=adapter, tokenizer=tokenizer,
         quantize=options.name_of(quantize), gemv=options.name_of(gemv), decode=decode,
-        batch_invariant=batch_invariant, slots=slots, capacity=context, host=host, port=port,
+        batch_invariant=batch_invariant, slots=slots, capacity=context,
+        prefix_cache=prefix_cache, host=host, port=port,
         workers=workers, coalesce=coalesce / 1e3, event_tokens=event_tokens,
         api_key_file=api_key_file, chat_template=chat_template, max_body=max_body,
         max_choices=max_choices, max_waiting=max_waiting, request_seconds=request_timeout,

@@ -10,6 +10,7 @@ from ..errors import InputError, shown
 from ..model import GPT2
 from . import autotune
 from .decoder import Decoder, Replay, launched
+from .drafts import DRAFTS, DraftState, ops_draft_step, persistent_draft_step
 from .graph import captured
 from .persistent import check, persistent_step, why_not
 from .prompt import PromptRunner, sample_first
@@ -17,8 +18,10 @@ from .state import DecodeState
 from .step import StepFunction, ops_step
 
 __all__ = [
+    "DRAFTS",
     "DecodeState",
     "Decoder",
+    "DraftState",
     "PromptRunner",
     "StepFunction",
     "captured",
@@ -38,6 +41,11 @@ _PATHS: dict[str, tuple[StepFunction, Replay]] = {
     "eager": (ops_step, launched),
     "graph": (ops_step, captured),
     "persistent": (persistent_step, captured),
+}
+# The same for steps of a DraftState.
+_DRAFTING: dict[StepFunction, StepFunction] = {
+    ops_step: ops_draft_step,
+    persistent_step: persistent_draft_step,
 }
 
 
@@ -61,12 +69,16 @@ def times(model: GPT2, rows: int) -> dict[str, float]:
     found = usable(model, rows)
     if "persistent" not in found:
         return {found[-1]: 0.0}
-    decoders = {name: Decoder(model, *_PATHS[name], name) for name in ("graph", "persistent")}
+    decoders = {name: _made(model, name) for name in ("graph", "persistent")}
     return autotune.fastest(model, rows, decoders)
 
 
-def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> Decoder:
+def decoder(
+    model: GPT2, name: str = "auto", rows: int | None = None, *, drafting: bool = False
+) -> Decoder:
     """A decoder by name; "auto" is the fastest for so many rows, without them a graph.
+
+    With ``drafting`` it runs the steps of a :class:`DraftState`.
 
     Raises
     ------
@@ -85,4 +97,10 @@ def decoder(model: GPT2, name: str = "auto", rows: int | None = None) -> Decoder
         )
     if name == "persistent" and rows:
         check(model, rows)
-    return Decoder(model, *_PATHS[name], name)
+    return _made(model, name, drafting=drafting)
+
+
+def _made(model: GPT2, name: str, *, drafting: bool = False) -> Decoder:
+    function, replay = _PATHS[name]
+    step = _DRAFTING[function] if drafting else function
+    return Decoder(model, step, replay, name, by_ops=function is ops_step)

@@ -12,7 +12,7 @@ from ..model import GPT2
 from ..ops.core.tape import load, recorded
 from ..shifts import NormShifts
 from .state import DecodeState
-from .step import StepFunction, ops_step
+from .step import StepFunction
 
 # From the recorded launches of a step to what runs them all on the current stream.
 Replay = Callable[[list[Callable[[], Any]]], Callable[[], None]]
@@ -56,6 +56,8 @@ class Decoder:
         :func:`launched`, or :func:`gpt2cupy.decode.captured`: one launch of a graph a step.
     name : str
         Of the decode path, for reports.
+    by_ops : bool
+        Whether the function is :meth:`GPT2.decode`, which has shifts of its norms for one row.
 
     Attributes
     ----------
@@ -63,9 +65,18 @@ class Decoder:
         The recorded launches of the step asked for last.
     """
 
-    def __init__(self, model: GPT2, function: StepFunction, replay: Replay, name: str) -> None:
+    def __init__(
+        self,
+        model: GPT2,
+        function: StepFunction,
+        replay: Replay,
+        name: str,
+        *,
+        by_ops: bool = False,
+    ) -> None:
         self.model = model
         self.function = function
+        self.by_ops = by_ops
         self.replay = replay
         self.name = name
         self.calls: list[Callable[[], Any]] = []
@@ -108,7 +119,7 @@ class Decoder:
         key = tuple(id(part) for part in kind)
         if key not in self._prepared:
             shifts = None
-            if self.function is ops_step and state.batch == 1:
+            if self.by_ops and state.batch == 1:
                 shifts = self.model.shifts
                 shifts.record(state.xp)
             with recorded() as calls:

@@ -51,6 +51,12 @@ def persistent_step(model: GPT2, state: DecodeState) -> None:
     InputError
         If the model has no such step for the rows of ``state``.
     """
+    forward(model, state)
+    sample_next(state, state.logits, state.rows)
+
+
+def forward(model: GPT2, state: DecodeState, *, together: bool = False) -> None:
+    """Queue the first of the two, with ``together`` for rows of one text."""
     check(model, state.batch)
     config, weights = model.config, model.weights
     if state.mailboxes is None:
@@ -69,5 +75,5 @@ def persistent_step(model: GPT2, state: DecodeState) -> None:
         eps=config.layer_norm_epsilon,
         activation=config.activation,
         out=state.logits,
+        together=together,
     )
-    sample_next(state, state.logits, state.rows)

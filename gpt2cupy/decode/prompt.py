@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import ops
 from ..cache import KVCache
 from ..model import GPT2
 from ..ops.core.tape import recorded
@@ -155,6 +156,18 @@ class PromptRunner:
         bucket.packed.fill(tokens, slots, self.cache)
         bucket.launch()
         return bucket.x
+
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Queue copies of beginnings from slot to slot; the targets hold nothing else then.
+
+        Parameters
+        ----------
+        copies : sequence of (int, int, int)
+            From slot, to slot, tokens. No slot may be copied from and to.
+        """
+        rows = np.array(copies, np.int32).T.copy()
+        self.cache.lengths[rows[1]] = rows[2]
+        ops.copy_slots(self.cache.k, self.cache.v, *self.model.xp.asarray(rows))
 
     def _shape(self, lengths: Sequence[int]) -> Shape | None:
         """The graph for sequences of such lengths; None where they are run launch by launch."""

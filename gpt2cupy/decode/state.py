@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ RING = 16  # tokens of a row that may wait to be read: those of the steps queued
 _PAUSE = 1e-5  # seconds asked for between two looks for a token; the system makes more of them
 
 _BY_ROW = ("ids", "positions", "slots", "steps", "rows", "params", "logits", "scratch", "ring")
+
+S = TypeVar("S", bound="DecodeState")
 
 
 class DecodeState:
@@ -56,6 +58,8 @@ class DecodeState:
         Where sampled tokens reach the host; on the GPU, mapped pinned memory.
     """
 
+    _by_row: tuple[str, ...] = _BY_ROW
+
     def __init__(self, model: GPT2, cache: KVCache, batch: int) -> None:
         xp, config = model.xp, model.config
         self.xp = xp
@@ -84,7 +88,7 @@ class DecodeState:
         else:
             host, self.ring = _mapped(xp, shape)
         self._entries = host.view(RING_ENTRY)[..., 0]
-        self._views: dict[int, DecodeState] = {}
+        self._views: dict[int, Any] = {}
 
     @property
     def batch(self) -> int:
@@ -148,14 +152,14 @@ class DecodeState:
         self.shaped.difference_update(range(first, end))
         self._write(self.slots, first, np.full(end - first, -1, np.int32))
 
-    def first(self, rows: int) -> DecodeState:
+    def first(self: S, rows: int) -> S:
         """The same memory, seen as a state of fewer rows."""
         if rows == self.batch:
             return self
         if rows not in self._views:
             view = copy.copy(self)
             view.counts = view.bias = view.mailboxes = None  # of as many rows as it has
-            for name in _BY_ROW:
+            for name in self._by_row:
                 setattr(view, name, getattr(self, name)[:rows])
             view.work = self.work.first(rows)
             view._views = {}  # with itself in it, it would live until a garbage collection
@@ -193,6 +197,23 @@ class DecodeState:
             for token, value in (bias or {}).items():
                 values[token] = value
             self._write(self.bias, row, values[None])
+
+    def step_back(self, row: int, position: int) -> None:
+        """Make a row as it was before its last token was sampled, so that another can be.
+
+        Waits for the device. The token stays in the ring, and ``steps`` counts it.
+
+        Parameters
+        ----------
+        row : int
+        position : int
+            As of :meth:`seek`.
+        """
+        if self.counts is not None:
+            token = int(self.ids[row])
+            count = self.counts[row, token : token + 1]
+            self._write(count, 0, (count if self.xp is np else count.get()) - 1)
+        self.seek(row, position)
 
     def _write(self, array: Any, first: int, values: np.ndarray) -> None:
         """Set neighbouring rows, in the order of the stream."""

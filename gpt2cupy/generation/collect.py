@@ -188,7 +188,8 @@ class Collector:
             if done.request.key not in self._expected:
                 continue
             self._watched.pop(done.request.key, None)
-            self._complete(done.request, done.ids, done.logprobs, done.finish_reason)
+            drafts = done.drafted, done.accepted
+            self._complete(done.request, done.ids, done.logprobs, done.finish_reason, drafts)
         return stopped
 
     def _stopped(self, block: Block) -> list[Any]:
@@ -216,7 +217,12 @@ class Collector:
             self._tables.close(key)
 
     def _complete(
-        self, request: Request, ids: np.ndarray, logprobs: np.ndarray, reason: str
+        self,
+        request: Request,
+        ids: np.ndarray,
+        logprobs: np.ndarray,
+        reason: str,
+        drafts: tuple[int, int] = (0, 0),
     ) -> None:
         self._expected.discard(request.key)
         params, tokens = request.params, ids.tolist()
@@ -227,7 +233,7 @@ class Collector:
             text, reason = text[: min(ends)], "stop"
         values, top = self._listed(logprobs), self._top(request, len(tokens))
         prompt, seed = request.prompt.tolist(), seed_of(request)
-        made = Completion(text, tokens, values, reason, prompt, top, seed)
+        made = Completion(text, tokens, values, reason, prompt, top, seed, *drafts)
         self._done.append((request, made))
 
     def _top(self, request: Request, count: int) -> list[list[tuple[int, float]]]:

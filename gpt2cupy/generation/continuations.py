@@ -100,8 +100,8 @@ class Growing:
         text, reason = self.text.push(token.id, token.finish_reason)
         rate = self.count / (now - self.first) if self.count else 0.0
         self.count += 1
-        waited = self.first - self.start
-        return Piece(text, token.id, token.logprob, reason, waited, rate, token.top)
+        waited, drafts = self.first - self.start, (token.drafted, token.accepted)
+        return Piece(text, token.id, token.logprob, reason, waited, rate, token.top, *drafts)
 
 
 def pieces(

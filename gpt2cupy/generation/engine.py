@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from ..decode import Decoder, DecodeState, PromptRunner
-from ..decode.state import RING
+from ..decode import Decoder, DecodeState
 from ..errors import BusyError, ClosedError, InputError, shown
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
 from . import forks
 from .request import Request, Token
-from .results import Block, Results, merged, tokens_of
-from .rows import Queued, Rows
-from .scheduler import Piece, Scheduler, Sequence
+from .results import Block, tokens_of
+from .rows import Rows
+from .running import Running
+from .scheduler import Sequence
 
-PREFILL_ROWS = 1024  # prompt tokens run between two decode steps
 _END: Any = object()  # of an iterator
 LEAD = 3  # decode steps queued before the oldest is read, on a GPU
 
@@ -50,11 +49,18 @@ class Engine:
     lead : int, optional
         Decode steps queued before the oldest is read, 0 to 6: 3 on a GPU, none on NumPy,
         which runs a step when it is queued.
+    prefix_cache : bool
+        Whether prompts may take the beginnings of requests that have ended, until their slots
+        are needed. Without it they share only with those of the same run: what a slot holds is
+        forgotten when :meth:`blocks` begins, and when nothing is left to run.
 
     Attributes
     ----------
-    discarded : int
-        Tokens that were computed past the end of their text.
+    running : Running
+        What runs.
+    prefixes : Prefixes
+        What the slots hold. Its ``queries`` and ``hits`` count the tokens of all prompts, and
+        those of them that were taken from a slot.
     """
 
     def __init__(
@@ -65,8 +71,10 @@ class Engine:
         *,
         decode: str | None = None,
         lead: int | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self.model = model
+        self.prefix_cache = _checked_flag("prefix_cache", prefix_cache)
         self._free = threading.Lock()  # until a run has ended
         self._forks = 0  # since it was made: a run that began before is the parent's
         forks.watch(self)
@@ -88,32 +96,43 @@ class Engine:
                 raise memory_error(error, f"a cache of {slots} slots") from error
 
     def _allocate(self, slots: int, capacity: int | None, path: str | None) -> None:
-        self.cache = self.model.new_cache(slots, capacity)
-        self.rows = Rows(self.model, self.cache, path or self.model.decode_path)
+        running = self.running = Running(
+            self.model, slots, capacity, path or self.model.decode_path
+        )
+        self.cache, self.prompts, self.prefill_work = (
+            running.cache,
+            running.prompts,
+            running.prefill_work,
+        )
+        self.scheduler, self.results, self.prefixes = (
+            running.scheduler,
+            running.results,
+            running.prefixes,
+        )
         self.backend = self.model.backend  # which the decoder was chosen for
-        rows = min(PREFILL_ROWS, slots * self.cache.capacity)
-        self.prefill_work = self.model.new_workspace(rows)
-        graphs = self.rows.path != "eager"
-        self.prompts = PromptRunner(self.model, self.cache, self.prefill_work, graphs=graphs)
-        self.scheduler = Scheduler(slots, rows)
-        self.results = Results(self.cache.capacity + 1)
-        self.discarded = 0
-        self._started = False  # whether it ever ran a prompt
         self._submitted: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
         self._by_key: dict[Any, Sequence] = {}
-        self._queued: deque[Queued] = deque()
-        self._closing: deque[tuple[int, Sequence]] = deque()  # lines to close after a step
-        self._held_back: list[Sequence] = []  # whose bias keeps ends back until min_new_tokens
+        self._ready: deque[Block] = deque()  # what was read and not yet returned
 
     @property
     def slots(self) -> int:
         return self.cache.slots
 
     @property
+    def rows(self) -> Rows:
+        """What runs the steps of texts that do not speculate."""
+        return self.running.plain
+
+    @property
     def state(self) -> DecodeState:
         """Of all rows."""
         return self.rows.state
+
+    @property
+    def discarded(self) -> int:
+        """Tokens that were computed past the end of their text."""
+        return self.running.discarded
 
     @property
     def decoder(self) -> Decoder:
@@ -131,7 +150,7 @@ class Engine:
         self._free = threading.Lock()
         if self.model.xp is np:
             self._clear()
-            self.rows.recover()  # it may have come in the middle of a step
+            self.running.recover()  # it may have come in the middle of a step
 
     # -- what may be called from any thread --------------------------------------------------------
 
@@ -141,19 +160,12 @@ class Engine:
         Raises
         ------
         InputError
-            If its prompt does not fit a slot, an id is outside the vocabulary, no token is
-            given or asked for, or its key is that of another request.
+            If its prompt and the new tokens that it asks for do not fit a slot, an id is outside
+            the vocabulary, no token is given or asked for, its key is that of another request, or
+            it speculates in an engine of several slots.
         """
         request.check(self.model.config)
-        room = self.cache.capacity - len(request.prompt) + 1
-        if room < 1:
-            raise InputError(
-                f"a prompt of {len(request.prompt)} tokens does not fit a slot of "
-                f"{self.cache.capacity}",
-                where="Engine.submit",
-                remedy="Shorten the prompt, or make an Engine of a larger capacity.",
-            )
-        sequence = Sequence(request, request.params.limit(room))
+        sequence = Sequence(request, request.limit_in(self.cache.capacity, self.slots))
         if self._by_key.setdefault(request.key, sequence) is not sequence:
             raise InputError(
                 f"a request with the key {shown(request.key)} is running",
@@ -195,6 +207,8 @@ class Engine:
                 remedy="Finish or close() the first run, or make one more Engine of the model.",
             )
         try:
+            if not self.prefix_cache:
+                self.prefixes.forget()
             source, more = iter(requests), True
             while True:
                 while more and self.scheduler.waiting + len(self._submitted) < self.slots:
@@ -240,7 +254,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is still to be read."""
-        return self.scheduler.idle and not (self._submitted or self._queued)
+        return self.running.idle and not (self._submitted or self._ready)
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -253,17 +267,31 @@ class Engine:
         with self._on_device():
             try:
                 self._read_inbox()
-                self._admit()
-                self._run_prompts()
-                # Without a lead what was chosen is read first: it need not wait for a step.
-                stepped = self._queue_step() if self._lead or not self._queued else False
-                return self._collect(self._lead if stepped else None)
+                if not self._ready:
+                    self._go_on()
+                block = self._ready.popleft()
+                over = [self._by_key.pop(done.request.key) for done in block.finished]
+                self.running.finish(over, block)
+                # A run forgets when it begins: between two of its steps nothing may be left too.
+                if not (self.prefix_cache or self._free.locked()) and self.idle:
+                    self.prefixes.forget()
+                return block
             except BaseException:
                 if begun == self._forks:
                     with contextlib.suppress(Exception):  # of a GPU that failed
                         self._clear()
-                        self.rows.recover()
+                        self.running.recover()
                 raise
+
+    def _go_on(self) -> None:
+        """Queue the next step and read an earlier one."""
+        running = self.running
+        running.admit()
+        running.run_prompts()
+        # Without a lead what was chosen is read first: it need not wait for a step.
+        lead = running.lead(self._lead)
+        stepped = running.queue_step() if lead or not running.unread else False
+        self._ready += running.collect(lead if stepped else None)
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -282,152 +310,41 @@ class Engine:
             # Again, as the end of a run may have come between that and its being submitted.
             self._by_key.setdefault(sequence.request.key, sequence)
             self.scheduler.add(sequence)
-        gone = []
+        gone: list[Sequence] = []
         while self._cancelled:
             sequence = self._cancelled.popleft()
             if sequence.ended:
                 continue
             sequence.ended = True
             del self._by_key[sequence.request.key]
-            if sequence.number >= 0:
-                self.results.alive[sequence.number] = False
             gone.append(sequence)
-        self._end(gone)
-
-    def _admit(self) -> None:
-        for sequence in self.scheduler.admit():
-            self.cache.reset(sequence.slot)
-            sequence.number = self.results.open(sequence.request, sequence.limit)
-
-    def _run_prompts(self) -> None:
-        """Run a piece of waiting prompts; give rows to those that end, with their first tokens."""
-        piece = self.scheduler.piece()
-        if not piece.sequences:
-            return
-        # All but the last, which may be cut.
-        done = [sequence for sequence in piece.sequences if not len(sequence.rest)]
-        slots = [sequence.slot for sequence in piece.sequences]
-        if done:
-            self.scheduler.enter(done)
-            self.rows.enter(done)
-        # One sequence in an engine for one, to its end: the same graph samples its first token.
-        alone = self.slots == 1 and bool(done)
-        if not self._started:
-            self._start(piece, len(done), alone)
-        x = self.prompts.run(piece.tokens, slots, self.state if alone else None)
-        if not done:
-            return
-        rows = slice(done[0].row, done[-1].row + 1)
-        if not alone:
-            self.rows.sample_first(x[: len(done)], rows.start)
-        self._ask(rows)
-        waits = [each for each in done if each.row >= 0 and len(each.request.held_back) > 1]
-        self._held_back += waits
-
-    def _start(self, piece: Piece, done: int, alone: bool) -> None:
-        """Record all that the first tokens need, so that its kernels are compiled side by side."""
-        state = self.state if alone else None
-        self.prompts.record([len(tokens) for tokens in piece.tokens], state)
-        self.rows.record(max(done, 1), first=not alone)
-        self._started = True
-
-    def _free_ends(self) -> None:
-        """Let those ends be chosen that a bias has kept back long enough."""
-        for sequence in list(self._held_back):
-            params, number = sequence.request.params, sequence.number
-            if sequence.row >= 0 and self.results.queued[number] < params.min_new_tokens:
-                continue
-            self._held_back.remove(sequence)
-            if sequence.row >= 0:
-                self.state.set_bias(sequence.row, params.logit_bias)
-
-    def _queue_step(self) -> bool:
-        """Queue a decode step of all rows, if there are any."""
-        running = len(self.scheduler.rows)
-        if not running:
-            return False
-        if self._held_back:
-            self._free_ends()
-        self.rows.step(running)
-        self.cache.lengths[self.scheduler.lines[1]] += 1
-        self._ask(slice(0, running))
-        return True
-
-    def _ask(self, rows: slice) -> None:
-        """Note the tokens that rows were just asked for; who has asked for its last one leaves."""
-        numbers = self.scheduler.lines[0][rows]
-        top = int(self.results.tops[numbers].max())
-        self._queued.append(self.rows.asked(rows, numbers, top))
-        last = self.results.ask(numbers) + rows.start
-        if len(last):
-            running = self.scheduler.rows
-            self._leave([running[row] for row in last.tolist()])
-
-    def _leave(self, sequences: list[Sequence]) -> None:
-        """Take rows and slots from sequences."""
-        before = len(self.scheduler.rows)
-        # From the last row on: of neighbours that leave together none has to move.
-        for sequence in sorted(sequences, key=lambda each: -each.row):
-            if sequence.slot >= 0:
-                self.cache.reset(sequence.slot)
-            if (move := self.scheduler.leave(sequence)) is not None:
-                self.state.move(*move)
-        if (after := len(self.scheduler.rows)) < before:
-            self.state.release(after, before)
-
-    # -- what comes back ---------------------------------------------------------------------------
-
-    def _collect(self, lead: int | None) -> Block:
-        """Read what is due: of steps that are ``lead`` old; the oldest one without a lead."""
-        blocks: list[Block] = []
-        while self._queued:
-            due = not blocks if lead is None else self._queued[0].step + lead <= self.rows.steps
-            if not due:
-                break
-            blocks.append(self._read(self._queued.popleft()))
-        self._close_lines()
-        return merged(blocks)
-
-    def _read(self, queued: Queued) -> Block:
-        ids, logprobs, top = self.rows.read(queued)
-        self.discarded += len(ids) - int(self.results.alive[queued.numbers].sum())
-        block = self.results.add(queued.numbers, ids, logprobs, top)
-        self._end([self._by_key.pop(done.request.key) for done in block.finished])
-        return block
-
-    def _end(self, sequences: list[Sequence]) -> None:
-        """Let go of sequences that need no more tokens."""
-        for sequence in sequences:
-            sequence.ended = True
-            if sequence.number >= 0:
-                self._closing.append((len(self._queued) and self._queued[-1].step, sequence))
-        self._leave([sequence for sequence in sequences if sequence.slot >= 0])
-
-    def _close_lines(self) -> None:
-        """Close lines that no queued step names any more."""
-        while self._closing and not (self._queued and self._queued[0].step <= self._closing[0][0]):
-            self.results.close(self._closing.popleft()[1].number)
+        if gone:
+            # Where several blocks are ready, they are of one text.
+            keys = {sequence.request.key for sequence in gone}
+            self._ready = deque(each for each in self._ready if not keys.issuperset(each.keys))
+            self.running.cancel(gone)
 
     def _clear(self) -> None:
         """Leave no request behind."""
         self._submitted.clear()
         self._cancelled.clear()
-        self._queued.clear()
-        self.scheduler.clear()
-        self.cache.reset()
         self._by_key.clear()
-        self._closing.clear()
-        self._held_back.clear()
-        self.results.clear()
-        self.state.release(0, self.slots)
+        self._ready.clear()
+        self.running.clear()
 
 
 def _checked_lead(lead: object) -> int:
-    """How many steps to queue: a row's token ring takes two tokens of each, and of the one read."""
-    if isinstance(lead, bool) or not isinstance(lead, int) or not 0 <= lead < RING // 2 - 1:
+    """How many steps to queue."""
+    if isinstance(lead, bool) or not isinstance(lead, int) or not 0 <= lead <= Rows.most_lead:
         raise InputError(
             f"lead={shown(lead)} is impossible",
             where="Engine",
-            remedy=f"It must be an integer from 0 to {RING // 2 - 2}.",
+            remedy=f"It must be an integer from 0 to {Rows.most_lead}.",
         )
     return lead
+
+
+def _checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is {shown(value)}", where="Engine", remedy="Use True or False.")
+    return bool(value)

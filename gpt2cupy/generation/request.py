@@ -74,6 +74,38 @@ class Request:
                     remedy="Use ids of this model.",
                 )
 
+    def limit_in(self, capacity: int, slots: int) -> int:
+        """Tokens that it may get in an engine of so many slots, each of so many tokens.
+
+        Raises
+        ------
+        InputError
+            If prompt and new tokens do not fit a slot, or if it speculates beside others.
+        """
+        length, wanted = len(self.prompt), self.params.must_fit
+        room = capacity - length + 1
+        if room < 1:
+            raise InputError(
+                f"a prompt of {length} tokens does not fit a slot of {capacity}",
+                where="Engine.submit",
+                remedy="Shorten the prompt, or make an Engine of a larger capacity.",
+            )
+        if wanted > room:
+            raise InputError(
+                f"{length} tokens of prompt and {wanted} new ones exceed a slot of {capacity}",
+                where="Engine.submit",
+                remedy=f"Ask for at most {room}, leave max_new_tokens out to fill the slot, or "
+                "make an Engine of a larger capacity.",
+            )
+        if self.params.speculate and slots > 1:
+            raise InputError(
+                f"speculation is for one text at a time, and this engine has {slots} slots",
+                where="Engine.submit: speculate",
+                remedy="Take max_batch=1, or an Engine of one slot; several texts at once are "
+                "faster without.",
+            )
+        return self.params.limit(room)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -91,6 +123,9 @@ class Token:
         "error" (the logits are not finite, and ``id`` means nothing), or None while it goes on.
     top : list of (int, float)
         The most probable tokens, where ``logprobs`` asks for them.
+    drafted, accepted : int
+        With the last token of a text that speculates: its drafts that steps verified, and those
+        that stood.
     """
 
     key: Any
@@ -98,3 +133,5 @@ class Token:
     logprob: float
     finish_reason: str | None
     top: list[tuple[int, float]]
+    drafted: int = 0
+    accepted: int = 0

@@ -28,12 +28,16 @@ class Finished:
     finish_reason : str
         "eos", "stop" (the last id is of ``stop_token_ids``), "length", or "error": the logits
         were not finite, and the last id means nothing.
+    drafted, accepted : int
+        Draft tokens that steps verified, and those of them that stood.
     """
 
     request: Request
     ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Results:
         self.queued = np.zeros(0, np.int64)  # tokens chosen, or asked for
         self.limits = np.zeros(0, np.int64)
         self.tops = np.zeros(0, np.int64)  # most probable tokens to give with each
+        self.drafted = np.zeros(0, np.int64)  # draft tokens that were verified
+        self.accepted = np.zeros(0, np.int64)  # and of them those that stood
         self.alive = np.zeros(0, bool)
         # Tokens that end a text, -1 where there are fewer: ends, and those of stop_token_ids.
         self.ends = np.full((0, 1), -1, np.int32)
@@ -94,6 +100,7 @@ class Results:
         self._set_row("ends", number, request.ends)
         self._set_row("stops", number, request.params.stop_token_ids)
         self.counts[number] = self.queued[number] = 0
+        self.drafted[number] = self.accepted[number] = 0
         self.limits[number] = limit
         self.tops[number] = request.params.logprobs or 0
         self.alive[number] = True
@@ -130,6 +137,8 @@ class Results:
             "queued",
             "limits",
             "tops",
+            "drafted",
+            "accepted",
             "alive",
             "ends",
             "stops",
@@ -183,7 +192,8 @@ class Results:
         request = self.requests[number]
         assert request is not None
         ids, logprobs = self.ids[number, :count].copy(), self.logprobs[number, :count].copy()
-        return Finished(request, ids, logprobs, reason)
+        drafts = int(self.drafted[number]), int(self.accepted[number])
+        return Finished(request, ids, logprobs, reason, *drafts)
 
 
 def merged(blocks: list[Block]) -> Block:
@@ -210,11 +220,14 @@ def merged(blocks: list[Block]) -> Block:
 
 def tokens_of(block: Block) -> Iterator[Token]:
     """A block as single tokens."""
-    reasons = {done.request.key: done.finish_reason for done in block.finished}
+    over = {done.request.key: done for done in block.finished}
     pairs = zip(block.keys, block.ids.tolist(), block.logprobs.tolist(), strict=True)
     for index, (key, id_, logprob) in enumerate(pairs):
         top: list[tuple[int, float]] = []
         if block.top is not None:
             best = zip(block.top[0][index].tolist(), block.top[1][index].tolist(), strict=True)
             top = [pair for pair in best if pair[0] >= 0]
-        yield Token(key, id_, logprob, reasons.get(key), top)
+        if (done := over.get(key)) is None:
+            yield Token(key, id_, logprob, None, top)
+        else:
+            yield Token(key, id_, logprob, done.finish_reason, top, done.drafted, done.accepted)

@@ -10,6 +10,8 @@ import numpy as np
 from .. import ops
 from ..cache import KVCache
 from ..decode import Decoder, DecodeState, decoder, sample_first
+from ..decode.state import RING
+from ..decode.step import sample_next
 from ..model import GPT2
 from ..ops.core.tape import recorded
 from .scheduler import Sequence, bucket
@@ -20,6 +22,8 @@ class Queued:
 
     Attributes
     ----------
+    source : object
+        What reads them: :class:`Rows`, or what stands in its place.
     step : int
         Decode steps that were queued up to then.
     rows : slice
@@ -29,18 +33,35 @@ class Queued:
         Line of :class:`gpt2cupy.generation.results.Results` of each.
     top : tuple or None
         The most probable tokens, on their way to the host.
+    drafts : int
+        How many of the rows may bring no token, since they verify drafts of row 0's text; -1
+        where each row is a text of its own.
     """
 
-    def __init__(self, step: int, rows: slice, stamps: np.ndarray, numbers: np.ndarray) -> None:
+    drafts = -1
+
+    def __init__(
+        self, source: Any, step: int, rows: slice, stamps: np.ndarray, numbers: np.ndarray
+    ) -> None:
+        self.source = source
         self.step = step
         self.rows = rows
         self.stamps = stamps
         self.numbers = numbers
         self.top: tuple[Any, ...] | None = None
 
+    def read_top(self) -> Any:
+        """Wait for the most probable tokens and their log-probabilities, or None."""
+        if self.top is None:
+            return None
+        event, top, _ = self.top
+        if event is not None:
+            event.synchronize()
+        return top
+
 
 class Rows:
-    """State and decoders of up to ``slots`` rows; a step runs as many as are in use.
+    """State and decoders of up to ``slots`` rows, each a text; a step runs as many as are in use.
 
     Parameters
     ----------
@@ -58,6 +79,8 @@ class Rows:
     decoders : dict of int to Decoder
         What runs steps of so many rows, made when first needed.
     """
+
+    most_lead = RING // 2 - 2  # steps that may be queued: a row's ring takes two tokens of each
 
     def __init__(self, model: GPT2, cache: KVCache, path: str) -> None:
         self.model = model
@@ -135,17 +158,19 @@ class Rows:
         top : int
             How many of the most probable tokens are wanted with each.
         """
-        queued = Queued(self.steps, rows, self._counts[rows].copy(), numbers)
+        queued = Queued(self, self.steps, rows, self._counts[rows].copy(), numbers)
         self._counts[rows] += 1
         if top:
-            queued.top = self._queue_top(rows, min(top, self.state.vocab_size))
+            queued.top = self.queue_top(self.state, rows, top)
         return queued
 
-    def _queue_top(self, rows: slice, count: int) -> tuple[Any, ...]:
-        found = ops.top_logprobs(self.state.logits[rows], self.state.vocab_size, count)
+    def queue_top(self, state: DecodeState, rows: slice, count: int) -> tuple[Any, ...]:
+        """Queue the search for the most probable tokens of some rows of a state."""
+        count = min(count, state.vocab_size)
+        found = ops.top_logprobs(state.logits[rows], state.vocab_size, count)
         if self.model.xp is np:
             return None, found, found
-        host = tuple(map(self.state.to_host, found))
+        host = tuple(map(state.to_host, found))
         event = self.model.xp.cuda.Event(disable_timing=True)
         event.record()
         return event, host, found  # what is copied lives until it has been
@@ -153,12 +178,37 @@ class Rows:
     def read(self, queued: Queued) -> tuple[np.ndarray, np.ndarray, Any]:
         """Wait for ids, log-probabilities and the most probable tokens, or None."""
         ids, logprobs = self.state.read_rows(queued.rows, queued.stamps)
-        if queued.top is None:
-            return ids, logprobs, None
-        event, top, _ = queued.top
-        if event is not None:
-            event.synchronize()
-        return ids, logprobs, top
+        return ids, logprobs, queued.read_top()
+
+    def process(self, sequence: Sequence, text: np.ndarray) -> None:
+        """Let a request's own function change the logits of its row, and sample once more.
+
+        Waits for the device.
+
+        Parameters
+        ----------
+        sequence : Sequence
+        text : numpy.ndarray of int32 [T]
+            Its tokens before the one that was just sampled.
+        """
+        state, row, request = self.state, sequence.row, sequence.request
+        line, change = slice(row, row + 1), request.params.logits_processor
+        assert change is not None
+        ids = np.concatenate([request.prompt, text])
+        logits = state.logits[line, : state.vocab_size]
+        if (changed := change(ids, logits[0])) is not None:
+            logits[0] = changed
+        state.step_back(row, len(ids) - 1)
+        sample_next(state, state.logits[line], state.rows[line])
+        self._counts[row] += 1
+
+    def release(self, first: int, end: int) -> None:
+        """Leave rows to nobody."""
+        self.state.release(first, end)
+
+    def set_bias(self, row: int, bias: Any | None) -> None:
+        """Give a row its logit bias."""
+        self.state.set_bias(row, bias)
 
     def recover(self) -> None:
         """After an error in mid-step: it may have come between a step and its count."""

@@ -30,6 +30,8 @@ class Session:
     model : GPT2
     name : str
         For errors.
+    prefix_cache : bool
+        Whether its engines keep beginnings of prompts from call to call.
 
     Attributes
     ----------
@@ -37,7 +39,8 @@ class Session:
         Number of the GPU, None on the CPU.
     """
 
-    def __init__(self, model: GPT2, name: str) -> None:
+    def __init__(self, model: GPT2, name: str, *, prefix_cache: bool = False) -> None:
+        self._prefix_cache = prefix_cache
         self.gpu: int | None = None if model.xp is np else model.weights.wte.device.id
         self._name = name
         self._model: GPT2 | None = model
@@ -220,7 +223,9 @@ class Session:
         if engine is None or engine.slots < slots or engine.backend != self.model.backend:
             engine = self._engine = None  # freed before the new one takes memory
             self._forget(many)
-            engine = self._engines[many] = Engine(self.model, slots)
+            engine = self._engines[many] = Engine(
+                self.model, slots, prefix_cache=self._prefix_cache
+            )
         self._engine = engine
         return engine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Piece:
         Of the tokens after the first; 0 at the first.
     top : list of (int, float)
         Most probable tokens, where ``logprobs`` asks for them.
+    drafted, accepted : int
+        With ``speculate``, in the last piece: as in :class:`Completion`.
     """
 
     text: str
@@ -40,6 +42,8 @@ class Piece:
     prefill_seconds: float
     tokens_per_second: float
     top: list[tuple[int, float]]
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
     def __hash__(self) -> int:
         return hash((self.text, self.token, self.logprob, self.finish_reason))
@@ -64,6 +68,9 @@ class Completion:
         Most probable tokens of each step, where ``logprobs`` asks for them.
     seed : int or None
         What its random numbers came from, given or drawn; None in greedy decoding.
+    drafted, accepted : int
+        With ``speculate``: draft tokens that were verified, and those that stood. Both are 0 of
+        a text that a stop string ended. They are not compared.
     """
 
     text: str
@@ -73,6 +80,8 @@ class Completion:
     prompt_ids: list[int]
     top: list[list[tuple[int, float]]]
     seed: int | None = None
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
     @property
     def prompt_tokens(self) -> int:

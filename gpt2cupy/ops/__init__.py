@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation import bias_gelu, gelu, silu_mul
-    from .attention import attention, decode_attention
+    from .attention import attention
     from .cached_attention import attention_decode, attention_prefill
+    from .decode_attention import decode_attention
+    from .drafts import accept_drafts, propose_drafts, store_kv
     from .epilogue import bias_act
     from .ffn import ffn
     from .gpt2.embedding import embedding, last_rows
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from .rope import rope, rope_tables
     from .sampling import sample, sample_logits, target_logprobs, top_logprobs
     from .shift import shifted_bias
+    from .slots import copy_slots
     from .softmax import softmax
 
 _MODULES = {
+    "accept_drafts": "drafts",
     "add_layer_norm": "norm",
     "add_rms_norm": "norm",
     "attention": "attention",
@@ -37,7 +41,8 @@ _MODULES = {
     "attention_prefill": "cached_attention",
     "bias_act": "epilogue",
     "bias_gelu": "activation",
-    "decode_attention": "attention",
+    "copy_slots": "slots",
+    "decode_attention": "decode_attention",
     "dequantize": "quantized",
     "embedding": "gpt2.embedding",
     "ffn": "ffn",
@@ -49,6 +54,7 @@ _MODULES = {
     "linear": "linear",
     "lookup": "lookup",
     "norm_linear": "norm_linear",
+    "propose_drafts": "drafts",
     "quantize": "quantized",
     "rms_norm": "norm",
     "rms_norm_backward": "norm_backward",
@@ -59,11 +65,13 @@ _MODULES = {
     "shifted_bias": "shift",
     "silu_mul": "activation",
     "softmax": "softmax",
+    "store_kv": "drafts",
     "target_logprobs": "sampling",
     "top_logprobs": "sampling",
 }
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -71,6 +79,7 @@ __all__ = [
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "decode_attention",
     "dequantize",
     "embedding",
@@ -83,6 +92,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",
@@ -93,6 +103,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]

@@ -11,12 +11,14 @@ from ..errors import InputError, shown
 from .core.launch import device_empty, is_device_array
 from .core.registry import Cost, moved, op, written
 from .epilogue import ACTIVATION_CODES, check_activation
-from .ffn_few import fits, launch_few, parts
+from .ffn_few import Sizes, fits, launch_few, parts
 from .linear import as_rows, linear
 
 Array = Any
 
-_BACKENDS = ("auto", "fused")
+_BACKENDS = ("auto", "products", "fused")
+# "auto" takes the fused kernel for up to so many rows, and weights of so many bytes.
+_FUSED_ROWS, _FUSED_BYTES = 8, 32 << 20
 
 
 def _check(
@@ -37,7 +39,7 @@ def _check(
         raise InputError(
             f"unknown backend {shown(backend)}",
             where="ffn: backend",
-            remedy=f"Use {' or '.join(map(repr, _BACKENDS))}.",
+            remedy=f"Use {', '.join(map(repr, _BACKENDS))}.",
         )
     for name, matrix, inner in (("w1", w1, x.shape[-1:]), ("w2", w2, w1.shape[:1])):
         if len(matrix.shape) != 2 or matrix.shape[1:] != inner:
@@ -81,7 +83,7 @@ def ffn(
     """``activation(x @ w1.T + b1) @ w2.T + b2 + residual``.
 
     Two products: the activation is in the epilogue of the first, and what comes before it is not
-    stored.
+    stored. Of few rows the hidden values are not stored either.
 
     Parameters
     ----------
@@ -102,10 +104,11 @@ def ffn(
         Of x's dtype, or float32; shares no memory with an input but the residual.
     scratch : array, optional
         Of the shape and dtype that :func:`ffn_scratch` says; without it memory is allocated.
-    backend : {"auto", "fused"}
-        On the GPU "auto" is two calls of :func:`linear`. With "fused" one kernel makes both
+    backend : {"auto", "products", "fused"}
+        On the GPU "products" is two calls of :func:`linear`. With "fused" one kernel makes both
         products of up to 16 rows and keeps the hidden values in shared memory; a second adds the
-        partial sums of its clusters (ffn_few.cu, sm_80 and newer).
+        partial sums of its clusters (ffn_few.cu, sm_80 and newer). "auto" takes that for up to 8
+        rows with weights of 32 MiB and more, where it can.
 
     Returns
     -------
@@ -132,16 +135,9 @@ def ffn(
         rows, target = as_rows(x, "x", x.shape, "ffn"), as_rows(out, "out", shape, "ffn")
         added = None if residual is None else as_rows(residual, "residual", shape, "ffn")
     sizes = w1.shape[1], len(w1), len(w2)
-    fused = backend == "fused"
-    if fused and not fits(len(rows), sizes, x.dtype):
-        raise InputError(
-            f"no fused kernel takes {len(rows)} rows of {x.dtype.name}, {sizes[0]} -> {sizes[1]} "
-            f"-> {sizes[2]}",
-            where="ffn: backend",
-            remedy="Leave backend='fused' out.",
-        )
+    fused = _takes_fused(len(rows), sizes, x.dtype, backend)
     if scratch is None:
-        scratch = device_empty(*scratch_of(len(rows), sizes, x.dtype, fused))
+        scratch = device_empty(*_scratch(len(rows), sizes, x.dtype, fused))
     if fused:
         code = ACTIVATION_CODES[activation]
         launch_few((rows, w1, b1), w2, b2, added, target, scratch, code)
@@ -151,21 +147,41 @@ def ffn(
     return out
 
 
+def _takes_fused(rows: int, sizes: Sizes, dtype: Any, backend: str) -> bool:
+    """Whether one kernel makes both products."""
+    if backend == "fused" and not fits(rows, sizes, dtype):
+        raise InputError(
+            f"no fused kernel takes {rows} rows of {np.dtype(dtype).name}, {sizes[0]} -> "
+            f"{sizes[1]} -> {sizes[2]}",
+            where="ffn: backend",
+            remedy="Leave backend='fused' out.",
+        )
+    inner, hidden, outputs = sizes
+    large = hidden * (inner + outputs) * np.dtype(dtype).itemsize >= _FUSED_BYTES
+    few = large and rows <= _FUSED_ROWS and backend == "auto"
+    return backend == "fused" or (few and fits(rows, sizes, dtype))
+
+
 def ffn_scratch(
     x: Array, w1: Array, w2: Array, backend: str = "auto"
 ) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of the memory that :func:`ffn` needs beside its output.
 
-    The hidden values [N, F]; with "fused" on a GPU partial sums of the output.
+    The hidden values [N, F]; of the fused kernel partial sums of the output.
     """
-    rows, sizes = math.prod(x.shape[:-1]), (w1.shape[1], len(w1), len(w2))
-    return scratch_of(rows, sizes, x.dtype, backend == "fused" and is_device_array(x))
+    sizes = w1.shape[1], len(w1), len(w2)
+    return scratch_of(math.prod(x.shape[:-1]), sizes, x.dtype, backend, is_device_array(x))
 
 
 def scratch_of(
-    rows: int, sizes: tuple[int, int, int], dtype: Any, fused: bool
+    rows: int, sizes: Sizes, dtype: Any, backend: str = "auto", on_device: bool = True
 ) -> tuple[tuple[int, ...], Any]:
-    """:func:`ffn_scratch` by numbers; sizes are C, F and M."""
+    """:func:`ffn_scratch` by numbers, on the current device; sizes are C, F and M."""
+    fused = on_device and _takes_fused(rows, sizes, dtype, backend)
+    return _scratch(rows, sizes, dtype, fused)
+
+
+def _scratch(rows: int, sizes: Sizes, dtype: Any, fused: bool) -> tuple[tuple[int, ...], Any]:
     if fused:
         return (parts(sizes[1]), rows, sizes[2]), np.dtype(np.float32)
     return (rows, sizes[1]), dtype

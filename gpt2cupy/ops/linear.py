@@ -1,10 +1,10 @@
 """GEMV and GEMM with a weight matrix, and what is fused with them.
 
 One row goes to norm_gemv.cu, or to skinny.cu in large models of fp16 and bf16; 2 to 16 rows of
-those to skinny.cu, up to 64, and with some weights up to 256, to linear_rows.cu, more to cuBLASLt;
-what those cannot take to linear.cu and cuBLAS. Unless a backend is named, as the model does, many
-rows of float32 go to linear_split.cu, and few rows of large weights to cuBLASLt. The backend
-"invariant" takes linear_rows.cu or linear_fixed.cu for any number.
+those to skinny.cu, and of float32 to linear_fixed.cu; up to 64, and with some weights up to 256, to
+linear_rows.cu, more to cuBLASLt; what those cannot take to linear.cu and cuBLAS. Unless a backend
+is named, as the model does, many rows of float32 go to linear_split.cu, and few rows of large
+weights to cuBLASLt. The backend "invariant" takes linear_rows.cu or linear_fixed.cu for any number.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from .linear_kernels import (
     GEMV_SCALAR,
     WARP,
     fused_block,
+    launch_fixed,
     launch_gemv_add,
     launch_invariant,
     launch_rows,
     launch_skinny,
+    takes_fixed,
     takes_library,
     takes_linear_rows,
     takes_skinny,
@@ -219,6 +221,9 @@ def linear(
         return out
     if takes_linear_rows(len(x), weight, backend):
         launch_rows(x, weight, out, args)
+        return out
+    if takes_fixed(len(x), weight, backend):
+        launch_fixed(x, weight, out, args)
         return out
     return _by_library(x, weight, bias, activation, residual, out)
 

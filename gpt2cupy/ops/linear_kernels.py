@@ -17,6 +17,7 @@ WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several iterations
 _SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
+_MOST_FIXED_ROWS = 16  # of linear_fixed.cu, which reads the weights once for each eight
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
 _LARGEST_SPREAD = 5_000_000  # bytes of weights whose blocks go to one multiprocessor each
 _FULL = 0.5  # share of the multiprocessors that must have a block of more than a tile of rows
@@ -282,7 +283,22 @@ def launch_invariant(x: Array, weight: Array, out: Array, args: tuple[Any, ...])
     """One kernel and one order of every sum for any number of rows."""
     if _fits_rows(weight) and has_mma():
         launch_rows(x, weight, out, args, invariant=True)
-        return
+    else:
+        launch_fixed(x, weight, out, args)
+
+
+def takes_fixed(rows: int, weight: Array, backend: str) -> bool:
+    """Whether linear_fixed.cu is faster than cuBLASLt: float32, which has no other kernel of ours.
+
+    Its sums are also in more parts: those of cuBLASLt for 16 rows had up to four times
+    PyTorch's error beside a channel in the thousands.
+    """
+    few = 2 <= rows <= _MOST_FIXED_ROWS
+    return few and backend == "ours" and weight.dtype == np.float32
+
+
+def launch_fixed(x: Array, weight: Array, out: Array, args: tuple[Any, ...]) -> None:
+    """A product whose sums have an order that K alone decides."""
     c = constants("linear_fixed.cu")
     grid = (-(-len(weight) // c["OUTPUTS"]), -(-len(x) // c["ROWS"]))
     kernel = LINEAR_FIXED[out.dtype == np.float32]

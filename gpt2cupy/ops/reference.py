@@ -33,17 +33,26 @@ from .reference_rows import (
 )
 from .reference_rows import store as _store
 from .reference_rows import wide as _wide
-from .reference_sampling import sample, sample_logits, target_logprobs, top_logprobs
+from .reference_sampling import (
+    accept_drafts,
+    propose_drafts,
+    sample,
+    sample_logits,
+    target_logprobs,
+    top_logprobs,
+)
 
 Array = Any
 
 __all__ = [
+    "accept_drafts",
     "add_layer_norm",
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
     "bias_act",
     "bias_gelu",
+    "copy_slots",
     "dequantize",
     "embedding",
     "ffn",
@@ -54,6 +63,7 @@ __all__ = [
     "linear",
     "lookup",
     "norm_linear",
+    "propose_drafts",
     "quantize",
     "rms_norm",
     "rms_norm_backward",
@@ -63,6 +73,7 @@ __all__ = [
     "shifted_bias",
     "silu_mul",
     "softmax",
+    "store_kv",
     "target_logprobs",
     "top_logprobs",
 ]
@@ -81,7 +92,13 @@ def embedding(
     *,
     out: Array | None = None,
 ) -> Array:
-    x = _wide(_dense(wte)[ids]) + _wide(wpe[positions])
+    tokens = _dense(wte)
+    inside = (ids >= 0) & (ids < len(tokens)) & (positions >= 0) & (positions < len(wpe))
+    if inside.all():
+        x = _wide(tokens[ids]) + _wide(wpe[positions])
+    else:  # idle rows run on past the context, and a draft may be none
+        x = _wide(tokens[np.where(inside, ids, 0)]) + _wide(wpe[np.where(inside, positions, 0)])
+        x[~inside] = 0
     return _store(x, out, x.dtype)
 
 
@@ -300,3 +317,18 @@ def attention_decode(
         keys, values = _wide(k[slot, :, : position + 1]), _wide(v[slot, :, : position + 1])
         out[row] = _attend(q[:, row, None], keys, values, scale, position).reshape(-1)
     return out
+
+
+def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array) -> None:
+    for source, target, count in zip(sources, targets, counts, strict=True):
+        for cache in (k, v):
+            cache[:, target, :, :count] = cache[:, source, :, :count]
+
+
+def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> None:
+    _, n_head, capacity, head_size = k.shape
+    _, new_k, new_v = _heads(qkv, n_head, head_size)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        if slot >= 0 and 0 <= position < capacity:
+            k[slot, :, position] = new_k[:, row]
+            v[slot, :, position] = new_v[:, row]

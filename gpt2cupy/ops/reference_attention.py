@@ -80,6 +80,36 @@ def check_heads(q: Facts, k: Facts, v: Facts, dims: str, where: str) -> None:
         )
 
 
+def check_aligned(where: str, **arrays: Facts | None) -> None:
+    """Refuse what no kernel takes.
+
+    These are float64, strides that are no multiple of 16 bytes, and an output that overlaps itself.
+    """
+    for name, each in arrays.items():
+        if each is None:
+            continue
+        if each.dtype == np.float64:
+            raise InputError(
+                f"{name} is of float64, which NumPy alone computes in",
+                where=f"{where}: {name}",
+                remedy="Give all arrays in one of float32, float16 and bfloat16.",
+            )
+        leading = [s for n, s in zip(each.shape[:-1], each.strides, strict=False) if n > 1]
+        if any(stride % 16 for stride in leading):
+            raise InputError(
+                f"{name} has strides of {list(each.strides)} bytes",
+                where=f"{where}: {name}",
+                remedy="Kernels read 16 bytes at a time: make the strides multiples of that, or "
+                "copy the array.",
+            )
+        if name == "out" and 0 in leading:
+            raise InputError(
+                "out has a stride of 0: its elements share memory",
+                where=f"{where}: out",
+                remedy="Give an output whose elements have memory of their own.",
+            )
+
+
 def scale_of(scale: float | None, head_size: int, where: str) -> float:
     """The factor on the scores."""
     if scale is None:

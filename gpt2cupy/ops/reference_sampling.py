@@ -33,6 +33,8 @@ RING_ENTRY = np.dtype(
     [("stamp", np.uint32), ("id", np.int32), ("stamp_again", np.uint32), ("logprob", np.float32)]
 )
 
+SHORTEST, LONGEST = 2, 8  # tokens by which a text must have ended alike; `propose_drafts.cu`
+
 PROMPT_BIT = np.int32(1 << 30)  # in `counts`: the token stands in the prompt
 
 
@@ -208,3 +210,64 @@ def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     inside = (targets >= 0) & (targets < vocab_size)
     chosen = np.take_along_axis(logprobs, np.where(inside, targets, 0)[:, None], axis=-1)[:, 0]
     return np.where(inside, chosen, 0)
+
+
+def continuation(history: Array, last: int, count: int) -> list[int]:
+    """What followed the last place where ``history[: last + 1]`` ended alike; -1 if nowhere did.
+
+    Of places that agree by SHORTEST to LONGEST tokens the one that agrees by most, of equals
+    the latest.
+    """
+    best, end = SHORTEST - 1, -1
+    for place in np.flatnonzero(history[:last] == history[last])[::-1].tolist():
+        length = 1
+        while (
+            length < min(LONGEST, place + 1) and history[place - length] == history[last - length]
+        ):
+            length += 1
+        if length > best:
+            best, end = length, place
+        if best == LONGEST:
+            break
+    if end < 0:
+        return [-1] * count
+    # Past the newest token the text goes on as it did before.
+    period = last - end
+    return [int(history[end + 1 + step % period]) for step in range(count)]
+
+
+def propose_drafts(ids: Array, positions: Array, history: Array) -> None:
+    last, drafts = int(positions[0]), len(ids) - 1
+    inside = 0 <= last < len(history)
+    if inside:
+        history[last] = ids[0]
+    ids[1:] = continuation(history, last, drafts) if inside else [-1] * drafts
+
+
+def accept_drafts(
+    ids: Array,
+    positions: Array,
+    sampled_positions: Array,
+    chosen: Array,
+    history: Array,
+    steps: Array,
+    ring: Array,
+) -> None:
+    sampled, entries = chosen.view(RING_ENTRY)[:, 0, 0], ring.view(RING_ENTRY)[..., 0]
+    first, count = int(positions[0]), 1
+    while count < len(sampled) and ids[count] == sampled["id"][count - 1]:
+        count += 1
+    last = first + count
+    if 0 <= first < len(history):
+        history[first] = ids[0]
+    if first >= 0 and last < len(history):
+        history[first + 1 : last + 1] = sampled["id"][:count]
+    for row in range(len(sampled)):
+        entry = entries[row, int(steps[row]) % entries.shape[1]]
+        entry["id"] = sampled["id"][row] if row < count else -1
+        entry["logprob"] = sampled["logprob"][row]
+        entry["stamp"] = entry["stamp_again"] = steps[row] + np.uint32(1)
+        steps[row] += np.uint32(1)
+    ids[0] = sampled["id"][count - 1]
+    positions[...] = last + np.arange(len(positions))
+    sampled_positions[...] = positions

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+import traceback
 from typing import Any
 
 import msgspec
@@ -78,6 +79,11 @@ class App:
             status = await self._refuse(send, error, own)
         except ClientGone:
             status = 499
+        except Exception as error:
+            self.front.log.line("failed", error=traceback.format_exc(limit=-8), **about)
+            status = 500
+            what = f"this is a bug of the server: {type(error).__name__}"
+            await self._refuse(send, ApiError(500, what), own)
         seconds = round(time.monotonic() - arrived, 4)
         path = scope["path"][:200]
         if path not in ("/health", "/ready", "/metrics") or status >= 500:

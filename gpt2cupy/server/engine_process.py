@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import os
 import runpy
@@ -57,7 +56,7 @@ def serve(generation: int, settings: Settings) -> None:
 
     start = time.monotonic()
     store = Store(settings.folder, "engine")
-    socket = zmq.Context.instance(io_threads=1).socket(zmq.ROUTER)
+    socket: Any = zmq.Context.instance(io_threads=1).socket(zmq.ROUTER)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
     socket.set(zmq.LINGER, 0)
@@ -90,7 +89,9 @@ def make_engine(settings: Settings) -> tuple[Any, dict[str, Any]]:
     on_gpu = not isinstance(weights.wpe, _numpy_array())
     asked = settings.slots or (ON_GPU if on_gpu else ON_CPU)
     capacity = settings.capacity or None
-    engine = fitting_engine(model, asked, capacity, settings.decode)
+    engine = fitting_engine(
+        model, asked, capacity, settings.decode, prefix_cache=settings.prefix_cache
+    )
     if engine.slots < asked:
         tell("note", message=f"{asked} slots do not fit the GPU's memory: {engine.slots} are used")
     graphs = warm_up(engine)
@@ -113,7 +114,9 @@ def other_engine(settings: Settings) -> tuple[Any, dict[str, Any]]:
     return runpy.run_path(what)[how](settings)
 
 
-def fitting_engine(model: Any, slots: int, capacity: int | None, decode: str) -> Any:
+def fitting_engine(
+    model: Any, slots: int, capacity: int | None, decode: str, *, prefix_cache: bool = True
+) -> Any:
     """An engine of so many slots, or of the largest half, quarter, ... that fits the memory.
 
     Raises
@@ -129,12 +132,9 @@ def fitting_engine(model: Any, slots: int, capacity: int | None, decode: str) ->
             where="--context",
             remedy=f"It must be from 2 to {model.config.n_positions}.",
         )
-    # Where the engine can keep the beginnings of prompts, it does.
-    known = inspect.signature(Engine.__init__).parameters
-    options: Any = {"prefix_cache": True} if "prefix_cache" in known else {}
     while True:
         try:
-            return Engine(model, slots, capacity, decode=decode, **options)
+            return Engine(model, slots, capacity, decode=decode, prefix_cache=prefix_cache)
         except DeviceMemoryError:
             if slots == 1:
                 raise

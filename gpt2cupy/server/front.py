@@ -125,7 +125,11 @@ class Front:
         )  # fmt: skip
         self.active.add(answer)
         self.store.add("gpt2cupy:requests_accepted")
-        answer.submit()
+        try:
+            answer.submit()
+        except BaseException:
+            self.answered(answer, "error")
+            raise
         return answer
 
     def answered(self, answer: Answer, outcome: str) -> None:

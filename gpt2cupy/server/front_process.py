@@ -34,7 +34,7 @@ class _Server(uvicorn.Server):
     """uvicorn, whose signals are the business of the process that started this one."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 

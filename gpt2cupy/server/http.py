@@ -30,13 +30,13 @@ class Connection(HttpToolsProtocol):
     waiting_since: float | None = None  # since when a request is to come whole
     blocked: tuple[float, int] | None = None  # since when so many bytes are to be read
 
-    def connection_made(self, transport: Any) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.waiting_since = self.loop.time()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
         self.waiting_since = self.loop.time()
 
     @property

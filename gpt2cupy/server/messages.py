@@ -131,7 +131,15 @@ def packed(ids: Any) -> bytes:
 
 def params_of(params: SamplingParams) -> dict[str, Any]:
     """The fields of SamplingParams that are not its defaults, as :class:`Submit` carries them."""
-    return {name: v for name, v in vars(params).items() if v != getattr(_DEFAULT, name)}
+    given = {name: v for name, v in vars(params).items() if v != getattr(_DEFAULT, name)}
+    if bias := given.get("logit_bias"):
+        given["logit_bias"] = {id_: _in_64_bits(value) for id_, value in bias.items()}
+    return {name: _in_64_bits(value) for name, value in given.items()}
+
+
+def _in_64_bits(value: Any) -> Any:
+    """An integer that msgpack has not, where a number was meant, as a float."""
+    return float(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value
 
 
 _DEFAULT = SamplingParams()

@@ -27,6 +27,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     decode: str = "auto"
     gemv: str | None = None
     slots: int = 0
+    prefix_cache: bool = True
     capacity: int = 0
     host: str = "127.0.0.1"
     port: int = 8000

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import InputError
-from ..ops.attention import scratch_shape
+from ..ops.decode_attention import scratch_shape
 from .launches import DTYPES, launches
 from .operators import refuse_gradient
 

@@ -73,14 +73,22 @@ def test_every_benchmark_runs_on_a_gpu(script, tmp_path):
     assert tables.TABLES[script][1](entry)
 
 
-def test_contexts_reach_as_far_as_the_steps_do():
+def test_contexts_reach_as_far_as_the_steps_do(monkeypatch):
+    reached, decode_rows = [], shared.GPT2.decode
+
+    def watched(self, ids, positions, *rest, **options):
+        reached.append(int(positions.max()))
+        return decode_rows(self, ids, positions, *rest, **options)
+
+    monkeypatch.setattr(shared.GPT2, "decode", watched)
     model = shared.random_model(shared.TINY, "float32", "cpu")
     longest = max(c for c in range(1, 129) if decode.reach(c) <= shared.TINY.n_positions)
     assert longest == 125
     for context in (1, longest):
+        reached.clear()
         assert decode.measure_step(model, "eager", 1, context, 1)["context"] == context
-    with pytest.raises(IndexError):
-        decode.measure_step(model, "eager", 1, longest + 1, 1)
+        assert max(reached) < decode.reach(context)
+    assert max(reached) == shared.TINY.n_positions - 1
 
 
 @pytest.mark.parametrize("engines, complete", [({}, False), ({"one": {}}, True)])
@@ -363,7 +371,10 @@ def test_no_engine_script_is_unused():
     used = {"profile_hf", "hf_operators"}  # a script of its own, and its other half
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "bench").rglob("*.py")]
     # Started by its name, or imported.
-    used |= {n for n in found for text in texts if f'"{n}"' in text or f"from {n} import" in text}
+    said = [(f'"{n}"', f'"{n}.py"', f"from {n} import") for n in found]
+    used |= {
+        n for n, ways in zip(found, said, strict=True) if any(w in t for w in ways for t in texts)
+    }
     assert found <= used
 
 

@@ -112,6 +112,9 @@ def test_every_sampling_option_arrives(monkeypatch):
     flags = []
     for field in dataclasses.fields(SamplingParams):
         value = getattr(wanted, field.name)
+        # Excluded by penalties, with a test of its own below; a function has no option.
+        if field.name in ("speculate", "logits_processor"):
+            continue
         if field.name == "logit_bias":
             flags += ["--logit-bias", "5=1.5", "--logit-bias", "7=-inf"]
             continue
@@ -302,3 +305,15 @@ def test_an_option_that_does_nothing_is_one_line(flags, says):
 def test_numbers_that_json_has_not_are_null():
     found = {"a": [float("nan"), (float("-inf"), 1.5)], "b": {"c": float("inf")}, "d": "x"}
     assert output.with_nulls(found) == {"a": [None, [None, 1.5]], "b": {"c": None}, "d": "x"}
+
+
+def test_speculation_gives_the_same_text_and_says_what_stood():
+    arguments = ("generate", "And the king and the king and the king and the", *CPU)
+    arguments += ("--max-new-tokens", "40")
+    plain, guessed = cli(*arguments), cli(*arguments, "--speculate", "ngram")
+    assert guessed.returncode == 0 and guessed.stdout == plain.stdout
+    assert "drafts stood" in guessed.stderr and "drafts stood" not in plain.stderr
+    row = json.loads(done(*arguments, "--speculate", "ngram", "--json"))
+    assert 0 < row["accepted"] <= row["drafted"]
+    penalty = cli(*arguments, "--speculate", "ngram", "--repetition-penalty", "1.2")
+    assert penalty.returncode == 1 and "exclude each other" in penalty.stderr

@@ -87,7 +87,8 @@ def test_options_are_those_of_the_command():
     assert options["as_json"] == "--json" and options["model"] == "--model"
     assert "prompt" not in options, "an argument has no dashes"
     assert wording.options_of(validate)["prompt"] == "--prompt"
-    assert all(name in options for name in vars(SamplingParams()))
+    without = {"logits_processor"}  # a function
+    assert vars(SamplingParams()).keys() - without <= options.keys()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def random_requests(rng, count, capacity):
     for key in range(count):
         prompt = rng.integers(0, TINY.vocab_size, rng.integers(1, capacity))
         params = SamplingParams(
-            max_new_tokens=int(rng.integers(1, 12)),
+            max_new_tokens=min(int(rng.integers(1, 12)), capacity + 1 - len(prompt)),
             temperature=float(rng.choice([0.0, 0.9])),
             repetition_penalty=float(rng.choice([1.0, 1.3])),
             seed=key,

@@ -13,7 +13,7 @@ import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams, ops
 from gpt2cupy.decode import PromptRunner, usable
 from gpt2cupy.errors import InputError
-from gpt2cupy.generation import engine
+from gpt2cupy.generation import running
 from gpt2cupy.generation.engine import Engine, Request
 from gpt2cupy.ops import cached_attention
 from gpt2cupy.ops import linear_kernels as product
@@ -72,7 +72,7 @@ def check_neighbours(model, data):
     rows, path = data.draw(st.integers(1, 60)), data.draw(st.sampled_from([*usable(model, slots)]))
     alone = said(model, 1, [watched], "watched")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "PREFILL_ROWS", rows)
+        patch.setattr(running, "PREFILL_ROWS", rows)
         wanted = [*others[:place], watched, *others[place:]]
         beside = said(model, slots, wanted, "watched", path)
     assert beside == alone

@@ -94,7 +94,8 @@ answers = {}
 for model, args in models.items():
     found = lm_eval.simple_evaluate(
         model=model, model_args=args, tasks=["ours_choice", "ours_text"], batch_size=1,
-        task_manager=TaskManager(include_path=tasks, include_defaults=False), log_samples=True, bootstrap_iters=0)
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        log_samples=True, bootstrap_iters=0)
     samples = {
         task: [sample["filtered_resps"] for sample in rows]
         for task, rows in found["samples"].items()

@@ -123,6 +123,17 @@ def test_a_prompt_longer_than_a_slot_is_refused():
         Engine(model_on("cpu"), 1, 8).submit(request("long", length=9))
 
 
+def test_new_tokens_that_do_not_fit_a_slot_are_refused_and_none_given_fill_it():
+    engine = Engine(model_on("cpu"), 1, 12)
+    with pytest.raises(InputError, match="3 tokens of prompt and 11 new ones exceed a slot of 12"):
+        engine.submit(request("long", tokens=11))
+    with pytest.raises(InputError, match="at most 10"):
+        engine.submit(of([3, 1, 4], min_new_tokens=11))
+    for key, options in enumerate([{"max_new_tokens": 10}, {}, {"max_new_tokens": None}]):
+        engine.submit(Request(key, np.array([3, 1, 4], np.int32), SamplingParams(**options)))
+        assert len(drained(engine, {})[key]) == 10
+
+
 def test_smaller_priorities_are_admitted_first():
     engine, order = Engine(model_on("cpu"), 1), []
     for key, priority in (("first", 0), ("late", 5), ("soon", -1), ("next", 0)):
@@ -300,7 +311,7 @@ def test_requests_of_one_token_leave_nothing_behind():
     for key in range(20):
         engine.submit(request(key, tokens=1, eos=(7, 8), min_new_tokens=1))
     assert len(drained(engine, {})) == 20
-    assert engine._held_back == [] and engine._by_key == {}
+    assert engine.running._held_back == [] and engine._by_key == {}
 
 
 def test_log_probabilities_of_merged_blocks_keep_their_dtype():

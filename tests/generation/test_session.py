@@ -335,8 +335,8 @@ def test_an_engine_made_while_the_model_closes_is_freed(lm, monkeypatch):
     made = []
 
     class Late(Engine):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             made.append(weakref.ref(self))
             Caller(lm.close).finished()
 

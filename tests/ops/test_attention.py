@@ -18,7 +18,9 @@ from gpt2cupy.ops import reference_attention as reference
 from gpt2cupy.ops.core.tape import THREAD
 
 INT = np.int32
-module = importlib.import_module("gpt2cupy.ops.attention")  # its name is a function's
+# Their names are functions'.
+module = importlib.import_module("gpt2cupy.ops.attention")
+of_decode = importlib.import_module("gpt2cupy.ops.decode_attention")
 
 
 def forced(monkeypatch, name):
@@ -27,6 +29,7 @@ def forced(monkeypatch, name):
         monkeypatch.setattr(module, "has_wgmma", lambda: False)
     if name == "plain":
         monkeypatch.setattr(module, "has_mma", lambda: False)
+        monkeypatch.setattr(of_decode, "has_mma", lambda: False)
     forget()
     yield name
     forget()
@@ -35,7 +38,7 @@ def forced(monkeypatch, name):
 def forget():
     """Plans of calls, and what they were made from."""
     module._plan.cache_clear()
-    module._blocks.cache_clear()
+    of_decode._blocks.cache_clear()
     THREAD.plans.clear()
 
 
@@ -198,7 +201,7 @@ def test_the_ladders_agree(dtype):
     given = on(cupy, q, k, v, lengths)
     for step in KERNELS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "_MOST_SPLITS", 2)
+            patch.setattr(of_decode, "_MOST_SPLITS", 2)
             for _ in forced(patch, step):
                 ours = ops.attention(*given[:3], True, None, given[3], 20)
                 token = ops.decode_attention(given[0][:, 0], *given[1:])
@@ -210,6 +213,14 @@ def test_the_ladders_agree(dtype):
             for a in (wide(q, k, v), (q, k, v))
         )
         check(host(token), least, one, dtype, f"decode_attention {step}")
+    # Heads that share keys, of which a block has all.
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in forced(patch, "plain"):
+            for kv in (1, 2, 4, 8):
+                few = q[:, 0].repeat(2, 1), k[:, :, :1].repeat(kv, 2), v[:, :, :1].repeat(kv, 2)
+                token = ops.decode_attention(*on(cupy, *few, lengths))
+                one, least = (reference.decode_attention(*a, lengths) for a in (wide(*few), few))
+                check(host(token), least, one, dtype, f"decode_attention 8/{kv}")
     # Whole tiles, which the copy engine brings where there is one.
     part = [each[:, :128] for each in (q, k, v)]
     exact, baseline = (reference.attention(*a, True) for a in (wide(*part), part))
@@ -410,6 +421,7 @@ def test_layouts_that_kernels_cannot_take_are_refused_by_name():
         ("out", (q, k, v), {"out": q}),
         ("out", (q, k, v), {"out": cupy.broadcast_to(q[:, :1], q.shape)}),
         ("k", (q, k.get(), v), {}),
+        ("q", tuple(each.astype(np.float64) for each in (q, k, v)), {}),
     ):
         with pytest.raises(InputError) as caught:
             ops.attention(*args, **options)
@@ -442,6 +454,38 @@ def test_nothing_to_do(xp):
     counts = xp.zeros(2, INT)
     assert not host(ops.decode_attention(q[:, 0], k[:, :0], v[:, :0], counts)).any()
     assert ops.decode_attention(q[:0, 0], k[:0], v[:0], counts[:0]).shape == (0, 4, 32)
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 64))
+def test_parts_of_a_sequence_fill_waves(blocks, resident, most):
+    found = of_decode._splits(blocks, resident, most)
+    assert 1 <= found <= most
+
+    def filled(splits):
+        return blocks * splits / (-(-blocks * splits // resident) * resident)
+
+    assert found == 1 or blocks * found <= of_decode._WAVES * resident
+    assert filled(found) >= filled(1)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 140), st.integers(1, 40))
+def test_tiles_are_dealt_out_so_that_blocks_end_together(tiles, heads, blocks, most):
+    """By a count of what each block gets, item by item as the kernel numbers them."""
+    costs = np.arange(1, tiles + 1) + module._ITEM
+    most, blocks = min(most, heads), min(blocks, tiles * heads)
+
+    def longest(together):
+        taken = [0.0] * blocks
+        for number in range(tiles * heads):
+            turn, place = divmod(number, blocks)
+            group, rest = divmod(number, together * tiles)
+            count = min(together, heads - group * together)
+            taken[blocks - 1 - place if turn % 2 else place] += costs[tiles - 1 - rest // count]
+        return max(taken)
+
+    found = module._together(costs, heads, blocks, most)
+    assert 1 <= found <= most
+    assert longest(found) <= min(longest(1), longest(most)) + 1e-9
 
 
 def test_costs():

@@ -78,26 +78,25 @@ def test_ffn_of_real_widths(rows, c, f, kind):
     dtype, rng = DTYPES[kind], np.random.default_rng(1)
     weights = [cupy.asarray(w).astype(dtype) for w in real_weights(c, f)]
     x, residual = (cupy.asarray(draw(rng, (rows, c), dtype)) for _ in range(2))
-    ours = ops.ffn(x, *weights, residual=residual)
     w1, b1, w2, b2 = (w.astype(np.float64) for w in weights)
     hidden = reference.activate(host(x.astype(np.float64) @ w1.T + b1), "gelu_tanh")
-    exact = cupy.asarray(hidden) @ w2.T + b2 + residual.astype(np.float64)
+    exact = host(cupy.asarray(hidden) @ w2.T + b2 + residual.astype(np.float64))
     torch = torch_with_gpu()
     if torch is None:
         hidden = ops.linear(x, *weights[:2], activation="gelu_tanh", backend="cublas")
-        baseline = ops.linear(hidden, *weights[2:], residual=residual, backend="cublas")
+        baseline = host(ops.linear(hidden, *weights[2:], residual=residual, backend="cublas"))
     else:
         tensors = [torch.as_tensor(a.astype(np.float32), device="cuda") for a in (x, *weights)]
         x_, w1_, b1_, w2_, b2_ = (t.to(getattr(torch, kind)) for t in tensors)
         linear = torch.nn.functional.linear
         hidden = torch.nn.functional.gelu(linear(x_, w1_, b1_), approximate="tanh")
         added = torch.as_tensor(residual.astype(np.float32), device="cuda").to(hidden.dtype)
-        baseline = (added + linear(hidden, w2_, b2_)).float()
-    check(
-        *(a.get() if hasattr(a, "get") else a.cpu().numpy() for a in (ours, baseline, exact)),
-        dtype,
-        f"ffn {rows} x {c} x {f}",
-    )
+        baseline = (added + linear(hidden, w2_, b2_)).float().cpu().numpy()
+    for backend in ("auto", "products", "fused"):
+        if backend == "fused" and not ffn_few.fits(rows, (c, f, c), dtype):
+            continue
+        ours = host(ops.ffn(x, *weights, residual=residual, backend=backend))
+        check(ours, baseline, exact, dtype, f"ffn {backend} {rows} x {c} x {f}")
 
 
 def float32_on_gpu(function, *arrays):
@@ -107,7 +106,7 @@ def float32_on_gpu(function, *arrays):
     """
     if (torch := torch_with_gpu()) is not None:
         torch.backends.cuda.matmul.allow_tf32 = False
-        given_ = [None if a is None else torch.as_tensor(a, device="cuda") for a in arrays]
+        given_ = [torch.as_tensor(a, device="cuda") if np.ndim(a) else a for a in arrays]
         return function(torch.nn.functional, *given_).cpu().numpy()
     token = reference.PART.set(1 << 30)
     try:
@@ -180,7 +179,10 @@ def test_ffn_by_one_kernel(xp, dtype):
     shape, kind = ffn_scratch(args[0], args[1], args[3], "fused")
     ours = ops.ffn(*args, backend="fused", scratch=xp.empty(shape, kind))
     exact = reference.ffn(*wide(x, w1, b1, w2, b2))
-    check(host(ours), reference.ffn(x, w1, b1, w2, b2), exact, dtype, "fused ffn")
+    baseline = reference.ffn(x, w1, b1, w2, b2)
+    if dtype == F32 and xp is not np:
+        baseline = float32_on_gpu(ffn_gelu, x, w1, b1, w2, b2, np.float32(0))
+    check(host(ours), baseline, exact, dtype, "fused ffn")
     with pytest.raises(InputError, match="unknown backend 'one'"):
         ops.ffn(*args, backend="one")
     if xp is np:

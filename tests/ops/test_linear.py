@@ -210,3 +210,18 @@ def test_a_plan_for_tens_of_rows_fits_the_chip(rows, m, eighths, chip, invariant
         assert plan.tiles[0] * plan.tiles[1] * plan.split <= sms and 2 * plan.shared > shared
     if invariant:
         assert plan.split == alone.split
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "backend", "taken"),
+    [
+        (1, np.float32, "ours", False),
+        (2, np.float32, "ours", True),
+        (16, np.float32, "ours", True),
+        (17, np.float32, "ours", False),
+        (16, np.float16, "ours", False),
+        (16, np.float32, "cublas", False),
+    ],
+)
+def test_few_rows_of_float32_have_a_kernel_of_ours(rows, dtype, backend, taken):
+    assert product.takes_fixed(rows, np.zeros((M, K), dtype), backend) is taken

@@ -158,4 +158,5 @@ def test_the_engine_passes_what_this_test_does():
     names = {name for options in CASES.values() for name in options}
     own = {"presence_penalty", "frequency_penalty"}
     others = {"max_new_tokens", "seed", "stop", "eos_token_id", "stop_token_ids", "n", "logprobs"}
+    others |= {"speculate", "logits_processor"}
     assert {f.name for f in dataclasses.fields(SamplingParams)} == names | own | others

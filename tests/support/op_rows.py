@@ -149,11 +149,15 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 # Ops whose results are no real numbers to compare, or that a GPU alone has: where their tests are.
 ELSEWHERE = {
+    "accept_drafts": "ops/test_drafts.py",
+    "copy_slots": "ops/test_slots.py",
     "decode_step": "decode/test_persistent.py",
     "dequantize": "ops/test_quantized.py",
     "gemv": "ops/test_ops.py",
+    "propose_drafts": "ops/test_drafts.py",
     "quantize": "ops/test_quantized.py",
     "sample_logits": "ops/test_row_ops.py",
     "sample": "ops/test_sampling.py",
+    "store_kv": "ops/test_drafts.py",
     "top_logprobs": "ops/test_sampling.py",
 }

@@ -175,8 +175,10 @@ def places_of(
             return len(arrays)
         place = known.get(id(value))
         whole = getattr(value, "base", None)
-        if place is None and whole is not None and whole.data.ptr == value.data.ptr:
-            place = known.get(id(whole))
+        if place is None and whole is not None:
+            # Of arrays that lie at the same place it could be any.
+            alike = [p for p, each in enumerate(arrays) if _same_memory(each, value, whole)]
+            place = alike[0] if len(alike) == 1 else None
         return place
 
     places = []
@@ -189,6 +191,12 @@ def places_of(
             return None
         places.append(known_here)
     return places  # type: ignore[return-value]
+
+
+def _same_memory(array: Any, view: Any, whole: Any) -> bool:
+    """Whether a view of ``whole`` is all of an array, under another shape."""
+    related = array is not None and (array is whole or getattr(array, "base", None) is whole)
+    return related and (array.data.ptr, array.nbytes) == (view.data.ptr, view.nbytes)
 
 
 def _is_absent(value: Any) -> bool:

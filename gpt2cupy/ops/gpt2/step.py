@@ -24,7 +24,7 @@ _SIGNATURE = (
     "fc_w: ELEM[L,F,K], fc_b: ELEM[L,F], out_w: ELEM[L,K,F], out_b: float32[L,K], "
     "lnf_w: ELEM[K], lnf_b: ELEM[K], lm_head: ELEM[Vp,K], "
     "k: ELEM[L,S,NH,T,HS], v: ELEM[L,S,NH,T,HS], mailboxes: uint8[W], logits: float32[N,Vp], "
-    "scale: float, by_layer: int, eps: float, activation: int, L, S, T, P, Vp"
+    "scale: float, by_layer: int, eps: float, activation: int, together: int, L, S, T, P, Vp"
 )
 DECODE_STEP = {
     rows: Kernel(
@@ -122,6 +122,7 @@ def decode_step(
     eps: float,
     activation: str,
     out: Array,
+    together: bool = False,
 ) -> None:
     """Feed one token per row and write the logits of the next.
 
@@ -141,10 +142,13 @@ def decode_step(
     activation : str
         As :func:`gpt2cupy.ops.linear` takes it.
     out : array of float32 [N, Vp]
+    together : bool
+        Whether all rows belong to one text, at neighbouring positions in their order: each then
+        sees the tokens of the rows before its own.
     """
     c, channels = _constants(), weights["wpe"].shape[-1]
     arrays = [weights[name] for name in WEIGHTS]
-    options = (scale, by_layer, eps, ACTIVATION_CODES[activation])
+    options = (scale, by_layer, eps, ACTIVATION_CODES[activation], together)
     launch(
         DECODE_STEP[len(ids)],
         (blocks(channels),),

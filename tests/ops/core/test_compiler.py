@@ -126,6 +126,7 @@ def every_kernel() -> list[launch.Kernel]:
     names = ("cached_attention", "gpt2.embedding", "layout", "norm", "linear_kernels")
     names += ("quantized", "sampling", "gpt2.step")
     names += ("activation", "attention", "lookup", "norm_backward", "rope", "softmax")
+    names += ("decode_attention", "drafts", "slots")
     names += ("linear_split", "ffn_few")
     modules = [importlib.import_module(f"gpt2cupy.ops.{name}") for name in names]
     values = [value for module in modules for value in vars(module).values()]
