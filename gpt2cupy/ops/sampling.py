@@ -11,6 +11,7 @@ from .core.compiler import constants
 from .core.device import has_clusters, sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, op
+from .reference_rows import integers
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any
@@ -187,6 +188,10 @@ def _check(
             remedy="Give logits as [B, V], temperature and top_k from 0, top_p above 0 up to 1, "
             "min_p from 0 to 1, and a seed of 64 bits.",
         )
+    # What a kernel is launched with is checked then.
+    if isinstance(logits, np.ndarray):
+        integers(positions, "positions", logits.shape[:1])
+        integers(out, "out", logits.shape[:1])
 
 
 def _logits_cost(logits: Array) -> Cost:

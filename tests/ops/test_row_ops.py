@@ -402,6 +402,35 @@ def test_warps_of_a_row_hold_it_or_follow_from_it_alone(sizes, centred, in_piece
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_a_norm_waits_for_what_precedes_it(name):
+    """Its launch may begin before: input and weights are written by kernels just before it."""
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    x, w = on(cupy, draw(rng, (2000, 4096)), draw(rng, 4096))
+    args = {"layer_norm": "xww", "rms_norm": "xw", "add_layer_norm": "xxww", "add_rms_norm": "xxw"}
+    outs = [cupy.empty_like(x) for _ in range(1 + name.startswith("add_"))]
+    out = tuple(outs) if len(outs) > 1 else outs[0]
+
+    def call(x, w):
+        getattr(ops, name)(*(x if kind == "x" else w for kind in args[name]), out=out)
+        return outs[0] + 0
+
+    streams = cupy.cuda.Stream.null, cupy.cuda.Stream(non_blocking=True)
+    for stream in streams:
+        with stream:
+            found, expected = [], []
+            for turn in range(8):
+                scaled, weights = x * (turn + 1), w * (turn + 1)
+                found.append(call(scaled, weights))
+                stream.synchronize()
+                expected.append(call(scaled, weights))
+                stream.synchronize()
+            for mine, alone in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(host(mine), host(alone))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels", [768, 1601, 4096, 8192])
 def test_a_row_is_the_same_by_any_number_of_warps(channels, monkeypatch):
     """As few or many rows have them; in registers and, of an odd stride, element by element."""
