@@ -38,14 +38,14 @@ PARTS = ("ready", "closed", "many", "open", "one", "baseline", "norms")
 KINDS = ("equal", "random")
 PROMPTS = 2048  # different ones, so many that none is still held when it comes again
 WARM = 1.0  # seconds of a load before what is counted
-PEERS = "served"  # the script of engines that go behind our fronts
-ENGINES = HERE / "peers" / f"{PEERS}.py"
+# Scripts with engines that go behind our fronts.
+PEERS, STEPS = (HERE / "peers" / f"{name}.py" for name in ("served", "served_step"))
 # Engines of row i, by the names in the table.
 NORMS = {
-    "ours, fused": "fused",
-    "ours, unfused": "unfused",
-    "PyTorch, F.rms_norm": "torch_rms",
-    "PyTorch, gpt2cupy.torch.rms_norm": "torch_ours",
+    "ours, fused": f"{PEERS}:fused",
+    "ours, unfused": f"{PEERS}:unfused",
+    "PyTorch, F.rms_norm": f"{STEPS}:torch_rms",
+    "PyTorch, gpt2cupy.torch.rms_norm": f"{STEPS}:torch_ours",
 }
 
 
@@ -182,7 +182,9 @@ class Bench:
                 row = self.loaded(server, 32, kind, seconds=self.args.seconds)
                 self.keep("baseline", row | {"what": "transformers"})
 
-        self.with_peer("transformers_generate", measure, "--workers", str(self.args.workers))
+        self.with_peer(
+            f"{PEERS}:transformers_generate", measure, "--workers", str(self.args.workers)
+        )
 
     def norms(self) -> None:
         context = str(self.args.prompt + self.args.tokens)
@@ -198,12 +200,12 @@ class Bench:
             self.with_peer(engine, measure, *options)
 
     def with_peer(self, engine: str, measure: Callable[[Server], None], *options: str) -> None:
-        """Measure a server whose engine is one of peers/served.py, if it starts here."""
+        """Measure a server with an engine of another script, if it starts here."""
         try:
-            with self.server("--engine", f"{ENGINES}:{engine}", *options) as server:
+            with self.server("--engine", engine, *options) as server:
                 measure(server)
         except Gpt2CupyError as error:
-            self.kept.skip(engine, str(error)[-300:].rstrip("."))
+            self.kept.skip(engine.rpartition(":")[2], str(error)[-300:].rstrip("."))
 
 
 def run() -> None:
