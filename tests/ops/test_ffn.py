@@ -176,12 +176,14 @@ def test_ffn_by_one_kernel(xp, dtype):
     rng = np.random.default_rng(0)
     (x, w1, b1, w2, b2), _ = ffn_arrays(rng, (2, 3), 512, 128, 64, dtype)
     args = on(xp, x, w1, b1, w2, b2)
+    if dtype == F32 and xp is not np:
+        with pytest.raises(InputError, match="no fused kernel takes"):
+            ops.ffn(*args, backend="fused")
+        return
     shape, kind = ffn_scratch(args[0], args[1], args[3], "fused")
     ours = ops.ffn(*args, backend="fused", scratch=xp.empty(shape, kind))
     exact = reference.ffn(*wide(x, w1, b1, w2, b2))
     baseline = reference.ffn(x, w1, b1, w2, b2)
-    if dtype == F32 and xp is not np:
-        baseline = float32_on_gpu(ffn_gelu, x, w1, b1, w2, b2, np.float32(0))
     check(host(ours), baseline, exact, dtype, "fused ffn")
     with pytest.raises(InputError, match="unknown backend 'one'"):
         ops.ffn(*args, backend="one")
@@ -196,7 +198,7 @@ def test_ffn_by_one_kernel(xp, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [2, 8, 15])
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_ffn_of_few_rows_by_clusters(kind, blocks, rows, monkeypatch):
     """Many tiles of hidden values for a block, more than it keeps sums of, and none."""
     import cupy
@@ -213,11 +215,8 @@ def test_ffn_of_few_rows_by_clusters(kind, blocks, rows, monkeypatch):
             arrays, residual = ffn_arrays(np.random.default_rng(seed), (rows,), c, f, m, dtype)
             x, w1, b1, w2, b2, added = on(cupy, *arrays, residual)
             exact = reference.ffn(*wide(*arrays), residual=wide(residual)[0])
-            if dtype == F32:
-                baseline = float32_on_gpu(ffn_gelu, *arrays, residual)
-            else:
-                baseline = reference.ffn(*arrays, residual=residual)
-            for of in dict.fromkeys((dtype, F32)):
+            baseline = reference.ffn(*arrays, residual=residual)
+            for of in (dtype, F32):
                 out = cupy.empty((rows, m), of)
                 partial = cupy.full((parts, rows, m), np.nan, np.float32)
                 rest = (b2.astype(of), added.astype(of), out, partial, 1)
@@ -307,12 +306,11 @@ def test_what_only_a_gpu_refuses(rows, kind):
 @given(
     st.integers(1, 16),
     *(st.integers(1, 4000) for _ in range(3)),
-    st.sampled_from([2, 4]),
     st.sampled_from([(99 << 10, 40), (163 << 10, 108), (227 << 10, 132)]),
 )
-def test_a_plan_of_the_fused_kernel_fits_the_chip(rows, inner, hidden, outputs, itemsize, chip):
-    sizes = inner * 8, hidden * 8, outputs * 8
-    dtype = np.dtype({2: np.float16, 4: np.float32}[itemsize])
+def test_a_plan_of_the_fused_kernel_fits_the_chip(rows, inner, hidden, outputs, chip):
+    sizes, dtype = (inner * 8, hidden * 8, outputs * 8), np.dtype(np.float16)
+    itemsize = dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ffn_few, "shared_limit", lambda: chip[0])
         patch.setattr(ffn_few, "sm_count", lambda: chip[1])

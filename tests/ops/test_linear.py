@@ -225,3 +225,17 @@ def test_a_plan_for_tens_of_rows_fits_the_chip(rows, m, eighths, chip, invariant
 )
 def test_few_rows_of_float32_have_a_kernel_of_ours(rows, dtype, backend, taken):
     assert product.takes_fixed(rows, np.zeros((M, K), dtype), backend) is taken
+
+
+@pytest.mark.parametrize(
+    ("splits", "k", "taken"),
+    [
+        ([3, 8, 2], 768, 1),
+        ([8, 3], 768, 0),
+        ([1, 12], 768, 0),  # another kind of kernel
+        ([3, 2, 1], 768, 0),  # none has shorter sums
+        ([33, 48], 3072, 0),
+    ],
+)
+def test_the_library_shares_out_long_sums(splits, k, taken):
+    assert blas._of_short_sums(splits, k) == taken

@@ -24,6 +24,8 @@ from .signature import Neighbours, meet
 from .tape import submit
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper, ample elsewhere
+_MOST_RESULTS = 8  # algorithms to take one from, for float32
+_LONGEST_SUM = 128  # inputs that one sum of float32 should have at most
 
 # cudaDataType and cublasComputeType_t
 _TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
@@ -223,6 +225,17 @@ def working_in(memory: Any) -> Iterator[None]:
         _MEMORY.reset(token)
 
 
+def _of_short_sums(splits: list[int], k: int) -> int:
+    """Which of the library's algorithms to take, the fastest first, by how they share out K.
+
+    One that shares it out too little has long sums, and up to four times PyTorch's error beside a
+    channel in the thousands; one that does not share it out at all is another kind of kernel.
+    """
+    if not 2 <= splits[0] < k / _LONGEST_SUM:
+        return 0
+    return next((i for i, split in enumerate(splits) if split >= k / _LONGEST_SUM), 0)
+
+
 class _Product:
     """A cuBLASLt GEMM of one shape: descriptors, and the algorithm chosen for it.
 
@@ -259,11 +272,12 @@ class _Product:
             schemes = np.array([int(lt.ReductionScheme.COMPUTE_TYPE)], np.uint32)
             scheme_mask = lt.MatmulPreferenceAttribute.REDUCTION_SCHEME_MASK
             lt.matmul_preference_set_attribute(preference, scheme_mask, schemes.ctypes.data, 4)
-        self.result = np.zeros(1, lt.matmul_heuristic_result_dtype)
+        most = _MOST_RESULTS if kind == "float32" else 1
+        results = np.zeros(most, lt.matmul_heuristic_result_dtype)
         found = np.zeros(1, np.int32)
         lt.matmul_algo_get_heuristic(
-            own.lt_handle, self.desc, self.a, self.b, self.c, self.c, preference, 1,
-            self.result.ctypes.data, found.ctypes.data,
+            own.lt_handle, self.desc, self.a, self.b, self.c, self.c, preference, most,
+            results.ctypes.data, found.ctypes.data,
         )  # fmt: skip
         lt.matmul_preference_destroy(preference)
         if not found[0]:
@@ -272,6 +286,18 @@ class _Product:
                 where="cuBLASLt",
                 remedy="Report this with the output of `gpt2cupy info`.",
             )
+        taken = _of_short_sums([self._splits(lt, results[i:]) for i in range(found[0])], k)
+        self.result = results[taken : taken + 1].copy()
+
+    @staticmethod
+    def _splits(lt: Any, results: np.ndarray) -> int:
+        """Into how many parts the first algorithm shares out K."""
+        found, size = np.zeros(1, np.int32), np.zeros(1, np.uint64)
+        split = lt.MatmulAlgoConfigAttribute.SPLITK_NUM
+        lt.matmul_algo_config_get_attribute(
+            results.ctypes.data, split, found.ctypes.data, found.nbytes, size.ctypes.data
+        )
+        return int(found[0])
 
     def _set(self, lt: Any, name: str, value: int, dtype: Any = np.int32) -> None:
         attribute = getattr(lt.MatmulDescAttribute, name)
