@@ -173,9 +173,8 @@ def measure(name: str, shape: tuple[int, ...], dtype: str, args: Any) -> dict[st
             if side.name != "compiled":
                 raise
             # PyTorch's compiler fails on some cases; what it said stands in the record.
-            row[side.name] = dict.fromkeys(WAYS) | {
-                "failed": f"{type(error).__name__}: {error}"[:300]
-            }
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            row[side.name] = dict.fromkeys(WAYS) | {"failed": said}
     judge(row, case, found, exact, dtype)
     return row
 

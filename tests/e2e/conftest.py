@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("zmq")
 pytest.importorskip("uvicorn")
 
-from served import Served
+from server_process import Served
 
 
 @pytest.fixture(scope="session")

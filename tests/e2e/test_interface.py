@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from served import Served, events_of, text_of
+from server_process import Served, events_of, text_of
 
 import gpt2cupy
 

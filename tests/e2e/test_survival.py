@@ -12,7 +12,7 @@ import signal
 import time
 
 import pytest
-from served import (
+from server_process import (
     ENGINES,
     Served,
     closing_all,

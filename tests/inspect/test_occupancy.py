@@ -176,29 +176,35 @@ def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
     def launch(kernel, grid, block, args, **options):
         seen[kernel.source, kernel.entry] = int(np.prod(block))
 
+    class Array(np.ndarray):
+        _c_contiguous = True
+
+    def ones(shape, dtype):
+        return np.ones(shape, dtype).view(Array)
+
     # The launcher is replaced, so NumPy's arrays do for the GPU's.
-    for function in (embedding, bias_act, layer_norm, quantize):
+    for function in (embedding, bias_act, gemv, layer_norm, quantize):
         inside = function.__wrapped__.__globals__
         monkeypatch.setitem(inside, "launch", launch)
         if "device_empty" in inside:
             monkeypatch.setitem(inside, "device_empty", np.empty)
     for function in (quantize, layer_norm):
         monkeypatch.setitem(function.__wrapped__.__globals__, "sm_count", lambda: 132)
-    monkeypatch.setattr(registry, "_device_types", {np.ndarray, QuantizedMatrix})
+    monkeypatch.setattr(registry, "_device_types", {Array, np.ndarray, QuantizedMatrix})
     half, single = np.float16, np.float32
-    x, weight, bias = np.ones((2, 768), single), np.ones(768, half), np.ones(768, half)
-    out = np.empty((2, 768), half)
+    x, weight, bias = ones((2, 768), single), ones(768, half), ones(768, half)
+    out = ones((2, 768), half)
     layer_norm(x, weight, bias, out=out)
     add_layer_norm(out, x, weight, bias, out=(out, x))
     ids = np.zeros(2, np.int32)
-    embedding(ids, ids, np.ones((5, 768), half), np.ones((5, 768), half), out=x)
+    embedding(ids, ids, ones((5, 768), half), ones((5, 768), half), out=x)
     last_rows(x, out, np.arange(3, dtype=np.int32), out=(x, out))
     # A size that the fused kernels cannot take.
-    gemv(np.ones((1, 59), half), np.ones((8, 59), half), out=np.empty((1, 8), half))
+    gemv(ones((1, 59), half), ones((8, 59), half), out=np.empty((1, 8), half))
     bias_act(out, bias, out=out)
     matrix = quantize(x)
     dequantize(matrix, half)
-    embedding(ids, ids, matrix, np.ones((5, 768), half), out=x)
+    embedding(ids, ids, matrix, ones((5, 768), half), out=x)
     c = compiler.constants("layout.cu")
     for kernel in (*layout.TRANSPOSE.values(), *layout.CONVERT.values()):
         seen[kernel.source, kernel.entry] = c["TILE"] * c["TILE_ROWS"]

@@ -10,7 +10,7 @@ from builders import host
 from error_rule import DTYPES, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import SEEDS, check_together, draw, on, wide
+from op_checks import SEEDS, check_together, draw, on, wide
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from builders import host
-from op_cases import SEEDS, check_together, draw, on, torch_with_gpu, wide
+from op_checks import SEEDS, check_together, draw, on, torch_with_gpu, wide
 
 from gpt2cupy import ops
 from gpt2cupy.ops import cached_attention, reference

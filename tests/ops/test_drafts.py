@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from builders import host
 from error_rule import check
-from op_cases import draw, on, wide
+from op_checks import draw, on, wide
 
 from gpt2cupy import ops
 from gpt2cupy.ops import reference

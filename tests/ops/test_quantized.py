@@ -11,7 +11,7 @@ from builders import host
 from error_rule import DTYPES, check
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import SEEDS, check_together, draw, on
+from op_checks import SEEDS, check_together, draw, on
 
 from gpt2cupy import ops
 from gpt2cupy.decode import graph

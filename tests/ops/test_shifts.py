@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,22 +129,18 @@ def test_numpy_has_no_use_for_shifts():
     ("rows", "function", "expected"), [(1, ops_step, 1), (2, ops_step, 0), (1, persistent_step, 0)]
 )
 def test_a_step_of_one_row_records_them_and_makes_them_before_it_runs(
-    launching, monkeypatch, rows, function, expected
+    launching, rows, function, expected
 ):
     tiny = model()
     state = DecodeState(tiny, tiny.new_cache(rows), rows)
     state.xp = device(launching)
-    seen, decoder = [], Decoder(tiny, function, launched, "eager")
+    seen = []
 
     def step(model, state):
         seen.append(model.shifts.pairs[0][0] is not None)
         submit(lambda: launching.append("step"))
 
-    if function is ops_step:
-        monkeypatch.setattr(sys.modules[Decoder.__module__], "ops_step", step)
-        decoder.function = step
-    else:
-        decoder.function = lambda model, state: step(model, state)
+    decoder = Decoder(tiny, step, launched, "eager", by_ops=function is ops_step)
     decoder.record(state)
     assert launching == [] and seen == [bool(expected)]
     decoder.step(state, 2)
@@ -154,7 +149,7 @@ def test_a_step_of_one_row_records_them_and_makes_them_before_it_runs(
     assert len(decoder.calls) == 1
 
 
-def test_a_change_of_gemv_between_recording_and_running_leaves_none_unmade(launching, monkeypatch):
+def test_a_change_of_gemv_between_recording_and_running_leaves_none_unmade(launching):
     tiny = model()
     state = DecodeState(tiny, tiny.new_cache(1), 1)
     state.xp = device(launching)
@@ -162,8 +157,7 @@ def test_a_change_of_gemv_between_recording_and_running_leaves_none_unmade(launc
     def step(model, state):
         submit(lambda: launching.append("step"))
 
-    monkeypatch.setattr(sys.modules[Decoder.__module__], "ops_step", step)
-    decoder = Decoder(tiny, step, launched, "eager")
+    decoder = Decoder(tiny, step, launched, "eager", by_ops=True)
     decoder.record(state)
     tiny.gemv = "cublas"
     tiny.gemv = "ours"

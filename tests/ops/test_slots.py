@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from builders import host
-from op_cases import draw, on
+from op_checks import draw, on
 
 from gpt2cupy import ops
 

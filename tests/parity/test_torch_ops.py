@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from error_rule import DTYPES, check
-from op_cases import draw
+from op_checks import draw
 
 torch = pytest.importorskip("torch")
 

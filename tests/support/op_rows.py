@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from op_cases import draw
+from op_checks import draw
 
 from gpt2cupy import ops
 
