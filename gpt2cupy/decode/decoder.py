@@ -39,6 +39,17 @@ class _Prepared:
     run: Callable[[], None] | None = None  # what runs them, once their kernels are there
 
 
+def sampling_of(state: DecodeState) -> tuple[Any, ...]:
+    """What the launches of a state's sampling depend on.
+
+    Counts and bias appear when the first request needs them; no more than a temperature has no
+    use for them.
+    """
+    plain = state.plain
+    processors = (None, None) if plain else (state.counts, state.bias)
+    return state, *processors, plain
+
+
 class Decoder:
     """Runs the step of a :class:`DecodeState`.
 
@@ -113,8 +124,7 @@ class Decoder:
         return prepared.run
 
     def _recorded(self, state: DecodeState) -> _Prepared:
-        # Counts and bias appear when the first request needs them.
-        kind = state, state.counts, state.bias, state.plain, self.model.backend
+        kind = *sampling_of(state), self.model.backend
         # Identities, which stay theirs because what was prepared keeps the objects.
         key = tuple(id(part) for part in kind)
         if key not in self._prepared:

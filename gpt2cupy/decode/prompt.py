@@ -14,6 +14,7 @@ from ..model import GPT2
 from ..ops.core.tape import recorded
 from ..ops.quantized import scratch_size
 from ..workspace import PackedPrompts, Workspace
+from .decoder import sampling_of
 from .graph import captured
 from .state import DecodeState
 from .step import sample_next
@@ -235,7 +236,7 @@ def shapes(rows: int, slots: int) -> list[Shape]:
 
 def _kind(state: DecodeState | None) -> tuple[Any, ...]:
     """What sampling in a prompt's graph depends on."""
-    return () if state is None else (state, state.counts, state.bias, state.plain)
+    return () if state is None else sampling_of(state)
 
 
 def _power_of_four(count: int) -> int:

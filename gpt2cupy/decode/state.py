@@ -76,6 +76,7 @@ class DecodeState:
         wide = self.work.x.dtype
         self.logits = xp.zeros((batch, config.padded_vocab_size), wide)
         self.scratch = xp.zeros((batch, config.padded_vocab_size), wide)
+        self.biased: set[int] = set()  # rows whose bias is not all zeros
         self.shaped: set[int] = set()  # rows whose sampling needs more than a temperature
         self._one_kernel = model.batch_invariant  # samples, whatever the rows ask for
         self.counts: Any = None
@@ -136,7 +137,8 @@ class DecodeState:
 
     def move(self, row: int, to: int) -> None:
         """Let another row go on with what a row does; its token ring stays its own."""
-        (self.shaped.add if row in self.shaped else self.shaped.discard)(to)
+        for rows in (self.shaped, self.biased):
+            (rows.add if row in rows else rows.discard)(to)
         for array in (self.ids, self.positions, self.slots, self.params, self.counts, self.bias):
             if array is None:
                 continue
@@ -176,14 +178,16 @@ class DecodeState:
                     setattr(view, name, array[:rows])
 
     def set_processors(self, row: int, counted: Any | None, bias: Any | None) -> None:
-        """Start a row's token counts from its prompt's ids, and its logit bias; None clears."""
-        if counted is not None and self.counts is None:
-            self.counts = self.xp.zeros((self.batch, self.vocab_size), np.int32)
-        self._share_processors()
-        if self.counts is not None:
+        """Start a row's token counts from its prompt's ids, and its logit bias; None clears.
+
+        Counts that a row has from before mean nothing where its settings ask for no penalty.
+        """
+        if counted is not None:
+            if self.counts is None:
+                self.counts = self.xp.zeros((self.batch, self.vocab_size), np.int32)
+            self._share_processors()
             line = np.zeros(self.vocab_size, np.int32)
-            if counted is not None:
-                line[counted] = PROMPT_BIT
+            line[counted] = PROMPT_BIT
             self._write(self.counts, row, line[None])
         self.set_bias(row, bias)
 
@@ -192,7 +196,9 @@ class DecodeState:
         if bias and self.bias is None:
             self.bias = self.xp.zeros((self.batch, self.vocab_size), np.float32)
         self._share_processors()
-        if self.bias is not None:
+        # A line is as long as the vocabulary: most rows have none before and after.
+        if self.bias is not None and (bias or row in self.biased):
+            (self.biased.add if bias else self.biased.discard)(row)
             values = np.zeros(self.vocab_size, np.float32)
             for token, value in (bias or {}).items():
                 values[token] = value

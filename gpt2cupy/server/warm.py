@@ -25,6 +25,10 @@ def warm_up(engine: Engine) -> int:
     if engine.model.xp is np:
         _run(engine, KINDS[0], 1)
         return 0
+    with engine.device, engine.stream:
+        # Arrays that a graph of sampling knows: they may not appear later.
+        engine.state.set_processors(0, [0], {0: 1.0})
+        engine.state.set_bias(0, None)
     for params in KINDS:
         _run(engine, params, 1)
     graphs = 0

@@ -482,3 +482,28 @@ def test_a_shape_has_room_for_its_sequences(lengths):
     assert shape.rows >= sum(lengths) and shape.sequences >= len(lengths)
     assert shape.rows >= shape.longest >= max(lengths)
     assert shape.longest in (shape.rows, 1, 4, 16, 64, 256, 1024)
+
+
+def test_a_bias_is_cleared_where_it_was_and_moves_with_its_row():
+    model = GPT2.random(TINY, 0, device="cpu")
+    state = DecodeState(model, model.new_cache(3), 3)
+    state.set_processors(0, None, {4: 2.0})
+    state.set_processors(1, [5], None)
+    assert state.bias[0, 4] == 2 and not state.bias[1:].any() and state.counts[1, 5]
+    state.move(0, 2)
+    assert state.bias[2, 4] == 2
+    state.set_processors(2, None, None)  # the next text of the row
+    state.set_processors(0, None, None)
+    assert not state.bias.any()
+
+
+def test_sampling_by_a_temperature_alone_does_not_depend_on_processors():
+    from gpt2cupy.decode.decoder import sampling_of
+
+    model = GPT2.random(TINY, 0, device="cpu")
+    state = DecodeState(model, model.new_cache(2), 2)
+    before = sampling_of(state)
+    state.set_processors(0, [1], {2: 1.0})
+    assert sampling_of(state) == before
+    state.shaped.add(0)
+    assert sampling_of(state)[1] is state.counts
