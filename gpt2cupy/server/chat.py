@@ -63,7 +63,9 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(
-                f"the chat template refuses these messages: {error}", where="messages"
+                f"the chat template refuses these messages: {error}",
+                where="messages",
+                remedy="Send messages in the order and with the roles that the template takes.",
             ) from error
 
 
