@@ -37,7 +37,8 @@ def speculation(entry: Record) -> str:
         rates = [number(1e6 * row["tokens"] / row[how]["median_us"]) for how in ("without", "with")]
         drafts = f"{row['accepted']} of {row['drafted']}"
         names = row["model"], kinds[row["kind"]]
-        lines.append([*names, *rates, f"{row['speed_up']:.2f}", drafts])
+        same = "yes" if row["same_tokens"] else "**no**"
+        lines.append([*names, *rates, f"{row['speed_up']:.2f}", drafts, same])
     header = [
         "size",
         "text",
@@ -45,11 +46,13 @@ def speculation(entry: Record) -> str:
         "with, tokens/s",
         "speed-up",
         "drafts that stood",
+        "same text",
     ]
     first = results["rows"][0]
     note = (
         f"One text of {first['tokens']} tokens after {results['prompt']}, {results['dtype']}, "
-        f"{results['weights']} weights; the one that repeats itself is greedy, the other sampled. "
+        f"{results['weights']} weights; the one that repeats itself is greedy, and of five the "
+        "one of which most drafts stand; the other is sampled by a seed of which none stands. "
         "By the clock on the wall, with and without in turn, medians"
     )
     return table(header, lines, 2) + caption(entry, note)

@@ -299,6 +299,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "cpu": ("cpu", cpu),
     "soak": ("soak", soak),
     "gpu-tests": ("gpu-tests", gpu_test_tables.gpu_tests),
+    "gpu-tests-cuda1": ("gpu-tests-cuda1", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_75": ("gpu-tests-sm_75", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_80": ("gpu-tests-sm_80", gpu_test_tables.gpu_tests),
     "gpu-tests-sm_86": ("gpu-tests-sm_86", gpu_test_tables.gpu_tests),
