@@ -216,7 +216,8 @@ def view(tensor: Tensor) -> Any:
     """A CuPy array over a tensor's memory."""
     import cupy
 
-    dtype = DTYPES.get(tensor.dtype)
+    # Bytes are what cuBLASLt works in; given for anything else the op refuses them.
+    dtype = np.dtype(np.uint8) if tensor.dtype is torch.uint8 else DTYPES.get(tensor.dtype)
     if dtype is None:
         raise InputError(
             f"kernels take no tensors of {tensor.dtype}",

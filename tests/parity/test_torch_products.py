@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from error_rule import check
 
@@ -9,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from gpt2cupy import torch as ours  # noqa: E402
 from gpt2cupy.errors import InputError  # noqa: E402
+from gpt2cupy.torch import launches, products  # noqa: E402
 
 functional = torch.nn.functional
 
@@ -71,3 +76,21 @@ def test_a_graph_and_the_compiler_take_products(rows):
         again = module(x)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(y, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_all_that_a_product_is_made_of_can_be_seen_by_cupy(monkeypatch, rows):
+    """Its arguments, its output, and the bytes that cuBLASLt works in."""
+    x, w = torch.zeros(rows, 8), torch.zeros(4, 8)
+    given = x, w, torch.zeros(4), None, None
+    made = [products._outputs(x, w, None), products._memory(*given)]
+    made += [torch.zeros(2, dtype=kind) for kind in launches.DTYPES]
+    cuda = SimpleNamespace(UnownedMemory=lambda *a: a, MemoryPointer=lambda *a: a)
+    cupy = SimpleNamespace(cuda=cuda, ndarray=lambda shape, dtype, *rest: (shape, dtype))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    for tensor in (x, w, *made):
+        shape, dtype = launches.view(tensor)
+        assert shape == tuple(tensor.shape) and dtype.itemsize == tensor.element_size()
+    assert launches.view(made[1])[1] == np.uint8
+    with pytest.raises(InputError, match="no tensors of torch.float64"):
+        launches.view(torch.zeros(2, dtype=torch.float64))
