@@ -92,5 +92,5 @@ def test_all_that_a_product_is_made_of_can_be_seen_by_cupy(monkeypatch, rows):
         shape, dtype = launches.view(tensor)
         assert shape == tuple(tensor.shape) and dtype.itemsize == tensor.element_size()
     assert launches.view(made[1])[1] == np.uint8
-    with pytest.raises(InputError, match="no tensors of torch.float64"):
+    with pytest.raises(InputError, match=r"no tensors of torch\.float64"):
         launches.view(torch.zeros(2, dtype=torch.float64))
