@@ -2,14 +2,17 @@
 
     python tools/gpu_test.py [--chip sm_75] [--out FILE] [options of pytest]
 
-With --chip as an older chip would run them (tests/support/chips.py), into gpu-tests-sm_75.json.
-Of a part of them (-k, files) the record says how many of the GPU tests did not run.
+A test that fails is named at once, and a run that is stopped (Ctrl-C, or SIGTERM, as timeout(1)
+sends it) writes what it has, marked as cut off. With --chip as an older chip would run them
+(tests/support/chips.py), into gpu-tests-sm_75.json. Of a part of them (-k, files) the record says
+how many of the GPU tests did not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from typing import Any
 
@@ -33,6 +36,7 @@ class Tally:
         self.ran.add(report.nodeid)
         if report.failed:
             self.failed.append(report.nodeid)
+            print(f"\nFAILED {report.nodeid} ({report.when})", flush=True)
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             self.skipped[report.nodeid] = str(reason)
@@ -78,6 +82,7 @@ def main() -> None:
         name += f"-{args.chip}"
     out = args.out or str(record.RESULTS / f"{name}.json")
     everything, tally = Collected(), Tally()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: pytest sums up
     if code := pytest.main([*gpu, "--collect-only", "-qqq"], plugins=[everything]):
         sys.exit(f"the GPU tests cannot be collected: pytest ends with {int(code)}")
     code = pytest.main([*gpu, "-q", *rest], plugins=[tally])

@@ -8,7 +8,8 @@ from typing import Any
 # What names a row, in this order; everything else in it is a figure or a remark.
 IDENTITY = (
     "model", "dtype", "batch", "shape", "tokens", "context", "decode", "decoder", "gemv", "off",
-    "component", "kernel", "name",
+    "component", "kernel", "name", "kind", "causal", "what", "engine", "layer", "rate", "clients",
+    "lengths", "part", "size", "rows", "cache",
 )  # fmt: skip
 TIMING = {"median_us", "p10_us", "p90_us"}
 

@@ -211,7 +211,11 @@ class Supervisor:
             return
         if not self._ever_ready:
             why = child.failure or f"the engine process ended before it was ready, code {code}"
-            raise Gpt2CupyError(why)
+            raise Gpt2CupyError(
+                why,
+                where="the engine process",
+                remedy="What it wrote to stderr before may say more.",
+            )
         if time.monotonic() - child.since > _STEADY:
             self._failures = 0
         wait = _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
@@ -226,7 +230,11 @@ class Supervisor:
                 self._engine.end()
             return
         if not (child.started or self._ever_ready):
-            raise Gpt2CupyError(child.failure or f"a front process ended at its start, code {code}")
+            raise Gpt2CupyError(
+                child.failure or f"a front process ended at its start, code {code}",
+                where="a front process",
+                remedy="What it wrote to stderr before may say more.",
+            )
         self._store.add("gpt2cupy:front_restarts")
         self._say(f"front {child.number} ended ({code}); it is started again")
         self._start_front(child.number)

@@ -92,6 +92,28 @@ def test_a_run_that_stopped_at_a_failure_was_cut_off(suite, spread):
     assert not entry["complete"] and entry["results"]["not_run"] == 4
 
 
+@pytest.mark.parametrize("spread", [(), ("-n", "2")], ids=["one process", "xdist"])
+def test_a_run_that_is_stopped_says_what_failed_and_keeps_the_rest(suite, spread):
+    """Killed by timeout(1), say: the names of failures are not lost with the summary."""
+    waiting = SUITE.replace("BROKEN", "False") + "def test_z(): import time; time.sleep(60)\n"
+    (suite / "tests" / "test_model.py").write_text(waiting)
+    command = [sys.executable, "-c", START, f"--out={suite / 'gpu.json'}", *spread]
+    environment = {"PYTHONPATH": str(record.ROOT), "PATH": ""}
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": suite, "env": environment}
+    with subprocess.Popen(command, **options) as process:
+        for line in process.stdout:
+            if line.startswith("FAILED"):
+                break
+        process.terminate()
+        process.communicate(timeout=60)
+    assert line.startswith("FAILED tests/test_model.py::test_broken (call)")
+    found = json.loads((suite / "gpu.json").read_text())
+    assert not found["complete"] and found["results"]["failed"] == [
+        "tests/test_model.py::test_broken"
+    ]
+    assert found["results"]["passed"] >= 1
+
+
 def test_a_suite_that_cannot_be_collected_is_no_record(suite):
     (suite / "tests" / "test_model.py").write_text("import nothing_of_that_name")
     ended = run(suite, "tests/test_ops.py")
