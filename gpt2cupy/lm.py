@@ -561,6 +561,12 @@ class LanguageModel:
         encode = lists.ScoredEncoder(self.tokenizer, self.config, self._first(bos))
         if isinstance(text, Iterator):
             return self._scores_of(map(encode.numbered, itertools.count(), text), *size, progress)
+        if isinstance(text, tuple) and list(map(type, text)) == [str, str]:
+            raise InputError(
+                "a pair by itself could also be two texts",
+                where="score: text",
+                remedy="Write [(context, continuation)] for a pair, and a list for two texts.",
+            )
         single = prompts.is_one(text)
         given = [text] if single else prompts.several(text)
         # Made while the GPU runs those before: an error may come after some passes.

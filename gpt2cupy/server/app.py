@@ -198,7 +198,7 @@ class App:
         try:
             text = self.front.tokenizer.decode(ids)
         except NoTokenizerError as error:
-            raise InputError(str(error), where="tokens") from error
+            raise InputError(error.what, where="tokens", remedy=error.remedy) from error
         return await self._json(send, {"prompt": text}, own)
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[int, Any]:

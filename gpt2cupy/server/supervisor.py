@@ -200,6 +200,14 @@ class Supervisor:
             del self._fronts[child.number]
             self._front_ended(child, code)
 
+    @staticmethod
+    def _ended(child: _Child, what: str) -> Gpt2CupyError:
+        """The error of a process that did not come up; what it said itself is complete."""
+        if child.failure:
+            return Gpt2CupyError(child.failure.rstrip("."), where="", remedy="")
+        more = "What it wrote to stderr before may say more."
+        return Gpt2CupyError(what, where="serve", remedy=more)
+
     def _engine_ended(self, child: _Child, code: int) -> None:
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
             self._engine_store.set(name, 0)
@@ -210,12 +218,7 @@ class Supervisor:
         if self._stopping:
             return
         if not self._ever_ready:
-            why = child.failure or f"the engine process ended before it was ready, code {code}"
-            raise Gpt2CupyError(
-                why,
-                where="the engine process",
-                remedy="What it wrote to stderr before may say more.",
-            )
+            raise self._ended(child, f"the engine process ended before it was ready, code {code}")
         if time.monotonic() - child.since > _STEADY:
             self._failures = 0
         wait = _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
@@ -230,11 +233,7 @@ class Supervisor:
                 self._engine.end()
             return
         if not (child.started or self._ever_ready):
-            raise Gpt2CupyError(
-                child.failure or f"a front process ended at its start, code {code}",
-                where="a front process",
-                remedy="What it wrote to stderr before may say more.",
-            )
+            raise self._ended(child, f"a front process ended at its start, code {code}")
         self._store.add("gpt2cupy:front_restarts")
         self._say(f"front {child.number} ended ({code}); it is started again")
         self._start_front(child.number)

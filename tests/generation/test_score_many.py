@@ -166,6 +166,7 @@ def test_scores_of_prompts_have_the_most_probable_tokens(lm):
         (["a", 5], {}, "cannot be an int"),
         ([("a", 5)], {}, "must be integers|cannot be"),
         ([[10**6, 1]], {}, "outside the vocabulary"),
+        (("a", "b"), {}, "a pair by itself"),
         (["a"], {"window": 0}, "window=0"),
         (["a"], {"bos": 1}, "bos is 1"),
         (["a"], {"progress": 1}, "progress=1"),
