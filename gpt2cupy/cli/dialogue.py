@@ -92,7 +92,9 @@ class Dialogue:
     def _command(self, name: str, rest: str) -> None:
         if name not in self._commands:
             raise InputError(
-                f"there is no /{name}", remedy="Type /help for what there is, // for a text with /."
+                f"there is no /{name}",
+                where="the dialogue",
+                remedy="Type /help for what there is, // for a text with /.",
             )
         self._commands[name](rest)
 
@@ -102,7 +104,9 @@ class Dialogue:
 
     def _undo(self, _: str) -> None:
         if not self._before:
-            raise InputError("there is nothing to take back", remedy="Type a text.")
+            raise InputError(
+                "there is nothing to take back", where="the dialogue", remedy="Type a text."
+            )
         self.text = self._before.pop()
 
     def _set(self, rest: str) -> None:
@@ -112,6 +116,7 @@ class Dialogue:
         if name not in fields or not given:
             raise InputError(
                 f"/set {shown(rest)} is no setting with a value",
+                where="the dialogue",
                 remedy=f"Settings: {', '.join(sorted(fields))}.",
             )
         try:
