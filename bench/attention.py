@@ -5,8 +5,8 @@
 Every backend of scaled_dot_product_attention that takes a case is timed; the fastest is what
 ours is compared with (TF32 is off). Compiled it calls the same kernels. Timed are calls from
 Python and the GPU alone, with keys and values in L2 and not. A result outside the error rule
-has no speed. Attention of one token over a cache is timed beside a plain read of the same
-bytes. Needs PyTorch with CUDA (extra parity).
+has no speed. Attention of one token over a cache is timed beside a kernel that only reads
+the same bytes. Needs PyTorch with CUDA (extra parity).
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@
 // Bytes     2 lengths[b] NKV HS sizeof ELEM a sequence: query heads that share keys share one read
 // FLOPs     4 lengths[b] NH HS a sequence
 // Work      a block for a key head, a part of the keys and a sequence. The up to 16 query heads
-// that
-//           share keys are the rows of the left operand of mma.m16n8k16. Each warp has a pipeline
-//           of its own: STAGES tiles of KEYS keys and values in shared memory, filled by
+//           that share keys are the rows of the left operand of mma.m16n8k16. Each warp has a
+//           pipeline of its own: STAGES tiles of KEYS keys and values in shared memory, filled by
 //           cp.async. Copies in flight take no registers, so the memory stays busy while the warp
 //           multiplies. The states of the warps are merged in shared memory, those of blocks by
 //           decode_attention_merge.

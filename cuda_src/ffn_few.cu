@@ -7,8 +7,8 @@
 //
 // Shapes    x [N, C], N <= R; W1 [F, C]; b1 [F]; W2 [M, F]; partial [P, N, M]; b2 [M]; residual and
 //           y [N, M]; C, F and M multiples of 8
-// Dtypes    x, W1, b1 and W2 are ELEM; partial is float; b2, residual and y are ELEM or float
-//           (ffn_sum_f32)
+// Dtypes    x, W1, b1 and W2 are ELEM, fp16 or bf16; partial is float; b2, residual and y are ELEM,
+//           or float (ffn_sum_f32)
 // Bytes     (C + M) F sizeof ELEM, each read once, and 8 P N M of partial sums, which stay in L2
 // FLOPs     2 N F (C + M)
 // Work      a cluster of S blocks has a part of the hidden values. Each block makes a share of them
@@ -20,8 +20,6 @@
 //           skinny.cu: from a ring of its own in shared memory, which it fills `ahead` loads
 //           before (cp.async), also from W1 to W2. So while hidden values are added and sent, the
 //           memory does not wait.
-//           float takes mma.m16n8k8 and three products of TF32 parts, as linear_split.cu; sums of
-//           128 of K are added up by ordinary additions.
 //
 // Needs sm_90 for clusters and sm_80 (mma.m16n8k16) for S = 1, where a part is a block's.
 #include "dsmem.cuh"
@@ -37,7 +35,6 @@ constexpr int SPAN = 4 * VEC;        // inputs of a warp's load: 4 lanes along t
 constexpr int WARPS = 16;
 constexpr int THREADS = WARPS * WARP;
 constexpr int RING_BYTES = THREADS * 16;  // of a load of every lane
-constexpr int TOGETHER = 8;               // loads of which the sums are added up at once
 constexpr int SUMS = 96;                  // rows of tiles of hidden values whose sums are kept
 constexpr int SUM_BYTES = SUMS * WARPS * TILE * 4;
 
@@ -55,26 +52,16 @@ __device__ inline int pitch(int length) {
 }
 
 // d [16, 8] += a w^T for 16 bytes of a lane's rows of x, `across` and `across` + 8, and of W.
-template <typename T>
 __device__ inline void add_product(float (&d)[2][4],
-                                   const Vec<T, VEC>& a,
-                                   const Vec<T, VEC>& a8,
-                                   const Vec<T, VEC>& w) {
+                                   const Piece& a,
+                                   const Piece& a8,
+                                   const Piece& w) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     unsigned x[4] = {word(a, half * 2), word(a8, half * 2), word(a, half * 2 + 1),
                      word(a8, half * 2 + 1)};
     unsigned w0 = word(w, half * 2), w1 = word(w, half * 2 + 1);
-    if constexpr (sizeof(T) == 2) {
-      mma<T>(d[half], x, w0, w1);
-    } else {
-      unsigned low[4], w0_low = tf32_split(w0), w1_low = tf32_split(w1);
-#pragma unroll
-      for (int i = 0; i < 4; i++) low[i] = tf32_split(x[i]);
-      mma_tf32(d[half], low, w0, w1);
-      mma_tf32(d[half], x, w0_low, w1_low);
-      mma_tf32(d[half], x, w0, w1);
-    }
+    mma<elem_t>(d[half], x, w0, w1);
   }
 }
 
@@ -282,7 +269,6 @@ __device__ inline void few(const elem_t* x,
       slot += RING_BYTES;
       if (slot == loader.ring_end) slot = loader.ring;
       load();
-      if (sizeof(elem_t) == 4 && chunk % TOGETHER == TOGETHER - 1) add_up();
     }
     add_up();
   };

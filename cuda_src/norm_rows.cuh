@@ -7,9 +7,8 @@
 // the rounded sum that is normalised.
 //
 // Work      a row has 1, 2, 4, 8 or 16 warps, each a stretch of it in pieces of 16 bytes of the
-// wider
-//           type, and lies in their registers as it is stored. One warp needs no barrier of its
-//           block; several are sooner done with the few rows that leave the chip idle.
+//           wider type, and lies in their registers as it is stored. One warp needs no barrier of
+//           its block; several are sooner done with the few rows that leave the chip idle.
 // Order     a lane adds up its pieces by a tree, then warps of a row, lane by lane, by the levels
 //           of the same tree above those, then lanes by shuffles. So a row's bits follow from C
 //           alone, and neither from the other rows nor from how many warps it has. The mean is

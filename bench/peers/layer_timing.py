@@ -155,7 +155,7 @@ def measure(layer: str, size: str, tokens: int, dtype: str, runs: int) -> dict[s
 
 
 def read_time(sets: list[dict[str, Any]], runs: int) -> dict[str, float]:
-    """A plain read of the matrices of each set, one set after the other."""
+    """A kernel that only reads the matrices of each set, one set after the other."""
     reader = Reader()
     arrays = [[view(t) for t in w.values() if t.dim() == 2] for w in sets]
     calls = [lambda a=a: [reader.read(each) for each in a] for a in arrays]
