@@ -107,8 +107,8 @@ def ffn(
     backend : {"auto", "products", "fused"}
         On the GPU "products" is two calls of :func:`linear`. With "fused" one kernel makes both
         products of up to 16 rows of fp16 or bf16 and keeps the hidden values in shared memory; a
-        second adds the partial sums of its clusters (ffn_few.cu, sm_80 and newer). "auto" takes that for up to 8
-        rows with weights of 32 MiB and more, where it can.
+        second adds the partial sums of its clusters (ffn_few.cu, sm_80 and newer). "auto" takes
+        that for up to 8 rows with weights of 32 MiB and more, where it can.
 
     Returns
     -------
