@@ -84,7 +84,7 @@ class CompileError(DeviceError):
 
 
 class DeviceMemoryError(DeviceError, MemoryError):
-    """The GPU has too little free memory for what was asked."""
+    """The GPU, or this machine, has too little free memory for what was asked."""
 
 
 class NonFiniteError(Gpt2CupyError, ArithmeticError):

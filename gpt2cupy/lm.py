@@ -7,7 +7,6 @@ import itertools
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -17,7 +16,7 @@ from .errors import InputError, NoTokenizerError, kind_of, shown
 from .generation import continuations, lists, prompts, scoring
 from .generation.asynchronous import Owner
 from .generation.batch import Batch, BatchSummary
-from .generation.batch_file import BatchInput, BatchOutput
+from .generation.batch_file import BatchInput, BatchOutput, path_of
 from .generation.generation_config import GenerationConfig
 from .generation.session import Session
 from .generation.text import Completion, GrowingText, Piece, Score
@@ -468,8 +467,8 @@ class LanguageModel:
         self._session.check_open()
         slots = self.most_slots if max_batch is None else max_batch
         slots = lists.check_max_batch(slots)
-        given = BatchInput(Path(requests))
-        with BatchOutput(Path(answers), given, self.name) as output:
+        given = BatchInput(path_of(requests, "requests"))
+        with BatchOutput(path_of(answers, "answers"), given, self.name) as output:
             batch = Batch(self._session, self._encoder, self.name, given, output, slots)
             before = batch.summary.before
             with lists.bar(progress, len(given), long=True, unit="request", initial=before) as done:

@@ -30,6 +30,8 @@ def resolve_device(device: str) -> tuple[str, int]:
     A GPU that is there and cannot be used is an error, and under "auto" a
     warning; no GPU or no CuPy is neither.
     """
+    if not isinstance(device, str):  # torch.device is spelled as ours are
+        device = str(device) if hasattr(device, "type") else shown(device)
     if device == "auto":
         try:
             return "cuda", _usable(0)
@@ -40,7 +42,7 @@ def resolve_device(device: str) -> tuple[str, int]:
             return "cpu", 0
     if device == "cpu":
         return "cpu", 0
-    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", str(device), re.ASCII)
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", device, re.ASCII)
     if match is None:
         raise InputError(
             f"unknown device {shown(device)}",

@@ -84,7 +84,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def check_kind(quantize: str | None) -> str | None:
     """``quantize`` if it is one of :data:`KINDS`."""
-    if quantize not in KINDS:
+    if quantize is not None and not (isinstance(quantize, str) and quantize in KINDS):
         raise InputError(
             f"unknown quantization {shown(quantize)}",
             where="quantize",

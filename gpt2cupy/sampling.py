@@ -223,6 +223,8 @@ class SamplingParams:
         self._set("stop", tuple(map(_plain, stop)))
         if not all(isinstance(each, str) and each for each in self.stop):
             self._refuse("stop", "non-empty strings")
+        if any(map(_has_surrogate, self.stop)):  # no text that a tokenizer gives has one
+            self._refuse("stop", "strings without lone surrogates, which no text contains")
 
     def _check_ends(self) -> None:
         eos = self.eos_token_id
@@ -252,7 +254,8 @@ class SamplingParams:
             )
 
     def _check_speculation(self) -> None:
-        if self.speculate not in (None, "ngram"):
+        speculate = self.speculate
+        if speculate is not None and not (isinstance(speculate, str) and speculate == "ngram"):
             self._refuse("speculate", "'ngram' or None")
         if self.speculate and self.counts_tokens:
             raise InputError(
@@ -343,6 +346,10 @@ def _plain(value: Any) -> Any:
     """NumPy's scalar as Python's."""
     scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if scalar else value
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _is_iterable(value: Any) -> bool:

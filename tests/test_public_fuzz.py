@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -153,6 +156,59 @@ def test_generation_config(fields):
     found = tried(GenerationConfig.from_dict, fields, CONFIG)
     if found is not None:
         tried(lambda: SamplingParams(**found.settings))
+
+
+# What hypothesis meets by luck only: each argument with each kind of value, once.
+ODD = [
+    None, True, -1, 0, 1.5, math.nan, 2**64, "", "x", "\ud800", b"x", (), [3], [[3]], ["\ud800"],
+    {"a": 1}, {3: "x"}, np.array([3, 4]), np.array([[3], [4]]), np.array([]), np.array(3),
+    np.array(["a", "b"]), np.float32(0.5), object(), iter([3]), lambda: 0, range(2),
+]  # fmt: skip
+
+
+def arguments(call):
+    return [name for name in inspect.signature(call).parameters if name not in ("self", "options")]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_odd_values_of_sampling_params(lm, name):
+    for value in ODD:
+        if not callable(value):  # a logits_processor's own errors are the caller's
+            tried(lm.generate, "he", **{"max_new_tokens": 1, name: value})
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "agenerate", "astream", "score", "batch"])
+def test_odd_values_of_methods(lm, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # odd paths are written there
+    call = getattr(lm, method)
+    files = {"requests": tmp_path / "in.jsonl", "answers": tmp_path / "out.jsonl"}
+    files["requests"].touch()
+    first = arguments(call)
+    usual = files if method == "batch" else {first[0]: "he"}
+    if "params" in first:
+        usual["params"] = SamplingParams(max_new_tokens=1)
+    for name in first:
+        for value in ODD:
+            if name == first[0] and (callable(value) or isinstance(value, str)):
+                continue
+            found = tried(call, **(usual | {name: value}))
+            if inspect.iscoroutine(found):
+                tried(asyncio.run, found)
+            elif inspect.isasyncgen(found):
+                tried(asyncio.run, drained(found))
+            elif isinstance(found, Iterator):
+                tried(list, found)
+
+
+async def drained(pieces):
+    return [piece async for piece in pieces]
+
+
+@pytest.mark.parametrize("name", arguments(gpt2cupy.load))
+def test_odd_values_of_load(name):
+    for value in ODD:
+        if value is not None or name == "name_or_path":
+            tried(gpt2cupy.load, **({"name_or_path": "/nowhere", "device": "cpu"} | {name: value}))
 
 
 @pytest.mark.parametrize("logprob", [-800.0, -math.inf])

@@ -50,6 +50,18 @@ def custom_id_of(found: Any) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def path_of(given: Any, argument: str) -> Path:
+    """The path that was passed as an argument."""
+    with contextlib.suppress(TypeError, UnicodeEncodeError):
+        if b"\0" not in os.fsencode(given):
+            return Path(os.fsdecode(given))
+    raise InputError(
+        f"{argument}={shown(given)} is no path",
+        where=argument,
+        remedy="Pass a string or a pathlib.Path.",
+    )
+
+
 def _digest(custom_id: str | None) -> int:
     """64 bits of a name; 0 for none."""
     if custom_id is None:

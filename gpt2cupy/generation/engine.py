@@ -82,7 +82,10 @@ class Engine:
         self.stream: Any = contextlib.nullcontext()
         self._lead = (0 if model.xp is np else LEAD) if lead is None else _checked_lead(lead)
         if model.xp is np:
-            self._allocate(slots, capacity, decode)
+            try:
+                self._allocate(slots, capacity, decode)
+            except MemoryError as error:
+                raise memory_error(error, f"a cache of {slots} slots", "this machine") from error
             return
         cupy = model.xp
         # The device first: a stream belongs to the one that is current when it is made.

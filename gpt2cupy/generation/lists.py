@@ -21,6 +21,7 @@ from .continuations import Groups
 from .prompts import PromptEncoder
 from .request import Request
 
+MAX_BATCH = 65536
 Params = SamplingParams | Iterable[SamplingParams] | None
 
 
@@ -227,11 +228,11 @@ class ScoredEncoder:
 def check_max_batch(max_batch: Any) -> int:
     """Sequences generated at once, checked."""
     whole = isinstance(max_batch, int | np.integer) and not isinstance(max_batch, bool)
-    if not whole or max_batch < 1:
+    if not whole or not 1 <= max_batch <= MAX_BATCH:
         raise InputError(
             f"max_batch={shown(max_batch)} is impossible",
             where="max_batch",
-            remedy="It must be an integer, 1 or more.",
+            remedy=f"It must be an integer from 1 to {MAX_BATCH}.",
         )
     return int(max_batch)
 

@@ -155,13 +155,13 @@ def device_arch(device: int) -> str:
     return f"sm_{capability}"
 
 
-def memory_error(error: BaseException, what: str) -> DeviceMemoryError:
-    """The error for an allocation that the GPU refused."""
+def memory_error(error: BaseException, what: str, whose: str = "the GPU") -> DeviceMemoryError:
+    """The error for an allocation that was refused."""
     return DeviceMemoryError(
-        f"the GPU has too little free memory for {what}: {error}",
-        where="GPU memory",
-        remedy="Use a smaller model or dtype, run fewer sequences at once, or close other "
-        "programs on this GPU.",
+        f"{whose} has too little free memory for {what}: {error}",
+        where="memory",
+        remedy="Use a smaller model or dtype, run fewer sequences at once (max_batch), or close "
+        f"other programs on {whose}.",
     )
 
 
