@@ -12,6 +12,7 @@ from typing import Any
 from ..tokenizer import Tokenizer
 from . import prompts, scoring
 from .collect import Collector
+from .progress import bar
 from .request import Request, Token
 from .results import Block, tokens_of
 from .session import Session
@@ -222,7 +223,7 @@ def complete(
     groups: list[list[Request]],
     slots: int,
     given: list[Any],
-    done: Callable[[int], object],
+    progress: bool | None,
     *,
     single: bool,
 ) -> Any:
@@ -230,10 +231,12 @@ def complete(
 
     Parameters
     ----------
-    session, tokenizer, groups, slots, done
+    session, tokenizer, groups, slots
         As :func:`completions` takes them.
     given : list
         The prompts, for errors.
+    progress : bool, optional
+        As :func:`bar` takes it.
     single : bool
         Whether they are one, not in a list.
 
@@ -242,7 +245,9 @@ def complete(
     NonFiniteError
         If logits are not finite; the other requests are finished first.
     """
-    found = list(completions(session, tokenizer, groups, slots, done))
+    count = sum(map(len, groups))
+    with bar(progress, count, long=count > slots) as done:
+        found = list(completions(session, tokenizer, groups, slots, done))
     return as_given(session, groups, found, given, single=single)
 
 
@@ -284,7 +289,7 @@ def one_by_one(
     tokenizer: Tokenizer,
     groups: Groups,
     slots: int,
-    done: Callable[[int], object],
+    progress: bool | None,
 ) -> Iterator[Any]:
     """What ``generate`` yields for an iterator of prompts: a completion, or ``n``, of each.
 
@@ -293,7 +298,8 @@ def one_by_one(
     NonFiniteError
         In place of the completion whose logits are not finite.
     """
-    for number, texts in enumerate(completions(session, tokenizer, groups, slots, done)):
-        if any(each.finish_reason == "error" for each in texts):
-            raise scoring.non_finite(session.model, f"prompt {number}", failed=((number, 0),))
-        yield texts if len(texts) > 1 else texts[0]
+    with bar(progress, None, long=False) as done:
+        for number, texts in enumerate(completions(session, tokenizer, groups, slots, done)):
+            if any(each.finish_reason == "error" for each in texts):
+                raise scoring.non_finite(session.model, f"prompt {number}", failed=((number, 0),))
+            yield texts if len(texts) > 1 else texts[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import GPT2Config
-from ..errors import ConfigError, Gpt2CupyError, InputError, kind_of, shown
+from ..errors import ConfigError, Gpt2CupyError, InputError, kind_of, not_a_flag, shown
 from ..ids import as_host, check_tokens
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
@@ -33,14 +33,22 @@ class PromptEncoder:
     tokenizer : Tokenizer
     config : GPT2Config
     generation : GenerationConfig
+    defaults_from_file : bool
+        Whether the defaults are those of ``generation`` where a call does not say.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: GPT2Config, generation: GenerationConfig
+        self,
+        tokenizer: Tokenizer,
+        config: GPT2Config,
+        generation: GenerationConfig,
+        *,
+        defaults_from_file: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.generation = generation
+        self._defaults_from_file = defaults_from_file
 
     @property
     def bos_token_id(self) -> int:
@@ -81,6 +89,12 @@ class PromptEncoder:
             )
         return check_tokens(ids, self.config)
 
+    def from_file(self, asked: bool | None) -> bool:
+        """Whether a call's defaults are those of generation_config.json."""
+        if asked is not None and not isinstance(asked, bool | np.bool_):
+            raise not_a_flag("generation_config", asked)
+        return self._defaults_from_file if asked is None else bool(asked)
+
     def params(
         self, params: SamplingParams | None, options: dict[str, Any], from_file: bool
     ) -> SamplingParams:
@@ -94,10 +108,10 @@ class PromptEncoder:
             Whether the defaults are those of generation_config.json.
         """
         if params is None and from_file:
-            params = self._from_file()
+            params = self._file_params()
         return with_options(params, options)
 
-    def _from_file(self) -> SamplingParams:
+    def _file_params(self) -> SamplingParams:
         """The settings of generation_config.json; what it asks that we lack is a warning."""
         found = self.generation
         if found.lacking:
@@ -267,14 +281,14 @@ def with_options(params: SamplingParams | None, options: dict[str, Any]) -> Samp
 
 
 def warn_of_idle(settings: Iterable[SamplingParams]) -> None:
-    """Warn the caller's caller of settings that change nothing in greedy decoding."""
+    """Warn who called LanguageModel of settings that change nothing in greedy decoding."""
     idle = dict.fromkeys(name for params in settings for name in params.without_effect())
     if idle:
         verb = "does" if len(idle) == 1 else "do"
         warnings.warn(
             f"{', '.join(idle)} {verb} nothing without a temperature: decoding is greedy",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
