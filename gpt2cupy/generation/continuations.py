@@ -10,9 +10,10 @@ from itertools import chain
 from typing import Any
 
 from ..tokenizer import Tokenizer
-from . import prompts, scoring
+from . import scoring
 from .collect import Collector
 from .progress import bar
+from .prompt_forms import place_of
 from .request import Request, Token
 from .results import Block, tokens_of
 from .session import Session
@@ -276,7 +277,7 @@ def as_given(
     result = kept[0] if single else kept
     if failed:
         number, place = failed[0]
-        where = [] if single else [prompts.place_of(number, given[number])]
+        where = [] if single else [place_of(number, given[number])]
         where += [f"continuation {place}"] if len(groups[number]) > 1 else []
         raise scoring.non_finite(
             session.model, ", ".join(where), completions=result, failed=tuple(failed)

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..errors import InputError, shown
 from ..sampling import SamplingParams
-from . import prompts
 from .continuations import Groups
-from .prompts import PromptEncoder
+from .prompt_forms import is_one, several
+from .prompts import PromptEncoder, warn_of_idle
 from .request import Request
 
 MAX_BATCH = 65536
@@ -95,8 +95,8 @@ def asked(
 
     shared = not isinstance(params, list | tuple | Iterator)  # anything else is refused below
     lazy = isinstance(prompt, Iterator)
-    single = not lazy and prompts.is_one(prompt)
-    given = [] if lazy else [prompt] if single else prompts.several(prompt)
+    single = not lazy and is_one(prompt)
+    given = [] if lazy else [prompt] if single else several(prompt)
     known: list[SamplingParams] = []  # the different settings, for a warning
     if shared:
         known = [whole(params)]  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def asked(
         known = list({id(each): each for each in own}.values())
         groups = encoder.groups(given, own, single=single)
     groups = groups if lazy else list(groups)
-    prompts.warn_of_idle(known)
+    warn_of_idle(known)
     return Asked(groups, given, single, slots)
 
 

@@ -14,11 +14,13 @@ from ..errors import InputError, NoTokenizerError, not_a_flag
 from ..ids import check_tokens
 from ..model import GPT2
 from ..tokenizer import Tokenizer
-from . import prompts, scoring
+from . import scoring
 from .progress import bar
+from .prompt_forms import is_one, place_of, several, to_ids
 from .prompts import PromptEncoder
 from .session import Session
 from .text import Score
+from .windows import check_window
 
 _LONG = 1000  # texts of a list that are worth a progress bar
 
@@ -45,7 +47,7 @@ def score(
     session.check_open()
     if not isinstance(bos, bool | np.bool_):
         raise not_a_flag("bos", bos)
-    size = scoring.check_window(window, stride, encoder.config)
+    size = check_window(window, stride, encoder.config)
     encode = ScoredEncoder(encoder.tokenizer, encoder.config, _before(encoder, bos))
     if isinstance(text, Iterator):
         tokens = map(encode.numbered, itertools.count(), text)
@@ -56,8 +58,8 @@ def score(
             where="score: text",
             remedy="Write [(context, continuation)] for a pair, and a list for two texts.",
         )
-    single = prompts.is_one(text)
-    given = [text] if single else prompts.several(text)
+    single = is_one(text)
+    given = [text] if single else several(text)
     # Made while the GPU runs those before: an error may come after some passes.
     each = (encode(text),) if single else map(encode.numbered, itertools.count(), given)
     with bar(progress, len(given), long=len(given) > _LONG) as done:
@@ -65,7 +67,7 @@ def score(
     failed = tuple((i, 0) for i, score in enumerate(found) if score is None)
     result = found[0] if single else found
     if failed:
-        where = "score" if single else prompts.place_of(failed[0][0], given[failed[0][0]])
+        where = "score" if single else place_of(failed[0][0], given[failed[0][0]])
         raise scoring.non_finite(session.model, where, completions=result, failed=failed)
     return result
 
@@ -153,7 +155,7 @@ class ScoredEncoder:
         try:
             return self(given)
         except InputError as error:
-            place = prompts.place_of(number, given)
+            place = place_of(number, given)
             raise InputError(error.what, where=place, remedy=error.remedy) from error
 
     def __call__(self, given: Any) -> tuple[np.ndarray, int]:
@@ -168,7 +170,7 @@ class ScoredEncoder:
             ids, scored = self._pair(*given)
             first = len(self._before) + len(ids) - scored
         else:
-            ids = list(prompts.to_ids(given, self._tokenizer))
+            ids = list(to_ids(given, self._tokenizer))
             first = max(len(self._before), 1)
         tokens = check_tokens([*self._before, *ids], self._config)
         if first >= len(tokens):
@@ -184,8 +186,8 @@ class ScoredEncoder:
     def _pair(self, context: Any, continuation: Any) -> tuple[list[int], int]:
         """Ids of both, and how many of them the continuation has."""
         if not (isinstance(context, str) and isinstance(continuation, str)):
-            after = list(prompts.to_ids(continuation, self._tokenizer))
-            return [*prompts.to_ids(context, self._tokenizer), *after], len(after)
+            after = list(to_ids(continuation, self._tokenizer))
+            return [*to_ids(context, self._tokenizer), *after], len(after)
         ids = self._tokenizer.encode(context + continuation)
         # From the end on, as many tokens as have the bytes of the continuation.
         size, count = len(continuation.encode("utf-8", "surrogatepass")), 0

@@ -10,7 +10,8 @@ import numpy as np
 from ..errors import InputError
 from ..generation.asynchronous import Owner
 from ..generation.generation_config import GenerationConfig
-from ..generation.prompts import PromptEncoder, only_ids
+from ..generation.prompt_forms import only_ids
+from ..generation.prompts import PromptEncoder
 from ..generation.session import Session
 from ..generation.text import GrowingText
 from ..ids import check_tokens
