@@ -17,7 +17,7 @@
 //           cluster's columns of W2, a warp by itself eight of them at a time.
 //           In mma.m16n8k16 the rows of x are the 16 (with R = 8 half of them) and the rows of W
 //           the 8, and a lane loads 16 bytes of a row of W and uses them as they lie, as in
-//           skinny.cu: from a ring of its own in shared memory, which it fills `ahead` loads
+//           skinny.cu: from a pipeline of its own in shared memory, which it fills `ahead` loads
 //           before (cp.async), also from W1 to W2. So while hidden values are added and sent, the
 //           memory does not wait.
 //
@@ -34,8 +34,8 @@ constexpr int VEC = WIDEST<elem_t>;  // inputs of a lane's load
 constexpr int SPAN = 4 * VEC;        // inputs of a warp's load: 4 lanes along the row, 8 rows
 constexpr int WARPS = 16;
 constexpr int THREADS = WARPS * WARP;
-constexpr int RING_BYTES = THREADS * 16;  // of a load of every lane
-constexpr int SUMS = 96;                  // rows of tiles of hidden values whose sums are kept
+constexpr int STAGE_BYTES = THREADS * 16;  // of a load of every lane
+constexpr int SUMS = 96;                   // rows of tiles of hidden values whose sums are kept
 constexpr int SUM_BYTES = SUMS * WARPS * TILE * 4;
 
 using Piece = Vec<elem_t, VEC>;
@@ -81,7 +81,7 @@ struct Loader {
   const elem_t* row;
   size_t next;  // elements to the next row
   int rows;     // that are left
-  unsigned slot, ring, ring_end;
+  unsigned stage, stages, stages_end;
 
   __device__ void begin(
       const elem_t* first, size_t to_next, int count, int chunks, int stride, int left) {
@@ -95,10 +95,10 @@ struct Loader {
   }
   // Whether rows are left afterwards.
   __device__ bool load() {
-    cp_async_or_zero(slot, from, k < length && rows > 0);
+    cp_async_or_zero(stage, from, k < length && rows > 0);
     cp_async_commit();
-    slot += RING_BYTES;
-    if (slot == ring_end) slot = ring;
+    stage += STAGE_BYTES;
+    if (stage == stages_end) stage = stages;
     k += step;
     from += step;
     if (k < end) return true;
@@ -190,7 +190,7 @@ __device__ inline void few(const elem_t* x,
   extern __shared__ __align__(128) unsigned char memory[];
   int longest = ((F / TILE + parts - 1) / parts) * TILE;
   int x_pitch = pitch(C), h_pitch = pitch(longest);
-  elem_t* rows_of_x = reinterpret_cast<elem_t*>(memory + ahead * RING_BYTES);
+  elem_t* rows_of_x = reinterpret_cast<elem_t*>(memory + ahead * STAGE_BYTES);
   elem_t* rows_of_h = rows_of_x + N * x_pitch;
   auto sums = reinterpret_cast<float (*)[WARPS][MOST][TILE]>(rows_of_h + N * h_pitch);
 
@@ -213,8 +213,8 @@ __device__ inline void few(const elem_t* x,
   const elem_t* first1 = w1 + (size_t)((cluster.first + own.first) * TILE + across) * C + place1;
   const elem_t* first2 = w2 + (size_t)((outputs.first + warp) * TILE + across) * F + f0 + place2;
   Loader loader;
-  loader.ring = loader.slot = shared_address(memory) + threadIdx.x * 16;
-  loader.ring_end = loader.ring + ahead * RING_BYTES;
+  loader.stages = loader.stage = shared_address(memory) + threadIdx.x * 16;
+  loader.stages_end = loader.stages + ahead * STAGE_BYTES;
   bool second = own.count == 0;
   auto begin2 = [&] {
     second = true;
@@ -244,7 +244,7 @@ __device__ inline void few(const elem_t* x,
   __syncthreads();
 
   float d[2][4] = {}, total[4] = {};
-  unsigned slot = loader.ring;
+  unsigned stage = loader.stages;
   auto add_up = [&] {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -263,11 +263,11 @@ __device__ inline void few(const elem_t* x,
           "ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
           : "=r"(reinterpret_cast<unsigned*>(&w)[0]), "=r"(reinterpret_cast<unsigned*>(&w)[1]),
             "=r"(reinterpret_cast<unsigned*>(&w)[2]), "=r"(reinterpret_cast<unsigned*>(&w)[3])
-          : "r"(slot)
+          : "r"(stage)
           : "memory");
       add_product(d, a, a8, w);
-      slot += RING_BYTES;
-      if (slot == loader.ring_end) slot = loader.ring;
+      stage += STAGE_BYTES;
+      if (stage == loader.stages_end) stage = loader.stages;
       load();
     }
     add_up();

@@ -310,20 +310,19 @@ def test_what_only_a_gpu_refuses(rows, kind):
 )
 def test_a_plan_of_the_fused_kernel_fits_the_chip(rows, inner, hidden, outputs, chip):
     sizes, dtype = (inner * 8, hidden * 8, outputs * 8), np.dtype(np.float16)
-    itemsize = dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ffn_few, "shared_limit", lambda: chip[0])
         patch.setattr(ffn_few, "sm_count", lambda: chip[1])
         patch.setattr(ffn_few, "has_mma", lambda: True)
         patch.setattr(ffn_few, "has_clusters", lambda: chip[1] == 132)
-        ahead, shared = ffn_few._plan(rows, sizes, itemsize)
+        ahead, shared = ffn_few._plan(rows, sizes)
         parts = ffn_few.parts(sizes[1])
         fits = ffn_few.fits(rows, sizes, dtype)
     assert 1 <= parts <= hidden and parts <= chip[1]
-    assert fits == (sizes[0] * itemsize >= 1024 and shared + 256 <= chip[0])
-    # A ring of 8 KiB for each load ahead, the rows, and 48 KiB of sums.
+    assert fits == (sizes[0] * 2 >= 1024 and shared + 256 <= chip[0])
+    # 8 KiB for each load ahead, the rows, and 48 KiB of sums.
     longest = -(-hidden // parts) * 8
-    assert shared >= ahead * 8192 + rows * (sizes[0] + longest) * itemsize + 49152
+    assert shared >= ahead * 8192 + rows * (sizes[0] + longest) * 2 + 49152
     assert ahead in (4, 8, 12)
 
 
