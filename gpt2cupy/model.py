@@ -51,7 +51,7 @@ class GPT2:
     decode_path : {"auto", "eager", "graph", "persistent"}
         How engines made later run a step of this model; "auto" is the fastest.
     shifts : NormShifts
-        What steps of one row have beside the weights.
+        Products of norm biases and weights, computed once for steps of one row.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class GPT2:
         return self.logits(x, work, logits)
 
     def prepare_step(self, rows: int) -> None:
-        """Make what :meth:`decode` with so many rows is faster with; not while it is recorded."""
+        """Compute what speeds up :meth:`decode` with so many rows; not while it is recorded."""
         if rows == 1:
             self.shifts.record(self.xp)
             self.shifts.make(self.xp)
@@ -343,8 +343,8 @@ class GPT2:
         """Hidden states of every layer: ids [B, T] -> float32 [L + 1, B, T, C].
 
         What transformers gives for ``output_hidden_states``: first the embeddings,
-        then the residual stream after each layer; the last, after layer L, is also
-        after the last norm, and as fine as the weights' dtype.
+        then the residual stream after each layer. The last one has the last norm
+        applied too, and the precision of the weights' dtype.
 
         Raises
         ------

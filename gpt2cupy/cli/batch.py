@@ -17,7 +17,7 @@ def batch(
     answers: Annotated[
         Path,
         typer.Argument(
-            help="File of answers; one that is not complete is gone on with.", metavar="OUT.JSONL"
+            help="File of answers; an incomplete one is continued.", metavar="OUT.JSONL"
         ),
     ],
     model: options.Model = "shakespeare",

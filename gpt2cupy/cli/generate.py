@@ -75,7 +75,7 @@ def generate(
         ),
     ] = None,
     min_new_tokens: Annotated[
-        int | None, typer.Option(help="No end of the text before that many.")
+        int | None, typer.Option(help="The text does not end before that many.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0, the default, is greedy: no chance.")
@@ -88,17 +88,19 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Least probability, of the best one's. 0, the default, is off."),
+        typer.Option(
+            help="Drop tokens below this share of the best one's probability. 0, the default, is off."
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(help="Against tokens of prompt and text. 1, the default, is off."),
+        typer.Option(help="Penalty on tokens of prompt and text. 1, the default, is off."),
     ] = None,
     presence_penalty: Annotated[
         float | None, typer.Option(help="Against tokens of the text. 0, the default, is off.")
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="The same, each time. 0, the default, is off.")
+        float | None, typer.Option(help="The same for each occurrence. 0, the default, is off.")
     ] = None,
     logit_bias: Annotated[
         list[str] | None,

@@ -22,7 +22,7 @@ def info(
     adapter: options.Adapter = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="What each kernel of the model takes of the GPU."),
+        typer.Option("--kernels", help="Registers, shared memory and occupancy of each kernel."),
     ] = False,
     arch: Annotated[
         str | None,

@@ -14,7 +14,8 @@ from .generate import Gemv
 def serve(
     model: options.Model = "shakespeare",
     served_name: Annotated[
-        str | None, typer.Option("--served-name", help="What requests call it; --model's word.")
+        str | None,
+        typer.Option("--served-name", help="Name of the model in requests; by default --model."),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",

@@ -48,8 +48,8 @@ class LanguageModel(TextGenerator):
         Each line of ``requests`` is an object with ``custom_id``, ``method`` ("POST"), ``url``
         ("/v1/completions") and ``body``; docs/batch.md has the fields of a body. Each line of
         ``answers`` has the ``custom_id``, the ``response`` and the ``error`` of one, in the order
-        in which they come. A file of answers that is not complete is gone on with. Memory grows
-        by nine bytes a request.
+        in which they come. An incomplete file of answers is continued. Memory grows by nine bytes
+        a request.
 
         Parameters
         ----------

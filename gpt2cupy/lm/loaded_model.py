@@ -76,7 +76,7 @@ class LoadedModel:
 
     @property
     def most_slots(self) -> int:
-        """Sequences that may well be generated at once: what :meth:`batch` takes by default.
+        """Sequences to generate at once, as :meth:`batch` takes them by default.
 
         16 on the CPU; on a GPU a power of two up to 256 that fits half of its free memory.
         """

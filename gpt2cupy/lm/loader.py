@@ -47,23 +47,23 @@ def load(
     adapter : str, optional
         Folder or hub id of a LoRA adapter of PEFT, which is merged into the weights.
     tokenizer : str or Tokenizer, optional
-        Folder or llm.c tokenizer file; by default the checkpoint's own. Without one
-        that can be read the model takes and returns token ids, and text raises.
+        Folder or llm.c tokenizer file; by default the checkpoint's own. If none can be
+        read, the model takes and returns token ids, and text raises.
     batch_invariant : bool
-        Make the bits of what comes out for a prompt the same whatever runs beside it and
-        in however many slots; see docs/batch-invariance.md for what it costs.
+        Give a prompt's results the same bits whatever runs beside it and however many slots
+        there are; docs/batch-invariance.md says what that costs.
     quantize : {None, "int8"}
-        "int8" holds the matrices in a byte per weight; ``dtype`` is that of all else,
-        of activations and cache. The CPU computes with the same rounded weights in
-        float32.
+        "int8" holds the matrices in a byte per weight; ``dtype`` then is that of everything
+        else, such as activations and cache. The CPU computes with the same rounded weights
+        in float32.
     generation_config : bool
         Take the defaults of :class:`SamplingParams` from the checkpoint's
-        generation_config.json, and warn of what it asks that is not supported. Which
-        tokens end a text is read from it in any case.
+        generation_config.json, and warn of its settings that are not supported. The tokens
+        that end a text are read from it in any case.
     prefix_cache : bool
-        Let a prompt take its beginning from an earlier call's, as far as it is still in
-        memory: for dialogues. A second call may then have other last bits than the first.
-        Prompts of one call share what they begin with in any case.
+        Let a prompt reuse the beginning that it shares with a prompt of an earlier call, as
+        far as that is still in memory: for dialogues. A second call may then differ from the
+        first in its last bits. Prompts of one call share their beginnings in any case.
 
     Raises
     ------
