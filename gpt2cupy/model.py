@@ -12,7 +12,7 @@ import numpy as np
 from . import loading, ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import InputError, shown
+from .errors import InputError, not_a_flag, shown
 from .ids import check_ids
 from .ops.quantized import scratch_size
 from .shifts import NormShifts, Pair
@@ -27,11 +27,7 @@ _UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
 def check_batch_invariant(value: bool) -> None:
     """Raise InputError unless it is True or False; before anything is downloaded."""
     if not isinstance(value, bool):
-        raise InputError(
-            f"batch_invariant is {shown(value)}",
-            where="batch_invariant",
-            remedy="Use True or False.",
-        )
+        raise not_a_flag("batch_invariant", value)
 
 
 class GPT2:

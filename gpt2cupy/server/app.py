@@ -14,7 +14,7 @@ import msgspec
 from .._version import __version__
 from ..errors import Gpt2CupyError, InputError, NoTokenizerError
 from ..generation.completion_request import CompletionParser, CompletionRequest
-from ..generation.prompts import only_ids
+from ..generation.prompt_forms import only_ids
 from ..ids import check_tokens
 from . import metrics
 from .answers import Answer

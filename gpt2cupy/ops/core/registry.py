@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 import numpy as np
 
 from .launch import is_device_array
-from .plan import planned
+from .planned import planned
 from .tape import without_plans
 
 Array = Any
