@@ -25,27 +25,27 @@ from gpt2cupy import record
 from gpt2cupy.errors import InputError
 
 SIZES = "--model 124M,355M,774M,1558M --dtype float16"
-# A record -> the script that makes it; what most readers look at comes first.
+# A record -> the script that makes it; what most documents are made from comes first.
 COMMANDS = {
     "gpu-tests": "tools/gpu_test.py -p no:benchmark -n auto",
-    "decode": "bench/decode.py",
     "generate": "bench/generate.py",
+    "server": "bench/server.py",
+    "layers": "bench/layers.py",
+    "ops": "bench/ops.py",
+    "attention": "bench/attention.py",
+    "call-cost": "bench/call_cost.py",
+    "decode": "bench/decode.py",
     "batches": "bench/batches.py",
     "prefill": "bench/prefill.py",
     "startup": "bench/startup.py",
-    "decode-sizes": f"bench/decode.py {SIZES} --batch 1,4 --gemv ours",
-    "decode-int8": f"bench/decode.py {SIZES} --batch 1,16 --quantize int8 --decode graph",
-    "server": "bench/server.py",
-    "server-front": "bench/server_front.py",
-    "ops": "bench/ops.py",
-    "call-cost": "bench/call_cost.py",
-    "attention": "bench/attention.py",
-    "layers": "bench/layers.py",
     "batch": "bench/batch.py",
     "arrivals": "bench/arrivals.py",
     "scoring": "bench/scoring.py",
     "prefixes": "bench/prefixes.py",
     "speculation": "bench/speculation.py",
+    "server-front": "bench/server_front.py",
+    "decode-sizes": f"bench/decode.py {SIZES} --batch 1,4 --gemv ours",
+    "decode-int8": f"bench/decode.py {SIZES} --batch 1,16 --quantize int8 --decode graph",
     "gemv": "bench/gemv.py",
     "invariance": "bench/invariance.py",
     "validate": "bench/validation.py --model 124M",
