@@ -302,9 +302,7 @@ def _write_several(echo: str, found: list[Completion | None], seconds: float, qu
     done = [each for each in found if each is not None]
     for number, each in enumerate(found, 1):
         if each is not None:
-            heading = (
-                f"[{number} of {len(found)}: {len(each.tokens)} tokens ({each.finish_reason})]"
-            )
+            heading = f"[{number} of {len(found)}: {shell.extent(each)}]"
             shell.say(shell.paint(heading, shell.DIM), quiet=quiet)
             shell.write(f"{echo}{each.text}\n")
     count = sum(len(each.tokens) for each in done)

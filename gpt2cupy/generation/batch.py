@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from ..errors import Gpt2CupyError, InputError, TokenizerError, shown
+from ..errors import Gpt2CupyError, InputError, TokenizerError, kind_of, shown
 from . import scoring
 from .batch_file import BatchInput, BatchOutput, custom_id_of, parsed
 from .collect import Collector
@@ -72,6 +72,24 @@ class _Line:
     def complete(self) -> bool:
         """Whether all its continuations are finished."""
         return len(self.made) == len(self.requests)
+
+
+def _nameless(found: Any, place: int) -> InputError:
+    """The error of a line without a name to answer it by: it says which line of the file it is."""
+    if not isinstance(found, dict):
+        what = f"line {place} is no object but {kind_of(found)}"
+    elif found.get("custom_id") is None:
+        what = f"line {place} has no custom_id"
+    else:
+        name = found["custom_id"]
+        which = "an empty one" if name == "" else f"{kind_of(name)}, {shown(name)}"
+        what = f"line {place} has a custom_id that is {which}"
+    return InputError(
+        what,
+        where=f"line {place}",
+        remedy="Write {custom_id, method, url, body}, with a custom_id that is a string and not "
+        "empty, as OpenAI's format has it.",
+    )
 
 
 @contextlib.contextmanager
@@ -154,14 +172,16 @@ class Batch:
         unanswered = self._answers.unanswered()
         while some := list(islice(unanswered, _AT_ONCE)):
             lines = []
-            for number, text in some:
+            for each in some:
                 custom_id = None
                 try:
-                    found = parsed(text)
+                    found = parsed(each.text, each.place)
                     custom_id = custom_id_of(found)
-                    lines.append(self._begun(number, custom_id, found))
+                    if custom_id is None:
+                        raise _nameless(found, each.place)
+                    lines.append(self._begun(each.number, custom_id, found))
                 except (InputError, TokenizerError) as error:
-                    self._refuse(number, custom_id, error)
+                    self._refuse(each.number, custom_id, error)
                     done(1)
             self._score(lines)
             for line in lines:
@@ -172,7 +192,7 @@ class Batch:
             self._answer_finished(done)  # those that asked for no token
             yield None
 
-    def _begun(self, number: int, custom_id: str | None, found: Any) -> _Line:
+    def _begun(self, number: int, custom_id: str, found: dict[str, Any]) -> _Line:
         """A line as a request that can be run.
 
         Raises
@@ -180,13 +200,6 @@ class Batch:
         InputError
             If it is none.
         """
-        if not isinstance(found, dict) or custom_id is None:
-            what = "no object" if not isinstance(found, dict) else "an object without a custom_id"
-            raise InputError(
-                f"the line is {what}",
-                where="line" if not isinstance(found, dict) else "custom_id",
-                remedy="Write {custom_id, method, url, body}, custom_id a string.",
-            )
         for name, only in (("method", "POST"), ("url", URL)):
             if found.get(name) != only:
                 raise InputError(

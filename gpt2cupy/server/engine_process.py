@@ -28,7 +28,7 @@ def main() -> None:
     try:
         serve(generation, settings)
     except Gpt2CupyError as error:
-        tell("failed", message=str(error))
+        tell_failure(error)
         sys.exit(_CANNOT_START)
 
 
@@ -46,6 +46,12 @@ def end_with_parent() -> None:
 def tell(event: str, **about: Any) -> None:
     """A line for the process that started this one."""
     os.write(1, (json.dumps({"event": event, **about}) + "\n").encode())
+
+
+def tell_failure(error: Gpt2CupyError) -> None:
+    """Why this process cannot start, in its parts."""
+    of_caller = isinstance(error, InputError)
+    tell("failed", what=error.what, where=error.where, remedy=error.remedy, of_caller=of_caller)
 
 
 def serve(generation: int, settings: Settings) -> None:

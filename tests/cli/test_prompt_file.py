@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from command import CPU, SHORT, call, done
@@ -29,7 +30,11 @@ def test_each_line_is_continued(lm, file):
     texts = [each.text for each in lm.generate(PROMPTS, max_new_tokens=5)]
     expected = "".join(f"{p}{t}\n" for p, t in zip(PROMPTS, texts, strict=True))
     code, out, err = call("generate", "--prompts", str(file), *SHORT)
-    assert (code, out) == (0, expected) and "3 texts, 15 tokens in" in err
+    assert (code, out) == (0, expected)
+    assert re.search(r"3 texts, 15 tokens in [^;]*; 1 empty line was left out\n", err)
+    # Which lines they are of, and where each text ends.
+    assert re.findall(r"\[line (\d): 5 tokens \(length\)]", err) == ["1", "3", "4"]
+    assert "line" not in call("generate", "--prompts", str(file), *SHORT, "--quiet")[2]
     assert done("generate", "--prompts", str(file), *SHORT, "--max-batch", "1") == expected
     assert done("generate", "--prompts", "-", *SHORT, stdin=file.read_bytes()) == expected
     without = done("generate", "--prompts", str(file), "--no-echo", *SHORT)
@@ -40,9 +45,13 @@ def test_json_has_an_object_for_each_continuation(lm, file):
     flags = ("--n", "2", "--temperature", "0.9", "--seed", "1", "--json", "--logprobs", "1")
     rows = [json.loads(x) for x in
             done("generate", "--prompts", str(file), *SHORT, *flags).splitlines()]  # fmt: skip
-    assert [(row["prompt"], row["index"]) for row in rows] == [
-        (prompt, index) for prompt in PROMPTS for index in range(2)
+    assert [(row["line"], row["prompt"], row["index"]) for row in rows] == [
+        (number, prompt, index)
+        for number, prompt in zip((1, 3, 4), PROMPTS, strict=True)
+        for index in range(2)
     ]
+    err = call("generate", "--prompts", str(file), *SHORT, *flags[:-3])[2]
+    assert "[line 3, 2 of 2: 5 tokens (length)]" in err
     pair = lm.generate("To be", max_new_tokens=5, n=2, temperature=0.9, seed=1)
     assert [row["text"] for row in rows[2:4]] == [each.text for each in pair]
     assert [len(row["top"][0]) for row in rows] == [1] * 6
@@ -50,10 +59,10 @@ def test_json_has_an_object_for_each_continuation(lm, file):
 
 def test_a_prompt_that_does_not_fit_is_named_after_those_before(tmp_path):
     path = tmp_path / "prompts"
-    path.write_text("ROMEO:\n" + "word " * 600 + "\nJULIET:\n")
+    path.write_text("ROMEO:\n\n" + "word " * 600 + "\nJULIET:\n")
     code, out, err = call("generate", "--prompts", str(path), *SHORT)
     assert code == 1 and out.count("ROMEO:") == 1 and "JULIET" not in out
-    assert "prompt 1, 'word" in err
+    assert f"({path}, line 3, 'word" in err
     path.write_bytes(b"ROMEO:\n\xff\n")
     code, out, err = call("generate", "--prompts", str(path), *SHORT)
     assert code == 1 and out.startswith("ROMEO:") and "line 2" in err

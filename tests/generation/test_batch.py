@@ -109,12 +109,13 @@ def test_logprobs_and_echo(lm, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "code", "says"),
     [
-        ("garbage", "invalid_request", "no JSON"),
+        ("garbage", "invalid_request", "line 3 is no JSON: Expecting value at column 1"),
         ('{"custom_id": "x"', "invalid_request", "no JSON"),
         ("[" * 100_000, "invalid_request", "no JSON"),
-        ("[1]", "invalid_request", "no object"),
-        ({"method": "POST"}, "invalid_request", "custom_id"),
-        (line("") | {"custom_id": 3}, "invalid_request", "custom_id"),
+        ("[1]", "invalid_request", "line 3 is no object but a list"),
+        ({"method": "POST"}, "invalid_request", "line 3 has no custom_id"),
+        (line("") | {"custom_id": 3}, "invalid_request", "custom_id that is an int, 3"),
+        (line(""), "invalid_request", "custom_id that is an empty one"),
         (line("x") | {"method": "GET"}, "invalid_request", "POST"),
         (line("x") | {"url": "/v1/chat/completions"}, "invalid_request", "/v1/completions"),
         (line("x") | {"body": None}, "invalid_request", "body"),
@@ -147,7 +148,7 @@ def test_fields_without_a_meaning_are_named(lm, tmp_path):
 
 def test_two_requests_of_one_name_are_refused_before_anything_runs(lm, tmp_path):
     lines = [*several(20), line("twice", prompt="a"), *[""] * 3, line("twice", prompt="b")]
-    with pytest.raises(InputError, match="requests 21 and 22 both have the custom_id 'twice'"):
+    with pytest.raises(InputError, match="lines 21 and 25 both have the custom_id 'twice'"):
         lm.batch(written(tmp_path, lines), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
