@@ -116,5 +116,6 @@ def _by_line(
     match = re.match(r"prompt (\d+)(?=,|$)", error.where)
     if match is None or not 0 <= (place := int(match[1]) - written) < len(given):
         return error
-    where = f"{'stdin' if str(path) == '-' else path}, line {given[place][0]}{error.where[match.end() :]}"
+    file = "stdin" if str(path) == "-" else path
+    where = f"{file}, line {given[place][0]}{error.where[match.end() :]}"
     return type(error)(error.what, where=where, remedy=error.remedy)

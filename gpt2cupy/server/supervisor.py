@@ -309,7 +309,7 @@ def _reserved(settings: Settings) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise Gpt2CupyError(  # not InputError: the option may be right, and the machine is not
             f"{settings.host}:{settings.port} cannot be used: {error}",
-            where="--port",
+            where="--host, --port",
             remedy="Stop what listens there, or take another port or host.",
         ) from error
     return made

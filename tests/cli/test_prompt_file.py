@@ -74,6 +74,8 @@ def test_a_prompt_that_does_not_fit_is_named_after_those_before(tmp_path):
         (("--prompts", "x", "text"), "--prompts or one prompt"),
         (("--prompts", "x", "--file", "y"), "--prompts or one prompt"),
         (("--max-batch", "3", "text"), "--max-batch is for --prompts"),
+        (("--speculate", "ngram", "-n", "2", "text"), "leave out --n"),
+        (("--speculate", "ngram", "--prompts", "x"), "add --max-batch 1"),
     ],
 )
 def test_what_does_not_go_together(arguments, says):

@@ -211,6 +211,10 @@ def test_ids_and_text_name_the_fields_that_mean_nothing(served):
         (["--context", "9999"], 2, "a context of 9999 tokens is impossible (--context)"),
         (["--decode", "graph"], 2, "(--decode)"),
         (["--dtype", "float8"], 2, "(--dtype)"),
+        (["--slots", "65537"], 2, "65537 slots are impossible (--slots)"),
+        (["--gemv", "ours"], 2, "--gemv ours is for a GPU"),
+        (["--host", ""], 2, "--host is empty"),
+        (["--chat-template", "nowhere"], 1, "cannot be read: No such file or directory (nowhere)"),
         (["--model", "nowhere"], 1, "no folder or file 'nowhere'"),
         (["--api-key-file", "nowhere"], 1, "cannot be read"),
         (["--port", "TAKEN"], 1, "cannot be used"),
@@ -230,6 +234,7 @@ def test_metrics_have_the_names_and_forms_of_prometheus(served):
     assert "# TYPE vllm:time_to_first_token_seconds histogram" in text
     assert "# TYPE vllm:generation_tokens_total counter" in text
     assert served.metric("vllm:generation_tokens_total") >= 3
+    served.check_all_answered()  # a request is counted a moment after its answer was sent
     count = served.metric("vllm:e2e_request_latency_seconds_count")
     assert count == served.metric("vllm:e2e_request_latency_seconds_bucket", 'le="+Inf"')
     done = [served.metric("vllm:request_success_total", r) for r in ("stop", "length")]
