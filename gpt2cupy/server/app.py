@@ -95,11 +95,11 @@ class App:
         if found is None and path == f"/v1/models/{self.front.settings.name}":
             found = "GET", True, self._model
         if found is None:
-            raise ApiError(404, f"there is no {path[:200]!r} here", code="not_found")
+            raise ApiError(404, f"there is no {path[:200]!r} here")
         wanted, guarded, handler = found
         if method != wanted and not (method == "HEAD" and wanted == "GET"):
             allow = [(b"allow", wanted.encode())]
-            raise ApiError(405, f"{path} takes {wanted}", code="method_not_allowed", headers=allow)
+            raise ApiError(405, f"{path} takes {wanted}", headers=allow)
         if guarded and not self.front.allowed(header(scope, b"authorization")):
             raise ApiError(
                 401, "no valid API key was given: send Authorization: Bearer KEY",

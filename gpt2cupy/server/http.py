@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 # The code of an error that has none of its own.
-_CODES = {
+CODES = {
     400: "invalid_request",
     404: "not_found",
     405: "method_not_allowed",
@@ -126,7 +126,7 @@ def error_in_form(
 ) -> dict[str, Any]:
     """The object of an error; ``code`` is a word wherever it comes from, as OpenAI has it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    code = code or _CODES.get(status, kind)
+    code = code or CODES.get(status, kind)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from command import cli
 from server_process import Served, events_of, text_of
 
 import gpt2cupy
+from gpt2cupy.record import ROOT
+from gpt2cupy.server import http
 
 PROMPT = "ROMEO:"
 
@@ -197,6 +200,20 @@ def test_ids_and_text_that_cannot_be_are_refused_by_their_field(served, path, bo
     error = json.loads(data)["error"]
     assert status == (404 if param == "model" else 400) and error["param"] == param
     assert param in error["message"] and isinstance(error["code"], str)
+
+
+def test_the_examples_of_the_page_are_what_the_server_answers(served):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    example = r"curl http://127\.0\.0\.1:8000(/\S+) -d '(.*)'\n```\n\n```json\n(.*)\n"
+    found = re.findall(example, page)
+    assert [path for path, *_ in found] == ["/tokenize", "/detokenize"]
+    for path, body, expected in found:
+        assert json.loads(served.ask("POST", path, json.loads(body))[2]) == json.loads(expected)
+    (error,) = re.findall(r'^({"error": .*})$', page, re.MULTILINE)
+    body = {"prompt": PROMPT, "temperature": -1}
+    assert json.loads(served.ask("POST", "/v1/completions", body)[2]) == json.loads(error)
+    codes = set(re.findall(r"`(\w+)`", page.partition("| status | `code` |")[2].partition("##")[0]))
+    assert set(http.CODES.values()) - {"client_gone"} <= codes
 
 
 def test_ids_and_text_name_the_fields_that_mean_nothing(served):
