@@ -45,7 +45,7 @@ class BatchSummary:
     seconds : float
         Of this run.
     ignored : set of str
-        Fields of requests that mean nothing here.
+        Fields of requests that mean nothing here, among them ``model`` where it is another one.
     """
 
     requests: int
@@ -77,18 +77,18 @@ class _Line:
 def _nameless(found: Any, place: int) -> InputError:
     """The error of a line without a name to answer it by: it says which line of the file it is."""
     if not isinstance(found, dict):
-        what = f"line {place} is no object but {kind_of(found)}"
+        what = f"the line is {kind_of(found)}, not an object"
     elif found.get("custom_id") is None:
-        what = f"line {place} has no custom_id"
+        what = "there is no custom_id"
     else:
         name = found["custom_id"]
-        which = "an empty one" if name == "" else f"{kind_of(name)}, {shown(name)}"
-        what = f"line {place} has a custom_id that is {which}"
+        what = "the custom_id is empty"
+        if name != "":
+            what = f"the custom_id is {shown(name)}, {kind_of(name)}, not a string"
     return InputError(
         what,
         where=f"line {place}",
-        remedy="Write {custom_id, method, url, body}, with a custom_id that is a string and not "
-        "empty, as OpenAI's format has it.",
+        remedy="Write {custom_id, method, url, body}; OpenAI's format wants a string as custom_id.",
     )
 
 
@@ -163,6 +163,12 @@ class Batch:
                 for key in self._collector.push(block):
                     self._session.cancel(key)
                 self._answer_finished(done)
+        if not all(self._answers.done):
+            raise InputError(
+                "the file of requests has lost lines while it was read",
+                where=str(self._answers.requests.path),
+                remedy="Start again: what is answered is kept.",
+            )
         self.summary.failed = self._answers.failed
         self.summary.seconds = time.perf_counter() - start
         return self.summary
@@ -211,6 +217,8 @@ class Batch:
                 "an answer in a file is not streamed", where="stream", remedy="Leave it out."
             )
         self.summary.ignored.update(asked.ignored)
+        if asked.model not in (None, self._name):
+            self.summary.ignored.add("model")
         line = _Line(number, custom_id, asked)
         line.requests = [
             dataclasses.replace(request, key=(number, *request.key))

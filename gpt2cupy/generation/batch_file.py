@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from ..errors import InputError, shown
+from ..files import open_plain
 from ..output import file_errors, with_nulls
 
 _ID = "batch_req_"
@@ -43,15 +44,16 @@ def parsed(line: bytes, place: int | None = None) -> Any:
         If it is none; it names the line by its place in the file.
     """
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8"))  # of bytes it would guess the encoding
     except (ValueError, RecursionError) as error:
         why = str(error)
         if isinstance(error, json.JSONDecodeError):  # whose own line number is always 1
             why = f"{error.msg} at column {error.colno}"
-        name = "the line" if place is None else f"line {place}"
+        elif isinstance(error, UnicodeDecodeError):
+            why = f"byte {error.start} is not UTF-8"
         raise InputError(
-            f"{name} is no JSON: {why}"[:200],
-            where=name,
+            f"the line is no JSON: {why}"[:200],
+            where="line" if place is None else f"line {place}",
             remedy="Write one object a line, without line breaks in it.",
         ) from error
 
@@ -118,7 +120,7 @@ class BatchInput:
     def lines(self) -> Iterator[InputLine]:
         """Each request; empty lines are none."""
         number = 0
-        with _read_errors(self.path), self.path.open("rb") as file:
+        with _read_errors(self.path), open_plain(self.path) as file:
             for place, line in enumerate(file, 1):
                 if place == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -154,7 +156,7 @@ def _read_errors(path: Path) -> Iterator[None]:
         raise InputError(
             f"the file cannot be read: {error.strerror or error}",
             where=str(path),
-            remedy="Name a file of requests that you may read.",
+            remedy="Name a file of requests that you may read; it is read twice, so no pipe.",
         ) from error
 
 
@@ -190,13 +192,20 @@ class BatchOutput:
         self.model = model
         self.done = bytearray(len(requests))
         self.failed = 0
-        if path.exists() and requests.path.exists() and os.path.samefile(path, requests.path):
-            raise InputError(
-                "requests and answers are one file",
-                where=str(path),
-                remedy="Name another file for the answers.",
-            )
         with file_errors(path, "the answers"):
+            there = path.exists()
+            if there and requests.path.exists() and os.path.samefile(path, requests.path):
+                raise InputError(
+                    "requests and answers are one file",
+                    where=str(path),
+                    remedy="Name another file for the answers.",
+                )
+            if there and not path.is_file():  # what is read back to be gone on with
+                raise InputError(
+                    "the answers are to go to what is no plain file",
+                    where=str(path),
+                    remedy="Name a file; a pipe or a device cannot be gone on with.",
+                )
             self._file: IO[bytes] = path.open("a+b")
         self._synced = time.monotonic()
         try:

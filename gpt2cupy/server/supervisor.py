@@ -113,7 +113,7 @@ class Supervisor:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT; the second one ends at once.
+        """Until SIGTERM, SIGINT, or SIGHUP of a terminal that closed; the second ends at once.
 
         Raises
         ------
@@ -274,7 +274,8 @@ class Supervisor:
         wakeup = signal.set_wakeup_fd(theirs.fileno())
         before = {
             number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
         }
         try:
             yield

@@ -284,6 +284,12 @@ def test_a_second_sigterm_ends_at_once():
         assert time.monotonic() - start < 2
 
 
+def test_a_terminal_that_closes_ends_the_server_as_sigterm_does():
+    with Served("--slots", "2", "--engine", "mock:1000") as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(10) == 0 and "no new requests" in server.log()
+
+
 def test_a_log_that_nobody_reads_holds_nobody_up():
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
