@@ -237,15 +237,17 @@ def _in_turn(*given: Any) -> bool:
 
 def _biases(given: list[str]) -> dict[int, float]:
     """``--logit-bias 50256=-inf`` as a mapping."""
-    found = {}
+    found: dict[int, float] = {}
     for each in given:
         match = re.fullmatch(r"(\d{1,9})[=:]([-+]?(?:inf|[\d.]+(?:e[-+]?\d+)?))", each.strip())
         try:
-            found[int(match[1])] = float(match[2])  # type: ignore[index]
+            id_, bias = int(match[1]), float(match[2])  # type: ignore[index]
         except (TypeError, ValueError):
             raise typer.BadParameter(
                 f"--logit-bias {shown(each)} is not ID=NUMBER, as in 50256=-inf"
             ) from None
+        if found.setdefault(id_, bias) != bias:
+            raise typer.BadParameter(f"--logit-bias has two numbers for token {id_}")
     return found
 
 

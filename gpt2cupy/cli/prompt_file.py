@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, text) of each line of a file ("-" is stdin), from 1, read as they are asked for."""
     if str(path) == "-":
+        if sys.stdin is None:
+            raise InputError("it is closed", where="stdin", remedy="Pipe the prompts into it.")
         yield from _texts(sys.stdin.buffer, "stdin")
         return
     try:
@@ -103,7 +105,7 @@ def run(
     except Gpt2CupyError as error:
         raise _by_line(error, path, given, written) from error
     seconds = time.perf_counter() - start
-    summary = f"{texts} texts, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    summary = f"{texts} text{'s' if texts != 1 else ''}, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
     if empty:
         summary += f"; {empty} empty {'line was' if empty == 1 else 'lines were'} left out"
     shell.say(shell.paint(summary, shell.DIM), quiet=quiet)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 
@@ -9,6 +11,7 @@ import pytest
 from command import CPU, SHORT, call, done
 
 import gpt2cupy
+from gpt2cupy.cli.app import app
 
 PROMPTS = ["ROMEO:", "To be", "JULIET: o"]
 
@@ -81,6 +84,15 @@ def test_a_prompt_that_does_not_fit_is_named_after_those_before(tmp_path):
 def test_what_does_not_go_together(arguments, says):
     code, _, err = call("generate", *CPU, *arguments)
     assert code == 2 and says in err
+
+
+def test_a_stdin_that_is_closed(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr("sys.stdin", None)
+    with contextlib.redirect_stderr(out), pytest.raises(SystemExit) as ended:
+        app(["generate", "--prompts", "-", *SHORT], prog_name="gpt2cupy")
+    out.flush()
+    assert ended.value.code == 1 and b"it is closed (stdin)" in out.buffer.getvalue()
 
 
 def test_a_file_that_is_not_there(tmp_path):
