@@ -160,6 +160,22 @@ class GPT2:
         self._gemv = name
         self.shifts = NormShifts(self.layers, self.backend)
 
+    def force_gemv(self, name: str) -> None:
+        """Set ``gemv`` as a user asked for it.
+
+        Raises
+        ------
+        InputError
+            Where it would change nothing: on the CPU. Also for what ``gemv`` cannot be.
+        """
+        if self.xp is np:
+            raise InputError(
+                f"gemv={name} is for a GPU, and this runs on the CPU",
+                where="gemv",
+                remedy="Leave it out.",
+            )
+        self.gemv = name
+
     @property
     def backend(self) -> str:
         """The backend of GEMV and GEMM, as :func:`gpt2cupy.ops.linear` takes it."""

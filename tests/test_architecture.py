@@ -16,7 +16,15 @@ PACKAGE = ROOT / "gpt2cupy"
 LAYERS = (
     ("_version", "digest", "errors", "file_kinds", "files"),
     ("config", "output", "quantize"),
-    ("ids", "ops.reference_rows", "sampling_checks", "timing", "tokenizer", "weights"),
+    (
+        "ids",
+        "ops.reference_product",
+        "ops.reference_rows",
+        "sampling_checks",
+        "timing",
+        "tokenizer",
+        "weights",
+    ),
     ("cache", "checkpoint", "ops.reference_cached_attention", "ops.reference_sampling"),
     ("ops.core", "ops.reference", "ops.reference_attention", "sampling", "workspace"),
     ("ops", "record"),

@@ -44,6 +44,8 @@ def batch(
     are written as they come. A batch that was stopped or killed goes on where it was when the
     same command is given again. docs/batch.md has the fields of a body.
     """  # fmt: skip
+    if "-" in (str(requests), str(answers)):
+        raise typer.BadParameter('"-" is no file here: requests and answers are read again')
     if quiet:
         shell.silence_warnings()
 

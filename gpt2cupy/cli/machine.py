@@ -61,7 +61,10 @@ def info(
 def compile(
     arch: Annotated[
         list[str] | None,
-        typer.Option(help="sm_75, sm_80, ...; several times for several. Default: this GPU's."),
+        typer.Option(
+            metavar="<str>",
+            help="sm_75, sm_80, ...; several times for several. Default: this GPU's.",
+        ),
     ] = None,
     model: Annotated[
         str | None,

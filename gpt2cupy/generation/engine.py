@@ -138,6 +138,16 @@ class Engine:
         return self.running.discarded
 
     @property
+    def drafted(self) -> int:
+        """Draft tokens that were verified since the engine was made, of all texts."""
+        return self.running.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that stood."""
+        return self.running.accepted
+
+    @property
     def decoder(self) -> Decoder:
         """What runs a step of all rows; the fastest path is looked up or measured at first need."""
         on_gpu = self.model.xp is not np

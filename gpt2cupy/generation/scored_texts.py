@@ -134,6 +134,18 @@ def _is_pair(value: Any) -> bool:
     )
 
 
+class _Sizes(dict[int, int]):
+    """Bytes of each token, found when it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, id_: int) -> int:
+        size = self[id_] = len(self._tokenizer.decode_bytes([id_]))
+        return size
+
+
 class ScoredEncoder:
     """Makes tokens, and the first of them that is scored, of what :meth:`score` takes.
 
@@ -149,6 +161,7 @@ class ScoredEncoder:
         self._tokenizer = tokenizer
         self._config = config
         self._before = before
+        self._sizes = _Sizes(tokenizer)
 
     def numbered(self, number: int, given: Any) -> tuple[np.ndarray, int]:
         """:meth:`__call__` for one of several: errors say which."""
@@ -193,5 +206,5 @@ class ScoredEncoder:
         size, count = len(continuation.encode("utf-8", "surrogatepass")), 0
         while size > 0 and count < len(ids):
             count += 1
-            size -= len(self._tokenizer.decode_bytes([ids[-count]]))
+            size -= self._sizes[ids[-count]]
         return ids, count

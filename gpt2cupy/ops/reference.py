@@ -8,7 +8,6 @@ narrower than float32 are computed in float32, as the kernels do.
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from .reference_cached_attention import (
     copy_slots,
     store_kv,
 )
+from .reference_product import product
 from .reference_rows import (
     activate,
     add_layer_norm,
@@ -128,40 +128,6 @@ def bias_act(
     return _store(y, out, x.dtype if residual is None else residual.dtype)
 
 
-# Inputs of a GEMM that BLAS sums at a time. It may keep one running sum over all of them
-# (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
-PART: ContextVar[int] = ContextVar("PART", default=128)
-# OpenBLAS multiplies matrices of so few results and multiplications as they lie; larger ones it
-# packs first, which takes three times as long where one of them has 8 rows.
-_UNPACKED = 1024, 10**6
-_LEAST = 16  # rows of weights at a time for which that pays
-
-
-def _product(x: Array, weight: Array, backend: str) -> Array:
-    """``x @ weight.T``, summed in parts of the inner size."""
-    if len(x) == 1:
-        # The GEMV streams the rows as they lie, in many sums at once.
-        return (weight @ x[0])[None]
-    if backend == "invariant":
-        return np.stack([weight @ row for row in x])
-    part, rows = PART.get(), _unpacked_rows(*x.shape)
-    if part < x.shape[1] and rows >= _LEAST:
-        y = np.empty((len(x), len(weight)), np.result_type(x, weight))
-        for start in range(0, len(weight), rows):
-            y[:, start : start + rows] = x @ weight[start : start + rows].T
-        return y
-    y = x[:, :part] @ weight[:, :part].T
-    for start in range(part, x.shape[1], part):
-        y += x[:, start : start + part] @ weight[:, start : start + part].T
-    return y
-
-
-def _unpacked_rows(rows: int, size: int) -> int:
-    """Rows of weights that OpenBLAS multiplies by so many of x without packing them."""
-    results, products = _UNPACKED
-    return min(results, products // max(size, 1)) // rows // _LEAST * _LEAST if rows else 0
-
-
 def linear(
     x: Array,
     weight: Array,
@@ -178,7 +144,9 @@ def linear(
     fits(residual, "residual", shape)
     wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
     rows = math.prod(shape[:-1])
-    y = _product(wide.reshape(rows, x.shape[-1]), matrix, backend).reshape(shape)
+    y = product(wide.reshape(rows, x.shape[-1]), matrix, invariant=backend == "invariant").reshape(
+        shape
+    )
     if bias is not None:
         y += bias
     y = activate(y, activation)

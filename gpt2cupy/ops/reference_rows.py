@@ -108,7 +108,7 @@ def _centred(x: Array, eps: float) -> tuple[Array, Array]:
 
 def _mean(x: Array) -> Array:
     # A row without channels has no mean; nothing is stored of it either.
-    return np.sum(x, axis=-1, keepdims=True) / x.dtype.type(max(x.shape[-1], 1))
+    return np.add.reduce(x, axis=-1, keepdims=True) / x.dtype.type(max(x.shape[-1], 1))
 
 
 def layer_norm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -180,6 +181,16 @@ def test_the_text_is_the_same(device, options, prompt, lead):
     assert again == found, "another text before leaves nothing behind"
     assert engine.idle and not engine.results.alive.any()
     assert engine.cache.lengths.tolist() == [0]
+
+
+def test_the_engine_counts_the_drafts_of_all_texts():
+    engine = Engine(model_on("cpu"), 1)
+    wanted = [request([3, 1] * 5), request([3, 1] * 5, speculate=None), request([2] * 4)]
+    wanted = [dataclasses.replace(each, key=i) for i, each in enumerate(wanted)]
+    done = [each for block in engine.blocks(wanted) for each in block.finished]
+    assert engine.drafted == sum(each.drafted for each in done) > 0
+    assert engine.accepted == sum(each.accepted for each in done) > 0
+    assert sum(each.drafted > 0 for each in done) == 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

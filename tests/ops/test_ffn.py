@@ -16,7 +16,7 @@ from op_checks import SEEDS, check_together, draw, on, torch_with_gpu, wide
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import ffn_few, linear_split, reference
+from gpt2cupy.ops import ffn_few, linear_split, reference, reference_product
 from gpt2cupy.ops.core.device import current_device, device_arch
 from gpt2cupy.ops.ffn import ffn_scratch
 
@@ -108,14 +108,14 @@ def float32_on_gpu(function, *arrays):
         torch.backends.cuda.matmul.allow_tf32 = False
         given_ = [torch.as_tensor(a, device="cuda") if np.ndim(a) else a for a in arrays]
         return function(torch.nn.functional, *given_).cpu().numpy()
-    token = reference.PART.set(1 << 30)
+    token = reference_product.PART.set(1 << 30)
     try:
         plain = SimpleNamespace(
             linear=reference.linear, gelu=lambda x, approximate: reference.gelu(x, approximate)
         )
         return function(plain, *arrays)
     finally:
-        reference.PART.reset(token)
+        reference_product.PART.reset(token)
 
 
 def linear_gelu(F, x, w, bias, residual):
