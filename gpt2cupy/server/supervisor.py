@@ -25,7 +25,6 @@ from .settings import Settings
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before an engine is started again
 _STEADY = 60.0  # an engine that lived so long begins anew with these
-_GRACE = 5.0  # what processes get to end by themselves
 
 
 class _Child:
