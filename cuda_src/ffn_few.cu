@@ -34,8 +34,8 @@ constexpr int VEC = WIDEST<elem_t>;  // inputs of a lane's load
 constexpr int SPAN = 4 * VEC;        // inputs of a warp's load: 4 lanes along the row, 8 rows
 constexpr int WARPS = 16;
 constexpr int THREADS = WARPS * WARP;
-constexpr int STAGE_BYTES = THREADS * 16;  // of a load of every lane
-constexpr int SUMS = 96;                   // rows of tiles of hidden values whose sums are kept
+constexpr int RING_BYTES = THREADS * 16;  // of a load of every lane
+constexpr int SUMS = 96;                  // rows of tiles of hidden values whose sums are kept
 constexpr int SUM_BYTES = SUMS * WARPS * TILE * 4;
 
 using Piece = Vec<elem_t, VEC>;
@@ -97,7 +97,7 @@ struct Loader {
   __device__ bool load() {
     cp_async_or_zero(stage, from, k < length && rows > 0);
     cp_async_commit();
-    stage += STAGE_BYTES;
+    stage += RING_BYTES;
     if (stage == stages_end) stage = stages;
     k += step;
     from += step;
@@ -190,7 +190,7 @@ __device__ inline void few(const elem_t* x,
   extern __shared__ __align__(128) unsigned char memory[];
   int longest = ((F / TILE + parts - 1) / parts) * TILE;
   int x_pitch = pitch(C), h_pitch = pitch(longest);
-  elem_t* rows_of_x = reinterpret_cast<elem_t*>(memory + ahead * STAGE_BYTES);
+  elem_t* rows_of_x = reinterpret_cast<elem_t*>(memory + ahead * RING_BYTES);
   elem_t* rows_of_h = rows_of_x + N * x_pitch;
   auto sums = reinterpret_cast<float (*)[WARPS][MOST][TILE]>(rows_of_h + N * h_pitch);
 
@@ -214,7 +214,7 @@ __device__ inline void few(const elem_t* x,
   const elem_t* first2 = w2 + (size_t)((outputs.first + warp) * TILE + across) * F + f0 + place2;
   Loader loader;
   loader.stages = loader.stage = shared_address(memory) + threadIdx.x * 16;
-  loader.stages_end = loader.stages + ahead * STAGE_BYTES;
+  loader.stages_end = loader.stages + ahead * RING_BYTES;
   bool second = own.count == 0;
   auto begin2 = [&] {
     second = true;
@@ -266,7 +266,7 @@ __device__ inline void few(const elem_t* x,
           : "r"(stage)
           : "memory");
       add_product(d, a, a8, w);
-      stage += STAGE_BYTES;
+      stage += RING_BYTES;
       if (stage == loader.stages_end) stage = loader.stages;
       load();
     }

@@ -67,7 +67,7 @@ def _plan(rows: int, sizes: Sizes) -> tuple[int, int]:
     pad = c["PAD_BYTES"]
     pitches = (-(-k * _ITEM // (2 * pad)) * 2 * pad + pad for k in (inner, longest))
     rest = rows * sum(pitches) + c["SUM_BYTES"]
-    plans = [(ahead, ahead * c["STAGE_BYTES"] + rest) for ahead in _AHEAD]
+    plans = [(ahead, ahead * c["RING_BYTES"] + rest) for ahead in _AHEAD]
     return next((each for each in plans if each[1] <= shared_limit() - _STATIC), plans[-1])
 
 
