@@ -105,7 +105,8 @@ def run(
     except Gpt2CupyError as error:
         raise _by_line(error, path, given, written) from error
     seconds = time.perf_counter() - start
-    summary = f"{texts} text{'s' if texts != 1 else ''}, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    summary = f"{texts} text{'s' if texts != 1 else ''}, {tokens} tokens in {seconds:.2f} s"
+    summary += f", {tokens / seconds:.0f} tokens/s"
     if empty:
         summary += f"; {empty} empty {'line was' if empty == 1 else 'lines were'} left out"
     shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
