@@ -139,7 +139,7 @@ def test_an_output_in_the_memory_of_an_input(where, name, rows, width, shift, pi
     try:
         getattr(ops, name)(x, *(xp.asarray(p) for p in params), out=out)
     except InputError as error:
-        assert where == "cupy" and shift and "out shares memory with" in str(error)
+        assert shift and "out shares memory with" in str(error)
         return
     np.testing.assert_allclose(host(out), expected, rtol=2e-4, atol=2e-5)
 
