@@ -108,30 +108,8 @@ sanitize: $(VENV)/test ## On a GPU, with compute-sanitizer on the PATH: memcheck
 	for tool in memcheck racecheck; do sed '/^#/d' tests/sanitized.txt | GPT2CUPY_TEST_TORCH=0 xargs compute-sanitizer \
 	  --tool $$tool --error-exitcode 9 $(BIN)/python -m pytest -q || exit 1; done
 
-bench: $(VENV)/bench ## On a GPU: run the benchmarks of ours and rewrite the documents' tables
-	$(BIN)/python bench/decode.py
-	$(BIN)/python bench/batches.py
-	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1,4 \
-	  --gemv ours --out bench/results/decode-sizes.json
-	$(BIN)/python bench/decode.py --model 124M,355M,774M,1558M --dtype float16 --batch 1,16 \
-	  --quantize int8 --decode graph --out bench/results/decode-int8.json
-	$(BIN)/python bench/prefill.py
-	$(BIN)/python bench/startup.py
-	$(BIN)/python bench/gemv.py
-	$(BIN)/python bench/ops.py
-	$(BIN)/python bench/call_cost.py
-	$(BIN)/python bench/batch.py
-	$(BIN)/python bench/scoring.py
-	$(BIN)/python bench/layers.py
-	$(BIN)/python bench/invariance.py
-	$(BIN)/python bench/ablation.py
-	$(BIN)/python bench/validation.py --model 124M
-	$(BIN)/python bench/soak.py
-	$(BIN)/python bench/prefixes.py
-	$(BIN)/python bench/speculation.py
-	$(BIN)/python bench/arrivals.py
-	$(BIN)/python bench/server.py
-	$(BIN)/python bench/server_front.py
+bench: $(VENV)/bench ## On a GPU: make the records that are missing or stale, and the documents' tables
+	$(BIN)/python bench/all.py
 	$(BIN)/python -m bench.report --draw
 
 lint: $(VENV)/lint ## Check with ruff, mypy, clang-format and hadolint

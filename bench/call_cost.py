@@ -68,7 +68,7 @@ def measure(name: str, runs: int) -> dict[str, Any]:
 
 
 def run() -> None:
-    options = parser(__doc__, "call_cost.json", devices=("cuda",))
+    options = parser(__doc__, "call-cost.json", devices=("cuda",))
     options.add_argument("--op", type=names, default=list(CASES))
     options.add_argument("--runs", type=int, default=50)
     args = parsed(options)

@@ -23,7 +23,7 @@ from words import texts, write_words
 
 import gpt2cupy
 from gpt2cupy import LanguageModel
-from gpt2cupy.generation.lists import ScoredEncoder
+from gpt2cupy.generation.scored_texts import ScoredEncoder
 from gpt2cupy.timing import Timing
 
 ALONE = 200  # pairs of the calls for one

@@ -219,7 +219,7 @@ def run() -> None:
     options.add_argument("--rates", type=numbers, default=[50, 100, 200, 300, 400])
     options.add_argument("--prompt", type=int, default=128)
     options.add_argument("--tokens", type=int, default=128)
-    options.add_argument("--seconds", type=int, default=20)
+    options.add_argument("--seconds", type=int, default=8)
     options.add_argument("--row-seconds", type=int, default=60)
     options.add_argument("--limit-first", type=int, default=50, help="ms, for the goodput")
     options.add_argument("--limit-between", type=int, default=5, help="ms, for the goodput")

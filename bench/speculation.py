@@ -6,8 +6,10 @@
 Each text is run by an engine of one slot with and without speculate="ngram", in turn, by the clock
 on the wall from the request to its last token. Greedy texts of random weights soon repeat
 themselves: a prompt is what one of them has said so far, and of some texts the one is taken of
-which most drafts stand. Sampled at a temperature of 1 they do not repeat themselves; of some seeds
-one is taken without a single draft that stands.
+which most drafts stand. A logit bias makes a text of one token: every draft stands, and it is the
+most that speculation gives. Sampled at a temperature of 1 texts do not repeat themselves; of some
+seeds one is taken without a single draft that stands. Where a text differs with speculation, the
+record has the first place, and how far apart the logits of the two tokens are there.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from gpt2cupy.timing import Timing
 SEEDS = 20  # in which a text without an accepted draft is looked for
 TEXTS = 5  # of which the one that repeats itself most is taken
 BEGUN = 16  # tokens of its prompt that are random
+BIASED = 11  # any token
 
 
 def text(engine: Engine, ids: np.ndarray, **options: Any) -> tuple[float, Finished]:
@@ -57,9 +60,30 @@ def measure(engine: Engine, ids: np.ndarray, runs: int, **options: Any) -> dict[
     row["tokens"] = len(found["with"].ids)
     row["speed_up"] = row["without"]["median_us"] / row["with"]["median_us"]
     row |= {"drafted": found["with"].drafted, "accepted": found["with"].accepted}
-    row["same_tokens"] = bool((found["with"].ids == found["without"].ids).all())
+    other = found["with"].ids != found["without"].ids
+    row["same_tokens"] = not other.any()
+    if other.any():
+        row["difference"] = difference(engine.model, ids, *(found[name].ids for name in times))
     row["distinct"] = len(set(found["with"].ids.tolist()))
     return row
+
+
+def difference(model: GPT2, ids: np.ndarray, *texts: np.ndarray) -> dict[str, Any]:
+    """Where two texts begin to differ, and the logits of both tokens there.
+
+    They are those of a third way, the whole text at once: ``gap`` is what one token is ahead of the
+    other, and ``ahead`` by how much both are ahead of the best of the rest.
+    """
+    place = int(np.argmax(texts[0] != texts[1]))
+    both = [int(each[place]) for each in texts]
+    logits = model(np.concatenate([ids, texts[0][:place]])[None])[0, -1]
+    logits = np.array(logits.tolist())
+    rest = np.delete(logits, both).max()
+    return {
+        "place": place,
+        "gap": float(logits[both[0]] - logits[both[1]]),
+        "ahead": float(logits[both].min() - rest),
+    }
 
 
 def repeating(engine: Engine, args: Any) -> np.ndarray:
@@ -104,6 +128,10 @@ def run() -> None:
             random = np.array(prompts(config, 1, args.prompt)[0], np.int32)
             kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
                 "repeats": (repeating(engine, args), {"max_new_tokens": args.tokens}),
+                "one token": (
+                    np.append(random, [BIASED] * 8).astype(np.int32)[-args.prompt :],
+                    {"max_new_tokens": args.tokens, "logit_bias": {BIASED: 1e4}},
+                ),
                 "new": (random, new_options(engine, random, args.tokens)),
             }
             for kind, (ids, given) in kinds.items():

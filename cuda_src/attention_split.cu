@@ -5,14 +5,13 @@
 // Shapes    as in attention.cu; g = h / (NH / NKV)
 // Dtypes    all float. A product is six of bf16 (split.cuh), of HS channels or BC keys in a tensor
 //           core's sum: that is then added in fp32, for a tensor core truncates
-// Bytes     (2 T NH + 2 S NKV) B HS 4 at the least; each tile of queries reads the keys again, from
+// Bytes     4 (2 T NH + 2 S NKV) B HS at the least; each tile of queries reads the keys again, from
 //           L2
 // FLOPs     4 HS per query, head and visible key; six times as many are made
 // Work      as in attention_wgmma.cu, but the producer warpgroup loads queries, keys and values
-// into
-//           registers, splits them, and stores the parts. The products take so long that a stage
-//           is filled again while the others are multiplied, and that the softmax of one consumer
-//           hides behind the products of the other without their taking turns.
+//           into registers, splits them, and stores the parts. The products take long: a stage is
+//           filled again while the others are multiplied, and the softmax of one consumer hides
+//           behind the products of the other without their taking turns.
 // Source    Shah et al., "FlashAttention-3", 2024; Henry, Tang, Heinecke, 2019
 #include "attention_tensors.cuh"
 #include "mbarrier.cuh"

@@ -26,8 +26,7 @@ struct Visible {
   __device__ int end(int t) const { return causal ? max(min(keys, offset + t + 1), 0) : keys; }
 };
 
-// Of sequence b. Lengths outside 0 to S are taken for the nearest; `offsets` and `lengths` may be
-// null.
+// Of sequence b. Lengths are clamped to 0 .. S; `offsets` and `lengths` may be null.
 __device__ inline Visible visible_of(
     const int* lengths, const int* offsets, int offset, int causal, int b, int T, int S) {
   int keys = lengths ? min(max(lengths[b], 0), S) : S;

@@ -20,13 +20,11 @@
 //
 // Head sizes that are no multiple of 64 have zeros behind them in shared memory.
 //
-// Entries   attention_wgmma  copies by cp.async, any strides; keys past a sequence's end become
-// zero
-//           attention_tma    by the copy engine, whose tensor maps say where tiles of q, k and v
-//           lie:
-//                            one thread starts a copy, and no consumer waits for other
-//                            instructions' stores. What lies behind the end of an array counts as
-//                            zero, but not what lies behind a sequence's `lengths`
+// Entries   attention_wgmma  copies by cp.async, any strides; keys past the end become zero
+//           attention_tma    copies by the copy engine, whose tensor maps say where tiles of q, k
+//                            and v lie: one thread starts a copy, and no consumer waits for the
+//                            stores of other instructions. What lies behind the end of an array
+//                            counts as zero, but not what lies behind a sequence's `lengths`
 #include "attention_tensors.cuh"
 #include "mbarrier.cuh"
 #include "softmax_state.cuh"
@@ -73,8 +71,8 @@ struct Barriers {
 
 __device__ inline unsigned address_of(const Mbarrier& barrier) { return shared_address(&barrier); }
 
-// Copies rows first .. first + COUNT - 1 of a head; those from `end` on become zero. All threads of
-// the producer.
+// All threads of the producer copy rows first .. first + COUNT - 1 of a head; those from `end` on
+// become zero.
 template <int COUNT>
 __device__ inline void copy_rows(
     unsigned to, const elem_t* head, int stride, int first, int end, const Mbarrier& full) {

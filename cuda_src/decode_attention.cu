@@ -6,8 +6,7 @@
 //           sequences, tokens and heads; NKV divides NH, and g = h / (NH / NKV) is the key head of
 //           query head h. lengths [B] int, the rest ELEM. A sequence without keys gives zeros.
 //           states [B, NH, splits, HS + 2] float: o, m and l of each part of the keys
-// Bytes     2 lengths[b] NKV HS sizeof ELEM a sequence: up to HEADS query heads that share
-// keys
+// Bytes     2 lengths[b] NKV HS sizeof ELEM a sequence: up to HEADS query heads that share keys
 //           share one read
 // FLOPs     4 lengths[b] NH HS a sequence
 // Work      a block for a key head, a part of the keys and a sequence. Each warp has a pipeline of
@@ -16,9 +15,9 @@
 //           warps are merged in shared memory, those of blocks by decode_attention_merge.
 // Source    Dao et al., "Flash-Decoding for long-context inference", 2023
 //
-// Entries   decode_attention_h1, _h2, _h4, _h8   for HEADS query heads of a block; those beyond
-// them
-//                                               are zero, for a loop of known length overlaps
+// Entries   decode_attention_h1, _h2, _h4, _h8  for HEADS query heads of a block; those beyond them
+//                                               are zero, so that the loop over heads has a known
+//                                               length and overlaps
 //           decode_attention_merge              merges the states of blocks, a block a sequence and
 //                                               query head
 #include "decode_attention.cuh"

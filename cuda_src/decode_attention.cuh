@@ -7,8 +7,7 @@
 
 constexpr int MOST_WARPS = 4;  // of a block
 
-// The part of a sequence's keys that a block deals with, for some of the query heads that share
-// them.
+// The keys of a sequence that a block reads, for some of the query heads that share them.
 struct Part {
   int batch, kv, split;
   int head, heads;  // the first query head, and how many

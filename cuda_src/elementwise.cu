@@ -15,8 +15,7 @@
 constexpr int PIECES = 2;  // of a thread; PIECES in gpt2cupy/ops/activation.py
 
 // tanh of an intermediate whose result is rounded to ELEM. The hardware's approximation has a
-// relative error of about 2^-11, as large as that of rounding to fp16; float gets the exact
-// function.
+// relative error of about 2^-11, as much as rounding to fp16; in float it is the exact function.
 __device__ inline float tanh_for_elem(float x) {
   if constexpr (sizeof(elem_t) == sizeof(float)) {
     return tanhf(x);

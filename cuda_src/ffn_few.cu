@@ -17,7 +17,7 @@
 //           cluster's columns of W2, a warp by itself eight of them at a time.
 //           In mma.m16n8k16 the rows of x are the 16 (with R = 8 half of them) and the rows of W
 //           the 8, and a lane loads 16 bytes of a row of W and uses them as they lie, as in
-//           skinny.cu: from a ring of its own in shared memory, which it fills `ahead` loads
+//           skinny.cu: from a pipeline of its own in shared memory, which it fills `ahead` loads
 //           before (cp.async), also from W1 to W2. So while hidden values are added and sent, the
 //           memory does not wait.
 //
@@ -81,7 +81,7 @@ struct Loader {
   const elem_t* row;
   size_t next;  // elements to the next row
   int rows;     // that are left
-  unsigned slot, ring, ring_end;
+  unsigned stage, stages, stages_end;
 
   __device__ void begin(
       const elem_t* first, size_t to_next, int count, int chunks, int stride, int left) {
@@ -95,10 +95,10 @@ struct Loader {
   }
   // Whether rows are left afterwards.
   __device__ bool load() {
-    cp_async_or_zero(slot, from, k < length && rows > 0);
+    cp_async_or_zero(stage, from, k < length && rows > 0);
     cp_async_commit();
-    slot += RING_BYTES;
-    if (slot == ring_end) slot = ring;
+    stage += RING_BYTES;
+    if (stage == stages_end) stage = stages;
     k += step;
     from += step;
     if (k < end) return true;
@@ -213,8 +213,8 @@ __device__ inline void few(const elem_t* x,
   const elem_t* first1 = w1 + (size_t)((cluster.first + own.first) * TILE + across) * C + place1;
   const elem_t* first2 = w2 + (size_t)((outputs.first + warp) * TILE + across) * F + f0 + place2;
   Loader loader;
-  loader.ring = loader.slot = shared_address(memory) + threadIdx.x * 16;
-  loader.ring_end = loader.ring + ahead * RING_BYTES;
+  loader.stages = loader.stage = shared_address(memory) + threadIdx.x * 16;
+  loader.stages_end = loader.stages + ahead * RING_BYTES;
   bool second = own.count == 0;
   auto begin2 = [&] {
     second = true;
@@ -244,7 +244,7 @@ __device__ inline void few(const elem_t* x,
   __syncthreads();
 
   float d[2][4] = {}, total[4] = {};
-  unsigned slot = loader.ring;
+  unsigned stage = loader.stages;
   auto add_up = [&] {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -263,11 +263,11 @@ __device__ inline void few(const elem_t* x,
           "ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
           : "=r"(reinterpret_cast<unsigned*>(&w)[0]), "=r"(reinterpret_cast<unsigned*>(&w)[1]),
             "=r"(reinterpret_cast<unsigned*>(&w)[2]), "=r"(reinterpret_cast<unsigned*>(&w)[3])
-          : "r"(slot)
+          : "r"(stage)
           : "memory");
       add_product(d, a, a8, w);
-      slot += RING_BYTES;
-      if (slot == loader.ring_end) slot = loader.ring;
+      stage += RING_BYTES;
+      if (stage == loader.stages_end) stage = loader.stages;
       load();
     }
     add_up();

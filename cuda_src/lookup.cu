@@ -2,12 +2,10 @@
 //
 // Shapes    ids [N]; table [V, C]; y [N, C] with a stride between rows
 // Dtypes    table and y ELEM; ids int, or 64 bits with the suffix _i64. An id outside the table
-// gives
-//           zeros
+//           gives zeros
 // Bytes     2 N C sizeof ELEM + N sizeof id
 // Work      a block per row, copied in pieces of 16 bytes, or by elements where C or the stride is
-// no
-//           multiple of a piece
+//           no multiple of a piece
 #include "common.cuh"
 
 template <int VEC>

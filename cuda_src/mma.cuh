@@ -44,8 +44,7 @@ __device__ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], unsigned 
 __device__ inline float tf32_low(float x) {
   return x - __uint_as_float(__float_as_uint(x) & 0xffffe000u);
 }
-// Round a float to TF32 and return the rest, which is half as large as tf32_low() and of either
-// sign.
+// Round a float to TF32 and return the rest, which has either sign and half the size of tf32_low().
 __device__ inline unsigned tf32_split(unsigned& x) {
   unsigned high = (x + 0x1000u) & 0xffffe000u;
   unsigned low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
@@ -62,8 +61,7 @@ __device__ inline unsigned packed(float low, float high) {
 
 // The layout of rows of UNITS times 16 bytes in shared memory: the same unit of eight neighbouring
 // rows lies in different banks, so that ldmatrix has no conflicts. Rows of a power of two are
-// swizzled, others padded: a padded row that crosses a line of 128 bytes takes twice as long to
-// copy.
+// swizzled, others padded: a copy of a row across lines of 128 bytes takes twice as long.
 template <int UNITS>
 constexpr bool SWIZZLED = (UNITS & (UNITS - 1)) == 0;
 

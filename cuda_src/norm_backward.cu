@@ -6,9 +6,8 @@
 //   dbias   = sum over rows of dy
 //
 // Shapes    dy, x, dx [N, C], each with a stride of its own between rows; weight, dweight, dbias
-// [C]
-//           or null; stats [N, 2]: mean and 1 / sigma of each row; partials [G, 2, C]: sums over
-//           the rows of a group
+//           [C] or null; stats [N, 2]: mean and 1 / sigma of each row; partials [G, 2, C]: sums
+//           over the rows of a group
 // Dtypes    ELEM, but for stats and partials, which are float
 // Bytes     5 N C sizeof ELEM where a row stays in cache between passes: dy and x twice, dx
 // Work      norm_backward_rows     a block per row, in passes; stores the row's statistics

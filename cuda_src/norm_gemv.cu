@@ -19,8 +19,8 @@
 //           than giving each to all lanes. A long K is split over SPLIT warps, whose sums are added
 //           through shared memory.
 //           Every instruction between griddepcontrol.wait and the store is on the step's critical
-//           path, and fetching it counts as much as running it: the entries ..._once do before it
-//           all that does not need x.
+//           path, and fetching it counts as much as running it. So the entries ..._once do all that
+//           does not need x before that wait.
 // Source    layer norm: Ba, Kiros, Hinton, 2016, in two passes as in norm.cu
 //
 // It is the last version of the ladder in linear.cu.

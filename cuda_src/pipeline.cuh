@@ -140,8 +140,7 @@ struct Producer {
     if (PACED && lane == 0) {  // one lane: with all, the compiler serialises them
       unsigned now = clock64();
       int late = now - due;
-      // A delay of more than a stage is not made up; a block that moved to another clock starts
-      // again.
+      // No delay beyond a stage is made up; a block that moved to another clock starts again.
       if (late > int(TILE * GAP) || late < -int(GAP)) due = now - TILE * GAP;
 #pragma unroll 1
       for (int i = 0; i < rows; i++, from += stride, to += ROW_BYTES, due += GAP) {

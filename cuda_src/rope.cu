@@ -10,9 +10,8 @@
 // Dtypes    x, y ELEM; tables float: an angle of tens of thousands computed in float would be wrong
 //           in the third digit. positions int; one outside the tables gives zeros
 // Bytes     2 N H D sizeof ELEM; the tables' rows stay in cache over the heads
-// Work      a thread per VEC pairs of one head: a piece of 16 bytes from either side, or,
-// interleaved,
-//           two pieces; single pairs where the sizes are no multiples of that
+// Work      a thread per VEC pairs of one head: a piece of 16 bytes from either side, or two pieces
+//           where pairs are interleaved; single pairs where the sizes are no multiples of that
 // Source    Su et al., "RoFormer", 2021; interleaved pairs there, split ones in Llama
 #include "common.cuh"
 

@@ -1,9 +1,8 @@
 // A token of each row of logits, by settings that all rows share.
 //
 //   token = argmax(x)                  temperature 0
-//         = argmax(x' + Gumbel noise)  otherwise: a draw from softmax(x'), where x' = x /
-//         temperature
-//                                      with all but the top-k, top-p and min-p tokens taken out
+//         = argmax(x' + Gumbel noise)  otherwise: a draw from softmax(x')
+//   x'    = x / temperature, with all but the top-k, top-p and min-p tokens taken out
 //
 // Shapes    logits [B, V], a stride between rows; positions [B] or null for the row's number;
 //           scratch [B, V]; ids [B]

@@ -7,8 +7,8 @@
 // Bytes     4 V a row
 // Work      PARTS blocks of a cluster share a row; their states (maximum, sum, best token) are
 //           merged in the shared memory of the first. A thread loads QUADS quads of tokens at a
-//           time. Noise costs ten times a bound of it, so it is computed only for tokens that it
-//           could make the best.
+//           time. Noise costs ten times as much as a bound of it, so it is computed only for tokens
+//           that could become the best by it.
 //
 // Entries   sample_plain                one block a row: rows that fill the chip, or no clusters
 //           sample_plain_c2, _c4, _c8   as many blocks of a cluster a row
@@ -28,8 +28,7 @@ constexpr int NO_TOKEN = 0x7fffffff;  // where nothing is larger than NaN
 // A bound of gumbel(), but for rounding: -log1p(-u) is at least u.
 __device__ inline float most_gumbel(u32 bits) { return -LN_2 * __log2f(uniform(bits)); }
 
-// The state of a part of a row: maximum m, l = sum of exp(x - m), and the best token with its raw
-// logit.
+// The state of a part of a row: maximum m, l = sum of exp(x - m), best token and its raw logit.
 struct State {
   float m, l;
   Best best;

@@ -54,8 +54,7 @@ __device__ inline void push_token(RingEntry* ring, int size, u32* step, int id, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// noise: one Philox call for a quad of tokens; that of a token depends on (seed, position, id)
-// alone
+// noise: one Philox call for four tokens; that of a token depends on (seed, position, id) alone
 
 __device__ inline uint4 philox(uint4 counter, uint2 key) {
 #pragma unroll

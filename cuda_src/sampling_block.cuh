@@ -37,8 +37,7 @@ __device__ inline float block_sum(float own, float* shared) {
 // ---------------------------------------------------------------------------------------------
 // thresholds
 
-// The largest x such that the tokens of value >= x weigh at least `target`; a pass finds eight bits
-// of it.
+// The largest x such that the tokens of value >= x weigh at least `target`, eight bits a pass.
 template <typename Weight>
 __device__ inline float threshold(const float* x, int V, u64 target, Weight weight, u64* bins) {
   __shared__ u32 chosen;

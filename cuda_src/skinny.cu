@@ -24,8 +24,8 @@
 // Both entries for one row are for large models: with K at most 1024, and from 2049 to 4096,
 // norm_gemv.cu has less to do behind griddepcontrol.wait.
 //
-// Needs sm_80 (mma.m16n8k16); older chips take norm_gemv.cu for one row, else the library's
-// product.
+// Needs sm_80 (mma.m16n8k16). Older chips take norm_gemv.cu for one row and the library's product
+// for more.
 //
 // Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are merged as in
 //           Chan, Golub, LeVeque, 1979
@@ -122,8 +122,8 @@ struct RowPart {
   }
 };
 
-// The warp's part of the normalised row, rounded to ELEM as by a norm of its own. The parts are of
-// one size.
+// The warp's part of the normalised row, rounded to ELEM as by a norm of its own. All parts have
+// the same size.
 template <int TILES>
 __device__ inline RowPart<TILES> normalised(const float* x,
                                             const RowPart<TILES>& norm_weight,

@@ -94,8 +94,7 @@ __device__ inline SoftmaxState row_state(SoftmaxState own, Meeting<PARTS>& share
 }
 
 // A row in pieces that lie at multiples of their size in memory, also where the row begins between
-// two: piece p holds the channels from p VEC - `before` on, and those outside the row count as
-// -inf.
+// two: piece p holds the channels from p VEC - `before` on, and -inf in place of those outside.
 template <int VEC>
 struct Pieces {
   const elem_t* x;

@@ -24,6 +24,12 @@ def kind_of(value: object) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' or name == 'ndarray' else 'a'} {name}"
 
 
+def not_a_flag(name: str, value: object, where: str = "") -> InputError:
+    """The error for an argument that must be True or False."""
+    where = where or name
+    return InputError(f"{name} is {shown(value)}", where=where, remedy="Use True or False.")
+
+
 class Gpt2CupyError(Exception):
     """Base of every error that gpt2cupy raises on purpose.
 

@@ -12,7 +12,7 @@ import numpy as np
 from . import loading, ops
 from .cache import KVCache
 from .config import GPT2Config
-from .errors import InputError, shown
+from .errors import InputError, not_a_flag, shown
 from .ids import check_ids
 from .ops.quantized import scratch_size
 from .shifts import NormShifts, Pair
@@ -27,11 +27,7 @@ _UNSTACKED = ("wte", "wpe", "lnf_w", "lnf_b", "lm_head")
 def check_batch_invariant(value: bool) -> None:
     """Raise InputError unless it is True or False; before anything is downloaded."""
     if not isinstance(value, bool):
-        raise InputError(
-            f"batch_invariant is {shown(value)}",
-            where="batch_invariant",
-            remedy="Use True or False.",
-        )
+        raise not_a_flag("batch_invariant", value)
 
 
 class GPT2:
@@ -55,7 +51,7 @@ class GPT2:
     decode_path : {"auto", "eager", "graph", "persistent"}
         How engines made later run a step of this model; "auto" is the fastest.
     shifts : NormShifts
-        What steps of one row have beside the weights.
+        Products of norm biases and weights, computed once for steps of one row.
     """
 
     def __init__(
@@ -163,6 +159,22 @@ class GPT2:
             )
         self._gemv = name
         self.shifts = NormShifts(self.layers, self.backend)
+
+    def force_gemv(self, name: str) -> None:
+        """Set ``gemv`` as a user asked for it.
+
+        Raises
+        ------
+        InputError
+            Where it would change nothing: on the CPU. Also for what ``gemv`` cannot be.
+        """
+        if self.xp is np:
+            raise InputError(
+                f"gemv={name} is for a GPU, and this runs on the CPU",
+                where="gemv",
+                remedy="Leave it out.",
+            )
+        self.gemv = name
 
     @property
     def backend(self) -> str:
@@ -330,7 +342,7 @@ class GPT2:
         return self.logits(x, work, logits)
 
     def prepare_step(self, rows: int) -> None:
-        """Make what :meth:`decode` with so many rows is faster with; not while it is recorded."""
+        """Compute what speeds up :meth:`decode` with so many rows; not while it is recorded."""
         if rows == 1:
             self.shifts.record(self.xp)
             self.shifts.make(self.xp)
@@ -347,8 +359,8 @@ class GPT2:
         """Hidden states of every layer: ids [B, T] -> float32 [L + 1, B, T, C].
 
         What transformers gives for ``output_hidden_states``: first the embeddings,
-        then the residual stream after each layer; the last, after layer L, is also
-        after the last norm, and as fine as the weights' dtype.
+        then the residual stream after each layer. The last one has the last norm
+        applied too, and the precision of the weights' dtype.
 
         Raises
         ------

@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _DOORS = ("gpt2cupy.ops",)
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "torch", "transformers")
 
 
+_BEGAN = time.monotonic()
 # What other processes of this measurement loaded, as loaded() says it.
 _elsewhere: list[dict[str, dict[str, str]]] = []
 
@@ -174,6 +176,7 @@ def write(path: str | Path, results: Any, *, gpu: bool, complete: bool = True) -
     record = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *map(_portable, sys.argv)]),
+        "seconds": round(time.monotonic() - _BEGAN),
         "environment": environment(gpu=gpu),
         **loaded(),
         "complete": complete,

@@ -5,40 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from .errors import InputError, shown
 from .ops.reference_sampling import ROW_PARAMS
-
-MAX_LOGPROBS = 20
-MAX_CONTINUATIONS = 16384  # of a prompt: each is a request of its own, held until all are done
-# Kernels take 32-bit values; a position is added to some of the integers.
-LARGEST_INT = 2**30
-LARGEST_FLOAT = float(np.finfo(np.float32).max)
-SMALLEST_FLOAT = float(np.finfo(np.float32).smallest_normal)
-
-
-# What None means for a field that has no use for it: that it is off.
-_OFF: dict[str, Any] = {
-    "min_new_tokens": 0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "stop": (),
-    "stop_token_ids": (),
-}
-
-
-class UnsetLimit(int):
-    """A limit that nobody asked for: fewer tokens where the context ends, never an error."""
-
+from .sampling_checks import MAX_CONTINUATIONS as MAX_CONTINUATIONS
+from .sampling_checks import MAX_LOGPROBS as MAX_LOGPROBS
+from .sampling_checks import OFF, SMALLEST_FLOAT, UnsetLimit, as_python, check, check_seed
 
 DEFAULT_NEW_TOKENS = UnsetLimit(200)
 
@@ -127,30 +103,7 @@ class SamplingParams:
     logits_processor: Callable[[np.ndarray, Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).copy().items():
-            self._set(name, _OFF[name] if value is None and name in _OFF else _plain(value))
-        if self.max_new_tokens is not None:
-            self._check_int("max_new_tokens", 0, allowed="0 or more, or None")
-        self._check_int("min_new_tokens", 0, allowed="0 or more")
-        self._check_limits()
-        self._check_number("temperature", 0, allowed="0 or more")
-        self._check_int("top_k", 0, allowed="0 (off) or more")
-        self._check_number("top_p", 0, 1, open_below=True, allowed="above 0 and at most 1 (off)")
-        self._check_number("min_p", 0, 1, allowed="from 0 (off) to 1")
-        # Kernels divide by it in float32.
-        self._check_number("repetition_penalty", SMALLEST_FLOAT, allowed="above 0; 1 is off")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check_number(name, allowed="within float32")
-        self._check_bias()
-        self._check_seed()
-        self._check_stops()
-        self._check_ends()
-        self._check_int("n", 1, MAX_CONTINUATIONS, allowed=f"from 1 to {MAX_CONTINUATIONS}")
-        if self.logprobs is not None:
-            allowed = f"from 0 to {MAX_LOGPROBS}, or None"
-            self._check_int("logprobs", 0, MAX_LOGPROBS, allowed=allowed)
-        self._check_speculation()
-        self._check_processor()
+        check(self)
 
     @classmethod
     def unchecked(cls, fields: Mapping[str, Any]) -> SamplingParams:
@@ -161,119 +114,9 @@ class SamplingParams:
 
     def with_seed(self, seed: int) -> SamplingParams:
         """The same with another seed; nothing else is checked again, which takes much longer."""
-        made = self.unchecked(vars(self) | {"seed": _plain(seed)})
-        made._check_seed()
+        made = self.unchecked(vars(self) | {"seed": as_python(seed)})
+        check_seed(made)
         return made
-
-    def _check_seed(self) -> None:
-        if self.seed is not None:
-            self._check_int("seed", 0, 2**64 - 1, allowed="from 0 to 2**64 - 1, or None")
-
-    def _check_int(self, name: str, least: int, most: int = LARGEST_INT, *, allowed: str) -> None:
-        value = getattr(self, name)
-        if not _is_int(value, -math.inf, math.inf):
-            self._refuse(name, "an integer" + ", or None" * allowed.endswith("None"))
-        if value > most == LARGEST_INT:
-            self._refuse(name, f"at most {most}")
-        if not least <= value <= most:
-            self._refuse(name, allowed)
-
-    def _check_number(
-        self,
-        name: str,
-        least: float = -math.inf,
-        most: float = math.inf,
-        *,
-        open_below: bool = False,
-        allowed: str,
-    ) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            self._refuse(name, "a number")
-        if value != value or value in (math.inf, -math.inf):
-            self._refuse(name, "finite")
-        if not _is_number(value, least, most) or (open_below and value == least):
-            self._refuse(name, allowed)
-
-    def _check_limits(self) -> None:
-        limit = self.max_new_tokens
-        if limit is not None and not self._limit_unset and self.min_new_tokens > limit:
-            raise InputError(
-                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={limit}",
-                where="SamplingParams",
-                remedy="Raise max_new_tokens or lower min_new_tokens.",
-            )
-
-    def _check_bias(self) -> None:
-        bias = {} if self.logit_bias is None else self.logit_bias
-        if not isinstance(bias, Mapping):
-            self._refuse("logit_bias", "a mapping of token ids to numbers")
-        bias = {_plain(id_): _plain(value) for id_, value in bias.items()}
-        for id_, value in bias.items():
-            if not _is_int(id_, 0):
-                self._refuse("logit_bias", "a mapping of token ids, which are integers from 0")
-            if value != -math.inf and not _is_number(value):
-                self._refuse("logit_bias", "a mapping to finite numbers, or -inf to ban a token")
-        self._set("logit_bias", bias)
-
-    def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, list | tuple):
-            self._refuse("stop", "a string or several")
-        self._set("stop", tuple(map(_plain, stop)))
-        if not all(isinstance(each, str) and each for each in self.stop):
-            self._refuse("stop", "non-empty strings")
-        if any(map(_has_surrogate, self.stop)):  # no text that a tokenizer gives has one
-            self._refuse("stop", "strings without lone surrogates, which no text contains")
-
-    def _check_ends(self) -> None:
-        eos = self.eos_token_id
-        if _is_iterable(eos):
-            self._set("eos_token_id", tuple(map(_plain, eos)))  # type: ignore[arg-type]
-            if not all(_is_int(id_, 0) for id_ in self.eos_token_id):  # type: ignore[union-attr]
-                self._refuse(
-                    "eos_token_id", "token ids from 0 on; -1 alone, not in a list, is none"
-                )
-        elif eos is not None and not _is_int(eos, -1):
-            self._refuse("eos_token_id", "a token id, several, -1, or None")
-        if not _is_iterable(self.stop_token_ids):
-            self._refuse("stop_token_ids", "several token ids")
-        self._set("stop_token_ids", tuple(map(_plain, self.stop_token_ids)))
-        if not all(_is_int(id_, 0) for id_ in self.stop_token_ids):
-            self._refuse("stop_token_ids", "several token ids")
-
-    def _check_processor(self) -> None:
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            self._refuse("logits_processor", "a callable of ids and logits, or None")
-        if self.logits_processor is not None and self.speculate:
-            raise InputError(
-                "speculation and a logits_processor exclude each other: it is called with the "
-                "tokens before, and drafts are none yet",
-                where="SamplingParams: speculate",
-                remedy="Leave one of them out.",
-            )
-
-    def _check_speculation(self) -> None:
-        speculate = self.speculate
-        if speculate is not None and not (isinstance(speculate, str) and speculate == "ngram"):
-            self._refuse("speculate", "'ngram' or None")
-        if self.speculate and self.counts_tokens:
-            raise InputError(
-                "speculation and a penalty exclude each other: a penalty depends on all tokens "
-                "before, drafts included",
-                where="SamplingParams: speculate",
-                remedy="Leave speculate out, or the penalty.",
-            )
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _refuse(self, name: str, allowed: str) -> NoReturn:
-        raise InputError(
-            f"{name}={shown(getattr(self, name))} is impossible",
-            where="SamplingParams",
-            remedy=f"It must be {allowed}.",
-        )
 
     @property
     def _limit_unset(self) -> bool:
@@ -309,7 +152,7 @@ class SamplingParams:
             return []
         names = ("top_k", "top_p", "min_p", "seed", "n")
         values = {name: getattr(self, name) for name in names}
-        off = {**_OFF, "seed": None, "n": 1}
+        off = {**OFF, "seed": None, "n": 1}
         return [f"{name}={value}" for name, value in values.items() if value != off[name]]
 
     @property
@@ -340,29 +183,3 @@ class SamplingParams:
 @functools.lru_cache(1)
 def _default_fields() -> dict[str, Any]:
     return dict(vars(SamplingParams()))
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's scalar as Python's."""
-    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    return value.item() if scalar else value
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _is_iterable(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-
-
-def _is_int(value: Any, least: float, most: float = LARGEST_INT) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and max(least, -LARGEST_FLOAT) <= value <= min(most, LARGEST_FLOAT)
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,10 +12,10 @@ import pytest
 from builders import TINY, small_bpe, write_bpe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_values import ODD, tried
 
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, LanguageModel, SamplingParams
-from gpt2cupy.errors import Gpt2CupyError
 from gpt2cupy.generation.generation_config import GenerationConfig
 from gpt2cupy.tokenizer import Tokenizer
 
@@ -60,17 +59,6 @@ def lm(tmp_path_factory):
     model = GPT2.random(CONFIG, device="cpu")
     with LanguageModel(model, Tokenizer.from_folder(folder), "small") as found:
         yield found
-
-
-def tried(call, *args, **options):
-    """What a call gives, None if it raises an error of ours; any other error fails the test."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*without a temperature")
-        try:
-            return call(*args, **options)
-        except Gpt2CupyError as error:
-            assert len(str(error)) < 700 and error.where is not None and error.remedy
-            return None
 
 
 @FEW
@@ -159,11 +147,6 @@ def test_generation_config(fields):
 
 
 # What hypothesis meets by luck only: each argument with each kind of value, once.
-ODD = [
-    None, True, -1, 0, 1.5, math.nan, 2**64, "", "x", "\ud800", b"x", (), [3], [[3]], ["\ud800"],
-    {"a": 1}, {3: "x"}, np.array([3, 4]), np.array([[3], [4]]), np.array([]), np.array(3),
-    np.array(["a", "b"]), np.float32(0.5), object(), iter([3]), lambda: 0, range(2),
-]  # fmt: skip
 
 
 def arguments(call):

@@ -129,7 +129,7 @@ def test_a_traced_command_tells_what_it_loaded(monkeypatch):
     assert done.returncode == 0, done.stderr
     files = record._elsewhere[0]["files"].keys()
     assert {f"gpt2cupy/{name}.py" for name in ("model", "generation/engine", "ops/norm")} <= files
-    assert not files & {"gpt2cupy/ops/__init__.py", "gpt2cupy/lm.py", "gpt2cupy/cli/app.py"}
+    assert not files & {"gpt2cupy/ops/__init__.py", "gpt2cupy/lm/loader.py", "gpt2cupy/cli/app.py"}
 
 
 def test_only_what_was_used_is_loaded():

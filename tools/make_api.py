@@ -117,11 +117,20 @@ def _object(thing: griffe.Object, title: str, level: int) -> Iterator[str]:
     for section in thing.docstring.parsed if thing.docstring else ():
         yield _section(section)
     if thing.is_class:
-        for name, member in thing.members.items():
+        for name, member in _members(thing).items():
             private = name.startswith("_") and name != "__call__"
             private = private or name in INTERNAL.get(thing.name, ())
             if not private and (member.is_function or "property" in member.labels):
                 yield from _object(member, f"{thing.name}.{name}", level + 1)
+
+
+def _members(thing: griffe.Class) -> dict[str, griffe.Object]:
+    """Members of a class, after those of bases that the page does not show."""
+    found: dict[str, griffe.Object] = {}
+    for base in (*reversed(thing.mro()), thing):
+        if base is thing or base.name not in (*gpt2cupy._PUBLIC, *INTERFACES, *FURTHER):
+            found |= base.members
+    return found
 
 
 def _signature(thing: griffe.Object) -> str:

@@ -27,6 +27,7 @@ from shared import config_of, paths, random_model
 from gpt2cupy import GPT2, SamplingParams, decode
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
+from gpt2cupy.validate.runs import host
 
 SAMPLE = 64  # logits that are kept as numbers, spread over all
 KINDS = {
@@ -41,10 +42,6 @@ KINDS = {
 
 def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-
-
-def host(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def ids_of(model: GPT2, batch: int, length: int) -> np.ndarray:

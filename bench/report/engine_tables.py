@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layout import Record, caption, number, spread, table
+from .layout import Record, Row, caption, number, spread, table
 
 
 def prefixes(entry: Record) -> str:
@@ -31,7 +31,11 @@ def prefixes(entry: Record) -> str:
 def speculation(entry: Record) -> str:
     """Texts that repeat themselves and texts that do not, with and without."""
     results = entry["results"]
-    kinds = {"repeats": "repeats itself", "new": "no draft stands"}
+    kinds = {
+        "repeats": "repeats itself",
+        "one token": "one token",
+        "new": "no draft stands",
+    }
     lines = []
     for row in results["rows"]:
         rates = [number(1e6 * row["tokens"] / row[how]["median_us"]) for how in ("without", "with")]
@@ -49,13 +53,26 @@ def speculation(entry: Record) -> str:
         "same text",
     ]
     first = results["rows"][0]
+    biased = any(row["kind"] == "one token" for row in results["rows"])
     note = (
         f"One text of {first['tokens']} tokens after {results['prompt']}, {results['dtype']}, "
         f"{results['weights']} weights; the one that repeats itself is greedy, and of five the "
-        "one of which most drafts stand; the other is sampled by a seed of which none stands. "
-        "By the clock on the wall, with and without in turn, medians"
+        f"one of which most drafts stand; {'that of one token has a logit bias; ' * biased}the "
+        "last is sampled by a seed of which none stands. By the clock on the wall, with and "
+        f"without in turn, medians{_differences(results)}"
     )
     return table(header, lines, 2) + caption(entry, note)
+
+
+def _differences(results: Row) -> str:
+    """Where texts began to differ, in words."""
+    found = [
+        f"{row['model']}: at token {one['place'] + 1}, where the logits of the two are "
+        f"{abs(one['gap']):.4f} apart"
+        for row in results["rows"]
+        if (one := row.get("difference"))
+    ]
+    return ". Texts that differ do so first " + "; ".join(found) if found else ""
 
 
 def arrivals(entry: Record) -> str:

@@ -48,6 +48,20 @@ def _errors(row: Row, side: str) -> tuple[str, str]:
     return f"{found['max_error']:.1e}", f"{found['mean_error']:.1e}"
 
 
+def call_cost(entry: Record) -> str:
+    """Microseconds of a call from Python above CuPy's bare launches of the same kernels."""
+    lines = [
+        [
+            row["op"], row["launches"], f"{row['bare']['median_us']:.2f}",
+            f"{row['ours']['median_us']:.2f}", f"{row['above_us']:+.2f}",
+        ]
+        for row in entry["results"]["rows"]
+    ]  # fmt: skip
+    header = ["op", "launches", "bare launches, µs", "a call, µs", "above them, µs"]
+    shape = " x ".join(map(str, entry["results"]["shape"]))
+    return table(header, lines) + caption(entry, f"Medians; arrays of {shape}, of rope smaller")
+
+
 def some_ops(wanted: Callable[[Row], bool]) -> Callable[[Record], str]:
     """Ops beside PyTorch, by shape, dtype and way of calling."""
 

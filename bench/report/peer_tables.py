@@ -45,19 +45,23 @@ def rates(found: Found) -> dict[str, dict[str, float]]:
 
 
 def summary(found: Found) -> str:
-    """Four columns: the engine, tokens/s of the smallest and of the largest model, our lead."""
+    """A row for each engine; of each size that was measured its tokens/s and our lead."""
     speeds = rates(found)
+    sizes = [size for size in SIZES if speeds.get(size)]
     lines = []
     for name in SHOWN:
-        each = [speeds.get(size, {}).get(name) for size in SIZES]
+        each = [speeds[size].get(name) for size in sizes]
         if not any(each):
             continue
-        ours = [speeds.get(size, {}).get(OURS) for size in SIZES]
-        pairs = zip(each, ours, strict=True)
-        leads = [f"{us / them:.1f} x" if them and us else "-" for them, us in pairs]
-        lead = "" if name == OURS else ", ".join(leads)
-        lines.append([SHOWN[name], *(number(e) if e else "-" for e in each), lead])
-    header = ["engine", *(f"GPT-2 {size}, tokens/s" for size in SIZES), "gpt2cupy is faster by"]
+        line = [SHOWN[name]]
+        for size, them in zip(sizes, each, strict=True):
+            us = speeds[size].get(OURS)
+            lead = f"{us / them:.1f} x" if them and us and name != OURS else ""
+            line += [number(them) if them else "not measured", lead]
+        lines.append(line)
+    header = ["engine"]
+    for size in sizes:
+        header += [f"GPT-2 {size}, tokens/s", "gpt2cupy is faster by"]
     results = found["peers"]["results"]
     note = (
         f"One text at a time, float16, random weights, {results['tokens']} greedy tokens after "
@@ -65,8 +69,8 @@ def summary(found: Found) -> str:
     )
     if OURS in results["rows"][0]["engines"]:
         note += ". Ours is `LanguageModel.generate`, by the clock on the wall"
-    if any("-" in line[1:3] for line in lines):
-        note += "; - where there is no record"
+    if without := [size for size in SIZES if size not in sizes]:
+        note += f". There is no record of {' and '.join(without)} yet"
     return table(header, lines) + caption(found["peers"], note)
 
 

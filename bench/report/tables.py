@@ -326,6 +326,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
         "ops",
         op_tables.some_ops(op_tables.of("rms_norm", *op_tables.NORMS, few=False)),
     ),
+    "call-cost": ("call-cost", op_tables.call_cost),
     "ops-sampling": ("ops", op_tables.some_ops(op_tables.of("softmax", "sample_logits"))),
     "ops-activations": (
         "ops",

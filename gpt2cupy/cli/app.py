@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +30,12 @@ class _Command(_FlagsAsFlags, TyperCommand):
 
 class _Group(_FlagsAsFlags, TyperGroup):
     """All of them."""
+
+
+def _paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring, each paragraph in one line, which the terminal wraps."""
+    text = inspect.cleandoc(command.__doc__ or "")
+    return "\n\n".join(part.replace("\n", " ") for part in text.split("\n\n"))
 
 
 app = typer.Typer(
@@ -67,4 +75,4 @@ for command in (
     instruments.profile,
     instruments.validate,
 ):
-    app.command(cls=_Command)(shell.with_manners(command))
+    app.command(cls=_Command, help=_paragraphs(command))(shell.with_manners(command))

@@ -17,7 +17,7 @@ def batch(
     answers: Annotated[
         Path,
         typer.Argument(
-            help="File of answers; one that is not complete is gone on with.", metavar="OUT.JSONL"
+            help="File of answers; an incomplete one is continued.", metavar="OUT.JSONL"
         ),
     ],
     model: options.Model = "shakespeare",
@@ -44,6 +44,8 @@ def batch(
     are written as they come. A batch that was stopped or killed goes on where it was when the
     same command is given again. docs/batch.md has the fields of a body.
     """  # fmt: skip
+    if "-" in (str(requests), str(answers)):
+        raise typer.BadParameter('"-" is no file here: requests and answers are read again')
     if quiet:
         shell.silence_warnings()
 

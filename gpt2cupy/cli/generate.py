@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
-from ..errors import InputError, NonFiniteError, shown
+from ..errors import NonFiniteError, shown
 from ..sampling import DEFAULT_NEW_TOKENS, SamplingParams
 from . import dialogue, options, progress, prompt_file, shell
 
@@ -75,7 +74,7 @@ def generate(
         ),
     ] = None,
     min_new_tokens: Annotated[
-        int | None, typer.Option(help="No end of the text before that many.")
+        int | None, typer.Option(help="The text does not end before that many.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0, the default, is greedy: no chance.")
@@ -88,17 +87,17 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Least probability, of the best one's. 0, the default, is off."),
+        typer.Option(help="Least share of the best one's probability. 0, the default, is off."),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(help="Against tokens of prompt and text. 1, the default, is off."),
+        typer.Option(help="Penalty on tokens of prompt and text. 1, the default, is off."),
     ] = None,
     presence_penalty: Annotated[
         float | None, typer.Option(help="Against tokens of the text. 0, the default, is off.")
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="The same, each time. 0, the default, is off.")
+        float | None, typer.Option(help="The same for each occurrence. 0, the default, is off.")
     ] = None,
     logit_bias: Annotated[
         list[str] | None,
@@ -106,16 +105,17 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text. Repeatable.")
+        list[str] | None, typer.Option(metavar="<str>", help="End before this text. Repeatable.")
     ] = None,
     eos_token_id: Annotated[
         list[int] | None,
         typer.Option(
-            help="Token that ends the text, in place of the model's; -1 is none. Repeatable."
+            metavar="<int>",
+            help="Token that ends the text, in place of the model's; -1 is none. Repeatable.",
         ),
     ] = None,
     stop_token_ids: Annotated[
-        list[int] | None, typer.Option(help="A further such token. Repeatable.")
+        list[int] | None, typer.Option(metavar="<int>", help="A further such token. Repeatable.")
     ] = None,
     n: Annotated[
         int | None,
@@ -172,6 +172,9 @@ def generate(
         raise typer.BadParameter("give --prompts or one prompt, not both")
     if max_batch is not None and prompts is None:
         raise typer.BadParameter("--max-batch is for --prompts")
+    if speculate and (n not in (None, 1) or (prompts is not None and max_batch != 1)):
+        more = "leave out --n" if prompts is None or n not in (None, 1) else "add --max-batch 1"
+        raise typer.BadParameter(f"--speculate is for one text at a time: {more}")
     if quiet:
         shell.silence_warnings()
     SamplingParams(**settings)  # refuses what cannot be, before anything is loaded
@@ -192,13 +195,7 @@ def generate(
     )  # fmt: skip
     with lm, progress.compiling(quiet=quiet):
         if gemv is not None:
-            if lm.model.xp is np:
-                raise InputError(
-                    "--gemv is for a GPU, and this runs on the CPU",
-                    where="--gemv",
-                    remedy="Leave it out.",
-                )
-            lm.model.gemv = gemv.value
+            lm.model.force_gemv(gemv.value)
         if decode != "auto":
             # Refuses a path that is not there before text is written.
             decoder(lm.model, decode, settings.get("n", 1))
@@ -240,15 +237,17 @@ def _in_turn(*given: Any) -> bool:
 
 def _biases(given: list[str]) -> dict[int, float]:
     """``--logit-bias 50256=-inf`` as a mapping."""
-    found = {}
+    found: dict[int, float] = {}
     for each in given:
         match = re.fullmatch(r"(\d{1,9})[=:]([-+]?(?:inf|[\d.]+(?:e[-+]?\d+)?))", each.strip())
         try:
-            found[int(match[1])] = float(match[2])  # type: ignore[index]
+            id_, bias = int(match[1]), float(match[2])  # type: ignore[index]
         except (TypeError, ValueError):
             raise typer.BadParameter(
                 f"--logit-bias {shown(each)} is not ID=NUMBER, as in 50256=-inf"
             ) from None
+        if found.setdefault(id_, bias) != bias:
+            raise typer.BadParameter(f"--logit-bias has two numbers for token {id_}")
     return found
 
 
@@ -302,9 +301,7 @@ def _write_several(echo: str, found: list[Completion | None], seconds: float, qu
     done = [each for each in found if each is not None]
     for number, each in enumerate(found, 1):
         if each is not None:
-            heading = (
-                f"[{number} of {len(found)}: {len(each.tokens)} tokens ({each.finish_reason})]"
-            )
+            heading = f"[{number} of {len(found)}: {shell.extent(each)}]"
             shell.say(shell.paint(heading, shell.DIM), quiet=quiet)
             shell.write(f"{echo}{each.text}\n")
     count = sum(len(each.tokens) for each in done)

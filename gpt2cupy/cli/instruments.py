@@ -59,7 +59,7 @@ def profile(
 
 
 def validate(
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As --model.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Name, hub id or folder.")
     ] = None,
@@ -79,7 +79,8 @@ def validate(
     path: Annotated[
         list[str] | None,
         typer.Option(
-            help="Decode path beside eager (graph, persistent), repeatable. Default: all."
+            metavar="<str>",
+            help="Decode path beside eager (graph, persistent), repeatable. Default: all.",
         ),
     ] = None,
     against: Annotated[str, typer.Option(help="float64, or hf for transformers.")] = "float64",

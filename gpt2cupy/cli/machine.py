@@ -22,7 +22,7 @@ def info(
     adapter: options.Adapter = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="What each kernel of the model takes of the GPU."),
+        typer.Option("--kernels", help="Registers, shared memory and occupancy of each kernel."),
     ] = False,
     arch: Annotated[
         str | None,
@@ -61,7 +61,10 @@ def info(
 def compile(
     arch: Annotated[
         list[str] | None,
-        typer.Option(help="sm_75, sm_80, ...; several times for several. Default: this GPU's."),
+        typer.Option(
+            metavar="<str>",
+            help="sm_75, sm_80, ...; several times for several. Default: this GPU's.",
+        ),
     ] = None,
     model: Annotated[
         str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -46,3 +47,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stder
 def name_of(choice: enum.Enum | None) -> str | None:
     """The word that was chosen."""
     return None if choice is None else str(choice.value)
+
+
+def within(least: float, most: float | None = None) -> Callable[[float], float]:
+    """A callback of an option that refuses numbers outside a range.
+
+    typer's own ranges take a column of the help in which the names of the options are cut off.
+    """
+
+    def checked(value: float) -> float:
+        if not (least <= value and (most is None or value <= most)):
+            allowed = f"{least:g} or more" if most is None else f"from {least:g} to {most:g}"
+            raise typer.BadParameter(f"{value} is impossible. It must be {allowed}.")
+        return value
+
+    return checked

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import Gpt2CupyError, InputError
 from . import shell
 
 if TYPE_CHECKING:
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
     from ..lm import LanguageModel
 
 
-def lines(path: Path) -> Iterator[str]:
-    """The prompts of a file ("-" is stdin), read as they are asked for; empty lines are none."""
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line of a file ("-" is stdin), from 1, read as they are asked for."""
     if str(path) == "-":
+        if sys.stdin is None:
+            raise InputError("it is closed", where="stdin", remedy="Pipe the prompts into it.")
         yield from _texts(sys.stdin.buffer, "stdin")
         return
     try:
@@ -33,11 +37,9 @@ def lines(path: Path) -> Iterator[str]:
         ) from error
 
 
-def _texts(file: Any, where: str) -> Iterator[str]:
+def _texts(file: Any, where: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, 1):
-        text = shell.decoded(line, f"{where}, line {number}").rstrip("\r\n")
-        if text:
-            yield text
+        yield number, shell.decoded(line, f"{where}, line {number}").rstrip("\r\n")
 
 
 def run(
@@ -51,7 +53,9 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Continue each prompt, and write them in their order.
+    """Continue each line that is not empty, and write the texts in the order of the lines.
+
+    A heading on stderr names the line of each, unless a progress bar stands there.
 
     Parameters
     ----------
@@ -63,30 +67,58 @@ def run(
     special, echo, as_json, quiet : bool
         As the options of the command.
     """
-    given: list[str] = []  # prompts whose completions are not yet written
+    given: deque[tuple[int, str]] = deque()  # lines whose completions are not yet written
+    empty = 0
 
     def prompts() -> Iterator[Any]:
-        for text in lines(path):
-            given.append(text)
+        nonlocal empty
+        for number, text in lines(path):
+            if not text:
+                empty += 1
+                continue
+            given.append((number, text))
             yield lm.tokenizer.encode(text, allowed_special="all") if special else text
 
-    start, texts, tokens = time.perf_counter(), 0, 0
+    start, written, texts, tokens = time.perf_counter(), 0, 0, 0
     # Where the texts themselves are on the terminal, they are the progress.
     seen = [stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)]
     bar = not quiet and seen == [False, True]
     slots = lm.most_slots if max_batch is None else max_batch
     each: Completion
-    for found in lm.generate(prompts(), max_batch=slots, progress=bar, **settings):
-        prompt = given.pop(0)
-        for index, each in enumerate(found if isinstance(found, list) else [found]):
-            if as_json:
-                row = {"prompt": prompt, **dataclasses.asdict(each), "index": index}
-                if "logprobs" not in settings:
-                    del row["logprobs"], row["top"]
-                shell.write_json(row)
-            else:
-                shell.write(f"{prompt if echo else ''}{each.text}\n")
-            texts, tokens = texts + 1, tokens + len(each.tokens)
+    try:
+        for found in lm.generate(prompts(), max_batch=slots, progress=bar, **settings):
+            number, prompt = given.popleft()
+            written += 1
+            for index, each in enumerate(found if isinstance(found, list) else [found]):
+                if as_json:
+                    row = {"line": number, "prompt": prompt, **dataclasses.asdict(each)}
+                    row["index"] = index
+                    if "logprobs" not in settings:
+                        del row["logprobs"], row["top"]
+                    shell.write_json(row)
+                else:
+                    which = f", {index + 1} of {len(found)}" if isinstance(found, list) else ""
+                    heading = f"[line {number}{which}: {shell.extent(each)}]"
+                    shell.say(shell.paint(heading, shell.DIM), quiet=quiet or bar)
+                    shell.write(f"{prompt if echo else ''}{each.text}\n")
+                texts, tokens = texts + 1, tokens + len(each.tokens)
+    except Gpt2CupyError as error:
+        raise _by_line(error, path, given, written) from error
     seconds = time.perf_counter() - start
-    summary = f"{texts} texts, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s"
+    summary = f"{texts} text{'s' if texts != 1 else ''}, {tokens} tokens in {seconds:.2f} s"
+    summary += f", {tokens / seconds:.0f} tokens/s"
+    if empty:
+        summary += f"; {empty} empty {'line was' if empty == 1 else 'lines were'} left out"
     shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
+
+
+def _by_line(
+    error: Gpt2CupyError, path: Path, given: Sequence[tuple[int, str]], written: int
+) -> Gpt2CupyError:
+    """The error, with the line of the file in place of the number among the prompts."""
+    match = re.match(r"prompt (\d+)(?=,|$)", error.where)
+    if match is None or not 0 <= (place := int(match[1]) - written) < len(given):
+        return error
+    file = "stdin" if str(path) == "-" else path
+    where = f"{file}, line {given[place][0]}{error.where[match.end() :]}"
+    return type(error)(error.what, where=where, remedy=error.remedy)

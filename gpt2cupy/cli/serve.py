@@ -14,7 +14,8 @@ from .generate import Gemv
 def serve(
     model: options.Model = "shakespeare",
     served_name: Annotated[
-        str | None, typer.Option("--served-name", help="What requests call it; --model's word.")
+        str | None,
+        typer.Option("--served-name", help="Name of the model in requests; by default --model."),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -32,23 +33,42 @@ def serve(
     ] = "auto",
     batch_invariant: options.BatchInvariant = False,
     slots: Annotated[
-        int, typer.Option(min=0, help="Texts generated at once; 0 is 256, on the CPU 16.")
+        int,
+        typer.Option(
+            callback=options.within(0), help="Texts generated at once; 0 is 256, on the CPU 16."
+        ),
     ] = 0,
     context: Annotated[
-        int, typer.Option(min=0, help="Tokens of prompt and text; 0 is the model's context.")
+        int,
+        typer.Option(
+            callback=options.within(0), help="Tokens of prompt and text; 0 is the model's context."
+        ),
     ] = 0,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Run the beginning of a prompt once, as long as a slot holds it.")
-    ] = True,
+    no_prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-prefix-cache", help="Run every prompt whole, also where a slot has its beginning."
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that speak HTTP.")] = 1,
+    port: Annotated[
+        int, typer.Option(callback=options.within(0, 65535), help="0 takes a free one.")
+    ] = 8000,
+    workers: Annotated[
+        int, typer.Option(callback=options.within(1, 64), help="Processes that speak HTTP.")
+    ] = 1,
     coalesce: Annotated[
         float,
-        typer.Option(min=0, max=5, help="Milliseconds in which tokens of a text share an event."),
+        typer.Option(
+            callback=options.within(0, 5),
+            help="Milliseconds in which tokens of a text share an event.",
+        ),
     ] = 0.0,
     event_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens of an event at most; 0 is any number.")
+        int,
+        typer.Option(
+            callback=options.within(0), help="Tokens of an event at most; 0 is any number."
+        ),
     ] = 0,
     api_key_file: Annotated[
         str | None, typer.Option(help="File of keys, one a line, one of which a request needs.")
@@ -56,22 +76,41 @@ def serve(
     chat_template: Annotated[
         str | None, typer.Option(help="File with a template for /v1/chat/completions.")
     ] = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 4 << 20,
-    max_choices: Annotated[int, typer.Option(min=1, help="Prompts of a request times n.")] = 1024,
+    max_body: Annotated[
+        int, typer.Option(callback=options.within(1), help="Bytes of a request's body.")
+    ] = 4 << 20,
+    max_choices: Annotated[
+        int, typer.Option(callback=options.within(1), help="Prompts of a request times n.")
+    ] = 1024,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Texts that may wait for a slot; then 429 is answered.")
+        int,
+        typer.Option(
+            callback=options.within(1), help="Texts that may wait for a slot; then 429 is answered."
+        ),
     ] = 16384,
     request_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds after which a request is given up.")
+        float,
+        typer.Option(
+            callback=options.within(0.001), help="Seconds after which a request is given up."
+        ),
     ] = 600.0,
     receive_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds in which a request has to arrive.")
+        float,
+        typer.Option(
+            callback=options.within(0.001), help="Seconds in which a request has to arrive."
+        ),
     ] = 30.0,
     slow_reader_timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds for a reader that takes nothing.")
+        float,
+        typer.Option(
+            callback=options.within(0.001), help="Seconds for a reader that takes nothing."
+        ),
     ] = 30.0,
     drain_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds after SIGTERM to answer what was accepted.")
+        float,
+        typer.Option(
+            callback=options.within(0), help="Seconds after SIGTERM to answer what was accepted."
+        ),
     ] = 60.0,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Prompts in the log too.")
@@ -85,6 +124,8 @@ def serve(
 
     Each request is a line of JSON on stderr. docs/serving.md has the details.
     """
+    if not host:  # which sockets take for all addresses
+        raise typer.BadParameter("--host is empty; for all addresses give 0.0.0.0 or ::")
     try:
         from ..server.settings import Settings
         from ..server.supervisor import Supervisor
@@ -99,7 +140,7 @@ def serve(
         variant=variant, adapter=adapter, tokenizer=tokenizer,
         quantize=options.name_of(quantize), gemv=options.name_of(gemv), decode=decode,
         batch_invariant=batch_invariant, slots=slots, capacity=context,
-        prefix_cache=prefix_cache, host=host, port=port,
+        prefix_cache=not no_prefix_cache, host=host, port=port,
         workers=workers, coalesce=coalesce / 1e3, event_tokens=event_tokens,
         api_key_file=api_key_file, chat_template=chat_template, max_body=max_body,
         max_choices=max_choices, max_waiting=max_waiting, request_seconds=request_timeout,

@@ -21,6 +21,7 @@ from ..output import write as write  # for every command
 from . import wording
 
 if TYPE_CHECKING:  # the command line starts without it
+    from ..generation.text import Completion
     from ..lm import LanguageModel
 
 P = ParamSpec("P")
@@ -78,6 +79,12 @@ def say_model(lm: LanguageModel, *, quantized: bool, quiet: bool) -> None:
     """The line on stderr that names the model and what it runs on."""
     in_int8 = " with matrices in int8" if quantized else ""
     say(paint(f"{lm.name}, {lm.dtype}{in_int8} on {lm.device}", DIM), quiet=quiet)
+
+
+def extent(completion: Completion) -> str:
+    """How long a text is and why it ended, for the heading above it."""
+    count = len(completion.tokens)
+    return f"{count} token{'s' if count != 1 else ''} ({completion.finish_reason})"
 
 
 def paint(text: str, colour: str) -> str:

@@ -38,7 +38,7 @@ def score(
     ] = True,
     special: options.Special = False,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="First each token: id, logprob and text.")
+        bool, typer.Option("--tokens", help="List each token first: id, logprob and text.")
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

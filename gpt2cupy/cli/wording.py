@@ -24,8 +24,10 @@ def options_of(command: Callable[..., Any]) -> dict[str, str]:
                 flags = [str(flag) for flag in (info.default, *(info.param_decls or ()))]
                 long = [flag for flag in flags if flag.startswith("--")]
                 found[name] = long[0] if long else f"--{name.replace('_', '-')}"
-    if "path" in found:  # the engine says decode path
-        found.setdefault("decode", found["path"])
+    # What the library calls them.
+    for ours, theirs in (("path", "decode"), ("model", "name_or_path")):
+        if ours in found:
+            found.setdefault(theirs, found[ours])
     return found
 
 
@@ -48,9 +50,15 @@ def reworded(text: str, options: dict[str, str]) -> str:
     return text.replace(", or None", "")
 
 
+def _argument(where: str) -> str:
+    """The argument that an error is about, without the call that it is one of."""
+    return re.sub(r"^[A-Za-z_.]+: (?=\w+$)", "", where)
+
+
 def is_usage(error: Gpt2CupyError, options: dict[str, str]) -> bool:
     """Whether the value of an option is at fault, not a text, a file or the machine."""
-    named = error.where in options or error.where in options.values()
+    place = _argument(error.where)
+    named = place in options or place in options.values()
     return isinstance(error, InputError) and (
         named or error.where in ("SamplingParams", "score", "profile")
     )
@@ -58,7 +66,7 @@ def is_usage(error: Gpt2CupyError, options: dict[str, str]) -> bool:
 
 def in_options(error: Gpt2CupyError, options: dict[str, str]) -> Gpt2CupyError:
     """The error, naming options where it names parameters that the command has as options."""
-    what, where = error.what, error.where
+    what, where = error.what, _argument(error.where)
     if where in options:
         what = re.sub(rf"^{where}(?= )", options[where], what)
     where = options.get(where, "" if where == "SamplingParams" else reworded(where, options))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-from ..errors import Gpt2CupyError, InputError, TokenizerError, shown
+from ..errors import Gpt2CupyError, InputError, TokenizerError, kind_of, shown
 from . import scoring
 from .batch_file import BatchInput, BatchOutput, custom_id_of, parsed
 from .collect import Collector
@@ -45,7 +45,7 @@ class BatchSummary:
     seconds : float
         Of this run.
     ignored : set of str
-        Fields of requests that mean nothing here.
+        Fields of requests that mean nothing here, among them ``model`` where it is another one.
     """
 
     requests: int
@@ -72,6 +72,24 @@ class _Line:
     def complete(self) -> bool:
         """Whether all its continuations are finished."""
         return len(self.made) == len(self.requests)
+
+
+def _nameless(found: Any, place: int) -> InputError:
+    """The error of a line without a name to answer it by: it says which line of the file it is."""
+    if not isinstance(found, dict):
+        what = f"the line is {kind_of(found)}, not an object"
+    elif found.get("custom_id") is None:
+        what = "there is no custom_id"
+    else:
+        name = found["custom_id"]
+        what = "the custom_id is empty"
+        if name != "":
+            what = f"the custom_id is {shown(name)}, {kind_of(name)}, not a string"
+    return InputError(
+        what,
+        where=f"line {place}",
+        remedy="Write {custom_id, method, url, body}; OpenAI's format wants a string as custom_id.",
+    )
 
 
 @contextlib.contextmanager
@@ -145,6 +163,12 @@ class Batch:
                 for key in self._collector.push(block):
                     self._session.cancel(key)
                 self._answer_finished(done)
+        if not all(self._answers.done):
+            raise InputError(
+                "the file of requests has lost lines while it was read",
+                where=str(self._answers.requests.path),
+                remedy="Start again: what is answered is kept.",
+            )
         self.summary.failed = self._answers.failed
         self.summary.seconds = time.perf_counter() - start
         return self.summary
@@ -154,14 +178,16 @@ class Batch:
         unanswered = self._answers.unanswered()
         while some := list(islice(unanswered, _AT_ONCE)):
             lines = []
-            for number, text in some:
+            for each in some:
                 custom_id = None
                 try:
-                    found = parsed(text)
+                    found = parsed(each.text, each.place)
                     custom_id = custom_id_of(found)
-                    lines.append(self._begun(number, custom_id, found))
+                    if custom_id is None:
+                        raise _nameless(found, each.place)
+                    lines.append(self._begun(each.number, custom_id, found))
                 except (InputError, TokenizerError) as error:
-                    self._refuse(number, custom_id, error)
+                    self._refuse(each.number, custom_id, error)
                     done(1)
             self._score(lines)
             for line in lines:
@@ -172,7 +198,7 @@ class Batch:
             self._answer_finished(done)  # those that asked for no token
             yield None
 
-    def _begun(self, number: int, custom_id: str | None, found: Any) -> _Line:
+    def _begun(self, number: int, custom_id: str, found: dict[str, Any]) -> _Line:
         """A line as a request that can be run.
 
         Raises
@@ -180,13 +206,6 @@ class Batch:
         InputError
             If it is none.
         """
-        if not isinstance(found, dict) or custom_id is None:
-            what = "no object" if not isinstance(found, dict) else "an object without a custom_id"
-            raise InputError(
-                f"the line is {what}",
-                where="line" if not isinstance(found, dict) else "custom_id",
-                remedy="Write {custom_id, method, url, body}, custom_id a string.",
-            )
         for name, only in (("method", "POST"), ("url", URL)):
             if found.get(name) != only:
                 raise InputError(
@@ -198,6 +217,8 @@ class Batch:
                 "an answer in a file is not streamed", where="stream", remedy="Leave it out."
             )
         self.summary.ignored.update(asked.ignored)
+        if asked.model not in (None, self._name):
+            self.summary.ignored.add("model")
         line = _Line(number, custom_id, asked)
         line.requests = [
             dataclasses.replace(request, key=(number, *request.key))

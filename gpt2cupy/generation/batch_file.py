@@ -15,31 +15,45 @@ import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError, shown
+from ..files import open_plain
 from ..output import file_errors, with_nulls
 
 _ID = "batch_req_"
 _SYNC_SECONDS = 1.0  # how much work a loss of power may cost
 
 
-def parsed(line: bytes) -> Any:
+class InputLine(NamedTuple):
+    """A request as it stands in the file."""
+
+    number: int  # among the requests, from 0
+    place: int  # among all lines of the file, from 1, as an editor counts them
+    text: bytes
+
+
+def parsed(line: bytes, place: int | None = None) -> Any:
     """A line as JSON.
 
     Raises
     ------
     InputError
-        If it is none.
+        If it is none; it names the line by its place in the file.
     """
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8"))  # of bytes it would guess the encoding
     except (ValueError, RecursionError) as error:
+        why = str(error)
+        if isinstance(error, json.JSONDecodeError):  # whose own line number is always 1
+            why = f"{error.msg} at column {error.colno}"
+        elif isinstance(error, UnicodeDecodeError):
+            why = f"byte {error.start} is not UTF-8"
         raise InputError(
-            f"the line is no JSON: {error}"[:200],
-            where="line",
+            f"the line is no JSON: {why}"[:200],
+            where="line" if place is None else f"line {place}",
             remedy="Write one object a line, without line breaks in it.",
         ) from error
 
@@ -93,25 +107,25 @@ class BatchInput:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.digests = array("Q")
-        for _, line in self.lines():
+        for line in self.lines():
             custom_id = None
             with contextlib.suppress(InputError):  # it gets its error with its answer
-                custom_id = custom_id_of(parsed(line))
+                custom_id = custom_id_of(parsed(line.text))
             self.digests.append(_digest(custom_id))
         self._check_names()
 
     def __len__(self) -> int:
         return len(self.digests)
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(number, line) of each request, from 0; empty lines are not counted."""
+    def lines(self) -> Iterator[InputLine]:
+        """Each request; empty lines are none."""
         number = 0
-        with _read_errors(self.path), self.path.open("rb") as file:
-            for position, line in enumerate(file):
-                if position == 0:
+        with _read_errors(self.path), open_plain(self.path) as file:
+            for place, line in enumerate(file, 1):
+                if place == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield number, line
+                    yield InputLine(number, place, line)
                     number += 1
 
     def _check_names(self) -> None:
@@ -121,17 +135,17 @@ class BatchInput:
         if not twice:
             return
         seen: dict[str, int] = {}
-        for number, line in self.lines():
-            if self.digests[number] in twice:
-                name = custom_id_of(parsed(line)) or ""
+        for line in self.lines():
+            if self.digests[line.number] in twice:
+                name = custom_id_of(parsed(line.text)) or ""
                 if name in seen:
                     raise InputError(
-                        f"requests {seen[name] + 1} and {number + 1} both have the custom_id "
+                        f"lines {seen[name]} and {line.place} both have the custom_id "
                         f"{shown(name)}",
                         where=str(self.path),
                         remedy="Give each request a custom_id of its own.",
                     )
-                seen[name] = number
+                seen[name] = line.place
 
 
 @contextlib.contextmanager
@@ -142,7 +156,7 @@ def _read_errors(path: Path) -> Iterator[None]:
         raise InputError(
             f"the file cannot be read: {error.strerror or error}",
             where=str(path),
-            remedy="Name a file of requests that you may read.",
+            remedy="Name a file of requests that you may read; it is read twice, so no pipe.",
         ) from error
 
 
@@ -178,13 +192,20 @@ class BatchOutput:
         self.model = model
         self.done = bytearray(len(requests))
         self.failed = 0
-        if path.exists() and requests.path.exists() and os.path.samefile(path, requests.path):
-            raise InputError(
-                "requests and answers are one file",
-                where=str(path),
-                remedy="Name another file for the answers.",
-            )
         with file_errors(path, "the answers"):
+            there = path.exists()
+            if there and requests.path.exists() and os.path.samefile(path, requests.path):
+                raise InputError(
+                    "requests and answers are one file",
+                    where=str(path),
+                    remedy="Name another file for the answers.",
+                )
+            if there and not path.is_file():  # what is read back to be gone on with
+                raise InputError(
+                    "the answers are to go to what is no plain file",
+                    where=str(path),
+                    remedy="Name a file; a pipe or a device cannot be gone on with.",
+                )
             self._file: IO[bytes] = path.open("a+b")
         self._synced = time.monotonic()
         try:
@@ -250,17 +271,17 @@ class BatchOutput:
         self.done[number] = 1
         self.failed += found["error"] is not None
 
-    def unanswered(self) -> Iterator[tuple[int, bytes]]:
-        """(number, line) of each request without an answer."""
-        for number, line in self.requests.lines():
-            if number >= len(self.done):
+    def unanswered(self) -> Iterator[InputLine]:
+        """Each request without an answer."""
+        for line in self.requests.lines():
+            if line.number >= len(self.done):
                 raise InputError(
                     "the file of requests has grown",
                     where=str(self.requests.path),
                     remedy="Start again: what is answered is kept.",
                 )
-            if not self.done[number]:
-                yield number, line
+            if not self.done[line.number]:
+                yield line
 
     def write(
         self,

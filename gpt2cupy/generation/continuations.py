@@ -10,8 +10,10 @@ from itertools import chain
 from typing import Any
 
 from ..tokenizer import Tokenizer
-from . import prompts, scoring
+from . import scoring
 from .collect import Collector
+from .progress import bar
+from .prompt_forms import place_of
 from .request import Request, Token
 from .results import Block, tokens_of
 from .session import Session
@@ -222,7 +224,7 @@ def complete(
     groups: list[list[Request]],
     slots: int,
     given: list[Any],
-    done: Callable[[int], object],
+    progress: bool | None,
     *,
     single: bool,
 ) -> Any:
@@ -230,10 +232,12 @@ def complete(
 
     Parameters
     ----------
-    session, tokenizer, groups, slots, done
+    session, tokenizer, groups, slots
         As :func:`completions` takes them.
     given : list
         The prompts, for errors.
+    progress : bool, optional
+        As :func:`bar` takes it.
     single : bool
         Whether they are one, not in a list.
 
@@ -242,7 +246,9 @@ def complete(
     NonFiniteError
         If logits are not finite; the other requests are finished first.
     """
-    found = list(completions(session, tokenizer, groups, slots, done))
+    count = sum(map(len, groups))
+    with bar(progress, count, long=count > slots) as done:
+        found = list(completions(session, tokenizer, groups, slots, done))
     return as_given(session, groups, found, given, single=single)
 
 
@@ -271,7 +277,7 @@ def as_given(
     result = kept[0] if single else kept
     if failed:
         number, place = failed[0]
-        where = [] if single else [prompts.place_of(number, given[number])]
+        where = [] if single else [place_of(number, given[number])]
         where += [f"continuation {place}"] if len(groups[number]) > 1 else []
         raise scoring.non_finite(
             session.model, ", ".join(where), completions=result, failed=tuple(failed)
@@ -284,7 +290,7 @@ def one_by_one(
     tokenizer: Tokenizer,
     groups: Groups,
     slots: int,
-    done: Callable[[int], object],
+    progress: bool | None,
 ) -> Iterator[Any]:
     """What ``generate`` yields for an iterator of prompts: a completion, or ``n``, of each.
 
@@ -293,7 +299,8 @@ def one_by_one(
     NonFiniteError
         In place of the completion whose logits are not finite.
     """
-    for number, texts in enumerate(completions(session, tokenizer, groups, slots, done)):
-        if any(each.finish_reason == "error" for each in texts):
-            raise scoring.non_finite(session.model, f"prompt {number}", failed=((number, 0),))
-        yield texts if len(texts) > 1 else texts[0]
+    with bar(progress, None, long=False) as done:
+        for number, texts in enumerate(completions(session, tokenizer, groups, slots, done)):
+            if any(each.finish_reason == "error" for each in texts):
+                raise scoring.non_finite(session.model, f"prompt {number}", failed=((number, 0),))
+            yield texts if len(texts) > 1 else texts[0]

@@ -12,32 +12,30 @@ from ..decode import DRAFTS, Decoder, DraftState, decoder
 from .rows import Queued, Rows
 from .scheduler import Sequence
 
-# By the share of tokens that a look-up would have found: rows of a step. Four rows of 1558M take
-# 1.25 times as long as one, of 124M 1.5 times.
+# By the hit rate, the share of tokens that a look-up would have found: rows of a step. Four rows
+# of 1558M take 1.25 times as long as one, of 124M 1.5 times.
 _ROWS = ((0.6, 1 + DRAFTS), (0.45, 2), (0.0, 1))
-_WORTH = {1 + DRAFTS: 1.6, 2: 1.3}  # tokens that such a step must bring on average
-_HOPED = 2.25  # what they are taken to bring before any has
-_MEMORY = 8  # tokens over which that share is averaged
-_STEPS = 4  # and steps over which their tokens are
-_TAIL = 32  # tokens of a prompt that it begins with
-_PAUSE = (
-    16,
-    256,
-)  # tokens without drafts after steps that were not worth it, each time twice as many
+_LEAST_TOKENS = {1 + DRAFTS: 1.6, 2: 1.3}  # tokens that such a step must bring on average
+_EXPECTED = 2.25  # and those that it is expected to bring at first
+_MEMORY = 8  # tokens over which the hit rate is averaged
+_STEPS = 4  # steps over which the tokens of a step are
+_TAIL = 32  # tokens of the prompt from which the first hit rate is taken
+# Tokens without drafts after steps that brought too few: at first, and at most, doubled each time.
+_PAUSE = 16, 256
 
 
-class Luck:
+class DraftPolicy:
     """How many rows a step should have, from the text so far.
 
-    It begins to draft where what followed the last two tokens would often have told the next
-    one: the look-up of the device agrees by more tokens where it can and finds no less. It stops
-    where steps with drafts bring too few tokens. A function of the tokens and of the steps that
-    brought them, so that the same text has the same steps on every run.
+    Drafts begin where the tokens that followed the last two before would often have been right;
+    the device looks for longer matches too, and finds no fewer. They pause where steps with
+    drafts bring too few tokens. All of it is a function of the tokens and of the steps that
+    brought them, so the same text has the same steps on every run.
     """
 
     def __init__(self, prompt: np.ndarray) -> None:
-        self.share = 0.0
-        self._brought = _HOPED  # tokens of a step with drafts, on average
+        self.hit_rate = 0.0
+        self._brought = _EXPECTED  # tokens of a step with drafts, on average
         self._pause, self._left = _PAUSE[0], 0
         ids = prompt.tolist()
         self._after = dict(zip(pairwise(ids), ids[2:], strict=False))
@@ -51,7 +49,7 @@ class Luck:
             seen[pair] = ids[place]
 
     def _count(self, found: bool) -> None:
-        self.share += (found - self.share) / _MEMORY
+        self.hit_rate += (found - self.hit_rate) / _MEMORY
 
     def push(self, ids: list[int], rows: int) -> None:
         """Take the tokens that a step of so many rows brought."""
@@ -64,10 +62,10 @@ class Luck:
             self._left -= 1
             return
         self._brought += (len(ids) - self._brought) / _STEPS
-        if self._brought < _WORTH[rows]:
-            self._left, self._brought = self._pause, _HOPED
+        if self._brought < _LEAST_TOKENS[rows]:
+            self._left, self._brought = self._pause, _EXPECTED
             self._pause = min(2 * self._pause, _PAUSE[1])
-        elif self._brought > _HOPED:
+        elif self._brought > _EXPECTED:
             self._pause = _PAUSE[0]
 
     @property
@@ -75,7 +73,7 @@ class Luck:
         """Rows that the next step should have."""
         if self._left > 0:
             return 1
-        return next(rows for least, rows in _ROWS if self.share >= least)
+        return next(rows for least, rows in _ROWS if self.hit_rate >= least)
 
 
 class DraftRows:
@@ -95,7 +93,7 @@ class DraftRows:
         self.state = DraftState(plain.model, plain.state.cache)
         self._decoders: dict[int, Decoder] = {}
         self._counts = np.zeros(self.state.batch, np.int64)  # the host's count of state.steps
-        self._luck = Luck(np.zeros(1, np.int32))
+        self._policy = DraftPolicy(np.zeros(1, np.int32))
         self._width = 1  # rows of what was queued last
         self._waits = False  # whether a bias keeps ends back, which is lifted at a known token
 
@@ -114,7 +112,7 @@ class DraftRows:
         bias = {**request.params.logit_bias, **dict.fromkeys(others, -math.inf)}
         self.state.set_biases(bias)
         self._waits = bool(others)
-        self._luck = Luck(request.prompt)
+        self._policy = DraftPolicy(request.prompt)
         self._width = 1
 
     def release(self, first: int, end: int) -> None:
@@ -132,7 +130,7 @@ class DraftRows:
 
     def step(self, running: int) -> None:
         """Queue a step of as many rows as have been worth it lately."""
-        self._width = 1 if self._waits else self._luck.rows
+        self._width = 1 if self._waits else self._policy.rows
         self._decoder(self._width).step(self.state.first(self._width))
         self._plain.steps += 1
 
@@ -156,7 +154,7 @@ class DraftRows:
         """Wait for the tokens that stand; as :meth:`Rows.read`."""
         ids, logprobs = self.state.read_rows(queued.rows, queued.stamps)
         count = int((ids >= 0).sum())
-        self._luck.push(ids[:count].tolist(), len(ids))
+        self._policy.push(ids[:count].tolist(), len(ids))
         top = queued.read_top()
         if top is not None:
             top = top[0][:count], top[1][:count]

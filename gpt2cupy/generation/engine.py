@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..decode import Decoder, DecodeState
-from ..errors import BusyError, ClosedError, InputError, shown
+from ..errors import BusyError, ClosedError, InputError, not_a_flag, shown
 from ..model import GPT2
 from ..ops.core.device import device_errors, memory_error
 from . import forks
@@ -136,6 +136,16 @@ class Engine:
     def discarded(self) -> int:
         """Tokens that were computed past the end of their text."""
         return self.running.discarded
+
+    @property
+    def drafted(self) -> int:
+        """Draft tokens that were verified since the engine was made, of all texts."""
+        return self.running.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that stood."""
+        return self.running.accepted
 
     @property
     def decoder(self) -> Decoder:
@@ -349,5 +359,5 @@ def _checked_lead(lead: object) -> int:
 
 def _checked_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise InputError(f"{name} is {shown(value)}", where="Engine", remedy="Use True or False.")
+        raise not_a_flag(name, value, where="Engine")
     return bool(value)

@@ -6,17 +6,18 @@ import dataclasses
 import itertools
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..config import GPT2Config
-from ..errors import ConfigError, Gpt2CupyError, InputError, kind_of, shown
-from ..ids import as_host, check_tokens
+from ..errors import ConfigError, Gpt2CupyError, InputError, kind_of, not_a_flag, shown
+from ..ids import check_tokens
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
 from .generation_config import GenerationConfig
+from .prompt_forms import place_of, to_ids
 from .request import Request
 
 _SEED_BITS = 53  # of a seed that is drawn: a number of JSON holds it exactly
@@ -33,14 +34,22 @@ class PromptEncoder:
     tokenizer : Tokenizer
     config : GPT2Config
     generation : GenerationConfig
+    defaults_from_file : bool
+        Whether the defaults are those of ``generation`` where a call does not say.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: GPT2Config, generation: GenerationConfig
+        self,
+        tokenizer: Tokenizer,
+        config: GPT2Config,
+        generation: GenerationConfig,
+        *,
+        defaults_from_file: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.generation = generation
+        self._defaults_from_file = defaults_from_file
 
     @property
     def bos_token_id(self) -> int:
@@ -81,6 +90,12 @@ class PromptEncoder:
             )
         return check_tokens(ids, self.config)
 
+    def from_file(self, asked: bool | None) -> bool:
+        """Whether a call's defaults are those of generation_config.json."""
+        if asked is not None and not isinstance(asked, bool | np.bool_):
+            raise not_a_flag("generation_config", asked)
+        return self._defaults_from_file if asked is None else bool(asked)
+
     def params(
         self, params: SamplingParams | None, options: dict[str, Any], from_file: bool
     ) -> SamplingParams:
@@ -94,10 +109,10 @@ class PromptEncoder:
             Whether the defaults are those of generation_config.json.
         """
         if params is None and from_file:
-            params = self._from_file()
+            params = self._file_params()
         return with_options(params, options)
 
-    def _from_file(self) -> SamplingParams:
+    def _file_params(self) -> SamplingParams:
         """The settings of generation_config.json; what it asks that we lack is a warning."""
         found = self.generation
         if found.lacking:
@@ -203,51 +218,6 @@ class PromptEncoder:
         return ends
 
 
-def is_one(prompt: Any) -> bool:
-    """Whether this is one prompt, text or token ids, rather than a list of prompts."""
-    prompt = _opened(prompt)
-    if isinstance(prompt, str):
-        return True
-    if not _is_sequence(prompt):
-        raise _wrong_kind(prompt)
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim < 2 and not (prompt.size and isinstance(prompt.flat[0], str))
-    # No prompts at all is an empty list of them; an empty one is written "".
-    return len(prompt) > 0 and not (isinstance(prompt[0], str) or _is_sequence(_opened(prompt[0])))
-
-
-def several(prompts: Any) -> list[Any]:
-    """The prompts of a list of them, of rows of ids, or of what a tokenizer returned."""
-    return list(_opened(prompts))
-
-
-def place_of(number: int, prompt: Any) -> str:
-    """Which of several prompts: its number and how it begins."""
-    return f"prompt {number}, {shown(prompt, 24)}"
-
-
-def to_ids(prompt: Any, tokenizer: Tokenizer) -> Sequence[Any] | np.ndarray:
-    """Token ids of a text, or those given; their values are not yet checked."""
-    prompt = _opened(prompt)
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    if not _is_sequence(prompt):
-        raise _wrong_kind(prompt)
-    return prompt
-
-
-def only_ids(ids: Any) -> Sequence[Any] | np.ndarray:
-    """Token ids as given, where text means nothing; their values are not yet checked."""
-    opened = _opened(ids)
-    if isinstance(opened, str) or not _is_sequence(opened):
-        raise InputError(
-            f"token ids to decode cannot be {kind_of(ids)}",
-            where="decode",
-            remedy="Pass a list of token ids.",
-        )
-    return opened
-
-
 def with_options(params: SamplingParams | None, options: dict[str, Any]) -> SamplingParams:
     """``params``, or the defaults, with single fields replaced."""
     if params is not None and not isinstance(params, SamplingParams):
@@ -267,54 +237,12 @@ def with_options(params: SamplingParams | None, options: dict[str, Any]) -> Samp
 
 
 def warn_of_idle(settings: Iterable[SamplingParams]) -> None:
-    """Warn the caller's caller of settings that change nothing in greedy decoding."""
+    """Warn who called LanguageModel of settings that change nothing in greedy decoding."""
     idle = dict.fromkeys(name for params in settings for name in params.without_effect())
     if idle:
         verb = "does" if len(idle) == 1 else "do"
         warnings.warn(
             f"{', '.join(idle)} {verb} nothing without a temperature: decoding is greedy",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-
-
-def _opened(value: Any) -> Any:
-    """Ids as a host array where a tensor holds them, or rows of them from a BatchEncoding."""
-    if isinstance(value, Mapping) and "input_ids" in value:
-        ids, mask = as_host(value["input_ids"]), value.get("attention_mask")
-        try:
-            return ids if mask is None else _unpadded(ids, as_host(mask))
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"attention_mask does not fit input_ids: {error}",
-                where="prompt",
-                remedy="Pass both as the tokenizer returned them.",
-            ) from error
-    return as_host(value)
-
-
-def _unpadded(ids: Any, mask: Any) -> Any:
-    """What an attention mask leaves of ids: one list of them, or several."""
-    if len(ids) and _is_sequence(ids[0]):
-        return [_kept(row, kept) for row, kept in zip(ids, mask, strict=True)]
-    return _kept(ids, mask)
-
-
-def _kept(ids: Any, mask: Any) -> list[Any]:
-    return [id_ for id_, kept in zip(ids, mask, strict=True) if kept]
-
-
-def _is_sequence(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0
-    # Bytes are sequences of integers, but nobody means them as token ids.
-    other = str | bytes | bytearray | memoryview
-    return isinstance(value, Sequence) and not isinstance(value, other)
-
-
-def _wrong_kind(prompt: Any) -> InputError:
-    return InputError(
-        f"a prompt cannot be {kind_of(prompt)}",
-        where="prompt",
-        remedy="Pass text, token ids, or a list of either; decode bytes first.",
-    )

@@ -46,6 +46,8 @@ class Running:
     results : Results
     discarded : int
         Tokens that were computed past the end of their text.
+    drafted, accepted : int
+        Draft tokens that were verified, of all texts, and of them those that stood.
     """
 
     def __init__(self, model: GPT2, slots: int, capacity: int | None, path: str) -> None:
@@ -60,7 +62,7 @@ class Running:
         self.prompts = PromptRunner(model, self.cache, self.prefill_work, graphs=graphs)
         self.scheduler = Scheduler(slots, rows)
         self.results = Results(self.cache.capacity + 1)
-        self.discarded = 0
+        self.discarded = self.drafted = self.accepted = 0
         self._started = False  # whether it ever ran a prompt
         self._queued: deque[Queued] = deque()
         self._closing: deque[tuple[int, Sequence]] = deque()  # lines to close after a step
@@ -285,6 +287,8 @@ class Running:
         if results.alive[number]:
             results.drafted[number] += queued.drafts
             results.accepted[number] += len(ids) - 1
+            self.drafted += queued.drafts
+            self.accepted += len(ids) - 1
         blocks = []
         for place in range(len(ids)):
             if not results.alive[number]:

@@ -6,7 +6,6 @@ import functools
 import math
 from typing import Any
 
-from ..errors import InputError
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
@@ -33,21 +32,6 @@ def _grid(shape: tuple[int, ...], itemsize: int, contiguous: bool) -> tuple[int,
     if not contiguous or not shape or shape[-1] % elements:
         elements = 1
     return (-(-math.prod(shape) // (elements * _THREADS * _PIECES)),)
-
-
-def _check_gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> None:
-    if approximate not in GELU:
-        raise InputError(
-            f"unknown approximation {approximate!r}",
-            where="gelu: approximate",
-            remedy=f"Use {' or '.join(map(repr, GELU))}.",
-        )
-
-
-def _check_bias_gelu(
-    x: Array, bias: Array | None, approximate: str = "none", *, out: Array | None = None
-) -> None:
-    _check_gelu(x, approximate)
 
 
 def _gelu(x: Array, bias: Array | None, approximate: str, out: Array | None) -> Array:
@@ -77,7 +61,12 @@ def _silu_cost(gate: Array, up: Array, out: Array | None) -> Cost:
     return Cost(moved(gate, up) + written(out, gate.size, gate.dtype), 5 * gate.size)
 
 
-@op(reference="reference.gelu", cost=_gelu_cost, check=_check_gelu, only_launches=True)
+@op(
+    reference="reference.gelu",
+    cost=_gelu_cost,
+    takes="x: real[*N,C], approximate: none|tanh, out: @x[*N,C]~",
+    only_launches=True,
+)
 def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Array:
     """``x Phi(x)``, with Phi the normal distribution function.
 
@@ -110,7 +99,12 @@ def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Ar
     return _gelu(x, None, approximate, out)
 
 
-@op(reference="reference.bias_gelu", cost=_cost, check=_check_bias_gelu, only_launches=True)
+@op(
+    reference="reference.bias_gelu",
+    cost=_cost,
+    takes="x: real[*N,C], bias: @x[C]?, approximate: none|tanh, out: @x[*N,C]~",
+    only_launches=True,
+)
 def bias_gelu(
     x: Array, bias: Array | None, approximate: str = "none", *, out: Array | None = None
 ) -> Array:
@@ -138,7 +132,12 @@ def bias_gelu(
     return _gelu(x, bias, approximate, out)
 
 
-@op(reference="reference.silu_mul", cost=_silu_cost, only_launches=True)
+@op(
+    reference="reference.silu_mul",
+    cost=_silu_cost,
+    takes="gate: real[*N,C], up: @gate[*N,C], out: @gate[*N,C]~",
+    only_launches=True,
+)
 def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
     """``gate / (1 + exp(-gate)) * up``: the inner activation of SwiGLU.
 

@@ -14,7 +14,6 @@ from .core.registry import Cost, moved, op, written
 from .reference_attention import (
     Facts,
     check_aligned,
-    check_counts,
     check_heads,
     check_offset,
     facts,
@@ -71,7 +70,7 @@ def _plan(
     whole: bool,
 ) -> _Plan:
     """Everything that follows from the layouts of a call, checked."""
-    check_heads(q, k, v, "BTNH", "attention")
+    check_heads(q, k, "attention")
     check_aligned("attention", q=q, k=k, v=v, out=out)
     factor = scale_of(scale, q.shape[-1], "attention")
     batch, queries, heads, size = q.shape
@@ -147,7 +146,13 @@ def _attention_cost(
     return Cost(moved(q, k, v) + written(out, q.size, q.dtype), flops)
 
 
-@op(reference="reference_attention.attention", cost=_attention_cost, only_launches=True)
+@op(
+    reference="reference_attention.attention",
+    cost=_attention_cost,
+    takes="q: real[B,T,NH,HS], k: @q[B,S,NKV,HS], v: @q[B,S,NKV,HS], causal: bool, "
+    "scale: number?, lengths: int32[B]?, q_offset: any, out: @q[B,T,NH,HS]!",
+    only_launches=True,
+)
 def attention(
     q: Array,
     k: Array,
@@ -205,14 +210,13 @@ def attention(
 
     Dao et al., "FlashAttention", 2022; Shah et al., "FlashAttention-3", 2024.
     """
-    of = [facts(n, a, "attention") for n, a in (("q", q), ("k", k), ("v", v))]
-    of_out = None if out is None else facts("out", out, "attention")
-    plan = _plan(current_device(), *of, of_out, causal, scale, lengths is None)
+    of_out = None if out is None else facts(out)
+    plan = _plan(
+        current_device(), facts(q), facts(k), facts(v), of_out, causal, scale, lengths is None
+    )
     if out is None:
         out = device_empty(q.shape, q.dtype)
     offsets, offset = None, q_offset
-    if lengths is not None:
-        check_counts("lengths", lengths, q.shape[0], "attention")
     if type(q_offset) is not int or q_offset:
         check_offset(q_offset, causal, q.shape[0], "attention")
         if np.ndim(q_offset):

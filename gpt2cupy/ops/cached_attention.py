@@ -61,7 +61,13 @@ def _decode_cost(
     return Cost(read + written(out, size, qkv.dtype), 4 * size * (context + 1))
 
 
-@op(reference="reference.attention_prefill")
+@op(
+    reference="reference.attention_prefill",
+    takes="qkv: real[N,C3], k: real[S,NH,T,HS], v: real[S,NH,T,HS], starts: int32[R1], "
+    "slots: int32[R], past: int32[R], longest: int, scale: number, out: real[N,C]!, "
+    "batch_invariant: bool",
+    of_models=True,
+)
 def attention_prefill(
     qkv: Array,
     k: Array,
@@ -123,7 +129,13 @@ def attention_prefill(
     return out
 
 
-@op(reference="reference.attention_decode", cost=_decode_cost)
+@op(
+    reference="reference.attention_decode",
+    cost=_decode_cost,
+    takes="qkv: real[B,C3], k: real[S,NH,T,HS], v: real[S,NH,T,HS], slots: int32[B], "
+    "positions: int32[B], scale: number, out: real[B,C]!, batch_invariant: bool",
+    of_models=True,
+)
 def attention_decode(
     qkv: Array,
     k: Array,

@@ -14,7 +14,6 @@ from .core.registry import Cost, moved, op, written
 from .reference_attention import (
     Facts,
     check_aligned,
-    check_given,
     check_heads,
     facts,
     scale_of,
@@ -102,7 +101,7 @@ def _decode_scale(
     device: int, q: Facts, k: Facts, v: Facts, out: Facts | None, scale: float | None
 ) -> float:
     """The factor on the scores of a call whose arrays fit each other."""
-    check_heads(q, k, v, "BNH", "decode_attention")
+    check_heads(q, k, "decode_attention")
     check_aligned("decode_attention", q=q, k_cache=k, v_cache=v, out=out)
     return scale_of(scale, q.shape[-1], "decode_attention")
 
@@ -129,7 +128,13 @@ def _decode_cost(
     return Cost(read + written(out, q.size, q.dtype), 4 * q.size * context)
 
 
-@op(reference="reference_attention.decode_attention", cost=_decode_cost, only_launches=True)
+@op(
+    reference="reference_attention.decode_attention",
+    cost=_decode_cost,
+    takes="q: real[B,NH,HS], k_cache: @q[B,T,NKV,HS], v_cache: @q[B,T,NKV,HS], "
+    "lengths: int32[B], scale: number?, out: @q[B,NH,HS]!, scratch: any",
+    only_launches=True,
+)
 def decode_attention(
     q: Array,
     k_cache: Array,
@@ -179,11 +184,9 @@ def decode_attention(
 
     Dao et al., "Flash-Decoding for long-context inference", 2023.
     """
-    where = "decode_attention"
-    of = [facts(n, a, where) for n, a in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))]
-    of_out = None if out is None else facts("out", out, where)
+    of_out = None if out is None else facts(out)
+    of = facts(q), facts(k_cache), facts(v_cache)
     factor = _decode_scale(current_device(), *of, of_out, scale)
-    check_given(lengths, len(q))
     kernel, grid, warps, shared, shape = _blocks(current_device(), q.shape, k_cache.shape, q.dtype)
     if out is None:
         out = device_empty(q.shape, q.dtype)

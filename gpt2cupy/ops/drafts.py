@@ -36,7 +36,12 @@ PROPOSE_DRAFTS = Kernel(
 )
 
 
-@op(reference="reference.store_kv")
+@op(
+    reference="reference.store_kv",
+    takes="qkv: real[B,C3], k: real[S,NH,T,HS], v: real[S,NH,T,HS], slots: int32[B], "
+    "positions: int32[B]",
+    of_models=True,
+)
 def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> None:
     """Write the new keys and values of all rows to the cache, before attention reads it.
 
@@ -60,7 +65,11 @@ def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> 
     )
 
 
-@op(reference="reference.propose_drafts")
+@op(
+    reference="reference.propose_drafts",
+    takes="ids: int32[R], positions: int32[R], history: int32[H]",
+    of_models=True,
+)
 def propose_drafts(ids: Array, positions: Array, history: Array) -> None:
     """Draft the tokens that may follow the newest one of a text.
 
@@ -86,7 +95,12 @@ def propose_drafts(ids: Array, positions: Array, history: Array) -> None:
     )
 
 
-@op(reference="reference.accept_drafts")
+@op(
+    reference="reference.accept_drafts",
+    takes="ids: int32[M], positions: int32[M], sampled_positions: int32[M], "
+    "chosen: uint8[R,1,16], history: int32[H], steps: uint32[M], ring: uint8[M,Q,16]",
+    of_models=True,
+)
 def accept_drafts(
     ids: Array,
     positions: Array,

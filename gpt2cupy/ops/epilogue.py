@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, shown
 from .core.launch import device_empty, launch
 from .core.registry import Cost, moved, op, written
 from .linear_kernels import BIAS_ACT, THREADS
@@ -14,16 +13,6 @@ from .linear_kernels import BIAS_ACT, THREADS
 Array = Any
 
 ACTIVATION_CODES = {None: 0, "gelu_tanh": 1, "gelu_erf": 2, "relu": 3, "silu": 4, "tanh": 5}
-
-
-def check_activation(activation: str | None, where: str) -> None:
-    """Refuse what is no activation of ``ACTIVATION_CODES``."""
-    if activation not in ACTIVATION_CODES:
-        raise InputError(
-            f"unknown activation {shown(activation)}",
-            where=f"{where}: activation",
-            remedy=f"Use {', '.join(map(repr, ACTIVATION_CODES))}.",
-        )
 
 
 def _epilogue_cost(
@@ -38,7 +27,13 @@ def _epilogue_cost(
     return Cost(moved(x, bias, residual) + written(out, x.size, x.dtype), parts * x.size)
 
 
-@op(reference="reference.bias_act", cost=_epilogue_cost)
+@op(
+    reference="reference.bias_act",
+    cost=_epilogue_cost,
+    takes="x: real[N,M], bias: real[M]?, activation: gelu_tanh|gelu_erf|relu|silu|tanh?, "
+    "residual: real[N,M]?, out: real[N,M]~",
+    of_models=True,
+)
 def bias_act(
     x: Array,
     bias: Array | None = None,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, shown
+from ..errors import InputError
 from .core.launch import device_empty, is_device_array
 from .core.registry import Cost, moved, op, written
-from .epilogue import ACTIVATION_CODES, check_activation
+from .epilogue import ACTIVATION_CODES
 from .ffn_few import Sizes, fits, launch_few, parts
 from .linear import as_rows, linear
 
@@ -19,35 +19,6 @@ Array = Any
 _BACKENDS = ("auto", "products", "fused")
 # "auto" takes the fused kernel for up to so many rows, and weights of so many bytes.
 _FUSED_ROWS, _FUSED_BYTES = 8, 32 << 20
-
-
-def _check(
-    x: Array,
-    w1: Array,
-    b1: Array | None,
-    w2: Array,
-    b2: Array | None,
-    *,
-    activation: str = "gelu_tanh",
-    residual: Array | None = None,
-    out: Array | None = None,
-    scratch: Array | None = None,
-    backend: str = "auto",
-) -> None:
-    check_activation(activation, "ffn")
-    if backend not in _BACKENDS:
-        raise InputError(
-            f"unknown backend {shown(backend)}",
-            where="ffn: backend",
-            remedy=f"Use {', '.join(map(repr, _BACKENDS))}.",
-        )
-    for name, matrix, inner in (("w1", w1, x.shape[-1:]), ("w2", w2, w1.shape[:1])):
-        if len(matrix.shape) != 2 or matrix.shape[1:] != inner:
-            raise InputError(
-                f"{name} does not fit: x {list(x.shape)}, w1 {list(w1.shape)}, w2 {list(w2.shape)}",
-                where=f"ffn: {name}",
-                remedy="Give x [..., C], w1 [F, C] and w2 [M, F], a row for each output.",
-            )
 
 
 def _cost(
@@ -66,7 +37,14 @@ def _cost(
     return Cost(moved(x, w1, b1, w2, b2, residual) + size, operations)
 
 
-@op(reference="reference.ffn", cost=_cost, check=_check, only_launches=True)
+@op(
+    reference="reference.ffn",
+    cost=_cost,
+    takes="x: real[*N,C], w1: @x[F,C], b1: @x[F]?, w2: @x[M,F], b2: @out,residual,x[M]?, "
+    "activation: gelu_tanh|gelu_erf|relu|silu|tanh, residual: @x|float32[*N,M]?, "
+    "out: @residual;@x|float32[*N,M]!residual, scratch: any, backend: auto|products|fused",
+    only_launches=True,
+)
 def ffn(
     x: Array,
     w1: Array,

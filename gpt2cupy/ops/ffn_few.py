@@ -30,7 +30,8 @@ FFN_SUM = entries(
     "partial: float32[P,N,M], bias: OUT[M]?, residual: OUT[N,M]?, out: OUT[N,M]~, P, N, M",
     overlaps=True,
 )
-_STATIC = 256  # bytes of its shared memory beside ring, rows and sums, at most
+_ITEM = 2  # bytes of fp16 and bf16
+_STATIC = 256  # bytes of its shared memory beside stages, rows and sums, at most
 _AHEAD = (12, 8, 4)  # loads of a lane in flight, as many as fit
 
 
@@ -41,12 +42,12 @@ def fits(rows: int, sizes: Sizes, dtype: Any) -> bool:
     """
     if np.dtype(dtype) == np.float32:
         return False
-    c, itemsize = constants("ffn_few.cu"), np.dtype(dtype).itemsize
+    c = constants("ffn_few.cu")
     if not 0 < rows <= c["MOST_ROWS"] or any(n % 8 or not n for n in sizes):
         return False
     # Every warp has a part of a row of w1.
-    wide = sizes[0] * itemsize >= c["WARPS"] * 64
-    return wide and has_mma() and _plan(rows, sizes, itemsize)[1] <= shared_limit() - _STATIC
+    wide = sizes[0] * _ITEM >= c["WARPS"] * 64
+    return wide and has_mma() and _plan(rows, sizes)[1] <= shared_limit() - _STATIC
 
 
 def _blocks() -> int:
@@ -59,12 +60,12 @@ def parts(hidden: int) -> int:
     return max(1, min(sm_count() // _blocks(), hidden // constants("ffn_few.cu")["TILE"]))
 
 
-def _plan(rows: int, sizes: Sizes, itemsize: int) -> tuple[int, int]:
-    """Loads in flight, and bytes of a block: ring, rows of x and of hidden values, sums."""
+def _plan(rows: int, sizes: Sizes) -> tuple[int, int]:
+    """Loads in flight, and bytes of a block: stages, rows of x and of hidden values, sums."""
     c, (inner, hidden, _) = constants("ffn_few.cu"), sizes
     longest = -(-hidden // c["TILE"] // parts(hidden)) * c["TILE"]
     pad = c["PAD_BYTES"]
-    pitches = (-(-k * itemsize // (2 * pad)) * 2 * pad + pad for k in (inner, longest))
+    pitches = (-(-k * _ITEM // (2 * pad)) * 2 * pad + pad for k in (inner, longest))
     rest = rows * sum(pitches) + c["SUM_BYTES"]
     plans = [(ahead, ahead * c["RING_BYTES"] + rest) for ahead in _AHEAD]
     return next((each for each in plans if each[1] <= shared_limit() - _STATIC), plans[-1])
@@ -81,11 +82,11 @@ def launch_few(
 ) -> None:
     """The network; ``arrays`` are x, w1 and b1, ``partial`` has :func:`parts` partial sums."""
     c, w1 = constants("ffn_few.cu"), arrays[1]
-    blocks, elem = _blocks(), w1.dtype
-    ahead, shared = _plan(len(out), (*w1.shape[::-1], len(w2)), elem.itemsize)
+    blocks = _blocks()
+    ahead, shared = _plan(len(out), (*w1.shape[::-1], len(w2)))
     kernel = FFN_FEW[8 if len(out) <= 8 else 16, blocks]
     args = (*arrays, w2, partial, activation, ahead)
-    launch(kernel, (len(partial) * blocks,), (c["THREADS"],), args, elem=elem, shared=shared)
+    launch(kernel, (len(partial) * blocks,), (c["THREADS"],), args, elem=w1.dtype, shared=shared)
     grid = (-(-out.size // (4 * c["WARP"])),)
     last = FFN_SUM[out.dtype == np.float32]
-    launch(last, grid, (c["SUM_THREADS"],), (partial, b2, residual, out), elem=elem)
+    launch(last, grid, (c["SUM_THREADS"],), (partial, b2, residual, out), elem=w1.dtype)

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, shown
+from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from . import quantized
 from .core import blas
 from .core.launch import device_empty, launch
 from .core.registry import Cost, moved, op, written
-from .epilogue import ACTIVATION_CODES, bias_act, check_activation
+from .epilogue import ACTIVATION_CODES, bias_act
 from .linear_kernels import (
     GEMV_SCALAR,
     WARP,
@@ -56,7 +56,14 @@ def _cost(
     return Cost(moved(x, weight, bias, residual) + size, 2 * n * m * k)
 
 
-@op(reference=None, cost=_cost)
+@op(
+    reference=None,
+    cost=_cost,
+    takes="x: real[N,K], weight: @x[M,K], bias: real[M]?, "
+    "activation: gelu_tanh|gelu_erf|relu|silu|tanh?, residual: real[N,M]?, "
+    "out: real[N,M]!residual, backend: ours|cublas",
+    of_models=True,
+)
 def gemv(
     x: Array,
     weight: Array,
@@ -102,34 +109,15 @@ def gemv(
     return out
 
 
-def _check(
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
-    *,
-    activation: str | None = None,
-    residual: Array | None = None,
-    out: Array | None = None,
-    backend: str = "auto",
-    scratch: Array | None = None,
-) -> None:
-    check_activation(activation, "linear")
-    if backend not in _BACKENDS:
-        raise InputError(
-            f"unknown backend {shown(backend)}",
-            where="linear: backend",
-            remedy=f"Use {', '.join(map(repr, _BACKENDS))}.",
-        )
-    if not x.shape or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
-        name = "weight" if x.shape else "x"
-        raise InputError(
-            f"{name} does not fit: x {list(x.shape)}, weight {list(weight.shape)}",
-            where=f"linear: {name}",
-            remedy="Give x [..., K] and weight [M, K], a row for each output.",
-        )
-
-
-@op(reference="reference.linear", cost=_cost, check=_check, only_launches=True)
+@op(
+    reference="reference.linear",
+    cost=_cost,
+    takes="x: real[*N,K], weight: @x|quantized[M,K], bias: @out,residual,x[M]?, "
+    "activation: gelu_tanh|gelu_erf|relu|silu|tanh?, residual: @x|float32[*N,M]?, "
+    "out: @residual;@x|float32[*N,M]!residual, backend: auto|ours|cublas|invariant, "
+    "scratch: @x[n]?",
+    only_launches=True,
+)
 def linear(
     x: Array,
     weight: Array,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from ..errors import InputError
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
@@ -20,21 +17,17 @@ LOOKUP = {
 }
 
 
-def _check(ids: Array, table: Array, *, out: Array | None = None) -> None:
-    if ids.dtype not in (np.int32, np.int64) or table.ndim != 2:
-        raise InputError(
-            f"ids are {ids.dtype.name}, and the table is of shape {list(table.shape)}",
-            where="lookup",
-            remedy="Give ids as int32 or int64, and a table of shape [V, C].",
-        )
-
-
 def _cost(ids: Array, table: Array, out: Array | None) -> Cost:
     size = ids.size * table.shape[1]
     return Cost(moved(ids) + size * table.itemsize + written(out, size, table.dtype), 0)
 
 
-@op(reference="reference.lookup", cost=_cost, check=_check, only_launches=True)
+@op(
+    reference="reference.lookup",
+    cost=_cost,
+    takes="ids: int32|int64[*N], table: real[V,C], out: @table[*N,C]!",
+    only_launches=True,
+)
 def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     """``table[ids]``: an embedding alone.
 

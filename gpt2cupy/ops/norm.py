@@ -16,6 +16,7 @@ from .core.registry import Cost, moved, op, written
 Array = Any
 Pair = tuple[Array | None, Array | None]
 
+_PAIR = "out.0: @weight,x[*N,C]~, out.1: @residual[*N,C]~"
 _WARP, _ROWS = 32, 4  # threads of a warp; rows of a block where a row has a warp
 
 
@@ -127,7 +128,13 @@ def _add_rms_cost(x: Array, residual: Array, weight: Array | None, out: Pair | N
     return Cost(_add_norm_cost(x, residual, weight, None, out).bytes, 5 * x.size)
 
 
-@op(reference="reference.layer_norm", cost=_norm_cost, only_launches=True)
+@op(
+    reference="reference.layer_norm",
+    cost=_norm_cost,
+    takes="x: @weight|float32[*N,C], weight: real[C]?, bias: @weight,x[C]?, eps: positive, "
+    "out: @weight,x[*N,C]~",
+    only_launches=True,
+)
 def layer_norm(
     x: Array,
     weight: Array | None,
@@ -174,7 +181,12 @@ def layer_norm(
     return out
 
 
-@op(reference="reference.rms_norm", cost=_rms_cost, only_launches=True)
+@op(
+    reference="reference.rms_norm",
+    cost=_rms_cost,
+    takes="x: @weight|float32[*N,C], weight: real[C]?, eps: positive, out: @weight,x[*N,C]~",
+    only_launches=True,
+)
 def rms_norm(
     x: Array, weight: Array | None, eps: float = 1e-6, *, out: Array | None = None
 ) -> Array:
@@ -214,7 +226,13 @@ def rms_norm(
     return out
 
 
-@op(reference="reference.add_layer_norm", cost=_add_norm_cost, only_launches=True)
+@op(
+    reference="reference.add_layer_norm",
+    cost=_add_norm_cost,
+    takes="x: @weight[*N,C], residual: @weight,x|float32[*N,C], weight: real[C]?, "
+    f"bias: @weight,x[C]?, eps: positive, {_PAIR}",
+    only_launches=True,
+)
 def add_layer_norm(
     x: Array,
     residual: Array,
@@ -259,7 +277,13 @@ def add_layer_norm(
     return y, total
 
 
-@op(reference="reference.add_rms_norm", cost=_add_rms_cost, only_launches=True)
+@op(
+    reference="reference.add_rms_norm",
+    cost=_add_rms_cost,
+    takes="x: @weight[*N,C], residual: @weight,x|float32[*N,C], weight: real[C]?, "
+    f"eps: positive, {_PAIR}",
+    only_launches=True,
+)
 def add_rms_norm(
     x: Array,
     residual: Array,

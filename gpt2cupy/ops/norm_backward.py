@@ -11,6 +11,7 @@ from .core.registry import Cost, moved, op
 
 Array = Any
 
+_TAKES = "dy: @x[*N,C], x: real[*N,C], weight: @x[C]?, eps: positive"
 _THREADS = 512  # of a row at most
 _WARP, _LANES = 32, 8  # LANES in norm_backward.cu
 _GROUPS = 128  # of rows at most, whose sums are added last
@@ -44,7 +45,7 @@ def _rms_cost(dy: Array, x: Array, weight: Array | None) -> Cost:
     return Cost(moved(dy, x, weight, x) + x.shape[-1] * x.itemsize, 11 * x.size)
 
 
-@op(reference="reference.layer_norm_backward", cost=_cost)
+@op(reference="reference.layer_norm_backward", cost=_cost, takes=_TAKES)
 def layer_norm_backward(
     dy: Array, x: Array, weight: Array | None, eps: float = 1e-5
 ) -> tuple[Array, Array, Array]:
@@ -78,7 +79,7 @@ def layer_norm_backward(
     return _backward(dy, x, weight, eps, True)
 
 
-@op(reference="reference.rms_norm_backward", cost=_rms_cost)
+@op(reference="reference.rms_norm_backward", cost=_rms_cost, takes=_TAKES)
 def rms_norm_backward(
     dy: Array, x: Array, weight: Array | None, eps: float = 1e-6
 ) -> tuple[Array, Array]:

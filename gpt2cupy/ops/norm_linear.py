@@ -47,7 +47,15 @@ def _norm_cost(
     return Cost(read + size, 8 * x.size + 2 * n * m * k)
 
 
-@op(reference="reference.norm_linear", cost=_norm_cost)
+@op(
+    reference="reference.norm_linear",
+    cost=_norm_cost,
+    takes="x: real[N,K], norm_weight: real[K], norm_bias: real[K], eps: positive, "
+    "weight: real|quantized[M,K], bias: real[M]?, "
+    "activation: gelu_tanh|gelu_erf|relu|silu|tanh?, out: real[N,M]!, h: real[N,K]!, "
+    "backend: ours|cublas|invariant, scratch: any, shift: float32[M]?",
+    of_models=True,
+)
 def norm_linear(
     x: Array,
     norm_weight: Array,

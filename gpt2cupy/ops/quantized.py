@@ -151,7 +151,11 @@ def _launch_gemv(kernel: Kernel, m: int, k: int, args: tuple[Any, ...], elem: np
     launch(kernel, (blocks,), (c["THREADS"],), args, elem=elem, inner=k)
 
 
-@op(reference="reference.dequantize")
+@op(
+    reference="reference.dequantize",
+    takes="matrix: quantized[M,K], dtype: any, scratch: any",
+    of_models=True,
+)
 def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = None) -> Array:
     """``values * scales``: the matrix [M, K] in full, rounded to ``dtype``.
 
@@ -174,7 +178,11 @@ def dequantize(matrix: QuantizedMatrix, dtype: Any, *, scratch: Array | None = N
     return out
 
 
-@op(reference="reference.quantize")
+@op(
+    reference="reference.quantize",
+    takes="x: real[N,K], out: quantized[M,K]?, first: int",
+    of_models=True,
+)
 def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) -> QuantizedMatrix:
     """Round a matrix to int8, with a scale for every 64 weights of a row.
 

@@ -8,19 +8,24 @@ narrower than float32 are computed in float32, as the kernels do.
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from .. import quantize as host
 from ..quantize import QuantizedMatrix
+from .reference_cached_attention import (
+    attention_decode,
+    attention_prefill,
+    copy_slots,
+    store_kv,
+)
+from .reference_product import product
 from .reference_rows import (
     activate,
     add_layer_norm,
     add_rms_norm,
     bias_gelu,
-    fits,
     gelu,
     layer_norm,
     layer_norm_backward,
@@ -122,40 +127,6 @@ def bias_act(
     return _store(y, out, x.dtype if residual is None else residual.dtype)
 
 
-# Inputs of a GEMM that BLAS sums at a time. It may keep one running sum over all of them
-# (OpenBLAS does, MKL does not); summing parts apart brings the rounding error down by a third.
-PART: ContextVar[int] = ContextVar("PART", default=128)
-# OpenBLAS multiplies matrices of so few results and multiplications as they lie; larger ones it
-# packs first, which takes three times as long where one of them has 8 rows.
-_UNPACKED = 1024, 10**6
-_LEAST = 16  # rows of weights at a time for which that pays
-
-
-def _product(x: Array, weight: Array, backend: str) -> Array:
-    """``x @ weight.T``, summed in parts of the inner size."""
-    if len(x) == 1:
-        # The GEMV streams the rows as they lie, in many sums at once.
-        return (weight @ x[0])[None]
-    if backend == "invariant":
-        return np.stack([weight @ row for row in x])
-    part, rows = PART.get(), _unpacked_rows(*x.shape)
-    if part < x.shape[1] and rows >= _LEAST:
-        y = np.empty((len(x), len(weight)), np.result_type(x, weight))
-        for start in range(0, len(weight), rows):
-            y[:, start : start + rows] = x @ weight[start : start + rows].T
-        return y
-    y = x[:, :part] @ weight[:, :part].T
-    for start in range(part, x.shape[1], part):
-        y += x[:, start : start + part] @ weight[:, start : start + part].T
-    return y
-
-
-def _unpacked_rows(rows: int, size: int) -> int:
-    """Rows of weights that OpenBLAS multiplies by so many of x without packing them."""
-    results, products = _UNPACKED
-    return min(results, products // max(size, 1)) // rows // _LEAST * _LEAST if rows else 0
-
-
 def linear(
     x: Array,
     weight: Array,
@@ -168,11 +139,11 @@ def linear(
     scratch: Array | None = None,
 ) -> Array:
     shape = (*x.shape[:-1], len(weight))
-    fits(bias, "bias", shape[-1:])
-    fits(residual, "residual", shape)
     wide, matrix = _wide(x), _wide(_dense(weight, x.dtype))
     rows = math.prod(shape[:-1])
-    y = _product(wide.reshape(rows, x.shape[-1]), matrix, backend).reshape(shape)
+    y = product(wide.reshape(rows, x.shape[-1]), matrix, invariant=backend == "invariant").reshape(
+        shape
+    )
     if bias is not None:
         y += bias
     y = activate(y, activation)
@@ -235,100 +206,3 @@ def quantize(x: Array, *, out: QuantizedMatrix | None = None, first: int = 0) ->
     rows = slice(first, first + len(x))
     out.values[rows], out.scales[:, rows] = made.values, made.scales
     return out
-
-
-def _heads(qkv: Array, n_head: int, head_size: int) -> tuple[Array, Array, Array]:
-    """Split rows of [q | k | v] into three [NH, N, HS] views."""
-    split = _wide(qkv).reshape(len(qkv), 3, n_head, head_size)
-    q, k, v = split.transpose(1, 2, 0, 3)
-    return q, k, v
-
-
-def _attend(q: Array, k: Array, v: Array, scale: float, first: int) -> Array:
-    """Causal attention of T queries at positions first.. over keys 0..; [NH, T, HS]."""
-    scores = (q @ k.transpose(0, 2, 1)) * q.dtype.type(scale)
-    queries, keys = scores.shape[1:]
-    if queries > 1:
-        future = np.arange(keys) > np.arange(first, first + queries)[:, None]
-        scores[:, future] = -np.inf
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return scores @ v
-
-
-def attention_prefill(
-    qkv: Array,
-    k: Array,
-    v: Array,
-    starts: Array,
-    slots: Array,
-    past: Array,
-    longest: int,
-    scale: float,
-    *,
-    out: Array | None = None,
-    batch_invariant: bool = False,
-) -> Array:
-    _, n_head, _, head_size = k.shape
-    if out is None:
-        out = np.empty((len(qkv), n_head * head_size), qkv.dtype)
-    for row, slot in enumerate(slots):
-        begin, end, first = int(starts[row]), int(starts[row + 1]), int(past[row])
-        if begin == end:
-            continue
-        q, new_k, new_v = _heads(qkv[begin:end], n_head, head_size)
-        last = first + end - begin
-        k[slot, :, first:last] = new_k
-        v[slot, :, first:last] = new_v
-        # The order of BLAS's sums depends on the sizes: a query by itself has always the same.
-        step = 1 if batch_invariant else end - begin
-        for at in range(begin, end, step):
-            seen = first + at - begin + step
-            keys, values = _wide(k[slot, :, :seen]), _wide(v[slot, :, :seen])
-            queries = q[:, at - begin : at - begin + step]
-            context = _attend(queries, keys, values, scale, seen - step)
-            out[at : at + step] = context.transpose(1, 0, 2).reshape(step, -1)
-    return out
-
-
-def attention_decode(
-    qkv: Array,
-    k: Array,
-    v: Array,
-    slots: Array,
-    positions: Array,
-    scale: float,
-    *,
-    out: Array | None = None,
-    batch_invariant: bool = False,
-) -> Array:
-    _, n_head, capacity, head_size = k.shape
-    if out is None:
-        out = np.empty((len(qkv), n_head * head_size), qkv.dtype)
-    q, new_k, new_v = _heads(qkv, n_head, head_size)
-    for row, slot in enumerate(slots):
-        position = int(positions[row])
-        if slot < 0 or not 0 <= position < capacity:
-            out[row] = 0
-            continue
-        k[slot, :, position] = new_k[:, row]
-        v[slot, :, position] = new_v[:, row]
-        keys, values = _wide(k[slot, :, : position + 1]), _wide(v[slot, :, : position + 1])
-        out[row] = _attend(q[:, row, None], keys, values, scale, position).reshape(-1)
-    return out
-
-
-def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array) -> None:
-    for source, target, count in zip(sources, targets, counts, strict=True):
-        for cache in (k, v):
-            cache[:, target, :, :count] = cache[:, source, :, :count]
-
-
-def store_kv(qkv: Array, k: Array, v: Array, slots: Array, positions: Array) -> None:
-    _, n_head, capacity, head_size = k.shape
-    _, new_k, new_v = _heads(qkv, n_head, head_size)
-    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-        if slot >= 0 and 0 <= position < capacity:
-            k[slot, :, position] = new_k[:, row]
-            v[slot, :, position] = new_v[:, row]

@@ -114,6 +114,8 @@ def process_logits(
 
 def best(x: Array) -> int:
     """The place of the largest value, the first of equals; NaN loses to every number."""
+    if not np.isnan(x[place := int(np.argmax(x))]):
+        return place  # a NaN would have been found first
     numbers = np.flatnonzero(~np.isnan(x))
     return int(numbers[np.argmax(x[numbers])]) if len(numbers) else len(x) - 1
 

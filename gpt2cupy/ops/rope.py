@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from .core.contract import Contract
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
@@ -41,17 +42,36 @@ def rope_tables(
     cosines, sines : NumPy array of float32 [length, R / 2]
         Computed in float64: in float32 an angle of 30,000 has an error of a thousandth.
     """
+    _TABLES.check(length, rotary_size, base, scale)
+    for name, value, fine in (("length", length, 0 <= length < 1 << 31), ("base", base, base > 0)):
+        if not fine:
+            raise InputError(
+                f"{name}={shown(value)} is impossible",
+                where=f"rope_tables: {name}",
+                remedy="Give the number of positions, and a positive base.",
+            )
     if rotary_size < 2 or rotary_size % 2:
         raise InputError(
             f"{rotary_size} channels make no pairs",
             where="rope_tables: rotary_size",
             remedy="Give the even number of channels of a head that turn.",
         )
+    if scale is not None and scale.shape != (rotary_size // 2,):
+        raise InputError(
+            f"scale is of shape {list(scale.shape)}",
+            where="rope_tables: scale",
+            remedy=f"Give a factor for each of the {rotary_size // 2} pairs.",
+        )
     frequencies = float(base) ** (-np.arange(0, rotary_size, 2, dtype=np.float64) / rotary_size)
     if scale is not None:
         frequencies = frequencies * scale
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+_TABLES = Contract(
+    rope_tables, "length: int, rotary_size: int, base: number, scale: float32|float64[R2]?"
+)
 
 
 def _check(
@@ -63,18 +83,12 @@ def _check(
     interleaved: bool = False,
     out: Array | None = None,
 ) -> None:
-    if x.ndim < 2 or cosines.ndim != 2 or 2 * cosines.shape[1] > x.shape[-1]:
+    if 2 * cosines.shape[1] > x.shape[-1]:
         raise InputError(
             f"x of shape {list(x.shape)} does not fit tables of shape {list(cosines.shape)}",
-            where="rope",
+            where="rope: cosines",
             remedy="Give x as [..., heads, channels] and tables as [positions, pairs], with at "
             "most as many pairs as a head has.",
-        )
-    if cosines.shape != sines.shape:
-        raise InputError(
-            f"sines of shape {list(sines.shape)} do not fit cosines of {list(cosines.shape)}",
-            where="rope: sines",
-            remedy="Take both from one call of rope_tables.",
         )
 
 
@@ -85,7 +99,14 @@ def _cost(x: Array, cosines: Array, positions: Array | None, out: Array | None) 
     return Cost(moved(x, positions) + tables + written(out, x.size, x.dtype), 3 * x.size)
 
 
-@op(reference="reference.rope", cost=_cost, check=_check, only_launches=True)
+@op(
+    reference="reference.rope",
+    cost=_cost,
+    takes="x: real[*N,H,D], cosines: float32[P,R], sines: float32[P,R], positions: int32[*N]?, "
+    "interleaved: bool, out: @x[*N,H,D]~",
+    check=_check,
+    only_launches=True,
+)
 def rope(
     x: Array,
     cosines: Array,

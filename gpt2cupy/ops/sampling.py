@@ -11,7 +11,6 @@ from .core.compiler import constants
 from .core.device import has_clusters, sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, op
-from .reference_rows import integers
 from .reference_sampling import PROMPT_BIT, RING_ENTRY, ROW_PARAMS
 
 Array = Any
@@ -82,7 +81,14 @@ def _cost(
     return Cost(n * per_row, 3 * n * vocab_size)
 
 
-@op(reference="reference.sample", cost=_cost)
+@op(
+    reference="reference.sample",
+    cost=_cost,
+    takes="logits: float32[R,Vp], vocab_size: int, rows: int32[R], params: uint8[B,48], "
+    "ids: int32[B], positions: int32[B], steps: uint32[B], ring: uint8[B,Q,16], "
+    "counts: int32[B,V]?, bias: float32[B,V]?, scratch: float32[R,Vp]?, plain: bool",
+    of_models=True,
+)
 def sample(
     logits: Array,
     vocab_size: int,
@@ -172,7 +178,7 @@ def _check(
     wrong = [
         name
         for name, fine in (
-            ("logits", logits.ndim == 2 and (logits.shape[1] > 0 or not len(logits))),
+            ("logits", logits.shape[1] > 0 or not len(logits)),
             ("temperature", 0 <= temperature < float("inf")),
             ("top_k", top_k >= 0),
             ("top_p", 0 < top_p <= 1),
@@ -188,10 +194,6 @@ def _check(
             remedy="Give logits as [B, V], temperature and top_k from 0, top_p above 0 up to 1, "
             "min_p from 0 to 1, and a seed of 64 bits.",
         )
-    # What a kernel is launched with is checked then.
-    if isinstance(logits, np.ndarray):
-        integers(positions, "positions", logits.shape[:1])
-        integers(out, "out", logits.shape[:1])
 
 
 def _logits_cost(logits: Array) -> Cost:
@@ -199,7 +201,14 @@ def _logits_cost(logits: Array) -> Cost:
     return Cost(logits.nbytes + 4 * len(logits), 4 * logits.size)
 
 
-@op(reference="reference.sample_logits", cost=_logits_cost, check=_check, only_launches=True)
+@op(
+    reference="reference.sample_logits",
+    cost=_logits_cost,
+    takes="logits: real[B,V], positions: int32[B]?, temperature: number, top_k: int, "
+    "top_p: number, min_p: number, seed: int, out: int32[B]!, scratch: float32[B,V]?",
+    check=_check,
+    only_launches=True,
+)
 def sample_logits(
     logits: Array,
     positions: Array | None = None,
@@ -261,7 +270,11 @@ def sample_logits(
     return out
 
 
-@op(reference="reference.top_logprobs")
+@op(
+    reference="reference.top_logprobs",
+    takes="logits: float32|float64[N,Vp], vocab_size: int, count: int",
+    of_models=True,
+)
 def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Array]:
     """The ``count`` most probable tokens of each row, best first, and their log-probabilities.
 
@@ -281,7 +294,11 @@ def top_logprobs(logits: Array, vocab_size: int, count: int) -> tuple[Array, Arr
     return ids, logprobs
 
 
-@op(reference="reference.target_logprobs")
+@op(
+    reference="reference.target_logprobs",
+    takes="logits: float32|float64[N,Vp], vocab_size: int, targets: int32[N]",
+    of_models=True,
+)
 def target_logprobs(logits: Array, vocab_size: int, targets: Array) -> Array:
     """Log-probability of one given token per row; 0 where the target is no token.
 

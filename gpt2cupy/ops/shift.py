@@ -26,7 +26,12 @@ def _cost(norm_bias: Array, weight: Array, bias: Array | None, out: Array | None
     return Cost(moved(norm_bias, weight, bias) + written(out, m, np.float32), 2 * m * k)
 
 
-@op(reference="reference.shifted_bias", cost=_cost)
+@op(
+    reference="reference.shifted_bias",
+    cost=_cost,
+    takes="norm_bias: real[K], weight: @norm_bias[M,K], bias: real[M]?, out: float32|float64[M]!",
+    of_models=True,
+)
 def shifted_bias(
     norm_bias: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
 ) -> Array:

@@ -18,7 +18,12 @@ COPY_SLOTS = Kernel(
 )
 
 
-@op(reference="reference.copy_slots")
+@op(
+    reference="reference.copy_slots",
+    takes="k: real[L,S,NH,T,HS], v: @k[L,S,NH,T,HS], sources: int32[R], targets: int32[R], "
+    "counts: int32[R]",
+    of_models=True,
+)
 def copy_slots(k: Array, v: Array, sources: Array, targets: Array, counts: Array) -> None:
     """Copy the keys and values of the first tokens of some cache slots to other slots.
 

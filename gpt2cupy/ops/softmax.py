@@ -51,7 +51,12 @@ def _cost(x: Array, out: Array | None) -> Cost:
     return Cost(moved(x) + written(out, x.size, x.dtype), 5 * x.size)
 
 
-@op(reference="reference.softmax", cost=_cost, only_launches=True)
+@op(
+    reference="reference.softmax",
+    cost=_cost,
+    takes="x: real[*N,C], out: @x[*N,C]~",
+    only_launches=True,
+)
 def softmax(x: Array, *, out: Array | None = None) -> Array:
     """``exp(x - max) / sum(exp(x - max))`` over the last dimension.
 

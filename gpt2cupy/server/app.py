@@ -7,14 +7,14 @@ import re
 import secrets
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from .._version import __version__
-from ..errors import Gpt2CupyError, InputError, NoTokenizerError
+from ..errors import Gpt2CupyError, InputError, NoTokenizerError, kind_of, shown
 from ..generation.completion_request import CompletionParser, CompletionRequest
-from ..generation.prompts import only_ids
 from ..ids import check_tokens
 from . import metrics
 from .answers import Answer
@@ -95,11 +95,11 @@ class App:
         if found is None and path == f"/v1/models/{self.front.settings.name}":
             found = "GET", True, self._model
         if found is None:
-            raise ApiError(404, f"there is no {path[:200]!r} here", code="not_found")
+            raise ApiError(404, f"there is no {path[:200]!r} here")
         wanted, guarded, handler = found
         if method != wanted and not (method == "HEAD" and wanted == "GET"):
             allow = [(b"allow", wanted.encode())]
-            raise ApiError(405, f"{path} takes {wanted}", code="method_not_allowed", headers=allow)
+            raise ApiError(405, f"{path} takes {wanted}", headers=allow)
         if guarded and not self.front.allowed(header(scope, b"authorization")):
             raise ApiError(
                 401, "no valid API key was given: send Authorization: Bearer KEY",
@@ -176,30 +176,44 @@ class App:
     async def _tokenize(
         self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
     ) -> int:
-        _, body = await self._body(scope, receive)
-        prompt = body.get("prompt") if isinstance(body, dict) else None
+        body = await self._coded(scope, receive, own, "prompt", "return_token_strs")
+        prompt, with_texts = body.get("prompt"), body.get("return_token_strs")
         if not isinstance(prompt, str):
-            raise InputError("there is no text to tokenize", where="prompt", remedy="Give prompt.")
+            raise _impossible("prompt", prompt, "a string: the text to tokenize")
+        if not isinstance(with_texts, bool | None):
+            raise _impossible("return_token_strs", with_texts, "true or false")
         loop = asyncio.get_running_loop()
         ids = await loop.run_in_executor(None, self.front.tokenizer.encode, prompt)
         found = {"count": len(ids), "max_model_len": self.front.context, "tokens": ids}
-        if body.get("return_token_strs"):
+        if with_texts:
             found["token_strs"] = [self.front.names[id_] for id_ in ids]
         return await self._json(send, found, own)
 
     async def _detokenize(
         self, scope: Scope, receive: Receive, send: Send, own: Headers, _: float
     ) -> int:
-        _, body = await self._body(scope, receive)
-        tokens = body.get("tokens") if isinstance(body, dict) else None
+        body = await self._coded(scope, receive, own, "tokens")
+        tokens = body.get("tokens")
         if not isinstance(tokens, list):
-            raise InputError("there are no ids to decode", where="tokens", remedy="Give tokens.")
-        ids = check_tokens(only_ids(tokens), self.front.config).tolist() if tokens else []
+            raise _impossible("tokens", tokens, "a list of token ids")
         try:
+            ids = check_tokens(tokens, self.front.config).tolist() if tokens else []
             text = self.front.tokenizer.decode(ids)
-        except NoTokenizerError as error:
-            raise InputError(error.what, where="tokens", remedy=error.remedy) from error
+        except (InputError, NoTokenizerError) as error:
+            named = InputError(error.what, where="tokens", remedy=error.remedy)
+            raise ApiError.of(named, "tokens") from error
         return await self._json(send, {"prompt": text}, own)
+
+    async def _coded(
+        self, scope: Scope, receive: Receive, own: Headers, *fields: str
+    ) -> dict[str, Any]:
+        """The object that asks for ids or text; what it has beside these fields is named."""
+        _, body = await self._body(scope, receive)
+        if not isinstance(body, dict):
+            raise ApiError(400, f"the body is {kind_of(body)}, not an object")
+        self.front.check_model(body.get("model"))
+        _name_ignored(own, sorted(body.keys() - {"model", *fields}))
+        return body
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[int, Any]:
         """Size and meaning of a body."""
@@ -240,9 +254,7 @@ class App:
     ) -> int:
         """Answer a request to continue texts; counted once, however it ends."""
         front = self.front
-        if asked.ignored:
-            names = ", ".join(_UNSAFE.sub("?", name[:40]) for name in asked.ignored[:20])
-            own.append((b"x-ignored-fields", names.encode()))
+        _name_ignored(own, asked.ignored)
         made = await front.accept(asked, arrived, chat=chat, size=size)
         outcome = "error"
         loop = asyncio.get_running_loop()
@@ -270,6 +282,18 @@ class App:
             )
             if front.log.prompts:
                 scope["about"]["prompts"] = asked.prompts
+
+
+def _name_ignored(own: Headers, fields: Sequence[str]) -> None:
+    """Add the header that names the fields of a body that mean nothing here."""
+    if fields:
+        names = ", ".join(_UNSAFE.sub("?", name[:40]) for name in fields[:20])
+        own.append((b"x-ignored-fields", names.encode()))
+
+
+def _impossible(field: str, value: Any, allowed: str) -> ApiError:
+    what = f"{field} is missing" if value is None else f"{field}={shown(value)} is impossible"
+    return ApiError(400, f"{what}. It must be {allowed}.", param=field)
 
 
 async def _wait_until_gone(receive: Receive, made: Answer) -> None:

@@ -41,7 +41,7 @@ class ChatTemplate:
             self._template = environment.from_string(text)
         except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
             raise InputError(
-                f"the chat template cannot be read: {error}",
+                f"the chat template cannot be read: {getattr(error, 'strerror', None) or error}",
                 where=str(path),
                 remedy="Give a file with a template in Jinja's language.",
             ) from error

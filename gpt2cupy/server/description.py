@@ -42,7 +42,7 @@ _ERROR = {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "integer", "null"]},
+                "code": {"type": "string"},
             },
         }
     },
@@ -150,7 +150,11 @@ def description(model: str, context: int) -> Schema:
                 {
                     "type": "object",
                     "required": ["prompt"],
-                    "properties": {"prompt": {"type": "string"}, "return_token_strs": _FLAG},
+                    "properties": {
+                        "model": {"type": ["string", "null"]},
+                        "prompt": {"type": "string"},
+                        "return_token_strs": _FLAG,
+                    },
                 },
             ),
             "/detokenize": _post(
@@ -158,7 +162,10 @@ def description(model: str, context: int) -> Schema:
                 {
                     "type": "object",
                     "required": ["tokens"],
-                    "properties": {"tokens": {"type": "array", "items": {"type": "integer"}}},
+                    "properties": {
+                        "model": {"type": ["string", "null"]},
+                        "tokens": {"type": "array", "items": {"type": "integer"}},
+                    },
                 },
             ),
             "/health": _get("Whether this process answers."),

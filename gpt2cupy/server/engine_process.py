@@ -12,6 +12,8 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+
 from ..errors import DeviceMemoryError, Gpt2CupyError, InputError
 from .metrics import Store
 from .settings import Settings
@@ -28,7 +30,7 @@ def main() -> None:
     try:
         serve(generation, settings)
     except Gpt2CupyError as error:
-        tell("failed", message=str(error))
+        tell_failure(error)
         sys.exit(_CANNOT_START)
 
 
@@ -46,6 +48,12 @@ def end_with_parent() -> None:
 def tell(event: str, **about: Any) -> None:
     """A line for the process that started this one."""
     os.write(1, (json.dumps({"event": event, **about}) + "\n").encode())
+
+
+def tell_failure(error: Gpt2CupyError) -> None:
+    """Why this process cannot start, in its parts."""
+    of_caller = isinstance(error, InputError)
+    tell("failed", what=error.what, where=error.where, remedy=error.remedy, of_caller=of_caller)
 
 
 def serve(generation: int, settings: Settings) -> None:
@@ -85,15 +93,15 @@ def make_engine(settings: Settings) -> tuple[Any, dict[str, Any]]:
     )  # fmt: skip
     model = GPT2(source.config, weights, batch_invariant=settings.batch_invariant)
     if settings.gemv is not None:
-        model.gemv = settings.gemv
-    on_gpu = not isinstance(weights.wpe, _numpy_array())
+        model.force_gemv(settings.gemv)
+    on_gpu = model.xp is not np
     asked = settings.slots or (ON_GPU if on_gpu else ON_CPU)
     capacity = settings.capacity or None
     engine = fitting_engine(
         model, asked, capacity, settings.decode, prefix_cache=settings.prefix_cache
     )
     if engine.slots < asked:
-        tell("note", message=f"{asked} slots do not fit the GPU's memory: {engine.slots} are used")
+        tell("note", message=f"{asked} slots do not fit the memory: {engine.slots} are used")
     graphs = warm_up(engine)
     device = "cpu"
     if on_gpu:
@@ -123,9 +131,18 @@ def fitting_engine(
     ------
     DeviceMemoryError
         If not even one slot fits.
+    InputError
+        For a number of slots or a capacity that cannot be.
     """
     from ..generation.engine import Engine
+    from ..generation.lists import MAX_BATCH
 
+    if slots > MAX_BATCH:
+        raise InputError(
+            f"{slots} slots are impossible",
+            where="--slots",
+            remedy=f"They must be from 1 to {MAX_BATCH}.",
+        )
     if capacity is not None and not 2 <= capacity <= model.config.n_positions:
         raise InputError(
             f"a context of {capacity} tokens is impossible",
@@ -139,13 +156,8 @@ def fitting_engine(
             if slots == 1:
                 raise
             slots //= 2
-            model.xp.get_default_memory_pool().free_all_blocks()
-
-
-def _numpy_array() -> type:
-    import numpy as np
-
-    return np.ndarray
+            if model.xp is not np:
+                model.xp.get_default_memory_pool().free_all_blocks()
 
 
 if __name__ == "__main__":

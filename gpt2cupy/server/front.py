@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from .. import checkpoint
-from ..errors import InputError, NoTokenizerError
+from ..errors import InputError, NoTokenizerError, shown
 from ..generation.completion_request import CompletionRequest
 from ..generation.completion_response import TokenNames
 from ..generation.generation_config import GenerationConfig
@@ -138,12 +139,21 @@ class Front:
         self.store.add("gpt2cupy:requests_answered", value=outcome)
         self.store.add("gpt2cupy:events_sent", answer.events)
 
-    def _check(self, asked: CompletionRequest) -> None:
-        if asked.model not in (None, self.settings.name):
+    def check_model(self, name: Any) -> None:
+        """Refuse a request to another model.
+
+        Raises
+        ------
+        ApiError
+        """
+        if name not in (None, self.settings.name):
             raise ApiError(
-                404, f"the model {asked.model!r} is not served here, {self.settings.name!r} is",
+                404, f"the model {shown(name)} is not served here, {self.settings.name!r} is",
                 param="model", code="model_not_found",
             )  # fmt: skip
+
+    def _check(self, asked: CompletionRequest) -> None:
+        self.check_model(asked.model)
         count = len(asked.prompts) * asked.params.n
         if count > self.settings.max_choices:
             raise InputError(

@@ -21,7 +21,7 @@ import uvloop
 
 from ..errors import Gpt2CupyError
 from .app import App
-from .engine_process import tell
+from .engine_process import tell, tell_failure
 from .front import Front
 from .http import Connection
 from .settings import Settings
@@ -45,7 +45,7 @@ def main() -> None:
     try:
         front = Front(number, settings)
     except Gpt2CupyError as error:
-        tell("failed", message=str(error))
+        tell_failure(error)
         sys.exit(_CANNOT_START)
     gc.collect()
     gc.freeze()

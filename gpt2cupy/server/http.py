@@ -15,6 +15,18 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+# The code of an error that has none of its own.
+CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "body_too_large",
+    429: "queue_full",
+    499: "client_gone",
+    503: "unavailable",
+    504: "timeout",
+}
 
 CONNECTION = "gpt2cupy.connection"  # the extension of a scope that has it
 _TRICKLE = 1024  # bytes a second that a client must read while the server waits for it
@@ -102,21 +114,20 @@ class ApiError(Exception):
         self.body = encoded_error(status, message, param=param, code=code)
 
     @classmethod
-    def of(cls, error: Gpt2CupyError) -> ApiError:
-        """An error of ours."""
+    def of(cls, error: Gpt2CupyError, ids: str = "prompt") -> ApiError:
+        """An error of ours; ``ids`` is the field that token ids came in."""
         found = error_object(error)
-        param = "prompt" if error.where == "ids" else found["param"]
+        param = ids if error.where in ("ids", ids) else found["param"]
         return cls(status_of(error), found["message"], param=param, code=found["code"])
 
 
 def error_in_form(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The object of an error."""
+    """The object of an error; ``code`` is a word wherever it comes from, as OpenAI has it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 401:
-        kind = "authentication_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or status}}
+    code = code or CODES.get(status, kind)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def encoded_error(

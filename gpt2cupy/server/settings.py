@@ -39,7 +39,6 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     max_body: int = 4 << 20
     max_choices: int = 1024
     max_waiting: int = 16384
-    max_connections: int = 4096
     request_seconds: float = 600.0
     receive_seconds: float = 30.0
     slow_reader_seconds: float = 30.0

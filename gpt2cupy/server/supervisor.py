@@ -25,7 +25,6 @@ from .settings import Settings
 
 _BACKOFF = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before an engine is started again
 _STEADY = 60.0  # an engine that lived so long begins anew with these
-_GRACE = 5.0  # what processes get to end by themselves
 
 
 class _Child:
@@ -36,7 +35,7 @@ class _Child:
         self.since = time.monotonic()
         self.started = False  # of a front: that it listens
         self.ready = False
-        self.failure = ""
+        self.failure: Gpt2CupyError | None = None  # why it could not start
         self._rest = b""
         module = f"gpt2cupy.server.{kind}_process"
         self.process = subprocess.Popen(
@@ -113,7 +112,7 @@ class Supervisor:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}"
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT; the second one ends at once.
+        """Until SIGTERM, SIGINT, or SIGHUP of a terminal that closed; the second ends at once.
 
         Raises
         ------
@@ -173,7 +172,8 @@ class Supervisor:
 
     def _on_line(self, child: _Child, told: dict[str, Any]) -> None:
         if told["event"] == "failed":
-            child.failure = told["message"]
+            kind = InputError if told["of_caller"] else Gpt2CupyError
+            child.failure = kind(told["what"], where=told["where"], remedy=told["remedy"])
         elif told["event"] == "note":
             self._say(told["message"])
         elif told["event"] == "listening":
@@ -202,9 +202,9 @@ class Supervisor:
 
     @staticmethod
     def _ended(child: _Child, what: str) -> Gpt2CupyError:
-        """The error of a process that did not come up; what it said itself is complete."""
+        """The error of a process that did not come up."""
         if child.failure:
-            return Gpt2CupyError(child.failure.rstrip("."), where="", remedy="")
+            return child.failure
         more = "What it wrote to stderr before may say more."
         return Gpt2CupyError(what, where="serve", remedy=more)
 
@@ -224,7 +224,8 @@ class Supervisor:
         wait = _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
         self._failures += 1
         self._store.add("gpt2cupy:engine_restarts")
-        self._say(f"the engine process ended ({code}) {child.failure}; it is started again")
+        why = f": {child.failure}" if child.failure else ""
+        self._say(f"the engine process ended ({code}{why}); it is started again")
         self._again = time.monotonic() + wait
 
     def _front_ended(self, child: _Child, code: int) -> None:
@@ -272,7 +273,8 @@ class Supervisor:
         wakeup = signal.set_wakeup_fd(theirs.fileno())
         before = {
             number: signal.signal(number, lambda *_: None)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
         }
         try:
             yield
@@ -290,8 +292,8 @@ def _reserved(settings: Settings) -> socket.socket:
 
     Raises
     ------
-    InputError
-        If it is taken, or cannot be.
+    Gpt2CupyError
+        If it is taken, or the host is none of this machine's.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
@@ -305,9 +307,9 @@ def _reserved(settings: Settings) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         made.bind((settings.host, port))
     except (OSError, OverflowError) as error:
-        raise InputError(
+        raise Gpt2CupyError(  # not InputError: the option may be right, and the machine is not
             f"{settings.host}:{settings.port} cannot be used: {error}",
-            where="--port",
+            where="--host, --port",
             remedy="Stop what listens there, or take another port or host.",
         ) from error
     return made

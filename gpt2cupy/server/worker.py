@@ -17,7 +17,8 @@ import zmq
 from ..errors import DeviceError, DeviceMemoryError, Gpt2CupyError
 from ..generation.request import Request
 from ..generation.results import Block, merged
-from ..generation.scoring import Scorer, Window, non_finite
+from ..generation.scoring import Scorer, non_finite
+from ..generation.windows import Window
 from ..sampling import SamplingParams
 from . import messages
 from .messages import Cancel, Failed, Hello, Ready, Score, Scored, Submit, Tick

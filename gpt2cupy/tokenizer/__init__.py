@@ -1,6 +1,7 @@
 """Text to token ids and back, from the files of a checkpoint."""
 
-from .tokenizer import NoTokenizer, StreamDecoder, Tokenizer
+from .no_tokenizer import NoTokenizer
+from .tokenizer import StreamDecoder, Tokenizer
 from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT
 
 __all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "NoTokenizer", "StreamDecoder", "Tokenizer"]

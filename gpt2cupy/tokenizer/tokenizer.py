@@ -10,13 +10,13 @@ from typing import cast
 
 import tiktoken
 
-from ..errors import InputError, NoTokenizerError, TokenizerError, kind_of, shown
+from ..errors import InputError, TokenizerError, kind_of, shown
 from .files import read_folder, read_llmc, read_one_file
 from .merging import Merger
 from .reading import is_file
 from .vocabulary import BYTE_SYMBOLS, END_OF_TEXT, WHITE_SPACE, AddedToken, Vocabulary
 
-__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "PATTERN", "NoTokenizer", "StreamDecoder", "Tokenizer"]
+__all__ = ["BYTE_SYMBOLS", "END_OF_TEXT", "PATTERN", "StreamDecoder", "Tokenizer"]
 
 # How GPT-2 cuts text into words before byte pairs are merged. Possessive where nothing can be
 # given back, so that the regex engine keeps no stack for it.
@@ -278,56 +278,3 @@ class StreamDecoder:
     def flush(self) -> str:
         """What remains at the end: U+FFFD for an unfinished character."""
         return self._utf8.decode(b"", final=True)
-
-
-class NoTokenizer(Tokenizer):
-    """Stands where a model's tokenizer cannot be read: ids pass, text raises and says why.
-
-    Parameters
-    ----------
-    reason : NoTokenizerError
-    """
-
-    def __init__(self, reason: NoTokenizerError) -> None:
-        self.reason = reason
-        self.specials = {}
-        self.special_tokens = {}
-        self.vocab_size = self.ordinary_size = 0
-
-    def __repr__(self) -> str:
-        return f"<NoTokenizer: {self.reason.what}>"
-
-    def _raise(self) -> NoTokenizerError:
-        return NoTokenizerError(
-            f"the model has no tokenizer, so it takes and returns token ids: {self.reason.what}",
-            where=self.reason.where,
-            remedy=self.reason.remedy,
-        )
-
-    @property
-    def eot_token(self) -> int:
-        raise self._raise()
-
-    def require(self) -> None:
-        raise self._raise()
-
-    def encode(self, text: str, *, allowed_special: str | Collection[str] = "none") -> list[int]:
-        raise self._raise()
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        raise self._raise()
-
-    def stream(self) -> StreamDecoder:
-        return _NoText(self)
-
-
-class _NoText(StreamDecoder):
-    """The text of ids that no tokenizer knows: none."""
-
-    pending = False
-
-    def push(self, id_: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""

@@ -13,7 +13,7 @@ from ..config import GPT2Config
 from ..decode import Decoder, DecodeState, PromptRunner
 from ..decode.prompt import BUCKETS
 from ..model import GPT2
-from ..ops import reference
+from ..ops import reference_product
 from ..ops.core.device import device_errors
 from ..quantize import QuantizedMatrix, dequantize
 from ..sampling import SamplingParams
@@ -87,7 +87,7 @@ def baseline(config: GPT2Config, weights: Weights, ids: np.ndarray) -> np.ndarra
     what the rule compares with.
     """
     whole = contextvars.copy_context()
-    whole.run(reference.PART.set, max(config.inner_size, config.n_embd))
+    whole.run(reference_product.PART.set, max(config.inner_size, config.n_embd))
     return whole.run(GPT2(config, weights), ids).astype(weights.dtype)
 
 

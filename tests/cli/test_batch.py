@@ -43,6 +43,7 @@ def test_what_cannot_be_is_one_line(tmp_path):
     assert code == 1 and "cannot be read" in err
     code, _, err = call("batch", str(path), str(tmp_path / "out"), "--max-batch", "0", *CPU)
     assert code == 2 and "--max-batch 0 is impossible" in err
+    assert call("batch", str(path), "-", *CPU)[0] == call("batch", "-", "x", *CPU)[0] == 2
     code, _, err = call("batch", str(path), str(path), *CPU)
     assert code == 1 and "one file" in err
 

@@ -88,6 +88,7 @@ def test_text_that_is_not_utf8_names_the_byte(tmp_path):
         ("compile", "--arch", "sm_70"),
         ("generate", "a", "--file", "README.md"),
         ("generate", "a", "--logprobs", "3"),
+        ("generate", "a", "--logit-bias", "5=1", "--logit-bias", "5=2"),
         ("tokenize", "a", "b"),
         ("tokenize", "--decode", "--special", "1"),
         ("info", "--arch", "sm_90"),

@@ -316,4 +316,4 @@ def test_speculation_gives_the_same_text_and_says_what_stood():
     row = json.loads(done(*arguments, "--speculate", "ngram", "--json"))
     assert 0 < row["accepted"] <= row["drafted"]
     penalty = cli(*arguments, "--speculate", "ngram", "--repetition-penalty", "1.2")
-    assert penalty.returncode == 1 and "exclude each other" in penalty.stderr
+    assert penalty.returncode == 2 and "exclude each other" in penalty.stderr

@@ -30,7 +30,11 @@ MISTAKES = {
     "generate x --json --logprobs 40": "--logprobs 40 is impossible. It must be from 0 to 20.",
     "generate x --eos-token-id 5000": "token id 5000 .*(--eos-token-id)",
     "generate x --decode warp": "'warp' here (--decode)",
-    "generate x --gemv cublas": "--gemv is for a GPU",
+    "generate x --gemv cublas": "--gemv cublas is for a GPU",
+    "generate x --speculate ngram --top-k 1 --temperature 1 --presence-penalty 1": (
+        "speculation and a penalty exclude each other.* (--speculate)"
+    ),
+    "generate x --model nowhere": "no folder or file 'nowhere' .* (--model)",
     "generate x --tokenizer /tmp": "or pass --tokenizer with the place of one",
     "generate x --tokenizer /nowhere": "no such file or folder (/nowhere). Pass --tokenizer",
     "generate x --device gpu": "unknown device 'gpu' (--device)",
@@ -48,6 +52,7 @@ MISTAKES = {
 
 # What depends on the text or on files; every other is wrong usage.
 NOT_USAGE = {
+    "generate x --model nowhere",
     "generate x --min-new-tokens 600",
     "generate x --max-new-tokens 600",
     "generate x --tokenizer /tmp",

@@ -26,7 +26,7 @@ from gpt2cupy.decode import (
 from gpt2cupy.decode import step as step_module
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
-from gpt2cupy.ops.core import blas
+from gpt2cupy.ops.core import blas, blas_device
 from gpt2cupy.ops.core.tape import recorded, submit
 from gpt2cupy.quantize import quantize
 from gpt2cupy.workspace import Workspace
@@ -286,8 +286,8 @@ def streams(machine, monkeypatch):
     outside = SimpleNamespace(ptr=0, synchronize=lambda: None)
     cupy.cuda.Stream, cupy.cuda.get_current_stream = Stream, lambda: outside
     monkeypatch.setattr(graph, "has_clusters", lambda: False)
-    monkeypatch.setattr(blas, "current_device", lambda: 0)
-    monkeypatch.setattr(blas, "_turns", {})
+    monkeypatch.setattr(blas_device, "current_device", lambda: 0)
+    monkeypatch.setattr(blas_device, "_turns", {})
     monkeypatch.setattr(Stream, "capturing", None)
     monkeypatch.setattr(Stream, "spoilt", False)
 

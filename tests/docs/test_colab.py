@@ -17,13 +17,6 @@ def tags(cell) -> set[str]:
     return set(cell["metadata"].get("tags", []))
 
 
-def test_the_file_is_a_notebook_without_outputs():
-    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
-    identities = [cell["id"] for cell in NOTEBOOK["cells"]]
-    assert len(set(identities)) == len(identities)
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in CELLS)
-
-
 @pytest.fixture
 def no_gpu(monkeypatch):
     """The notebook sees no GPU, nor do the commands that it starts."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+from command import cli
 from server_process import Served, events_of, text_of
 
 import gpt2cupy
+from gpt2cupy.record import ROOT
+from gpt2cupy.server import http
 
 PROMPT = "ROMEO:"
 
@@ -138,6 +142,7 @@ def test_what_cannot_be_is_refused_in_openais_form(served, body, status, param):
     found, _, data = served.ask("POST", "/v1/completions", {"prompt": PROMPT, **body})
     error = json.loads(data)["error"]
     assert found == status and set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["code"], str)
     assert param is None or error["param"] == param
 
 
@@ -152,7 +157,8 @@ def test_bodies_that_are_no_object_are_refused(served, data):
 
 
 def test_paths_and_methods_that_are_not_there(served):
-    assert served.ask("GET", "/nowhere")[0] == 404
+    status, _, data = served.ask("GET", "/nowhere")
+    assert status == 404 and json.loads(data)["error"]["code"] == "not_found"
     status, headers, _ = served.ask("GET", "/v1/completions")
     assert status == 405 and headers["allow"] == "POST"
     assert served.ask("GET", "/v1/models/other")[0] == 404
@@ -171,7 +177,72 @@ def test_what_can_be_looked_up(served, lm):
     assert "".join(found["token_strs"]) == PROMPT
     status, _, data = served.ask("POST", "/detokenize", {"tokens": found["tokens"]})
     assert json.loads(data) == {"prompt": PROMPT}
-    assert served.ask("POST", "/detokenize", {"tokens": [10**9]})[0] == 400
+
+
+@pytest.mark.parametrize(
+    "path, body, param",
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": "yes"}, "return_token_strs"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"),
+        ("/detokenize", {"tokens": [[5]]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [5], "model": 3}, "model"),
+    ],
+)
+def test_ids_and_text_that_cannot_be_are_refused_by_their_field(served, path, body, param):
+    status, _, data = served.ask("POST", path, body)
+    error = json.loads(data)["error"]
+    assert status == (404 if param == "model" else 400) and error["param"] == param
+    assert param in error["message"] and isinstance(error["code"], str)
+
+
+def test_the_examples_of_the_page_are_what_the_server_answers(served):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    example = r"curl http://127\.0\.0\.1:8000(/\S+) -d '(.*)'\n```\n\n```json\n(.*)\n"
+    found = re.findall(example, page)
+    assert [path for path, *_ in found] == ["/tokenize", "/detokenize"]
+    for path, body, expected in found:
+        assert json.loads(served.ask("POST", path, json.loads(body))[2]) == json.loads(expected)
+    (error,) = re.findall(r'^({"error": .*})$', page, re.MULTILINE)
+    body = {"prompt": PROMPT, "temperature": -1}
+    assert json.loads(served.ask("POST", "/v1/completions", body)[2]) == json.loads(error)
+    codes = set(re.findall(r"`(\w+)`", page.partition("| status | `code` |")[2].partition("##")[0]))
+    assert set(http.CODES.values()) - {"client_gone"} <= codes
+
+
+def test_ids_and_text_name_the_fields_that_mean_nothing(served):
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
+        status, headers, _ = served.ask("POST", path, {**body, "zebra": 1, "model": "shakespeare"})
+        assert status == 200 and headers["x-ignored-fields"] == "zebra"
+
+
+@pytest.mark.parametrize(
+    "options, code, says",
+    [
+        (["--context", "9999"], 2, "a context of 9999 tokens is impossible (--context)"),
+        (["--decode", "graph"], 2, "(--decode)"),
+        (["--dtype", "float8"], 2, "(--dtype)"),
+        (["--slots", "65537"], 2, "65537 slots are impossible (--slots)"),
+        (["--gemv", "ours"], 2, "--gemv ours is for a GPU"),
+        (["--host", ""], 2, "--host is empty"),
+        (["--chat-template", "nowhere"], 1, "cannot be read: No such file or directory (nowhere)"),
+        (["--model", "nowhere"], 1, "no folder or file 'nowhere'"),
+        (["--api-key-file", "nowhere"], 1, "cannot be read"),
+        (["--port", "TAKEN"], 1, "cannot be used"),
+        (["--host", "192.0.2.1"], 1, "cannot be used"),
+    ],
+)
+def test_what_keeps_a_server_from_starting(served, options, code, says):
+    options = [str(served.port) if option == "TAKEN" else option for option in options]
+    ended = cli("serve", "--device", "cpu", "--port", "0", *options)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert says in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_metrics_have_the_names_and_forms_of_prometheus(served):
@@ -180,6 +251,7 @@ def test_metrics_have_the_names_and_forms_of_prometheus(served):
     assert "# TYPE vllm:time_to_first_token_seconds histogram" in text
     assert "# TYPE vllm:generation_tokens_total counter" in text
     assert served.metric("vllm:generation_tokens_total") >= 3
+    served.check_all_answered()  # a request is counted a moment after its answer was sent
     count = served.metric("vllm:e2e_request_latency_seconds_count")
     assert count == served.metric("vllm:e2e_request_latency_seconds_bucket", 'le="+Inf"')
     done = [served.metric("vllm:request_success_total", r) for r in ("stop", "length")]

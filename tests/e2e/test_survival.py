@@ -205,7 +205,9 @@ def test_the_engine_process_ends_and_is_started_again(how):
             else:
                 whole.append(server.connect({**SHORT, "seed": 666}))
             for connection in whole:
-                assert connection.recv(4096)[9:12] in (b"503", b"500")
+                answer = connection.recv(4096)
+                assert answer[9:12] in (b"503", b"500")
+                assert re.search(rb'"code":"(unavailable|server_error)"', answer)
             answer = b""
             while b'"error"' not in answer:
                 answer += stream.recv(4096)
@@ -280,6 +282,12 @@ def test_a_second_sigterm_ends_at_once():
         start = time.monotonic()
         server.process.wait(5)
         assert time.monotonic() - start < 2
+
+
+def test_a_terminal_that_closes_ends_the_server_as_sigterm_does():
+    with Served("--slots", "2", "--engine", "mock:1000") as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(10) == 0 and "no new requests" in server.log()
 
 
 def test_a_log_that_nobody_reads_holds_nobody_up():

@@ -240,3 +240,13 @@ def test_an_error_of_the_engine_is_one_of_every_call(tmp_path, monkeypatch):
 
         assert any(isinstance(each, MemoryError) for each in run(calls()))
         assert run(lm.agenerate("a", **SHORT)).tokens  # with a new engine
+
+
+def test_a_warning_names_the_line_of_the_caller(lm):
+    async def calls():
+        await lm.agenerate("a", max_new_tokens=1, top_k=3)
+        lm.astream("a", max_new_tokens=1, top_k=3)
+
+    with pytest.warns(RuntimeWarning, match="top_k=3 does nothing") as seen:
+        run(calls())
+    assert [each.filename for each in seen] == [__file__] * 2

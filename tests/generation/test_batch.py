@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from small_lm import DEVICES, small_lm
 
 from gpt2cupy.errors import InputError
+from gpt2cupy.generation.batch import Batch
 from gpt2cupy.generation.batch_file import BatchInput, BatchOutput
 
 
@@ -29,10 +30,11 @@ def line(custom_id, **body):
 
 
 def written(folder, lines, name="in.jsonl"):
-    """A file of requests; strings are written as they are."""
-    texts = [each if isinstance(each, str) else json.dumps(each) for each in lines]
+    """A file of requests; strings and bytes are written as they are."""
+    texts = [each if isinstance(each, str | bytes) else json.dumps(each) for each in lines]
     path = folder / name
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    data = [text.encode() if isinstance(text, str) else text for text in texts]
+    path.write_bytes(b"".join(line + b"\n" for line in data))
     return path
 
 
@@ -109,12 +111,18 @@ def test_logprobs_and_echo(lm, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "code", "says"),
     [
-        ("garbage", "invalid_request", "no JSON"),
+        ("garbage", "invalid_request", "no JSON: Expecting value at column 1 (line 3)"),
         ('{"custom_id": "x"', "invalid_request", "no JSON"),
         ("[" * 100_000, "invalid_request", "no JSON"),
-        ("[1]", "invalid_request", "no object"),
-        ({"method": "POST"}, "invalid_request", "custom_id"),
-        (line("") | {"custom_id": 3}, "invalid_request", "custom_id"),
+        (b"\xff\xfe\x00", "invalid_request", "byte 0 is not UTF-8 (line 3)"),
+        ("[1]", "invalid_request", "the line is a list, not an object (line 3)"),
+        ({"method": "POST"}, "invalid_request", "there is no custom_id (line 3)"),
+        (
+            line("") | {"custom_id": 3},
+            "invalid_request",
+            "the custom_id is 3, an int, not a string (line 3)",
+        ),
+        (line(""), "invalid_request", "the custom_id is empty (line 3)"),
         (line("x") | {"method": "GET"}, "invalid_request", "POST"),
         (line("x") | {"url": "/v1/chat/completions"}, "invalid_request", "/v1/completions"),
         (line("x") | {"body": None}, "invalid_request", "body"),
@@ -145,9 +153,38 @@ def test_fields_without_a_meaning_are_named(lm, tmp_path):
     assert lm.batch(path, tmp_path / "out").ignored == {"zebra"}
 
 
+def test_files_that_are_none_are_refused_at_once(lm, tmp_path):
+    path = written(tmp_path, several(1))
+    os.mkfifo(tmp_path / "pipe")
+    for wrong in (tmp_path / "pipe", tmp_path, "/dev/null", "/dev/full"):
+        with pytest.raises(InputError, match=r"plain file|directory"):
+            lm.batch(wrong, tmp_path / "out")
+        with pytest.raises(InputError, match="no plain file"):
+            lm.batch(path, wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_shrinks_is_not_taken_as_answered(lm, tmp_path):
+    path = written(tmp_path, several(40))
+    requests = BatchInput(path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    with BatchOutput(tmp_path / "out", requests, lm.name) as answers:
+        batch = Batch(lm._session, lm._encoder, lm.name, requests, answers, 2)
+        with pytest.raises(InputError, match="has lost lines"):
+            batch.run()
+    assert len(by_id(tmp_path / "out")) == 3
+
+
+def test_another_model_is_named_as_what_means_nothing(lm, tmp_path):
+    path = written(tmp_path, [line("a", model=lm.name), line("b", model="gpt-5")])
+    assert lm.batch(path, tmp_path / "out").ignored == {"model"}
+    path = written(tmp_path, [line("a", model=lm.name)])
+    assert not lm.batch(path, tmp_path / "other").ignored
+
+
 def test_two_requests_of_one_name_are_refused_before_anything_runs(lm, tmp_path):
     lines = [*several(20), line("twice", prompt="a"), *[""] * 3, line("twice", prompt="b")]
-    with pytest.raises(InputError, match="requests 21 and 22 both have the custom_id 'twice'"):
+    with pytest.raises(InputError, match="lines 21 and 25 both have the custom_id 'twice'"):
         lm.batch(written(tmp_path, lines), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

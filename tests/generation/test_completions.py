@@ -8,6 +8,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_lm import shakespeare_tokenizer
 
 import gpt2cupy
 from gpt2cupy.errors import DeviceError, InputError, NonFiniteError
@@ -271,22 +272,13 @@ def test_tokens_past_a_stop_string_have_no_part_in_logprobs(lm):
 
 @given(st.text(max_size=12))
 def test_offsets_count_characters_also_where_tokens_are_parts_of_them(text):
-    tokenizer = _tokenizer()
+    tokenizer = shakespeare_tokenizer()
     names = answered.TokenNames(tokenizer)
     ids = tokenizer.encode(text)
     found = answered.logprobs_object(names, ids, [0.0] * len(ids), [[]] * len(ids), 5)
     for index, offset in enumerate(found["text_offset"]):
         whole = tokenizer.stream()
         assert offset == 5 + len("".join(map(whole.push, ids[:index])))
-
-
-_KEPT = {}
-
-
-def _tokenizer():
-    if not _KEPT:
-        _KEPT["one"] = gpt2cupy.load(device="cpu").tokenizer
-    return _KEPT["one"]
 
 
 def test_names_of_parts_of_characters_are_their_bytes(lm):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_lm import DEVICES, small_lm
+from small_lm import DEVICES, shakespeare_tokenizer, small_lm
 
-import gpt2cupy
 from gpt2cupy import Completion, SamplingParams
 from gpt2cupy.errors import BusyError, InputError
 from gpt2cupy.generation.collect import StopFinder
@@ -207,7 +206,7 @@ STOPS = ["a", ". ", "\n\n", "é", "の", "ab", "\ufffd", "a\ufffd", "\u0416x"]
 )
 def test_a_stop_string_is_found_at_the_token_that_completes_it(stops, text, odd):
     """As a streaming decoder finds it, which looks at all text."""
-    tokenizer = _tokenizer()
+    tokenizer = shakespeare_tokenizer()
     finder, growing = StopFinder(tokenizer), GrowingText(tokenizer, stops)
     ids = tokenizer.encode(text)
     ids = ids[: len(ids) // 2] + odd + ids[len(ids) // 2 :]
@@ -217,15 +216,6 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it(stops, text, odd)
         assert (may_end[id_] and finder.found(stops, np.array(ids[:count]))) == expected
         if expected:
             break
-
-
-_KEPT = {}
-
-
-def _tokenizer():
-    if not _KEPT:
-        _KEPT["one"] = gpt2cupy.load(device="cpu").tokenizer
-    return _KEPT["one"]
 
 
 def test_stop_strings_do_not_depend_on_neighbours(lm):

@@ -13,7 +13,8 @@ from small_lm import DEVICES, small_lm
 from gpt2cupy import Score
 from gpt2cupy.errors import BusyError, InputError, NonFiniteError
 from gpt2cupy.generation import scoring
-from gpt2cupy.generation.scoring import Scorer, Window, prompt_scores, windows
+from gpt2cupy.generation.scoring import Scorer, prompt_scores
+from gpt2cupy.generation.windows import Window, windows
 
 TEXTS = ["ROMEO:", "a", "To be, or not to be: " * 9, "aa aa the", "é" * 30, [5, 6, 7], "x" * 150]
 PAIRS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import gpt2cupy
 from gpt2cupy import GPT2, GPT2Config, SamplingParams
 from gpt2cupy.errors import InputError
-from gpt2cupy.generation.draft_rows import Luck
+from gpt2cupy.generation.draft_rows import DraftPolicy
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
 from gpt2cupy.generation.results import tokens_of
@@ -87,39 +88,39 @@ def test_the_longest_and_latest_match_is_continued(ids, drafts):
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 59))
-def test_luck_is_that_of_the_same_tokens_however_they_come(ids, start):
+def test_the_policy_is_that_of_the_same_tokens_however_they_come(ids, start):
     start = min(start, len(ids))
-    luck = Luck(np.array(ids[:start], np.int32))
+    policy = DraftPolicy(np.array(ids[:start], np.int32))
     for id_ in ids[start:]:
-        luck.push([id_], 1)
-    assert 0 <= luck.share <= 1 and luck.rows in (1, 2, 4)
+        policy.push([id_], 1)
+    assert 0 <= policy.hit_rate <= 1 and policy.rows in (1, 2, 4)
     pairs = itertools.pairwise(ids)
-    assert luck._after == dict(zip(pairs, ids[2:], strict=False))
+    assert policy._after == dict(zip(pairs, ids[2:], strict=False))
 
 
-def test_luck_follows_the_text():
-    assert Luck(np.arange(50, dtype=np.int32)).rows == 1
-    luck = Luck(np.tile(np.arange(5, dtype=np.int32), 10))
-    assert luck.rows == 4
+def test_the_policy_follows_the_text():
+    assert DraftPolicy(np.arange(50, dtype=np.int32)).rows == 1
+    policy = DraftPolicy(np.tile(np.arange(5, dtype=np.int32), 10))
+    assert policy.rows == 4
     for id_ in range(100, 110):
-        luck.push([id_], 1)
-    assert luck.rows == 1
+        policy.push([id_], 1)
+    assert policy.rows == 1
 
 
 def test_drafts_that_do_not_stand_are_left_out_for_a_while():
     text = np.tile(np.arange(5, dtype=np.int32), 10)
-    luck, widths = Luck(text), []
+    policy, widths = DraftPolicy(text), []
     for place in range(200):  # goes on as before, but the look-up of the device finds nothing
-        widths.append(luck.rows)
-        luck.push([place % 5], widths[-1])
+        widths.append(policy.rows)
+        policy.push([place % 5], widths[-1])
     tried = [place for place, rows in enumerate(widths) if rows > 1]
     assert widths[0] == 4 and len(tried) < 20
     pauses = [gap for gap in np.diff(tried) if gap > 1]
     assert pauses[:3] == [17, 33, 65], "each twice as long as the one before"
-    luck = Luck(text)
+    policy = DraftPolicy(text)
     for place in range(0, 200, 4):
-        assert luck.rows == 4
-        luck.push([id_ % 5 for id_ in range(place, place + 4)], 4)
+        assert policy.rows == 4
+        policy.push([id_ % 5 for id_ in range(place, place + 4)], 4)
 
 
 # -- texts -----------------------------------------------------------------------------------------
@@ -180,6 +181,16 @@ def test_the_text_is_the_same(device, options, prompt, lead):
     assert again == found, "another text before leaves nothing behind"
     assert engine.idle and not engine.results.alive.any()
     assert engine.cache.lengths.tolist() == [0]
+
+
+def test_the_engine_counts_the_drafts_of_all_texts():
+    engine = Engine(model_on("cpu"), 1)
+    wanted = [request([3, 1] * 5), request([3, 1] * 5, speculate=None), request([2] * 4)]
+    wanted = [dataclasses.replace(each, key=i) for i, each in enumerate(wanted)]
+    done = [each for block in engine.blocks(wanted) for each in block.finished]
+    assert engine.drafted == sum(each.drafted for each in done) > 0
+    assert engine.accepted == sum(each.accepted for each in done) > 0
+    assert sum(each.drafted > 0 for each in done) == 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -17,7 +17,7 @@ from gpt2cupy import SamplingParams
 from gpt2cupy.errors import BusyError
 from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
-from gpt2cupy.ops.core import blas
+from gpt2cupy.ops.core import blas, blas_device, blas_product
 from gpt2cupy.weights import Weights
 
 THREADS = 4
@@ -135,7 +135,7 @@ def test_dropping_what_does_not_run_is_nothing(model):
     assert text(engine, 0) == expected
 
 
-# -- the turns of ops/core/blas.py, on streams that only pretend -----------------------------------
+# -- the turns of ops/core/blas_device.py, on streams that only pretend ----------------------------
 
 
 class Stream:
@@ -153,8 +153,9 @@ def current(machine, monkeypatch):
     """The current device and stream, to be changed."""
     state = SimpleNamespace(device=0, stream=Stream(0))
     machine().cuda.get_current_stream = lambda: state.stream
-    monkeypatch.setattr(blas, "current_device", lambda: state.device)
-    monkeypatch.setattr(blas, "_turns", {})
+    for module in (blas, blas_device):
+        monkeypatch.setattr(module, "current_device", lambda: state.device)
+    monkeypatch.setattr(blas_device, "_turns", {})
     return state
 
 
@@ -274,10 +275,10 @@ def test_products_take_their_turn(current, monkeypatch, product):
     def queued(*args):
         depths.append(blas.workspace()._depth)
 
-    monkeypatch.setattr(blas, "_device", lambda device: None)
+    monkeypatch.setattr(blas, "handles", lambda device: None)
     monkeypatch.setattr(blas, "_queue_gemv", queued)
-    monkeypatch.setattr(blas._Product, "__init__", lambda self, *problem: None)
-    monkeypatch.setattr(blas._Product, "queue", queued)
+    monkeypatch.setattr(blas_product.Product, "__init__", lambda self, *problem: None)
+    monkeypatch.setattr(blas_product.Product, "queue", queued)
     apart = (1 << 20, 2 << 20, 0, 0, 3 << 20, 0, 0)
     monkeypatch.setattr(blas.Queued, "_pointers", lambda self: apart)
     blas._product.cache_clear()

@@ -7,7 +7,7 @@ import importlib
 import numpy as np
 import pytest
 from builders import host
-from error_rule import DTYPES, check
+from error_rule import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import SEEDS, check_together, draw, on, wide
@@ -499,7 +499,3 @@ def test_costs():
     one = ops.decode_attention.cost(q[:, 0], k, v, counts, context=5)
     assert one.flops == 4 * 2 * 4 * 32 * 5
     assert one.bytes == 2 * q[:, 0].nbytes + counts.nbytes + 2 * 2 * 5 * 2 * 32 * 4
-
-
-def test_every_dtype_has_a_name():
-    assert {*DTYPES} < {*reference._DTYPES}

@@ -14,7 +14,7 @@ from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import linear_kernels as product
 from gpt2cupy.ops import reference
-from gpt2cupy.ops.core import blas, registry
+from gpt2cupy.ops.core import blas, blas_product, registry
 from gpt2cupy.ops.core.tape import recorded, submit
 
 linear = importlib.import_module("gpt2cupy.ops.linear")  # the package has a function of this name
@@ -238,4 +238,4 @@ def test_few_rows_of_float32_have_a_kernel_of_ours(rows, dtype, backend, taken):
     ],
 )
 def test_the_library_shares_out_long_sums(splits, k, taken):
-    assert blas._of_short_sums(splits, k) == taken
+    assert blas_product.of_short_sums(splits, k) == taken

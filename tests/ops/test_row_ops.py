@@ -331,7 +331,7 @@ def test_samples_are_as_frequent_as_they_are_probable():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"seed": 1 << 64}],
+    [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"seed": -1}],
 )
 def test_sample_logits_refuses(xp, changed):
     with pytest.raises(InputError, match=f"{next(iter(changed))} is outside its range"):
@@ -371,7 +371,7 @@ def test_nothing_in_nothing_out(xp, dtype):
         (lambda x, w: ops.add_rms_norm(x, x[:1], w), "residual"),
         (lambda x, w: ops.bias_gelu(x, w[:1]), "bias"),
         (lambda x, w: ops.silu_mul(x, x[:1]), "up"),
-        (lambda x, w: ops.gelu(x, "sigmoid"), "approximation"),
+        (lambda x, w: ops.gelu(x, "sigmoid"), "approximate='sigmoid' is impossible"),
         (lambda x, w: ops.rms_norm_backward(x[:1], x, w), "dy is|x is"),
         (lambda x, w: ops.softmax(x[0, 0]), "x is"),
         (lambda x, w: ops.rope(x, x, x), "does not fit"),

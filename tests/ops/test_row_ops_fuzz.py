@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import reference
-from gpt2cupy.ops.core import signature
+from gpt2cupy.ops.core import overlap, signature
 
 BOTH = pytest.mark.parametrize("where", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
 LEADING = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -139,7 +139,7 @@ def test_an_output_in_the_memory_of_an_input(where, name, rows, width, shift, pi
     try:
         getattr(ops, name)(x, *(xp.asarray(p) for p in params), out=out)
     except InputError as error:
-        assert where == "cupy" and shift and "out shares memory with" in str(error)
+        assert shift and "out shares memory with" in str(error)
         return
     np.testing.assert_allclose(host(out), expected, rtol=2e-4, atol=2e-5)
 
@@ -173,9 +173,9 @@ def test_two_views_meet_where_numpy_says_so(rows, width, pitches, starts):
         ).view(Placed)
         for start, more in zip(starts, pitches, strict=True)
     )
-    (pair,) = signature.neighbours(PAIR, (x, out))
+    (pair,) = overlap.neighbours(PAIR, (x, out))
     distance = out.data.ptr - x.data.ptr
-    found = signature.meet(pair, distance)
+    found = overlap.meet(pair, distance)
     shared = np.shares_memory(x, out)
     if rows == 1:
         itself = starts[0] == starts[1]

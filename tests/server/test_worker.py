@@ -168,7 +168,7 @@ def test_settings_are_carried_without_what_is_default():
 
 
 class Model:
-    """Whose engines fit a number of slots."""
+    """On a GPU, whose engines fit a number of slots."""
 
     class config:
         n_positions = 64
@@ -199,7 +199,15 @@ def test_slots_are_halved_until_they_fit(monkeypatch, fits, asked, slots):
         with pytest.raises(DeviceMemoryError):
             engine_process.fitting_engine(Model, 1, None, "auto")
 
+    class OnCpu(Model):
+        xp = np
+
+    fits = 70
+    assert len(engine_process.fitting_engine(OnCpu, 256, None, "auto")) == 64
+
 
 def test_a_context_that_cannot_be_is_refused():
     with pytest.raises(InputError, match="impossible"):
         engine_process.fitting_engine(Model, 1, 65, "auto")
+    with pytest.raises(InputError, match="65537 slots are impossible"):
+        engine_process.fitting_engine(Model, 65537, None, "auto")

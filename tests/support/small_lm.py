@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
 from builders import TINY, small_bpe, write_bpe, write_checkpoint
 
 import gpt2cupy
+from gpt2cupy.tokenizer import Tokenizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -28,3 +30,10 @@ def write_small(folder: Path, n_positions: int = 160) -> Path:
 def small_lm(folder: Path, device: str = "cpu") -> gpt2cupy.LanguageModel:
     """That checkpoint, loaded."""
     return gpt2cupy.load(str(write_small(folder)), device=device)
+
+
+@functools.cache
+def shakespeare_tokenizer() -> Tokenizer:
+    """The tokenizer of the embedded model, read once."""
+    with gpt2cupy.load(device="cpu") as lm:
+        return lm.tokenizer

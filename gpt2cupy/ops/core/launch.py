@@ -27,20 +27,10 @@ from .device import memory_error as memory_error
 from .device import shared_limit as shared_limit
 from .device import sm_count as sm_count
 from .entries import check_entry
+from .overlap import Neighbours, meet, neighbours, overlap
 from .plan import Plan, can_be_planned, keep
 from .signature import NULL as NULL
-from .signature import (
-    Neighbours,
-    Refusal,
-    bind,
-    facts_reader,
-    foreign,
-    meet,
-    neighbours,
-    overlap,
-    parse,
-    refusal,
-)
+from .signature import Refusal, bind, facts_reader, foreign, parse, refusal
 from .tape import THREAD, Later, Launch, submit
 
 # What this process loaded: source, architecture and macros -> the cubin.

@@ -26,8 +26,10 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
+from ...errors import Gpt2CupyError, InputError, kind_of
+from .contract import Contract
 from .launch import is_device_array
-from .plan import planned
+from .planned import planned
 from .tape import without_plans
 
 Array = Any
@@ -126,7 +128,9 @@ def op(
     *,
     reference: str | None,
     cost: Callable[..., Cost] | None = None,
+    takes: str | None = None,
     check: Callable[..., None] | None = None,
+    of_models: bool = False,
     only_launches: bool = False,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare a function as an op.
@@ -139,8 +143,14 @@ def op(
     cost : callable, optional
         Takes those of the op's parameters that it names and gives a :class:`Cost`. What else
         it names must be given to ``.cost`` as well.
+    takes : str, optional
+        Its arguments, as contract.py explains: they are checked before NumPy or the kernel gets
+        them.
     check : callable, optional
-        Takes the op's own arguments and raises where neither NumPy nor the kernel may get them.
+        Takes the op's own arguments, after that check, and raises for what it cannot say.
+    of_models : bool
+        Whether models alone are to call it, at every step: its arguments are then checked when
+        something has failed, to say what.
     only_launches : bool
         Whether the op, given an ``out``, does nothing but launch kernels on its own arguments:
         then a call is found again as a whole (plan.py).
@@ -149,6 +159,8 @@ def op(
     def declare(function: Callable[P, R]) -> Op[P, R]:
         oracle = None if reference is None else Reference(reference)
         first = next(iter(inspect.signature(function).parameters))
+        contract = None if takes is None else Contract(function, takes).check
+        before = None if of_models else contract
         ident, on_host = threading.get_ident, np.ndarray
 
         @functools.wraps(function)
@@ -158,15 +170,35 @@ def op(
                     return observer(made, args, options)
                 finally:
                     _observers[thread] = observer
-            if check is not None:
-                check(*args, **options)
-            if oracle is None:
-                return function(*args, **options)
-            array = args[0] if args else options[first]
+            if before is not None:
+                before(*args, **options)
+            array = args[0] if args else options.get(first)
             kind = type(array)
-            if kind in _device_types or (kind is not on_host and _on_device(array)):
-                return function(*args, **options)
-            return oracle.function(*args, **options)
+            target: Any = function
+            if not (kind in _device_types or (kind is not on_host and _on_device(array))):
+                if oracle is not None:
+                    target = oracle.function
+                elif contract is not None:
+                    raise InputError(
+                        f"{first} is {kind_of(array)}, and {function.__name__} is for a GPU alone",
+                        where=f"{function.__name__}: {first}",
+                        remedy="Give arrays of CuPy.",
+                    )
+            try:
+                if check is not None:
+                    check(*args, **options)
+                return target(*args, **options)
+            except Gpt2CupyError:
+                raise
+            except Exception as error:
+                if not of_models or contract is None:
+                    raise
+                contract(*args, **options)
+                raise Gpt2CupyError(  # numbers in its arrays, or a bug
+                    f"{function.__name__} failed: {type(error).__name__}: {error}"[:400],
+                    where=f"ops.{function.__name__}",
+                    remedy="Look at the cause of this error, and at the values of the arguments.",
+                ) from error
 
         made = cast(Op, planned(function, call) if only_launches else call)
         made.reference = oracle

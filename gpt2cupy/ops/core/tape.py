@@ -64,7 +64,7 @@ class Launch:
     cooperative : bool
         Whether all its blocks must run at once.
     pairs : tuple
-        The arrays that may not overlap, as ``signature.neighbours`` returns them.
+        The arrays that may not overlap, as ``overlap.neighbours`` returns them.
     tiles_of : tuple of int
         For each Tiles among the values the place of its array among them.
     waits_first : bool

@@ -35,7 +35,13 @@ def _cost(ids: Array, positions: Array, wte: Array, wpe: Array, out: Array | Non
     return Cost(moved(ids, positions) + rows + written(out, size, np.float32), size)
 
 
-@op(reference="reference.embedding", cost=_cost)
+@op(
+    reference="reference.embedding",
+    cost=_cost,
+    takes="ids: int32|int64[N], positions: int32|int64[N], wte: real|quantized[Vp,C], "
+    "wpe: real[P,C], out: float32|float64[N,C]!",
+    of_models=True,
+)
 def embedding(
     ids: Array, positions: Array, wte: Array, wpe: Array, *, out: Array | None = None
 ) -> Array:
@@ -72,7 +78,13 @@ def _check(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]
         )
 
 
-@op(reference="reference.last_rows", check=_check)
+@op(
+    reference="reference.last_rows",
+    takes="x: real[N,C], attended: real[N,C], starts: int32[S], out.0: @x[R,C]!, "
+    "out.1: @attended[R,C]!",
+    check=_check,
+    of_models=True,
+)
 def last_rows(x: Array, attended: Array, starts: Array, *, out: tuple[Array, Array]) -> None:
     """Copy the row of each packed sequence's last token.
 

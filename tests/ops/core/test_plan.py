@@ -16,10 +16,11 @@ from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import norm
 from gpt2cupy.ops.core import driver as core_driver
-from gpt2cupy.ops.core import plan, registry, tensor_map
+from gpt2cupy.ops.core import plan, planned, registry, tensor_map
 from gpt2cupy.ops.core.launch import THREAD, Kernel, device_empty, launch
+from gpt2cupy.ops.core.overlap import meet, neighbours
 from gpt2cupy.ops.core.registry import op
-from gpt2cupy.ops.core.signature import meet, neighbours, parse
+from gpt2cupy.ops.core.signature import parse
 from gpt2cupy.ops.core.tape import NO_PLANS, recorded
 
 HALF = np.dtype(np.float16)
@@ -33,7 +34,7 @@ DOUBLE = Kernel(
 @pytest.fixture
 def driver(monkeypatch):
     monkeypatch.setattr("gpt2cupy.ops.core.launch.current_device", lambda: seen.device)
-    monkeypatch.setattr("gpt2cupy.ops.core.plan.current_device", lambda: seen.device)
+    monkeypatch.setattr("gpt2cupy.ops.core.planned.current_device", lambda: seen.device)
     for seen in fake_driver.stand_in(monkeypatch):
         yield seen
 
@@ -213,7 +214,7 @@ def test_an_op_that_makes_an_array_is_never_planned(driver, monkeypatch):
     x, out = DeviceArray((1, 8), HALF, ptr=1 << 14), DeviceArray((1, 8), HALF, ptr=1 << 15)
     for _ in range(3):
         assert twice(x, out=out) is out
-    assert list(THREAD.plans.values()) == [plan._UNPLANNED]
+    assert list(THREAD.plans.values()) == [planned._UNPLANNED]
     # Each launch is found again by itself.
     assert [values[:2] for *_, values in driver.calls[-2:]] == [
         [1 << 14, 1 << 20],

@@ -14,7 +14,7 @@ from fake_driver import DeviceArray
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops.core import blas
+from gpt2cupy.ops.core import blas, blas_product
 from gpt2cupy.ops.core.launch import THREAD
 from gpt2cupy.ops.core.plan import Plan, can_be_planned, places_of
 from gpt2cupy.ops.core.tape import recorded
@@ -26,14 +26,14 @@ APART = 1 << 20
 
 @pytest.fixture
 def driver(monkeypatch):
-    for module in ("launch", "plan", "blas", "device"):
+    for module in ("launch", "planned", "blas", "device"):
         monkeypatch.setattr(f"gpt2cupy.ops.core.{module}.current_device", lambda: 0)
     monkeypatch.setattr("gpt2cupy.ops.linear_split.current_device", lambda: 0)
     monkeypatch.setattr("gpt2cupy.ops.linear_split.device_arch", lambda device: "sm_90")
     monkeypatch.setattr("gpt2cupy.ops.core.device.device_arch", lambda device: "sm_90")
     monkeypatch.setattr("gpt2cupy.ops.core.device._sm_count", lambda device: 132)
-    monkeypatch.setattr(blas, "_device", lambda device: None)
-    monkeypatch.setattr(blas, "_stream", lambda: 70)
+    monkeypatch.setattr(blas, "handles", lambda device: None)
+    monkeypatch.setattr(blas_product, "current_stream", lambda: 70)
     for seen in fake_driver.stand_in(monkeypatch):
         seen.queued, seen.turns = [], 0
         sys.modules["cupy"].cuda.driver.launchKernel = lambda *given: None
@@ -49,7 +49,7 @@ def driver(monkeypatch):
 
             return types.SimpleNamespace(queue=queue)
 
-        monkeypatch.setattr(blas, "workspace", workspace)
+        monkeypatch.setattr(blas_product, "workspace", workspace)
         monkeypatch.setattr(blas, "_product", product)
         yield seen
 
