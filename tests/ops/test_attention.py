@@ -15,6 +15,7 @@ from op_checks import SEEDS, check_together, draw, on, wide
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
 from gpt2cupy.ops import reference_attention as reference
+from gpt2cupy.ops.core import signature
 from gpt2cupy.ops.core.tape import THREAD
 
 INT = np.int32
@@ -454,6 +455,20 @@ def test_nothing_to_do(xp):
     counts = xp.zeros(2, INT)
     assert not host(ops.decode_attention(q[:, 0], k[:, :0], v[:, :0], counts)).any()
     assert ops.decode_attention(q[:0, 0], k[:0], v[:0], counts[:0]).shape == (0, 4, 32)
+    # Made and no view, it has strides of 0.
+    none = [xp.empty((0, *each.shape[1:]), each.dtype) for each in (q, k, v)]
+    for out in (q[:0], xp.empty_like(none[0])):
+        assert ops.attention(*none, out=out) is out
+    out = xp.empty((0, 4, 32), q.dtype)
+    assert ops.decode_attention(none[0][:, 0], *none[1:], counts[:0], out=out) is out
+
+
+def test_strides_of_what_has_no_elements_are_no_reason_to_refuse_it():
+    """As CuPy's arrays have them, to the launcher and to the plan of a call."""
+    shape, none = (0, 5, 4, 32), (0, 0, 0, 0)
+    empty = np.lib.stride_tricks.as_strided(np.empty(0, np.float16), shape, none)
+    assert signature.strides(empty) == none[1:]
+    reference.check_aligned("attention", out=reference.facts(empty))
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 64))

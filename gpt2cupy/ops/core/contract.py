@@ -251,7 +251,8 @@ def {self.op}{header}:
                 continue
             if not target.flags.writeable:
                 raise self._error(each.name, "read-only", "", "Give an array that may be written.")
-            if any(n > 1 and not s for n, s in zip(target.shape, target.strides, strict=True)):
+            strides = zip(target.shape, target.strides, strict=True)
+            if target.size and any(n > 1 and not s for n, s in strides):
                 raise self._error(
                     each.name, "an array whose elements share memory", "",
                     "Give an output whose elements have memory of their own.",

@@ -238,8 +238,11 @@ def strides(array: Any) -> tuple[int, ...] | None:
     """The strides of all dimensions but the last, in elements; None where a kernel takes others.
 
     They are 0 where there is no second element. The last dimension must lie together, no stride
-    may be negative, and each must be a number of elements.
+    may be negative, and each must be a number of elements. Those of an array without elements,
+    which CuPy makes with strides of 0, say nothing.
     """
+    if 0 in array.shape:
+        return (0,) * (len(array.shape) - 1)
     *leading, last = zip(array.shape, array.strides, strict=True)
     size = array.itemsize
     if last[0] > 1 and last[1] != size:
