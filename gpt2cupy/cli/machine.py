@@ -99,13 +99,14 @@ def compile(
     jobs = [(*variant, name) for name in arch for variant in variants]
     # The longest sources first, so that no core is left with one of them at the end.
     jobs.sort(key=lambda job: -sum(len(text) for _, text in compiler.source_closure(job[0])))
-    cubins = [compiler.request(*job) for job in jobs]
-    try:
-        for cubin in tqdm(as_completed(cubins), total=len(cubins), unit="kernel", disable=None):
-            cubin.result()
-    finally:
-        for cubin in cubins:
-            cubin.cancel()  # after an error or Ctrl-C
+    with compiler.in_processes():
+        cubins = [compiler.request(*job) for job in jobs]
+        try:
+            for cubin in tqdm(as_completed(cubins), total=len(cubins), unit="kernel", disable=None):
+                cubin.result()
+        finally:
+            for cubin in cubins:
+                cubin.cancel()  # after an error or Ctrl-C
     shell.write(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}\n")
 
 

@@ -24,7 +24,8 @@ from ...digest import cuda_code, digest_cuda
 from ...errors import CompileError
 from .constexpr import Constants
 from .device import import_cupy
-from .jobs import Jobs
+from .jobs import Jobs, threads
+from .processes import Compilers
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -48,6 +49,7 @@ STEP_ROWS = (1, 2, 4)
 
 _jobs = Jobs("gpt2cupy-nvrtc")
 watched = _jobs.watched  # with watched(callback): tells it how many are compiled, and of how many
+_compilers: Compilers | None = None  # inside of in_processes()
 
 _unwritable = threading.Lock()  # of the thread that makes the folder of this process, and says so
 os.register_at_fork(
@@ -248,6 +250,21 @@ def request(source: str, defines: Mapping[str, str], arch: str) -> Future[Path]:
     return found
 
 
+@contextlib.contextmanager
+def in_processes() -> Iterator[None]:
+    """Compile in a process for each core meanwhile, instead of in threads of this one.
+
+    Worth their start where there are many more sources than a model needs at first.
+    """
+    global _compilers
+    _compilers = compilers = Compilers(threads())
+    try:
+        yield
+    finally:
+        _compilers = None
+        compilers.close()
+
+
 def _find(name: str) -> Path | None:
     """Where a cubin is kept, if it is."""
     folders = [cache_dir()]
@@ -261,7 +278,9 @@ def _find(name: str) -> Path | None:
 
 
 def _compile(name: str, source: str, options: list[str]) -> Path:
-    folder, binary = cache_dir(), compile_source(source, options)
+    compilers = _compilers
+    compiled = compile_source if compilers is None else compilers.compile_source
+    folder, binary = cache_dir(), compiled(source, options)
     try:
         return write_atomically(folder / name, binary)
     except OSError as error:
