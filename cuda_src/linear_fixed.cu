@@ -16,6 +16,7 @@
 // last repeat it; their outputs are not stored. batch_invariant=True takes it where linear_rows.cu
 // cannot: float, K not a multiple of 8, and chips older than sm_80.
 #include "epilogue.cuh"
+#include "float_elem.cuh"
 
 constexpr int ROWS = 8;     // of x, of a block
 constexpr int OUTPUTS = 8;  // of a block
@@ -101,5 +102,7 @@ __device__ inline void gemm(
       gemm<4, out_t>(x, weight, {bias, residual, y, activation}, N, M, K);                  \
   }
 
+#if !ELEM_IS_FLOAT
 LINEAR_FIXED_ENTRY(linear_fixed, elem_t)
+#endif
 LINEAR_FIXED_ENTRY(linear_fixed_f32, float)

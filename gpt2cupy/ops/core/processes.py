@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -23,24 +24,27 @@ class Compilers:
     ----------
     count : int
         Processes at most; each is started when there is work for it, and takes about 200 MB.
+    compile_source : callable
+        Takes a source and options and returns a cubin; a function of a module, which they import.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, compile_source: Callable[[str, list[str]], bytes]) -> None:
+        self._compile_source = compile_source
         # A server of forks imports CuPy once, and has neither this process's threads nor its GPU.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([f"{__package__}.compiler", "cupy"])
+        context.set_forkserver_preload([compile_source.__module__, "cupy"])
         self._pool = ProcessPoolExecutor(count, context, _begin)
 
     def compile_source(self, source: str, options: list[str]) -> bytes:
-        """As :func:`.compiler.compile_source`, in another process; waits for it.
+        """The cubin, made by another process, which is waited for.
 
         Raises
         ------
         CompileError
-            As there, and if the process was killed.
+            What was raised there, or if the process was killed.
         """
         try:
-            return self._pool.submit(_compile, source, options).result()
+            return self._pool.submit(self._compile_source, source, options).result()
         except BrokenProcessPool as error:
             raise CompileError(
                 "a process that compiled kernels was killed",
@@ -64,9 +68,3 @@ def _end_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
-
-
-def _compile(source: str, options: list[str]) -> bytes:
-    from . import compiler
-
-    return compiler.compile_source(source, options)
