@@ -194,6 +194,9 @@ def op(
                 if not of_models or contract is None:
                     raise
                 contract(*args, **options)
+                # By their type device_errors tells a full GPU from a failed one.
+                if target is function or isinstance(error, MemoryError):
+                    raise
                 raise Gpt2CupyError(  # numbers in its arrays, or a bug
                     f"{function.__name__} failed: {type(error).__name__}: {error}"[:400],
                     where=f"ops.{function.__name__}",

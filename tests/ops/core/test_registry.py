@@ -17,6 +17,7 @@ from op_rows import ELSEWHERE, ROWS
 
 import gpt2cupy.ops
 from gpt2cupy import ops
+from gpt2cupy.errors import InputError
 from gpt2cupy.ops.core import registry
 from gpt2cupy.ops.core.registry import Cost, moved, op, written
 from gpt2cupy.record import ROOT
@@ -198,3 +199,20 @@ def test_what_is_checked_before_is_checked_on_both(toy):
         with pytest.raises(ValueError, match="rows"):
             checked(np.zeros(3).view(kind))
         checked(np.zeros(2).view(kind))
+
+
+@pytest.mark.parametrize("refused", [MemoryError("no room"), RuntimeError("cudaError700")])
+def test_what_a_gpu_refuses_reaches_the_caller_as_it_was(toy, refused):
+    """By its type ``device_errors`` tells a full GPU from a failed one."""
+
+    @op(reference="toy_reference.double", takes="x: float64[N]", of_models=True)
+    def of_models(x):
+        raise refused
+
+    for _ in range(2):
+        with pytest.raises(type(refused)) as caught:
+            of_models(np.zeros(2).view(DeviceArray))
+        assert caught.value is refused
+    # An argument that does not fit is still what is said.
+    with pytest.raises(InputError, match=r"^x is "):
+        of_models(np.zeros((2, 2)).view(DeviceArray))
