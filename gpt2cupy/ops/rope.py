@@ -133,9 +133,9 @@ def rope(
     Raises
     ------
     InputError
-        For tables that do not fit x or each other, or fewer than two dimensions; on the GPU also
-        for a dtype, layout, alignment or device that the kernel does not take, and for an
-        ``out`` that overlaps an input.
+        For tables that do not fit x or each other, for another dtype, and for an ``out`` that
+        does not fit or overlaps; on the GPU also for a layout, alignment or device that the
+        kernel does not take.
 
     Notes
     -----
