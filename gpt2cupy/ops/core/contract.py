@@ -128,7 +128,7 @@ def {self.op}{header}:
     if {suspect}:
         memory({{{values}}})
 """
-        scope = {
+        scope: dict[str, Any] = {
             "known": self._known,
             "full": self._full,
             "memory": self._memory,
@@ -239,13 +239,13 @@ def {self.op}{header}:
                 for dim, size in zip(dims, sizes, strict=True)
             )
         if not fits:
-            shown_dims = []
+            shown_dims: list[str] = []
             for dim in dims:
                 known = bound.get(dim, "..." if dim.startswith("*") else dim)
                 shown_dims += map(str, known if isinstance(known, tuple) else [known])
             kinds = " or ".join(dict.fromkeys(dtype.name for dtype in allowed))
             raise InputError(
-                f"{each.name} is {array.dtype.name}{list(shape)}, not {kinds} "
+                f"{each.name} is {array.dtype.name}{list(shape)}, not {kinds}"
                 f"[{', '.join(shown_dims)}]",
                 where=f"{self.op}: {each.name}",
                 remedy=_COPY,
@@ -343,6 +343,6 @@ def _are_one(a: np.ndarray, b: np.ndarray) -> bool:
 def _meet(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have an element in common."""
     try:
-        return np.shares_memory(a, b, max_work=_TRIES)
+        return np.shares_memory(a, b, max_work=_TRIES)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
