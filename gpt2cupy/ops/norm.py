@@ -167,8 +167,8 @@ def layer_norm(
     Raises
     ------
     InputError
-        For a width that does not fit; on the GPU also for a dtype, layout, alignment or device
-        that the kernel does not take, and for an ``out`` that overlaps an input.
+        For a width or dtype that does not fit, and for an ``out`` that overlaps an input; on the
+        GPU also for a layout, alignment or device that the kernel does not take.
 
     Notes
     -----
