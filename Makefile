@@ -70,7 +70,7 @@ demo: $(VENV)/base ## Install and stream text from the embedded model
 
 # The tests look into kernels of the embedded model, which are compiled faster beforehand.
 test: $(VENV)/test ## Run every test that needs no GPU
-	$(BIN)/gpt2cupy compile --model shakespeare --arch sm_75 --arch sm_90
+	$(BIN)/gpt2cupy compile --model shakespeare --ops --arch sm_75 --arch sm_90
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/parity --ignore=tests/e2e -n auto --dist worksteal
 
 e2e: $(VENV)/e2e ## A real server on the CPU: its interface, what it survives, clients that others wrote
@@ -87,11 +87,11 @@ $(LOWEST)/test: pyproject.toml
 
 # The tests on the oldest libraries that pyproject.toml admits.
 test-lowest: $(LOWEST)/test
-	$(LOWEST)/bin/gpt2cupy compile --model shakespeare --arch sm_75 --arch sm_90
+	$(LOWEST)/bin/gpt2cupy compile --model shakespeare --ops --arch sm_75 --arch sm_90
 	$(LOWEST)/bin/python -m pytest -m "not gpu" --ignore=tests/parity --ignore=tests/e2e
 
 compile-all: $(VENV)/test ## Compile every kernel for all seven architectures
-	$(BIN)/gpt2cupy compile $(ARCHS:%=--arch %)
+	$(BIN)/gpt2cupy compile --ops $(ARCHS:%=--arch %)
 
 parity: $(VENV)/parity ## Compare with Hugging Face transformers on the CPU; MODEL=gpt2 too
 	$(if $(MODEL),GPT2CUPY_PARITY_MODEL='$(MODEL)') $(BIN)/python -m pytest tests/parity -n auto --dist worksteal

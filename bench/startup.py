@@ -1,4 +1,4 @@
-"""Process start to first token, with an empty kernel cache and with a full one; all kernels.
+"""Process start to first token, with an empty kernel cache and with a full one; compile.
 
     python bench/startup.py [--model 124M] [--dtype float16] [--runs 5] [--out FILE]
 

@@ -12,14 +12,12 @@
 // Work      a block for a key head, a part of the keys and a sequence. Each warp has a pipeline of
 //           its own: two tiles of KEYS keys and values in shared memory, filled by cp.async. Four
 //           lanes share a key; then each lane has some channels of the values. The states of the
-//           warps are merged in shared memory, those of blocks by decode_attention_merge.
+//           warps are merged in shared memory, those of blocks by decode_attention_merge.cu.
 // Source    Dao et al., "Flash-Decoding for long-context inference", 2023
 //
 // Entries   decode_attention_h1, _h2, _h4, _h8  for HEADS query heads of a block; those beyond them
 //                                               are zero, so that the loop over heads has a known
 //                                               length and overlaps
-//           decode_attention_merge              merges the states of blocks, a block a sequence and
-//                                               query head
 #include "decode_attention.cuh"
 
 constexpr int KEYS = 8;  // of a tile
@@ -215,49 +213,3 @@ DECODE_ENTRY(decode_attention_h1, 1)
 DECODE_ENTRY(decode_attention_h2, 2)
 DECODE_ENTRY(decode_attention_h4, 4)
 DECODE_ENTRY(decode_attention_h8, 8)
-
-// Every thread has one channel and every MERGE_GROUPS-th state, of which it loads AT_ONCE together:
-// one after the other, their latencies would add up.
-constexpr int MERGE_GROUPS = 4;
-constexpr int AT_ONCE = 8;
-
-extern "C" __global__ void __launch_bounds__(MERGE_GROUPS* HS) decode_attention_merge(
-    const float* states, elem_t* out, int NH, int P, int out_stride_B, int out_stride_NH) {
-  __shared__ float of_groups[MERGE_GROUPS][HS + 2];
-  int channel = threadIdx.x % HS, group = threadIdx.x / HS, head = blockIdx.x, batch = blockIdx.y;
-  const float* first = states + ((size_t)batch * NH + head) * P * (HS + 2);
-  float m = LOWEST, l = 0.0f, o = 0.0f;
-  for (int i = group; i < P; i += MERGE_GROUPS * AT_ONCE) {
-    float ms[AT_ONCE + 1], ls[AT_ONCE + 1], os[AT_ONCE + 1];
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; n++) {
-      int place = i + n * MERGE_GROUPS;
-      bool there = place < P;
-      const float* state = first + (size_t)(there ? place : i) * (HS + 2);
-      ms[n] = there ? state[HS] : LOWEST;
-      ls[n] = there ? state[HS + 1] : 0.0f;
-      os[n] = there ? state[channel] : 0.0f;
-    }
-    ms[AT_ONCE] = m;
-    ls[AT_ONCE] = l;
-    os[AT_ONCE] = o;
-    merge(ms, ls, os, m, l, o);
-  }
-  of_groups[group][channel] = o;
-  if (channel == 0) {
-    of_groups[group][HS] = m;
-    of_groups[group][HS + 1] = l;
-  }
-  __syncthreads();
-  if (group > 0) return;
-  float ms[MERGE_GROUPS], ls[MERGE_GROUPS], os[MERGE_GROUPS];
-#pragma unroll
-  for (int n = 0; n < MERGE_GROUPS; n++) {
-    ms[n] = of_groups[n][HS];
-    ls[n] = of_groups[n][HS + 1];
-    os[n] = of_groups[n][channel];
-  }
-  merge(ms, ls, os, m, l, o);
-  out[Strides{out_stride_B, 0, out_stride_NH}.at(batch, 0, head) + channel] =
-      from_float<elem_t>(l > 0.0f ? o / l : 0.0f);
-}

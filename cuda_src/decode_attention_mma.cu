@@ -11,7 +11,7 @@
 //           pipeline of its own: STAGES tiles of KEYS keys and values in shared memory, filled by
 //           cp.async. Copies in flight take no registers, so the memory stays busy while the warp
 //           multiplies. The states of the warps are merged in shared memory, those of blocks by
-//           decode_attention_merge.
+//           decode_attention_merge.cu.
 //
 // Needs sm_80 (mma.m16n8k16, cp.async). Head sizes that are no multiple of 16 have zeros behind
 // them in shared memory.

@@ -24,6 +24,7 @@
 // Source    layer norm: Ba, Kiros, Hinton, 2016; the warps' means and variances are combined
 //           as in Chan, Golub, LeVeque, 1979
 #include "epilogue.cuh"
+#include "float_elem.cuh"
 #include "int8.cuh"
 
 #ifndef K
@@ -247,9 +248,14 @@ __device__ inline void gemv(const in_t* x,
                                {bias, residual, y, activation}, 0.0f, M);                        \
   }
 
+// A norm needs the whole row in one piece of each thread.
+#if !ELEM_IS_FLOAT
 GEMV_ADD_ENTRY(gemv_add_int8, elem_t)
-GEMV_ADD_ENTRY(gemv_add_int8_f32, float)
-#if K <= LONGEST_NORM  // a norm needs the whole row in one piece of each thread
+#if K <= LONGEST_NORM
 NORM_GEMV_ENTRY(norm_gemv_int8, elem_t)
+#endif
+#endif
+GEMV_ADD_ENTRY(gemv_add_int8_f32, float)
+#if K <= LONGEST_NORM
 NORM_GEMV_ENTRY(norm_gemv_int8_f32, float)
 #endif

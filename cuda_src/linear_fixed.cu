@@ -17,6 +17,7 @@
 // cannot: float, K not a multiple of 8, and chips older than sm_80. By default it takes 2 to 16
 // rows of float.
 #include "epilogue.cuh"
+#include "float_elem.cuh"
 
 constexpr int ROWS = 8;     // of x, of a block
 constexpr int OUTPUTS = 8;  // of a block
@@ -102,5 +103,7 @@ __device__ inline void gemm(
       gemm<4, out_t>(x, weight, {bias, residual, y, activation}, N, M, K);                  \
   }
 
+#if !ELEM_IS_FLOAT
 LINEAR_FIXED_ENTRY(linear_fixed, elem_t)
+#endif
 LINEAR_FIXED_ENTRY(linear_fixed_f32, float)

@@ -1,20 +1,20 @@
-// Layer norm over the channels of each row, alone or with the residual addition before it.
+// Layer norm over the channels of each row.
 //
 //   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        var divides by C
 //
-// Shapes    x, residual, total, y [N, C], each with a stride of its own between rows (but for
-//           layer_norm_naive, whose rows follow each other); weight, bias [C] or null
+// Shapes    x, y [N, C], each with a stride of its own between rows (but for layer_norm_naive,
+//           whose rows follow each other); weight, bias [C] or null
 // Dtypes    weight, bias and y are ELEM; x is ELEM, or float with the suffix _f32: the residual
-//           stream of a model. x of add_layer_norm is ELEM, and residual and total are ELEM, or
-//           float with the suffix
-// Bytes     layer_norm       N C (sizeof x + sizeof ELEM), parameters stay in cache
-//           add_layer_norm   N C (2 sizeof residual + 2 sizeof ELEM)
-// Work      see norm_rows.cuh
+//           stream of a model
+// Bytes     N C (sizeof x + sizeof ELEM), parameters stay in cache
+// Work      see norm_rows.cuh. With the residual addition before it: add_norm.cu, a file of its own
+//           since a model that starts does not wait for it
 // Source    Ba, Kiros, Hinton, "Layer Normalization", 2016
 //
 // The ladder
 //   layer_norm_naive   one thread per row: the formula, for readers and for tests
 //   layer_norm         a warp or a block per row, in registers
+#include "float_elem.cuh"
 #include "norm_rows.cuh"
 
 extern "C" __global__ void layer_norm_naive(
@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) layer_norm(const e
       {x, nullptr, nullptr, weight, bias, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
+#if !ELEM_IS_FLOAT
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
     layer_norm_f32(const float* x,
                    const elem_t* weight,
@@ -59,38 +60,4 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
   norm_rows<true, false, float, float>(
       {x, nullptr, nullptr, weight, bias, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
-
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) add_layer_norm(const elem_t* x,
-                                                                             const elem_t* residual,
-                                                                             elem_t* total,
-                                                                             const elem_t* weight,
-                                                                             const elem_t* bias,
-                                                                             elem_t* y,
-                                                                             float eps,
-                                                                             int N,
-                                                                             int C,
-                                                                             int x_stride,
-                                                                             int residual_stride,
-                                                                             int total_stride,
-                                                                             int y_stride) {
-  norm_rows<true, true, elem_t, elem_t>({x, residual, total, weight, bias, y, eps, N, C, x_stride,
-                                         residual_stride, total_stride, y_stride});
-}
-
-extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
-    add_layer_norm_f32(const elem_t* x,
-                       const float* residual,
-                       float* total,
-                       const elem_t* weight,
-                       const elem_t* bias,
-                       elem_t* y,
-                       float eps,
-                       int N,
-                       int C,
-                       int x_stride,
-                       int residual_stride,
-                       int total_stride,
-                       int y_stride) {
-  norm_rows<true, true, elem_t, float>({x, residual, total, weight, bias, y, eps, N, C, x_stride,
-                                        residual_stride, total_stride, y_stride});
-}
+#endif

@@ -25,6 +25,7 @@
 //
 // It is the last version of the ladder in linear.cu.
 #include "epilogue.cuh"
+#include "float_elem.cuh"
 
 #ifndef K
 #define K 768
@@ -339,15 +340,22 @@ __device__ inline void shifted_gemv(const float* x,
     shifted_gemv<out_t>(x, norm_weight, weight, shift, {nullptr, nullptr, y, activation}, eps, M); \
   }
 
+// A norm needs the whole row in one warp.
+#if !ELEM_IS_FLOAT
 GEMV_ADD_ENTRY(gemv_add, elem_t, false)
-GEMV_ADD_ENTRY(gemv_add_f32, float, false)
 GEMV_ADD_ENTRY(gemv_add_once, elem_t, true)
-GEMV_ADD_ENTRY(gemv_add_once_f32, float, true)
-#if K <= LONGEST_NORM  // a norm needs the whole row in one warp
+#if K <= LONGEST_NORM
 NORM_GEMV_ENTRY(norm_gemv, elem_t)
-NORM_GEMV_ENTRY(norm_gemv_f32, float)
 #endif
 #if K <= LONGEST_ONCE
 NORM_GEMV_ONCE_ENTRY(norm_gemv_once, elem_t)
+#endif
+#endif
+GEMV_ADD_ENTRY(gemv_add_f32, float, false)
+GEMV_ADD_ENTRY(gemv_add_once_f32, float, true)
+#if K <= LONGEST_NORM
+NORM_GEMV_ENTRY(norm_gemv_f32, float)
+#endif
+#if K <= LONGEST_ONCE
 NORM_GEMV_ONCE_ENTRY(norm_gemv_once_f32, float)
 #endif

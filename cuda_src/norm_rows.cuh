@@ -1,4 +1,4 @@
-// Rows that are normalised: the body of norm.cu and rms_norm.cu.
+// Rows that are normalised: the body of norm.cu, add_norm.cu and rms_norm.cu.
 //
 //   layer norm   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias      var divides by C
 //   RMS norm     y = x / sqrt(mean(x^2) + eps) * weight

@@ -10,6 +10,7 @@
 //           add_rms_norm   N C (2 sizeof residual + 2 sizeof ELEM)
 // Work      see norm_rows.cuh
 // Source    Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019
+#include "float_elem.cuh"
 #include "norm_rows.cuh"
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) rms_norm(const elem_t* x,
@@ -24,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) rms_norm(const ele
       {x, nullptr, nullptr, weight, nullptr, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
 
+#if !ELEM_IS_FLOAT
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
     rms_norm_f32(const float* x,
                  const elem_t* weight,
@@ -36,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
   norm_rows<false, false, float, float>(
       {x, nullptr, nullptr, weight, nullptr, y, eps, N, C, x_stride, 0, 0, y_stride});
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) add_rms_norm(const elem_t* x,
                                                                            const elem_t* residual,
@@ -53,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, 2) add_rms_norm(const
                                           x_stride, residual_stride, total_stride, y_stride});
 }
 
+#if !ELEM_IS_FLOAT
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
     add_rms_norm_f32(const elem_t* x,
                      const float* residual,
@@ -69,3 +73,4 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS, WIDE_BLOCKS)
   norm_rows<false, true, elem_t, float>({x, residual, total, weight, nullptr, y, eps, N, C,
                                          x_stride, residual_stride, total_stride, y_stride});
 }
+#endif

@@ -75,13 +75,25 @@ def compile(
             "GPT-2's sizes and the embedded model may.",
         ),
     ] = None,
+    ops: Annotated[
+        bool,
+        typer.Option(
+            "--ops",
+            help="Also what no model launches but gpt2cupy.ops does; without a model with heads "
+            "of 32, 64, 80, 96 and 128 channels.",
+        ),
+    ] = False,
 ) -> None:
-    """Compile every kernel ahead of time into the cache, on all cores; needs no GPU."""
+    """Compile kernels ahead of time into the cache, on all cores; needs no GPU.
+
+    What is not compiled ahead is compiled when it is first launched.
+    """
     from concurrent.futures import as_completed
 
     from tqdm import tqdm
 
     from ..ops.core import compiler, device
+    from ..ops.core import variants as ahead
 
     for name in arch or ():
         if not _is_architecture(name):
@@ -93,22 +105,27 @@ def compile(
         device.cupy_module()
         arch = [device.device_arch(device.current_device())]
     if model is None:
-        variants = list(compiler.variants())
+        sizes = ahead.FAST_HEAD_SIZES if ops else ahead.GPT2_HEAD_SIZES
+        variants = list(ahead.variants(sizes))
     else:
         from .. import checkpoint
         from ..inspect import kernel_report
 
         variants = kernel_report.variants_of(checkpoint.open(model).config, model)
-    jobs = [(*variant, name) for name in arch for variant in variants]
-    # The longest sources first, so that no core is left with one of them at the end.
-    jobs.sort(key=lambda job: -sum(len(text) for _, text in compiler.source_closure(job[0])))
-    cubins = [compiler.request(*job) for job in jobs]
-    try:
-        for cubin in tqdm(as_completed(cubins), total=len(cubins), unit="kernel", disable=None):
-            cubin.result()
-    finally:
-        for cubin in cubins:
-            cubin.cancel()  # after an error or Ctrl-C
+    jobs = ahead.in_order(
+        (*variant, name)
+        for name in arch
+        for variant in variants
+        if ahead.launched(*variant, name) and (ops or variant[0] not in ahead.OPS_ALONE)
+    )
+    with compiler.in_processes():
+        cubins = [compiler.request(*job) for job in jobs]
+        try:
+            for cubin in tqdm(as_completed(cubins), total=len(cubins), unit="kernel", disable=None):
+                cubin.result()
+        finally:
+            for cubin in cubins:
+                cubin.cancel()  # after an error or Ctrl-C
     shell.write(f"{len(jobs)} cubins for {', '.join(arch)} in {compiler.cache_dir()}\n")
 
 

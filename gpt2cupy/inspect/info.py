@@ -13,7 +13,7 @@ from ..errors import DeviceError
 from ..generation.engine import Engine
 from ..loading import load_weights
 from ..model import GPT2
-from ..ops.core import compiler
+from ..ops.core import compiler, variants
 from ..ops.core.device import cupy_module
 
 _PACKAGES = ("numpy", "cupy-cuda12x", "cupy-cuda13x", "nvmath-python", "cuda-bindings")
@@ -77,7 +77,7 @@ def decode_times(model: GPT2) -> dict[str, dict[str, float]]:
 
     On the current device and stream; measured where they are not remembered.
     """
-    choices = [rows for rows in compiler.STEP_ROWS if "persistent" in decode.usable(model, rows)]
+    choices = [rows for rows in variants.STEP_ROWS if "persistent" in decode.usable(model, rows)]
     return {str(rows): decode.times(model, rows) for rows in choices}
 
 

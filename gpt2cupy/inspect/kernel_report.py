@@ -12,6 +12,7 @@ from ..config import GPT2Config
 from ..errors import InputError, NoDeviceError, shown
 from ..loading import resolve_device, resolve_dtype
 from ..ops.core import compiler, launch
+from ..ops.core import variants as ahead
 from ..ops.core.device import device_arch
 from . import occupancy
 from .info import why_cpu
@@ -79,7 +80,7 @@ def report(
 
 
 def variants_of(config: GPT2Config, name: str) -> list[tuple[str, dict[str, str]]]:
-    """Every (source, macros) pair that a model may launch, in any dtype."""
+    """Every (source, macros) pair of a model's sizes, in any dtype."""
     if config.head_size > compiler.MAX_HEAD_SIZE:
         raise InputError(
             f"attention kernels take head sizes up to {compiler.MAX_HEAD_SIZE}, "
@@ -90,7 +91,7 @@ def variants_of(config: GPT2Config, name: str) -> list[tuple[str, dict[str, str]
     inner_sizes = tuple(dict.fromkeys((config.n_embd, config.inner_size)))
     return [
         (source, defines)
-        for source, defines in compiler.variants((config.head_size,), inner_sizes)
+        for source, defines in ahead.variants((config.head_size,), inner_sizes)
         if source != "decode_step.cu" or defines["K"] == str(config.n_embd)
     ]
 

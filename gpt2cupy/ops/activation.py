@@ -89,8 +89,8 @@ def gelu(x: Array, approximate: str = "none", *, out: Array | None = None) -> Ar
     Raises
     ------
     InputError
-        For another ``approximate``; on the GPU also for a dtype, layout, alignment or device that
-        the kernel does not take, and for an ``out`` that overlaps x.
+        For another ``approximate`` or dtype, and for an ``out`` that does not fit or overlaps x;
+        on the GPU also for a layout, alignment or device that the kernel does not take.
 
     Notes
     -----
@@ -157,7 +157,7 @@ def silu_mul(gate: Array, up: Array, *, out: Array | None = None) -> Array:
     Raises
     ------
     InputError
-        If the two differ in shape; on the GPU as :func:`gelu`.
+        If the two differ in shape or dtype; else as :func:`gelu`.
 
     Notes
     -----

@@ -195,9 +195,9 @@ def attention(
     ------
     InputError
         For shapes or dtypes that do not fit each other, another head size, a scale that is
-        not positive, or an offset without ``causal``; on the GPU also for channels that do
-        not lie together, strides that are no multiple of 16 bytes, another device, and an
-        ``out`` that overlaps an input.
+        not positive, an offset without ``causal``, or an ``out`` that overlaps an input; on the
+        GPU also for channels that do not lie together, strides that are no multiple of 16
+        bytes, or another device.
 
     Notes
     -----

@@ -35,7 +35,7 @@ _DECODE = (
 DECODE = {n: Kernel("decode_attention.cu", f"decode_attention_h{n}", _DECODE) for n in (1, 2, 4, 8)}
 DECODE_MMA = Kernel("decode_attention_mma.cu", "decode_attention_mma", _DECODE)
 DECODE_MERGE = Kernel(
-    "decode_attention.cu",
+    "decode_attention_merge.cu",
     "decode_attention_merge",
     "states: float32[B,NH,P,H2], out: ELEM[B,NH,HS]!@, NH, P, out_stride_B, out_stride_NH",
 )

@@ -165,9 +165,9 @@ def linear(
     Raises
     ------
     InputError
-        For an unknown activation or backend, and for shapes that do not fit; on the GPU also for
-        a dtype, layout, alignment or device that the kernel does not take, and for an ``out``
-        that overlaps an input. The message names the argument.
+        For an unknown activation or backend, for shapes or dtypes that do not fit, and for an
+        ``out`` that overlaps an input; on the GPU also for a layout, alignment or device that the
+        kernel does not take. The message names the argument.
 
     Notes
     -----

@@ -47,8 +47,9 @@ def lookup(ids: Array, table: Array, *, out: Array | None = None) -> Array:
     Raises
     ------
     InputError
-        If ``ids`` are no integers or the table is no matrix; on the GPU also for a dtype, layout,
-        alignment or device that the kernel does not take, and for an ``out`` that overlaps.
+        If ``ids`` are of another dtype or the table is no matrix, and for an ``out`` that does
+        not fit or overlaps; on the GPU also for a layout, alignment or device that the kernel
+        does not take.
     """
     channels = table.shape[1]
     if out is None:

@@ -1,6 +1,6 @@
 """Layer norm and RMS norm, alone and with the residual addition before them.
 
-Kernels: cuda_src/norm.cu and rms_norm.cu.
+Kernels: cuda_src/norm.cu, add_norm.cu and rms_norm.cu.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _PAIR = "out.0: @weight,x[*N,C]~, out.1: @residual[*N,C]~"
 _WARP, _ROWS = 32, 4  # threads of a warp; rows of a block where a row has a warp
 
 
-def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], dict[bool, Kernel]]:
+def _kernels(
+    source: str, added_source: str, entry: str, bias: str
+) -> tuple[dict[bool, Kernel], dict[bool, Kernel]]:
     """The kernels alone and with an addition, by whether x, or the residual, is ELEM."""
     after = f"weight: ELEM[C]?, {bias}out: ELEM[*N,C]~, eps: float, N, C, x_stride, "
     alone, added = {}, {}
@@ -33,7 +35,7 @@ def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], di
             waits_first=True,
         )
         added[elem] = Kernel(
-            source,
+            added_source,
             f"add_{entry}{ending}",
             f"x: ELEM[*N,C], residual: {dtype}[*N,C], total: {dtype}[*N,C]~, {after}"
             "residual_stride, total_stride, out_stride",
@@ -43,8 +45,8 @@ def _kernels(source: str, entry: str, bias: str) -> tuple[dict[bool, Kernel], di
     return alone, added
 
 
-LAYER_NORM, ADD_LAYER_NORM = _kernels("norm.cu", "layer_norm", "bias: ELEM[C]?, ")
-RMS_NORM, ADD_RMS_NORM = _kernels("rms_norm.cu", "rms_norm", "")
+LAYER_NORM, ADD_LAYER_NORM = _kernels("norm.cu", "add_norm.cu", "layer_norm", "bias: ELEM[C]?, ")
+RMS_NORM, ADD_RMS_NORM = _kernels("rms_norm.cu", "rms_norm.cu", "rms_norm", "")
 LAYER_NORM_NAIVE = Kernel(
     "norm.cu",
     "layer_norm_naive",
@@ -165,8 +167,8 @@ def layer_norm(
     Raises
     ------
     InputError
-        For a width that does not fit; on the GPU also for a dtype, layout, alignment or device
-        that the kernel does not take, and for an ``out`` that overlaps an input.
+        For a width or dtype that does not fit, and for an ``out`` that overlaps an input; on the
+        GPU also for a layout, alignment or device that the kernel does not take.
 
     Notes
     -----

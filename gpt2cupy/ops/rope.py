@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, shown
-from .core.contract import Contract
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 
@@ -42,36 +41,30 @@ def rope_tables(
     cosines, sines : NumPy array of float32 [length, R / 2]
         Computed in float64: in float32 an angle of 30,000 has an error of a thousandth.
     """
-    _TABLES.check(length, rotary_size, base, scale)
-    for name, value, fine in (("length", length, 0 <= length < 1 << 31), ("base", base, base > 0)):
+    real, whole = (int, float, np.integer, np.floating), (int, np.integer)
+    for name, value, fine, remedy in (
+        ("length", length, isinstance(length, whole) and 0 <= length < 1 << 31,
+         "Give the number of positions."),
+        ("rotary_size", rotary_size,
+         isinstance(rotary_size, whole) and 2 <= rotary_size < 1 << 20 and not rotary_size % 2,
+         "Give the even number of channels of a head that turn."),
+        ("base", base, isinstance(base, real) and 0 < base < float("inf"),
+         "Give a positive number."),
+        ("scale", scale, scale is None or (isinstance(scale, np.ndarray) and scale.dtype.kind == "f"
+                                           and scale.shape == (rotary_size // 2,)),
+         "Give an array of floats, a factor for each pair."),
+    ):  # fmt: skip
         if not fine:
             raise InputError(
                 f"{name}={shown(value)} is impossible",
                 where=f"rope_tables: {name}",
-                remedy="Give the number of positions, and a positive base.",
+                remedy=remedy,
             )
-    if rotary_size < 2 or rotary_size % 2:
-        raise InputError(
-            f"{rotary_size} channels make no pairs",
-            where="rope_tables: rotary_size",
-            remedy="Give the even number of channels of a head that turn.",
-        )
-    if scale is not None and scale.shape != (rotary_size // 2,):
-        raise InputError(
-            f"scale is of shape {list(scale.shape)}",
-            where="rope_tables: scale",
-            remedy=f"Give a factor for each of the {rotary_size // 2} pairs.",
-        )
     frequencies = float(base) ** (-np.arange(0, rotary_size, 2, dtype=np.float64) / rotary_size)
     if scale is not None:
         frequencies = frequencies * scale
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-_TABLES = Contract(
-    rope_tables, "length: int, rotary_size: int, base: number, scale: float32|float64[R2]?"
-)
 
 
 def _check(
@@ -140,9 +133,9 @@ def rope(
     Raises
     ------
     InputError
-        For tables that do not fit x or each other, or fewer than two dimensions; on the GPU also
-        for a dtype, layout, alignment or device that the kernel does not take, and for an
-        ``out`` that overlaps an input.
+        For tables that do not fit x or each other, for another dtype, and for an ``out`` that
+        does not fit or overlaps; on the GPU also for a layout, alignment or device that the
+        kernel does not take.
 
     Notes
     -----

@@ -252,8 +252,8 @@ def sample_logits(
     Raises
     ------
     InputError
-        For settings outside their range, or logits that are no matrix with a column; on the GPU
-        also for a dtype, layout, alignment or device that the kernel does not take.
+        For settings outside their range, dtypes or shapes that do not fit, or logits without a
+        column; on the GPU also for a layout, alignment or device that the kernel does not take.
 
     Notes
     -----

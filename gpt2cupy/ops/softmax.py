@@ -75,8 +75,8 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
     Raises
     ------
     InputError
-        On the GPU, for a dtype, layout, alignment or device that the kernel does not take, and
-        for an ``out`` that overlaps x.
+        For another dtype, and for an ``out`` that does not fit or overlaps x; on the GPU also
+        for a layout, alignment or device that the kernel does not take.
 
     Notes
     -----

@@ -11,7 +11,7 @@ from .. import ops
 from ..errors import InputError
 from ..ops.decode_attention import scratch_shape
 from .launches import DTYPES, launches
-from .operators import refuse_gradient
+from .operators import refuse_gradient, refuses_types
 
 
 def _contiguous(q: Tensor, *rest: Any) -> Tensor:
@@ -57,6 +57,7 @@ def _decode_attention(
     ops.decode_attention(q, k_cache, v_cache, lengths, scale, out=out, scratch=states)
 
 
+@refuses_types
 def attention(
     q: Tensor,
     k: Tensor,
@@ -77,6 +78,7 @@ def attention(
     return _attention(q, k, v, lengths, offsets, causal, scale, offset)
 
 
+@refuses_types
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:

@@ -11,7 +11,7 @@ from .. import ops
 from ..errors import InputError
 from ..ops import norm_backward
 from .launches import launches
-from .operators import LIBRARY, like, refuse_gradient
+from .operators import LIBRARY, like, refuse_gradient, refuses_types
 
 
 @launches(
@@ -115,16 +115,19 @@ for _name, _gradient in (("rms_norm", _rms_norm_gradient), ("layer_norm", _layer
     )
 
 
+@refuses_types
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     """:func:`gpt2cupy.ops.rms_norm` of tensors; differentiable."""
     return _rms_norm(x, weight, eps)
 
 
+@refuses_types
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """:func:`gpt2cupy.ops.layer_norm` of tensors; differentiable."""
     return _layer_norm(x, weight, bias, eps)
 
 
+@refuses_types
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,7 @@ def add_rms_norm(
     return _add_rms_norm(x, residual, weight, eps)
 
 
+@refuses_types
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:

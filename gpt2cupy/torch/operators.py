@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..errors import InputError
+from ..errors import InputError, shown
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY: Any = torch.library.Library("gpt2cupy", "DEF")  # type: ignore[no-untyped-call]
@@ -76,6 +80,52 @@ def refuse_host(name: str, args: tuple[Any, ...]) -> None:
                 remedy="Nothing is copied silently: move it to the GPU, or give gpt2cupy.ops a "
                 "NumPy array.",
             )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Tensor": (Tensor,),
+    "None": (type(None),),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+}
+
+
+def refuses_types(function: F) -> F:
+    """Of a function on tensors: what it cannot take is refused by name.
+
+    PyTorch's dispatcher has other errors for it, which are looked at only when there is one.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except (AttributeError, TypeError, RuntimeError, OverflowError):
+            for name, value in signature.bind(*args, **options).arguments.items():
+                _refuse_type(function.__name__, name, value, signature.parameters[name].annotation)
+            raise
+
+    return call  # type: ignore[return-value]
+
+
+def _refuse_type(function: str, name: str, value: Any, annotation: str) -> None:
+    kinds = annotation.split(" | ")
+    fits = any(isinstance(value, _KINDS[kind]) for kind in kinds)
+    if isinstance(value, bool) and "bool" not in kinds:
+        fits = False
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        fits = False  # what PyTorch's integers hold
+    if isinstance(value, str) and not value.isascii():
+        fits = False  # a name of ours it is not, and some are none of PyTorch's either
+    if not fits:
+        raise InputError(
+            f"{name}={shown(value)} is impossible",
+            where=f"gpt2cupy.torch.{function}: {name}",
+            remedy=f"It must be of {annotation.replace(' | ', ' or ')}.",
+        )
 
 
 def refuse_gradient(name: str, *tensors: Tensor | None) -> None:

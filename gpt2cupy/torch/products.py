@@ -15,7 +15,7 @@ from ..ops.core import blas
 from ..ops.core.device import cupy_module
 from ..ops.ffn import scratch_of
 from .launches import DTYPES, launches
-from .operators import refuse_gradient
+from .operators import refuse_gradient, refuses_types
 
 _KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
 
@@ -79,6 +79,7 @@ def _ffn(
         ops.ffn(x, w1, b1, w2, b2, **given, scratch=scratch)
 
 
+@refuses_types
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -92,6 +93,7 @@ def linear(
     return _linear(x, weight, bias, residual, activation)
 
 
+@refuses_types
 def ffn(
     x: Tensor,
     w1: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from .launches import launches
-from .operators import like, refuse_gradient
+from .operators import like, refuse_gradient, refuses_types
 
 
 @launches(
@@ -64,24 +64,28 @@ def _sample_logits(logits: Any, positions: Any, out: Any, scratch: Any, *setting
     ops.sample_logits(logits, positions, **options, out=out, scratch=scratch)
 
 
+@refuses_types
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """:func:`gpt2cupy.ops.gelu` of a tensor; has no gradient."""
     refuse_gradient("gelu", x)
     return _bias_gelu(x, None, approximate)
 
 
+@refuses_types
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
     """:func:`gpt2cupy.ops.bias_gelu` of tensors; has no gradient."""
     refuse_gradient("bias_gelu", x, bias)
     return _bias_gelu(x, bias, approximate)
 
 
+@refuses_types
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """:func:`gpt2cupy.ops.silu_mul` of tensors; has no gradient."""
     refuse_gradient("silu_mul", gate, up)
     return _silu_mul(gate, up)
 
 
+@refuses_types
 def rope(
     x: Tensor,
     cosines: Tensor,
@@ -95,18 +99,21 @@ def rope(
     return _rope(x, cosines, sines, positions, interleaved)
 
 
+@refuses_types
 def softmax(x: Tensor) -> Tensor:
     """:func:`gpt2cupy.ops.softmax` of a tensor, over its last dimension; has no gradient."""
     refuse_gradient("softmax", x)
     return _softmax(x)
 
 
+@refuses_types
 def lookup(ids: Tensor, table: Tensor) -> Tensor:
     """:func:`gpt2cupy.ops.lookup` of tensors; has no gradient."""
     refuse_gradient("lookup", table)
     return _lookup(ids, table)
 
 
+@refuses_types
 def sample_logits(
     logits: Tensor,
     positions: Tensor | None = None,

@@ -220,7 +220,7 @@ def test_rope_tables_are_those_of_the_paper():
     np.testing.assert_allclose(sines[2], np.sin([2.0, 0.2]), rtol=1e-6)
     slower = ops.rope_tables(3, 4, 100.0, np.array([1.0, 0.5]))
     np.testing.assert_allclose(slower[1][2], np.sin([2.0, 0.1]), rtol=1e-6)
-    with pytest.raises(InputError, match="3 channels make no pairs"):
+    with pytest.raises(InputError, match="rotary_size=3 is impossible"):
         ops.rope_tables(3, 3)
 
 

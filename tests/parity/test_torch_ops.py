@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import numpy as np
 import pytest
 from error_rule import DTYPES, check
+from odd_values import ODD
 from op_checks import draw
 
 torch = pytest.importorskip("torch")
@@ -80,6 +82,22 @@ def test_tensors_on_the_cpu_are_refused_by_name(name):
     with pytest.raises(InputError, match=f"^{first} is on the CPU") as caught:
         CALLS[name](torch.zeros(2, 3, 8), torch.zeros(8))
     assert (caught.value.remedy and name in caught.value.where) or name == "gelu"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_odd_values_are_refused_by_name(name):
+    """On the CPU nothing works, so each has to be an error of ours."""
+    function = getattr(ours, name)
+    kinds = {n: p.annotation for n, p in inspect.signature(function).parameters.items()}
+    usual = {"Tensor": torch.zeros(2, 8), "Tensor | None": None, "int | Tensor": 0}
+    usual |= {"float": 1e-5, "float | None": None, "bool": False, "int": 0, "str": "none"}
+    usual |= {"str | None": None}
+    for argument in kinds:
+        for value in (*ODD, 1e400, 2**63, torch.zeros(2), torch.zeros((), dtype=torch.int64)):
+            given = {n: usual[kind] for n, kind in kinds.items()} | {argument: value}
+            with torch.no_grad(), pytest.raises(InputError) as caught:
+                function(**given)
+            assert caught.value.where and caught.value.remedy
 
 
 @pytest.mark.parametrize("name", sorted(set(CALLS) - {"rms_norm", "layer_norm", "sample_logits"}))

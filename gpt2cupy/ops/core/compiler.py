@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import os
 import re
 import tempfile
@@ -24,15 +23,12 @@ from ...digest import cuda_code, digest_cuda
 from ...errors import CompileError
 from .constexpr import Constants
 from .device import import_cupy
-from .jobs import Jobs
+from .jobs import Jobs, threads
+from .processes import Compilers
 
 ELEMENT_TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-FAST_HEAD_SIZES = (32, 64, 80, 96, 128)
 MAX_HEAD_SIZE = 128
-# n_embd and inner size of GPT-2's four sizes and of the embedded model; others compile on demand.
-FAST_INNER_SIZES = (256, 768, 1024, 1280, 1600, 3072, 4096, 5120, 6400)
-
 # The first NVRTC to know them, for chips newer than the oldest NVRTC that CuPy loads.
 NEWER_CHIPS = {
     "sm_100": "12.8", "sm_120": "12.8", "sm_103": "12.9", "sm_121": "12.9", "sm_88": "13.0",
@@ -43,11 +39,9 @@ NEWER_CHIPS = {
 # products of a warpgroup (wgmma).
 OWN_FEATURES = {"sm_90": "sm_90a"}
 
-# decode_step.cu is compiled for each number of rows: a run needs one.
-STEP_ROWS = (1, 2, 4)
-
 _jobs = Jobs("gpt2cupy-nvrtc")
 watched = _jobs.watched  # with watched(callback): tells it how many are compiled, and of how many
+_compilers: Compilers | None = None  # inside of in_processes()
 
 _unwritable = threading.Lock()  # of the thread that makes the folder of this process, and says so
 os.register_at_fork(
@@ -57,35 +51,6 @@ os.register_at_fork(
 )
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-
-
-def variants(
-    head_sizes: tuple[int, ...] = FAST_HEAD_SIZES, inner_sizes: tuple[int, ...] = FAST_INNER_SIZES
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every (source, macros) pair that a model with one of these sizes may launch."""
-    choices = {
-        "ELEM": tuple(ELEMENT_TYPES.values()),
-        "HS": tuple(map(str, head_sizes)),
-        "K": tuple(map(str, inner_sizes)),
-        "BATCH": tuple(map(str, STEP_ROWS)),
-    }
-    for source in sources():
-        needed = macros(source)
-        for values in itertools.product(*(choices[macro] for macro in needed)):
-            defines = dict(zip(needed, values, strict=True))
-            if "float" in values and _on_tensor_cores(source):
-                continue
-            if source == "decode_step.cu" and not takes_step(defines):
-                continue
-            yield source, defines
-
-
-def takes_step(defines: Mapping[str, str]) -> bool:
-    """Whether decode_step.cu has entries for these sizes; K is n_embd there."""
-    c = constants("decode_step.cu")
-    channels, head_size = int(defines["K"]), int(defines["HS"])
-    fits = c["STEP_FEWEST_CHANNELS"] <= channels <= c["STEP_MOST_CHANNELS"]
-    return head_size == c["STEP_HEAD_SIZE"] and fits and not channels % head_size
 
 
 @functools.cache
@@ -138,12 +103,6 @@ def macros(source: str) -> tuple[str, ...]:
         if any(re.search(rf"^# ?ifndef {macro}$", text, re.MULTILINE) for text in code.values()):
             found.append(macro)
     return tuple(found)
-
-
-def _on_tensor_cores(source: str) -> bool:
-    """Whether a source multiplies on tensor cores, and does not split float for that."""
-    names = {name for name, _ in source_closure(source)}
-    return "mma.cuh" in names and "split.cuh" not in names
 
 
 @functools.cache
@@ -248,6 +207,21 @@ def request(source: str, defines: Mapping[str, str], arch: str) -> Future[Path]:
     return found
 
 
+@contextlib.contextmanager
+def in_processes() -> Iterator[None]:
+    """Compile in a process for each core meanwhile, instead of in threads of this one.
+
+    Worth their start where there are many more sources than a model needs at first.
+    """
+    global _compilers
+    _compilers = compilers = Compilers(threads(), compile_source)
+    try:
+        yield
+    finally:
+        _compilers = None
+        compilers.close()
+
+
 def _find(name: str) -> Path | None:
     """Where a cubin is kept, if it is."""
     folders = [cache_dir()]
@@ -261,7 +235,9 @@ def _find(name: str) -> Path | None:
 
 
 def _compile(name: str, source: str, options: list[str]) -> Path:
-    folder, binary = cache_dir(), compile_source(source, options)
+    compilers = _compilers
+    compiled = compile_source if compilers is None else compilers.compile_source
+    folder, binary = cache_dir(), compiled(source, options)
     try:
         return write_atomically(folder / name, binary)
     except OSError as error:

@@ -9,10 +9,9 @@ An array is ``dtypes[dims]marks``. Dtypes are alternatives: ``real`` (float32, f
 and float64 on NumPy), ``quantized`` (a :class:`gpt2cupy.quantize.QuantizedMatrix`), ``@a,b`` (that
 of the first of these arguments that is given), or a name of NumPy's; ``@a;...`` is that of ``a``
 where it is given, else what follows. A letter of the dims is bound by the first array that has it;
-``*N`` stands for any leading dimensions. Marks: ``?`` for one that may
-be None; of an array that is written, ``!`` where it shares no memory with another, ``!a`` where it
-may be the very array ``a``, ``~`` where it may be any of the same dims. ``out.0`` and ``out.1`` are
-the two of a pair.
+``*N`` stands for any leading dimensions. Marks: ``?`` for one that may be None; of an array that is
+written, ``!`` where it shares no memory with another, ``!a`` where it may be the very array ``a``,
+``~`` where it may be any of the same dims. ``out.0`` and ``out.1`` are the two of a pair.
 
 Else it is ``number``, ``positive`` (a number from 0), ``int``, ``bool``, ``any``, or words of which
 it must be one, as ``none|tanh``; with ``?`` it may be None.
@@ -111,8 +110,11 @@ class Contract:
         ]
         header = str(signature.replace(parameters=plain, return_annotation=inspect.Parameter.empty))
         values = ", ".join(f"{name!r}: {name}" for name in signature.parameters)
-        written = [each.name.partition(".")[0] for each in self.arguments if each.written]
-        given = " or ".join(f"{name} is not None" for name in dict.fromkeys(written)) or "False"
+        suspect = " or ".join(self._suspicions()) or "False"
+        pairs = "".join(
+            f"    {name}_0, {name}_1 = {name} or (None, None)\n"
+            for name in dict.fromkeys(a.name[:-2] for a in self.arguments if "." in a.name)
+        )
         text = f"""
 def {self.op}{header}:
     try:
@@ -122,12 +124,43 @@ def {self.op}{header}:
         new, key = True, None
     if new:
         full({{{values}}}, key)
-    if {given}:
+{pairs}
+    if {suspect}:
         memory({{{values}}})
 """
-        scope = {"known": self._known, "full": self._full, "memory": self._memory, "facts": _facts}
+        scope: dict[str, Any] = {
+            "known": self._known,
+            "full": self._full,
+            "memory": self._memory,
+            "facts": _facts,
+            "ndarray": np.ndarray,
+            "share": np.may_share_memory,
+        }
         exec(text, scope)
         return scope[self.op]
+
+    def _suspicions(self) -> Iterator[str]:
+        """For each array that is written: when its memory has to be looked at, as an expression."""
+        arrays = [each for each in self.arguments if each.dims is not None]
+        for each in arrays:
+            if not each.written:
+                continue
+            name, others = each.name.replace(".", "_"), []
+            for other in arrays:
+                if other is each:
+                    continue
+                theirs = other.name.replace(".", "_")
+                values = theirs
+                if "quantized" in other.kinds:
+                    values = f"getattr({theirs}, 'values', {theirs})"
+                meets = f"share({name}, {values})"
+                if other.optional:
+                    meets = f"({theirs} is not None and {meets})"
+                if not other.written and _may_be_one(each, other):
+                    meets = f"({theirs} is not {name} and {meets})"
+                others.append(meets)
+            bad = f"0 in {name}.strides or not {name}.flags.writeable"
+            yield f"(isinstance({name}, ndarray) and ({' or '.join([bad, *others])}))"
 
     def _values(self, given: dict[str, Any]) -> Iterator[tuple[_Argument, Any]]:
         """Each declared argument with its value, both of a pair."""
@@ -206,13 +239,13 @@ def {self.op}{header}:
                 for dim, size in zip(dims, sizes, strict=True)
             )
         if not fits:
-            shown_dims = []
+            shown_dims: list[str] = []
             for dim in dims:
                 known = bound.get(dim, "..." if dim.startswith("*") else dim)
                 shown_dims += map(str, known if isinstance(known, tuple) else [known])
             kinds = " or ".join(dict.fromkeys(dtype.name for dtype in allowed))
             raise InputError(
-                f"{each.name} is {array.dtype.name}{list(shape)}, not {kinds} "
+                f"{each.name} is {array.dtype.name}{list(shape)}, not {kinds}"
                 f"[{', '.join(shown_dims)}]",
                 where=f"{self.op}: {each.name}",
                 remedy=_COPY,
@@ -261,8 +294,8 @@ def {self.op}{header}:
                 of = array.values if isinstance(array, QuantizedMatrix) else array
                 if other is each or not np.may_share_memory(target, of):
                     continue
-                alone = each.same not in (other.name, "*") or each.dims != other.dims
-                if (alone or other.written or not _are_one(target, of)) and _meet(target, of):
+                alone = other.written or not _may_be_one(each, other)
+                if (alone or not _are_one(target, of)) and _meet(target, of):
                     raise InputError(
                         f"{each.name} shares memory with {other.name}",
                         where=f"{self.op}: {each.name}",
@@ -293,6 +326,11 @@ def _parsed(part: str) -> _Argument:
     return _Argument(name, kind.removesuffix("?"), None, kind.endswith("?"), False, "")
 
 
+def _may_be_one(written: _Argument, other: _Argument) -> bool:
+    """Whether an output may be the very array of another argument."""
+    return written.same == other.name or (written.same == "*" and written.dims == other.dims)
+
+
 def _facts(array: Array | None) -> Any:
     return None if array is None else (array.shape, array.dtype, array.__class__)
 
@@ -306,6 +344,6 @@ def _are_one(a: np.ndarray, b: np.ndarray) -> bool:
 def _meet(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have an element in common."""
     try:
-        return np.shares_memory(a, b, max_work=_TRIES)
+        return np.shares_memory(a, b, max_work=_TRIES)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..core.compiler import STEP_ROWS, constants
+from ..core.compiler import constants
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
 from ..core.registry import Cost, moved, op
+from ..core.variants import STEP_ROWS
 from ..epilogue import ACTIVATION_CODES
 
 Array = Any

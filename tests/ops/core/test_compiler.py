@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
-from gpt2cupy.ops.core import compiler, jobs, launch
+from gpt2cupy.ops.core import compiler, jobs, launch, variants
 from gpt2cupy.ops.core.signature import ALIGNMENT
 from gpt2cupy.record import ROOT
 
@@ -27,16 +27,16 @@ ARCH = "sm_90"
 HALF = {"ELEM": "__half"}
 WANTED = [
     (source, defines)
-    for source, defines in compiler.variants((64,), (256,))
+    for source, defines in variants.variants((64,), (256,))
     if defines.get("ELEM", "__half") == "__half"
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
 _SECOND = """
-from gpt2cupy.ops.core import compiler
+from gpt2cupy.ops.core import compiler, variants
 import gpt2cupy.ops.core.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
-every = compiler.variants((64,), (256,))
+every = variants.variants((64,), (256,))
 wanted = [(s, d) for s, d in every if d.get("ELEM", "__half") == "__half"]
 print(sum(compiler.cubin(s, d, "sm_90").stat().st_size > 0 for s, d in wanted))
 """
@@ -98,13 +98,13 @@ def test_a_source_says_its_macros(source, macros):
 
 def test_a_new_source_is_compiled_without_a_table(sources):
     (sources / "toy.cu").write_text('#include "common.cuh"\n// K\n__device__ elem_t one;\n')
-    assert [d["ELEM"] for s, d in compiler.variants() if s == "toy.cu"] == [
+    assert [d["ELEM"] for s, d in variants.variants() if s == "toy.cu"] == [
         *compiler.ELEMENT_TYPES.values()
     ]
 
 
 def test_tensor_cores_take_no_float():
-    with_float = {s for s, d in compiler.variants() if d.get("ELEM") == "float"}
+    with_float = {s for s, d in variants.variants() if d.get("ELEM") == "float"}
     assert "skinny.cu" not in with_float and {"norm.cu", "linear_fixed.cu"} <= with_float
 
 
@@ -486,11 +486,11 @@ def test_missing_headers_name_the_wheel(cache, monkeypatch, found):
         else:
             patch.setattr(pathfinder, "find_nvidia_header_directory", lambda name: found)
         with pytest.raises(CompileError, match="headers") as caught:
-            compiler.cubin("norm.cu", HALF, ARCH)
+            compiler.cubin("embedding.cu", HALF, ARCH)
     assert caught.value.where == "cuda_fp16.h"
     assert "nvidia-cuda-runtime-cu12" in caught.value.remedy
     assert not cache.exists()
-    assert compiler.cubin("norm.cu", HALF, ARCH).is_file()
+    assert compiler.cubin("embedding.cu", HALF, ARCH).is_file()
 
 
 def test_nvrtc_without_cupy(monkeypatch):

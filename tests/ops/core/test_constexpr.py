@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpt2cupy.errors import CompileError
-from gpt2cupy.ops.core import compiler
+from gpt2cupy.ops.core import compiler, variants
 from gpt2cupy.ops.core.constexpr import Constants
 from gpt2cupy.ops.linear import ACTIVATION_CODES
 
@@ -77,7 +77,7 @@ def test_activations_have_the_codes_of_the_kernels():
 
 @pytest.mark.parametrize("channels", [256, 768, 1600, 2048])
 def test_the_step_takes_the_sizes_that_its_text_names(channels):
-    assert compiler.takes_step({"K": str(channels), "HS": "64"})
+    assert variants.takes_step({"K": str(channels), "HS": "64"})
     for wrong in (channels + 32, 192, 2112):
-        assert not compiler.takes_step({"K": str(wrong), "HS": "64"})
-    assert not compiler.takes_step({"K": str(channels), "HS": "80"})
+        assert not variants.takes_step({"K": str(wrong), "HS": "64"})
+    assert not variants.takes_step({"K": str(channels), "HS": "80"})
