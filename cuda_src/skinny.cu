@@ -21,8 +21,8 @@
 // if need be. With more rows the norm is a kernel of its own: here, every block would have to
 // normalise all rows, which takes longer than a node of the graph.
 //
-// Both entries for one row are for large models: with K at most 1024, and from 2049 to 4096,
-// norm_gemv.cu has less to do behind griddepcontrol.wait.
+// Both entries for one row are for large models, and are there for their K alone: with K at most
+// 1024, and from 2049 to 4096, norm_gemv.cu has less to do behind griddepcontrol.wait.
 //
 // Needs sm_80 (mma.m16n8k16). Older chips take norm_gemv.cu for one row and the library's product
 // for more.
@@ -35,6 +35,10 @@
 #ifndef K
 #define K 768
 #endif
+
+// One row has a larger K than the first, up to LONGEST_NORM, or than the second.
+#define ONE_ROW_ABOVE 1024
+#define ONE_ROW_AGAIN_ABOVE 4096
 
 #if __CUDA_ARCH__ >= 800
 
@@ -286,11 +290,13 @@ SKINNY_ADD_ENTRY(skinny_add_t1_f32, ROWS, 1, float)
 SKINNY_ADD_ENTRY(skinny_add_t2, ROWS, 2, elem_t)
 SKINNY_ADD_ENTRY(skinny_add_t2_f32, ROWS, 2, float)
 #endif
+#if (K > ONE_ROW_ABOVE && K <= LONGEST_NORM) || K > ONE_ROW_AGAIN_ABOVE
 SKINNY_ADD_ENTRY(skinny_one, 1, 1, elem_t)
 SKINNY_ADD_ENTRY(skinny_one_f32, 1, 1, float)
 #if K <= LONGEST_NORM && K % (K <= 1280 ? 128 : K % 1600 ? 256 : 320) == 0  // parts of one size
 SKINNY_NORM_ENTRY(skinny_norm, elem_t)
 SKINNY_NORM_ENTRY(skinny_norm_f32, float)
+#endif
 #endif
 
 #endif

@@ -15,7 +15,6 @@ Array = Any
 THREADS = 256  # of a block of bias_act
 WARP = 32
 _BLOCKS_PER_SM = 4  # enough warps to keep the memory busy; blocks then take several iterations
-_SKINNY_LONG = 4096  # with a longer K one row goes to skinny.cu too
 _MOST_ROWS, _MOST_OUTPUTS = 256, 8192  # of linear_rows.cu; with more the library is faster
 _MOST_FIXED_ROWS = 16  # of linear_fixed.cu, which reads the weights once for each eight
 _FEW_STAGES = 4  # where a multiprocessor has several blocks
@@ -120,9 +119,9 @@ def takes_skinny(rows: int, weight: Array, backend: str) -> bool:
     """
     if backend != "ours" or weight.dtype == np.float32 or not _fits_vectors(weight):
         return False
-    k = weight.shape[1]
-    large = longest_once() < k <= longest_norm() or k > _SKINNY_LONG
-    return (large if rows == 1 else rows <= constants("skinny.cu")["ROWS"]) and has_mma()
+    k, c = weight.shape[1], constants("skinny.cu")
+    large = c["ONE_ROW_ABOVE"] < k <= longest_norm() or k > c["ONE_ROW_AGAIN_ABOVE"]
+    return (large if rows == 1 else rows <= c["ROWS"]) and has_mma()
 
 
 def launch_skinny(rows: int, weight: Array, args: tuple[Any, ...], wide: bool) -> None:

@@ -26,6 +26,11 @@ class Compilers:
         Processes at most; each is started when there is work for it, and takes about 200 MB.
     compile_source : callable
         Takes a source and options and returns a cubin; a function of a module, which they import.
+
+    Raises
+    ------
+    CompileError
+        If the system has no semaphores for them.
     """
 
     def __init__(self, count: int, compile_source: Callable[[str, list[str]], bytes]) -> None:
@@ -33,7 +38,15 @@ class Compilers:
         # A server of forks imports CuPy once, and has neither this process's threads nor its GPU.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([compile_source.__module__, "cupy"])
-        self._pool = ProcessPoolExecutor(count, context, _begin)
+        try:
+            self._pool = ProcessPoolExecutor(count, context, _begin)
+        except (OSError, NotImplementedError) as error:
+            raise CompileError(
+                f"processes that compile cannot be started: {error}",
+                where="multiprocessing",
+                remedy="They need semaphores: give the container a /dev/shm that can be written. "
+                "What is not compiled ahead is compiled when it is first launched.",
+            ) from error
 
     def compile_source(self, source: str, options: list[str]) -> bytes:
         """The cubin, made by another process, which is waited for.

@@ -90,6 +90,9 @@ def launched(source: str, defines: Mapping[str, str], arch: str) -> bool:
             return clusters
         case "linear_split.cu":
             return chip in (80, 90)
+        case "norm_gemv.cu":
+            longest = constants("skinny.cu")["ONE_ROW_AGAIN_ABOVE"]
+            return not (mma and narrow and int(defines["K"]) > longest)
     return mma or not on_tensor_cores(source)
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gpt2cupy.errors import CompileError
-from gpt2cupy.ops.core import compiler
+from gpt2cupy.ops.core import compiler, processes
 from gpt2cupy.ops.core.processes import Compilers
 
 pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
@@ -66,6 +66,16 @@ def test_a_killed_process_is_an_error():
             compilers.compile_source(SOURCE, OPTIONS)
     assert "memory" in caught.value.remedy and caught.value.where == SOURCE
     compilers.close()
+
+
+def test_no_semaphores_are_an_error(monkeypatch):
+    def refuse(*given):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", refuse)
+    with pytest.raises(CompileError, match="not implemented") as caught:
+        processes.Compilers(1, compiler.compile_source)
+    assert caught.value.where and "/dev/shm" in caught.value.remedy
 
 
 def test_processes_end_with_their_parent():

@@ -68,6 +68,11 @@ def test_what_another_chip_launches_is_not_compiled():
         "attention_split.cu", "attention_wgmma.cu", "linear_split.cu",
     }  # fmt: skip
     assert "decode_step.cu" in files("sm_90") - files("sm_89")
+    long = {"ELEM": "__half", "K": "6400"}  # one row goes to skinny.cu
+    assert variants.launched("norm_gemv.cu", long, "sm_75")
+    assert not variants.launched("norm_gemv.cu", long, "sm_80")
+    assert variants.launched("norm_gemv.cu", long | {"ELEM": "float"}, "sm_80")
+    assert variants.launched("norm_gemv.cu", long | {"K": "4096"}, "sm_80")
     every = {source for arch in compiler.ARCHITECTURES for source in files(arch)}
     assert every == set(compiler.sources()) and every > variants.OPS_ALONE
 
