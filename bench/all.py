@@ -44,6 +44,7 @@ COMMANDS = {
     "prefixes": "bench/prefixes.py",
     "speculation": "bench/speculation.py",
     "server-front": "bench/server_front.py",
+    "server-choices": "bench/server_choices.py",
     "decode-sizes": f"bench/decode.py {SIZES} --batch 1,4 --gemv ours",
     "decode-int8": f"bench/decode.py {SIZES} --batch 1,16 --quantize int8 --decode graph",
     "gemv": "bench/gemv.py",

@@ -3,8 +3,7 @@
     python bench/server_front.py [--streams 32] [--rates 1000,2000,3000] [--seconds 4] [--out FILE]
 
 The mock engine gives each stream a token a step, so many steps a second; a token is an event, its
-text included. The most that a front delivers is its ceiling. Part two sends the same bytes from
-a bare ASGI application under uvicorn (httptools, uvloop) and, where it is installed, granian.
+text included. The most that a front delivers is its ceiling. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ def measure(folder: Path, rate: int, args: Any) -> dict[str, Any]:
 
 
 def run() -> None:
-    options = parser(__doc__, "server-front.json")
+    options = parser(__doc__, "server-front.json", devices=("cpu",))
+    options.set_defaults(device="cpu")
     options.add_argument("--model", default="124M")
     options.add_argument("--streams", type=int, default=32)
     options.add_argument("--rates", type=numbers, default=[1000, 2000, 3000, 4000])

@@ -133,6 +133,25 @@ def _shown_kernels(rows: dict[str, Row]) -> str:
     )
 
 
+def choices(entry: Record) -> str:
+    """HTTP servers, messages and JSON, what the server uses first."""
+    results = entry["results"]
+    titles = {"HTTP": "events by HTTP", "frame": "a frame of a step", "event": "JSON of an event"}
+    lines = [
+        [titles[row["part"]], f"**{row['what']}**" if row["used"] else row["what"],
+         number(row["per_second"]), number(row["us"], 2)]
+        for row in results["rows"]
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {text}" for name, text in results["versions"].items())
+    note = (
+        f"Bold is what the server uses. HTTP: one process sends the same events to "
+        f"{results['streams']} clients, and does nothing else; its CPU time. Frames: the tokens of "
+        f"{results['frame_rows']} streams from process to process; the receiver's CPU time. By JSON each "
+        f"stream is a list of three numbers, by msgspec arrays of bytes. {versions}{left_out(results)}"
+    )
+    return table(["", "by", "a second", "CPU, µs each"], lines, 2) + caption(entry, note)
+
+
 def front(entry: Record) -> str:
     """The ceiling of a front, behind a mock engine."""
     results = entry["results"]

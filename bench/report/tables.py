@@ -320,6 +320,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "server-one": ("server", server_tables.one),
     "server-norms": ("server", server_tables.norms),
     "server-front": ("server-front", server_tables.front),
+    "server-choices": ("server-choices", server_tables.choices),
     "ops-rms-norm": ("ops", op_tables.some_ops(op_tables.of("rms_norm", few=True))),
     "ops-norms": ("ops", op_tables.some_ops(op_tables.of(*op_tables.NORMS, few=True))),
     "ops-many-rows": (

@@ -43,6 +43,23 @@ def test_a_load_becomes_a_record_and_its_tables(tmp_path, monkeypatch):
     assert "ours, unfused" in texts[-1]
 
 
+def test_what_the_server_could_be_made_of_becomes_a_record_and_a_table(tmp_path):
+    out = tmp_path / "choices.json"
+    done = subprocess.run(
+        [sys.executable, str(record.ROOT / "bench" / "server_choices.py"), "--streams", "2",
+         "--seconds", "1", "--out", str(out)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    entry = json.loads(out.read_text())
+    rows = entry["results"]["rows"]
+    assert {row["part"] for row in rows if row["used"]} == {"HTTP", "frame", "event"}
+    assert all(row["per_second"] > 0 and row["us"] > 0 for row in rows)
+    from bench.report import server_tables
+
+    assert server_tables.choices(entry).count("**") == 6
+
+
 def test_a_front_behind_a_mock_engine_becomes_a_record(tmp_path):
     options = ("--streams", "4", "--rates", "50")
     entry = bench("server_front.py", tmp_path / "front.json", *options)
