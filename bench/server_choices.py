@@ -38,13 +38,14 @@ PEERS = Path(__file__).resolve().parent / "peers"
 UVICORN = ["uvicorn", "--log-level", "error", "--no-access-log", "--no-server-header"]
 GRANIAN = ["granian", "--interface", "asgi", "--no-ws", "--log-level", "error", "--workers", "1"]
 FAST = ["--loop", "uvloop"]
+APP = "events_asgi:app"
 # What -> (its command, the application, whether the server uses it).
 HTTP: dict[str, tuple[list[str], str, bool]] = {
-    "uvicorn, httptools, uvloop": ([*UVICORN, *FAST, "--http", "httptools"], "app", True),
-    "uvicorn, h11, asyncio": ([*UVICORN, "--loop", "asyncio", "--http", "h11"], "app", False),
-    "granian, uvloop": ([*GRANIAN, *FAST], "app", False),
+    "uvicorn, httptools, uvloop": ([*UVICORN, *FAST, "--http", "httptools"], APP, True),
+    "uvicorn, h11, asyncio": ([*UVICORN, "--loop", "asyncio", "--http", "h11"], APP, False),
+    "granian, uvloop": ([*GRANIAN, *FAST], APP, False),
     "FastAPI, uvicorn, httptools, uvloop": (
-        [*UVICORN, *FAST, "--http", "httptools", "--factory"], "fastapi", False,
+        [*UVICORN, *FAST, "--http", "httptools", "--factory"], "events_asgi:fastapi", False,
     ),
 }  # fmt: skip
 LIBRARIES = (
@@ -63,7 +64,7 @@ def free_port() -> int:
 def http(command: list[str], app: str, streams: int, seconds: float) -> dict[str, float]:
     """Events a second of a process that does nothing but send them, and its CPU."""
     port = free_port()
-    whole = [sys.executable, "-m", *command, "--port", str(port), f"events_asgi:{app}"]
+    whole = [sys.executable, "-m", *command, "--port", str(port), app]
     with subprocess.Popen(whole, cwd=PEERS, stderr=subprocess.PIPE, text=True) as process:
         try:
             _wait_for(port, process)
@@ -216,7 +217,7 @@ def run() -> None:
             print(f"{part}: {what}: {row['per_second']:,.0f}/s, {row['us']:.2f} us", flush=True)
 
         for what, (command, app, used) in HTTP.items():
-            if missing := [n for n in (command[0], app) if not _is_here(n)]:
+            if missing := [n for n in (command[0], app.rpartition(":")[2]) if not _is_here(n)]:
                 kept.skip(what, f"{missing[0]} is not installed")
                 continue
             measure = lambda c=command, a=app: http(c, a, args.streams, args.seconds)  # noqa: E731

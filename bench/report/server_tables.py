@@ -144,10 +144,11 @@ def choices(entry: Record) -> str:
     ]  # fmt: skip
     versions = ", ".join(f"{name} {text}" for name, text in results["versions"].items())
     note = (
-        f"Bold is what the server uses. HTTP: one process sends the same events to "
-        f"{results['streams']} clients, and does nothing else; its CPU time. Frames: the tokens of "
-        f"{results['frame_rows']} streams from process to process; the receiver's CPU time. By JSON each "
-        f"stream is a list of three numbers, by msgspec arrays of bytes. {versions}{left_out(results)}"
+        "Bold is what the server uses. HTTP: one process sends the same events to "
+        f"{results['streams']} clients, and does nothing else; its CPU time. Frames: the tokens "
+        f"of {results['frame_rows']} streams from process to process; the receiver's CPU time. By "
+        "JSON each stream is a list of three numbers, by msgspec arrays of bytes. "
+        f"{versions}{left_out(results)}"
     )
     return table(["", "by", "a second", "CPU, µs each"], lines, 2) + caption(entry, note)
 

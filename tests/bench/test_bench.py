@@ -371,7 +371,7 @@ def test_no_engine_script_is_unused():
     used = {"profile_hf", "hf_operators"}  # a script of its own, and its other half
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "bench").rglob("*.py")]
     # Started by its name, or imported.
-    said = [(f'"{n}"', f'"{n}.py"', f"from {n} import") for n in found]
+    said = [(f'"{n}"', f'"{n}.py"', f"from {n} import", f'"{n}:') for n in found]
     used |= {
         n for n, ways in zip(found, said, strict=True) if any(w in t for w in ways for t in texts)
     }
