@@ -4,14 +4,17 @@
 
 NAME is a record's, as `python -m bench.report --records` lists them. With --seconds nothing is
 begun that took longer when it was last measured than is left, and what is running at the end is
-interrupted; the next call goes on from there. --again measures what is current too, and --list
-says what would run. A benchmark that fails does not keep the others from running.
+interrupted: a record that was complete stays then, and those that were cut off come last in the
+next call. --again measures what is current too, and --list says what would run. A benchmark that
+fails does not keep the others from running.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import os
 import shlex
 import signal
 import subprocess
@@ -25,6 +28,7 @@ from gpt2cupy import record
 from gpt2cupy.errors import InputError
 
 SIZES = "--model 124M,355M,774M,1558M --dtype float16"
+OUT = "--out bench/results"
 # A record -> the script that makes it; what most documents are made from comes first.
 COMMANDS = {
     "gpu-tests": "tools/gpu_test.py -p no:benchmark -n auto",
@@ -45,8 +49,9 @@ COMMANDS = {
     "speculation": "bench/speculation.py",
     "server-front": "bench/server_front.py",
     "server-choices": "bench/server_choices.py",
-    "decode-sizes": f"bench/decode.py {SIZES} --batch 1,4 --gemv ours",
-    "decode-int8": f"bench/decode.py {SIZES} --batch 1,16 --quantize int8 --decode graph",
+    "decode-sizes": f"bench/decode.py {SIZES} --batch 1,4 --gemv ours {OUT}/decode-sizes.json",
+    "decode-int8": f"bench/decode.py {SIZES} --batch 1,16 --quantize int8 --decode graph "
+    f"{OUT}/decode-int8.json",
     "gemv": "bench/gemv.py",
     "invariance": "bench/invariance.py",
     "validate": "bench/validation.py --model 124M",
@@ -67,31 +72,38 @@ def reason(name: str) -> str:
 
 
 def took(name: str) -> float:
-    """Seconds that it took when it was last measured to its end; 0 if that is not known."""
+    """Seconds that it took when it was last measured, to its end or not; 0 if nobody knows."""
     path = record.RESULTS / f"{name}.json"
-    found = read(path) if path.is_file() else {}
-    return float(found.get("seconds", 0)) if record.is_complete(found) else 0.0
-
-
-def command(name: str) -> list[str]:
-    """The whole command; the record goes where the script puts it unless another takes that."""
-    script, *options = shlex.split(COMMANDS[name])
-    out = ["--out", str(record.RESULTS / f"{name}.json")]
-    return [sys.executable, str(record.ROOT / script), *options, *out]
+    return float(read(path).get("seconds", 0)) if path.is_file() else 0.0
 
 
 def run_one(name: str, seconds: float | None) -> str:
     """Run a benchmark; what became of it."""
-    process = subprocess.Popen(command(name), cwd=record.ROOT)
+    path = record.RESULTS / f"{name}.json"
+    before = path.read_bytes() if path.is_file() else None
+    script, *options = shlex.split(COMMANDS[name])
+    command = [sys.executable, str(record.ROOT / script), *options]
+    process = subprocess.Popen(command, cwd=record.ROOT, start_new_session=True)
     try:
         code = process.wait(seconds)
+        return "done" if code == 0 else f"failed with exit status {code}"
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # a benchmark writes what it has, marked as cut off
+        # A benchmark writes what it has, marked as cut off.
+        _send(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        process.kill()
         return "interrupted"
-    return "done" if code == 0 else f"failed with exit status {code}"
+    finally:
+        _send(process, signal.SIGKILL)  # also what it may have left on the GPU
+        process.wait()
+        if before and record.is_complete(json.loads(before)) and not record.is_complete(read(path)):
+            path.write_bytes(before)
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """A signal to a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def run() -> None:
@@ -107,9 +119,11 @@ def run() -> None:
             where="NAME",
             remedy=f"Name some of {', '.join(COMMANDS)}.",
         )
+    # A shell that starts this in the background has it ignored, and so would the benchmarks.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     end = None if args.seconds is None else time.monotonic() + args.seconds
     found = {}
-    for name in args.names or COMMANDS:
+    for name in sorted(args.names or COMMANDS, key=lambda name: reason(name) == "cut off"):
         why = reason(name) or ("current" if args.again else "")
         if not why:
             continue

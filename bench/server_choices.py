@@ -68,19 +68,17 @@ def http(command: list[str], app: str, streams: int, seconds: float) -> dict[str
     with subprocess.Popen(whole, cwd=PEERS, stderr=subprocess.PIPE, text=True) as process:
         try:
             _wait_for(port, process)
-            begun, start = _cpu_seconds(process.pid), time.monotonic()
+            begun = _cpu_seconds(process.pid)
             job = {"port": port, "bodies": ["{}"], "clients": streams, "seconds": seconds + 1}
             seen = load(job, 1)
-            wall = time.monotonic() - start
-            cpu = (_cpu_seconds(process.pid) - begun) / wall
+            cpu = _cpu_seconds(process.pid) - begun
         finally:
             process.terminate()
     begin = float(seen["start"].min())
     found = summary(seen, (begin + 0.5, begin + 0.5 + seconds))
     if found["errors"] or not found["events_per_second"]:
         raise Gpt2CupyError(f"{command[0]} answered {found['errors']} requests with an error")
-    per_second = found["events_per_second"]
-    return {"per_second": per_second, "us": 1e6 * cpu / per_second}
+    return {"per_second": found["events_per_second"], "us": 1e6 * cpu / seen["events"].sum()}
 
 
 def _wait_for(port: int, process: subprocess.Popen[str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ def measure(folder: Path, rate: int, args: Any) -> dict[str, Any]:
     ]
     options = ["--model", str(folder), "--engine", f"mock:{rate}", "--event-tokens", "1"]
     with Server(*options, "--slots", str(args.streams)) as server:
-        before, start = server.cpu_seconds(), time.monotonic()
+        before = server.cpu_seconds()
         job = {"port": server.port, "bodies": bodies, "clients": args.streams}
         seen = load(job | {"seconds": args.seconds + 1}, args.processes)
-        wall = time.monotonic() - start
+        wall = float(seen["end"].max() - seen["start"].min())
         cpu = {name: (s - before[name]) / wall for name, s in server.cpu_seconds().items()}
     begin = float(seen["start"].min())
     found = summary(seen, (begin + 0.5, begin + 0.5 + args.seconds))

@@ -60,9 +60,8 @@ def measure(engine: Engine, ids: np.ndarray, runs: int, **options: Any) -> dict[
     row["tokens"] = len(found["with"].ids)
     row["speed_up"] = row["without"]["median_us"] / row["with"]["median_us"]
     row |= {"drafted": found["with"].drafted, "accepted": found["with"].accepted}
-    other = found["with"].ids != found["without"].ids
-    row["same_tokens"] = not other.any()
-    if other.any():
+    row["same_tokens"] = found["with"].ids.tolist() == found["without"].ids.tolist()
+    if not row["same_tokens"] and not options.get("logit_bias"):
         row["difference"] = difference(engine.model, ids, *(found[name].ids for name in times))
     row["distinct"] = len(set(found["with"].ids.tolist()))
     return row
@@ -74,7 +73,7 @@ def difference(model: GPT2, ids: np.ndarray, *texts: np.ndarray) -> dict[str, An
     They are those of a third way, the whole text at once: ``gap`` is what one token is ahead of the
     other, and ``ahead`` by how much both are ahead of the best of the rest.
     """
-    place = int(np.argmax(texts[0] != texts[1]))
+    place = next(i for i, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1])
     both = [int(each[place]) for each in texts]
     logits = model(np.concatenate([ids, texts[0][:place]])[None])[0, -1]
     logits = np.array(logits.tolist())

@@ -79,7 +79,8 @@ def ffn(
     residual : array [..., M], optional
         Of out's dtype; may be ``out``.
     out : array [..., M], optional
-        Of x's dtype, or float32; shares no memory with an input but the residual.
+        Of x's dtype, or float32; shares no memory with an input but the residual. On a GPU that is
+        checked against what the second product reads, and not against x, w1 and b1.
     scratch : array, optional
         Of the shape and dtype that :func:`ffn_scratch` says; without it memory is allocated.
     backend : {"auto", "products", "fused"}

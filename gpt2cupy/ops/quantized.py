@@ -27,13 +27,13 @@ _THREADS_PER_SM = {1: 640, 2: 512}
 _SKINNY_BLOCKS_PER_SM = 4
 
 _MATRIX = "values: int8[M,K], scales: bfloat16[G,M]"
-_GEMV = f"x: ELEM[1,K], {_MATRIX}, bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M], "
+_GEMV = f"x: ELEM[1,K], {_MATRIX}, bias: OUT[M]?, residual: OUT[1,M]?, out: OUT[1,M]~, "
 GEMV_ADD = entries("gemv_int8.cu", "gemv_add_int8", _GEMV + "activation: int, M", overlaps=True)
 NORM_GEMV = entries(
     "gemv_int8.cu",
     "norm_gemv_int8",
     f"x: float32[1,K], norm_weight: ELEM[K], norm_bias: ELEM[K], {_MATRIX}, bias: OUT[M]?, "
-    "out: OUT[1,M], eps: float, activation: int, M",
+    "out: OUT[1,M]!, eps: float, activation: int, M",
     overlaps=True,
 )
 SKINNY = entries(

@@ -68,28 +68,35 @@ def _few_rows(x: Array, weight: Array, outputs: int) -> Array:
     # The same small matrices whatever the number of threads: so are the bits.
     bounds = [matrices * each // threads() * outputs for each in range(threads() + 1)]
     strips = [(a, min(b, len(weight))) for a, b in itertools.pairwise(bounds) if a < b]
-    others = [_pool().submit(_strip, x, weight, y, *strip, outputs) for strip in strips[1:]]
+    # A thread has settings of its own for what overflows.
+    settings = np.geterr()
+    others = [
+        _pool().submit(_strip, x, weight, y, *strip, outputs, settings) for strip in strips[1:]
+    ]
     try:
-        _strip(x, weight, y, *strips[0], outputs)
+        _strip(x, weight, y, *strips[0], outputs, settings)
     finally:
         for each in others:
             each.result()
     return y
 
 
-def _strip(x: Array, weight: Array, y: Array, start: int, end: int, outputs: int) -> None:
+def _strip(
+    x: Array, weight: Array, y: Array, start: int, end: int, outputs: int, settings: Any
+) -> None:
     """Outputs from start to end, so many at a time and then the rest; NumPy runs the stack in C."""
     count = (end - start) // outputs
     whole = start + count * outputs
-    if count:
-        stack = weight[start:whole].reshape(count, outputs, -1).transpose(0, 2, 1)
-        strides = (outputs * y.strides[1], *y.strides)
-        places = np.lib.stride_tricks.as_strided(
-            y[:, start:whole], (count, len(x), outputs), strides
-        )
-        np.matmul(x, stack, out=places)
-    if whole < end:
-        np.matmul(x, weight[whole:end].T, out=y[:, whole:end])
+    with np.errstate(**settings):
+        if count:
+            stack = weight[start:whole].reshape(count, outputs, -1).transpose(0, 2, 1)
+            strides = (outputs * y.strides[1], *y.strides)
+            places = np.lib.stride_tricks.as_strided(
+                y[:, start:whole], (count, len(x), outputs), strides
+            )
+            np.matmul(x, stack, out=places)
+        if whole < end:
+            np.matmul(x, weight[whole:end].T, out=y[:, whole:end])
 
 
 @functools.cache

@@ -22,9 +22,9 @@ try:
     time.sleep({sleep})
 except KeyboardInterrupt:
     Path("interrupted").touch()
-    sys.exit(1)
 record = {{"command": "python x.py", "date": "", "environment": {{}}, "files": {{}}, "results": 1}}
-Path(sys.argv[-1]).write_text(json.dumps(record | {{"seconds": 9}}))
+record |= {{"complete": not Path("interrupted").exists()}}
+Path(sys.argv[0]).with_suffix(".json").write_text(json.dumps(record | {{"seconds": 9}}))
 sys.exit({code})
 """
 
@@ -98,6 +98,14 @@ def test_the_time_ends(everything, monkeypatch, tmp_path, capfd):
     assert "== a: stale, 600 s\n== a: not begun: 1 s are left" in out
     assert "== slow: interrupted" in out
     assert (tmp_path / "interrupted").exists()
+    assert json.loads((tmp_path / "slow.json").read_text())["complete"] is False
+    # Then it comes last, and does not take the place of a record that was complete.
+    scripts(tmp_path, monkeypatch, everything, slow=None, b=0)
+    assert called(everything, monkeypatch, "--list") == 0
+    assert capfd.readouterr().out == "== b: missing\n== slow: cut off, 9 s\n"
+    (tmp_path / "slow.json").write_text(json.dumps(kept | {"files": {"gone": ""}}))
+    assert called(everything, monkeypatch, "slow", "--seconds", "1") == 1
+    assert json.loads((tmp_path / "slow.json").read_text())["files"] == {"gone": ""}
 
 
 def test_an_unknown_name(everything, monkeypatch):

@@ -282,9 +282,9 @@ def test_what_a_kernel_cannot_take_is_refused():
         ops.layer_norm(x.astype(np.float64), w, w)
     with pytest.raises(InputError, match="not contiguous"):
         ops.layer_norm(cp.ones((64, 4), np.float32).T, w, w)
-    with pytest.raises(InputError, match=r"C=64"):
+    with pytest.raises(InputError, match=r"weight is float32\[32\]"):
         ops.layer_norm(x, w[:32], w)
-    with pytest.raises(InputError, match="fit each other"):
+    with pytest.raises(InputError, match=r"weight is float32\[8, 32\]"):
         ops.linear(x, cp.ones((8, 32), np.float32))
     with pytest.raises(InputError, match="aligned"):
         ops.layer_norm(cp.ones(4 * 64 + 1, np.float32)[1:].reshape(4, 64), w, w)

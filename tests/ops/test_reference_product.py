@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -40,9 +41,9 @@ def strips(monkeypatch):
     made = []
     real = reference_product._strip
 
-    def strip(x, weight, y, start, end, outputs):
+    def strip(x, weight, y, start, end, outputs, settings):
         made.append((start, end, threading.current_thread()))
-        real(x, weight, y, start, end, outputs)
+        real(x, weight, y, start, end, outputs, settings)
 
     monkeypatch.setattr(reference_product, "_strip", strip)
     return made
@@ -72,14 +73,25 @@ def test_an_error_of_another_thread_is_raised(monkeypatch):
     monkeypatch.setattr(reference_product, "threads", lambda: 2)
     real = reference_product._strip
 
-    def strip(x, weight, y, start, end, outputs):
+    def strip(x, weight, y, start, end, outputs, settings):
         if start:
             raise MemoryError("no room")
-        real(x, weight, y, start, end, outputs)
+        real(x, weight, y, start, end, outputs, settings)
 
     monkeypatch.setattr(reference_product, "_strip", strip)
     with pytest.raises(MemoryError, match="no room"):
         product(*matrices(4, 500, 768))
+
+
+def test_what_overflows_warns_nowhere_where_that_is_switched_off(monkeypatch):
+    monkeypatch.setattr(reference_product, "threads", lambda: 2)
+    x, weight = matrices(4, 500, 768)
+    weight[:] = 3e38
+    with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
+        warnings.simplefilter("error")
+        assert not np.isfinite(product(x, weight)).any()
+    with pytest.warns(RuntimeWarning, match="in matmul"):
+        product(x, weight)
 
 
 def test_in_the_child_of_a_fork(monkeypatch):

@@ -1,7 +1,8 @@
-"""What ops launch on a chip, without a GPU: ``python chosen_kernels.py ARCH``.
+"""What ops launch on a chip, without a GPU: ``python chosen_kernels.py ARCH [OP ...]``.
 
-Arrays are NumPy's, taken for a GPU's as in launch_recorder.py. Runs the row of every op in every
-dtype, and writes source, macros and entry of each kernel launched as a line of JSON.
+Arrays are NumPy's, taken for a GPU's as in launch_recorder.py. Runs the row of every op, or of
+those named, in every dtype, and writes source, macros and entry of each kernel launched as a line
+of JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import launch_recorder
 import numpy as np
 
 
-def main(arch: str) -> None:
+def main(arch: str, *wanted: str) -> None:
     sys.modules["cupy"] = launch_recorder._cupy()
     from gpt2cupy.ops.core import blas, device, launch, tape
 
@@ -46,6 +47,8 @@ def main(arch: str) -> None:
         return value.view(launch_recorder.Array) if isinstance(value, np.ndarray) else value
 
     for name, row in op_rows.ROWS.items():
+        if wanted and name not in wanted:
+            continue
         for dtype in map(np.dtype, DTYPES.values()):
             args, options = row(np.random.default_rng(0), dtype)
             options = {key: on_gpu(value) for key, value in options.items()}
@@ -54,4 +57,4 @@ def main(arch: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -209,7 +209,7 @@ def request(source: str, defines: Mapping[str, str], arch: str) -> Future[Path]:
 
 @contextlib.contextmanager
 def in_processes() -> Iterator[None]:
-    """Compile in a process for each core meanwhile, instead of in threads of this one.
+    """Compile in a process for each core, up to 32, meanwhile, instead of in threads of this one.
 
     Worth their start where there are many more sources than a model needs at first.
     """

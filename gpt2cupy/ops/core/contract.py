@@ -96,15 +96,21 @@ class Contract:
         facts = []
         for each in self.arguments:
             if each.dims is not None and "." not in each.name:
-                known = f"({each.name}.shape, {each.name}.dtype, {each.name}.__class__)"
+                known = f"{each.name}.shape, {each.name}.dtype, {each.name}.__class__"
+                if "quantized" in each.kinds:  # where its values are
+                    known += f", getattr({each.name}, 'values', None).__class__"
+                known = f"({known})"
                 absent = f"None if {each.name} is None else " if each.optional else ""
                 facts.append(f"{absent}{known}")
             elif each.name.endswith(".0"):
                 pair = each.name[:-2]
                 facts.append(f"None if {pair} is None else tuple(map(facts, {pair}))")
         for each in self.arguments:
-            if each.dims is None:
-                facts.append(f"{each.name}, {each.name}.__class__")
+            if each.dims is None and each.kinds != "any":
+                value = each.name
+                if each.kinds == "int" and not each.optional:  # seeds differ from call to call
+                    value = f"-(2**63) <= {each.name} < 2**64"
+                facts.append(f"{value}, {each.name}.__class__")
         plain = [
             p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
         ]

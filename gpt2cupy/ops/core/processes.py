@@ -65,6 +65,13 @@ class Compilers:
                 remedy="Probably memory ran out, of which each takes about 200 MB: use fewer "
                 "cores (taskset -c 0-3 gpt2cupy compile). What was compiled is kept.",
             ) from error
+        except OSError as error:
+            raise CompileError(
+                f"a process that compiles cannot be started: {error}",
+                where=source,
+                remedy="Use fewer cores (taskset -c 0-3 gpt2cupy compile), or free memory. What "
+                "was compiled is kept.",
+            ) from error
 
     def close(self) -> None:
         """End the processes; what has not begun is left."""

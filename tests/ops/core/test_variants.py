@@ -14,11 +14,11 @@ from gpt2cupy.ops.core import compiler, variants
 from gpt2cupy.record import ROOT
 
 
-def chosen(arch: str) -> list[tuple[str, dict[str, str], str]]:
+def chosen(arch: str, *names: str) -> list[tuple[str, dict[str, str], str]]:
     """(source, macros, entry) of tests/support/chosen_kernels.py."""
     here = [str(ROOT / "tests" / "support"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     ran = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "chosen_kernels.py"), arch],
+        [sys.executable, str(ROOT / "tests" / "support" / "chosen_kernels.py"), arch, *names],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, here))},
         capture_output=True,
         text=True,
@@ -56,6 +56,18 @@ def test_what_ops_launch_is_compiled_ahead(arch):
         assert variants.launched(source, defines, arch), (source, defines)
         if defines.get("ELEM") == "float":
             assert entry not in left_out_for_float(source), "its twin is what is compiled"
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_what_models_call_is_not_left_to_ops(arch):
+    package = ROOT / "gpt2cupy"
+    callers = [package / "model.py", *package.glob("decode/*.py"), *package.glob("generation/*.py")]
+    names = {n for path in callers for n in re.findall(r"\bops\.(\w+)\(", path.read_text())}
+    assert {"lookup", "layer_norm", "target_logprobs"} <= names
+    sources = {source for source, _, _ in chosen(arch, *names)}
+    # Models name the product that they want: the op's own choice is for its other callers.
+    assert {"lookup.cu", "norm.cu"} <= sources - {"linear_split.cu"}
+    assert not (sources - {"linear_split.cu"}) & variants.OPS_ALONE
 
 
 def test_what_another_chip_launches_is_not_compiled():
