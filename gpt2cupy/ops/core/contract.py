@@ -126,7 +126,7 @@ def {self.op}{header}:
     try:
         key = ({", ".join(facts)},)
         new = key not in known
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError):
         new, key = True, None
     if new:
         full({{{values}}}, key)
