@@ -104,7 +104,7 @@ def _entries(
     requested = [
         (file, defines, compiler.request(file, defines, arch))
         for file, defines in variants
-        if defines.get("ELEM", macro) == macro
+        if defines.get("ELEM", macro) == macro and ahead.launched(file, defines, arch)
     ]
     for file, defines, cubin in requested:
         for entry, found in sorted(occupancy.read_cubin(cubin.result()).items()):
