@@ -12,6 +12,7 @@ left out.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator
@@ -117,6 +118,8 @@ def run() -> None:
         for rate in (0.0, args.rate):
             engine = Engine(model, 2 * args.texts)
             warm_up(engine)
+            gc.collect()
+            gc.freeze()
             row = measure(engine, args, rate)
             kept.rows.append(row)
             shares = ", ".join(f"p{share} {row[f'p{share}_us'] / 1e3:.2f} ms" for share in SHARES)

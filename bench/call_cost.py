@@ -27,18 +27,23 @@ SHAPE = (4, 768)
 CALLS = 200  # of a run
 
 
-def per_call(call: Callable[[], Any], runs: int) -> dict[str, float]:
+def per_call(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, dict[str, float]]:
+    """Times of each, the runs of both in turn: what slows the processor slows both."""
     import cupy
 
-    seconds = []
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs + 2):
-        cupy.cuda.get_current_stream().synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        seconds.append((time.perf_counter() - start) / CALLS)
-    us = np.asarray(seconds[2:]) * 1e6
-    return {"median_us": float(np.median(us)), "p90_us": float(np.percentile(us, 90))}
+        for name, call in calls.items():
+            cupy.cuda.get_current_stream().synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            seconds[name].append((time.perf_counter() - start) / CALLS)
+    us = {name: np.asarray(each[2:]) * 1e6 for name, each in seconds.items()}
+    return {
+        name: {"median_us": float(np.median(each)), "p90_us": float(np.percentile(each, 90))}
+        for name, each in us.items()
+    }
 
 
 def measure(name: str, runs: int) -> dict[str, Any]:
@@ -61,8 +66,7 @@ def measure(name: str, runs: int) -> dict[str, Any]:
             launch.function(launch.grid, launch.block, launch.values, shared_mem=launch.shared)
 
     row: dict[str, Any] = {"op": name, "shape": list(shape), "launches": len(launches)}
-    row["bare"] = per_call(bare, runs)
-    row["ours"] = per_call(lambda: case.ours(arrays, out), runs)
+    row |= per_call({"bare": bare, "ours": lambda: case.ours(arrays, out)}, runs)
     row["above_us"] = row["ours"]["median_us"] - row["bare"]["median_us"]
     return row
 

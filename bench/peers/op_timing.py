@@ -30,16 +30,27 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def from_python(call: Callable[[], Any], runs: int, inner: int = 50) -> dict[str, float]:
     """Wall-clock time of a call, one after the other until the GPU is done."""
-    seconds = []
+    return in_turn({"": call}, runs, inner)[""]
+
+
+def in_turn(
+    calls: dict[str, Callable[[], Any]], runs: int, inner: int = 50
+) -> dict[str, dict[str, float]]:
+    """Wall-clock time of each call, the runs of all in turn.
+
+    A processor that is slow for some seconds is so for all of them, and their ratios stand.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(runs + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(inner):
-            call()
-        torch.cuda.synchronize()
-        if number >= 3:
-            seconds.append((time.perf_counter() - start) / inner)
-    return spread(seconds)
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(inner):
+                call()
+            torch.cuda.synchronize()
+            if number >= 3:
+                seconds[name].append((time.perf_counter() - start) / inner)
+    return {name: spread(each) for name, each in seconds.items()}
 
 
 def captured(calls: list[Callable[[], Any]]) -> Any:
@@ -128,17 +139,22 @@ def made(case: Case, shape: tuple[int, ...], kind: Any, *, tables: bool) -> list
 
 
 def ways(
-    side: Side, sets: list[list[Any]], size: int, runs: int, flush: Callable[[], Any] | None
+    side: Side, sets: list[list[Any]], runs: int, flush: Callable[[], Any] | None
 ) -> dict[str, Any]:
-    """A side's times by the way it is called."""
-    call, nodes = side.bound(sets[0]), len(sets)
-    inner = max(4, min(50, (1 << 31) // size))
+    """A side's times on the GPU alone."""
     return {
-        "python": from_python(call, runs, inner),
-        "graph": from_python(captured([call]).replay, runs, inner),
-        "gpu_warm": gpu_alone([call] * nodes, runs, None),
+        "gpu_warm": gpu_alone([side.bound(sets[0])] * len(sets), runs, None),
         "gpu_cold": gpu_alone([side.bound(each) for each in sets], runs, flush),
     }
+
+
+def host_ways(sides: list[Side], one: list[Any], size: int, runs: int) -> dict[str, dict[str, Any]]:
+    """Times of each side's calls from Python, and of a graph of one of them."""
+    inner = max(4, min(50, (1 << 31) // size))
+    calls = {side.name: side.bound(one) for side in sides}
+    graphs = {name: captured([call]).replay for name, call in calls.items()}
+    python, graph = (in_turn(each, runs, inner) for each in (calls, graphs))
+    return {name: {"python": python[name], "graph": graph[name]} for name in calls}
 
 
 def measure(name: str, shape: tuple[int, ...], dtype: str, args: Any) -> dict[str, Any]:
@@ -164,17 +180,20 @@ def measure(name: str, shape: tuple[int, ...], dtype: str, args: Any) -> dict[st
         exact = case.exact(*map(_host, part))
     else:
         exact = first(case.exact(*(t.double().cpu().numpy() for t in part)))
-    found = {}
+    found, timed = {}, []
     for side in sides(case):
         try:
             found[side.name] = _host(first(side.bound(one)())[:CHECKED])
-            row[side.name] = ways(side, sets, size, args.runs, flush)
+            row[side.name] = ways(side, sets, args.runs, flush)
+            timed.append(side)
         except Exception as error:
             if side.name != "compiled":
                 raise
             # PyTorch's compiler fails on some cases; what it said stands in the record.
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             row[side.name] = dict.fromkeys(WAYS) | {"failed": said}
+    for name, times in host_ways(timed, one, size, args.runs).items():
+        row[name] |= times
     judge(row, case, found, exact, dtype)
     return row
 

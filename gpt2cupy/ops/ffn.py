@@ -16,7 +16,6 @@ from .linear import as_rows, linear
 
 Array = Any
 
-_BACKENDS = ("auto", "products", "fused")
 # "auto" takes the fused kernel for up to so many rows, and weights of so many bytes.
 _FUSED_ROWS, _FUSED_BYTES = 8, 32 << 20
 

@@ -39,7 +39,6 @@ from .linear_split import launch_split, takes_split
 
 Array = Any
 
-_BACKENDS = ("auto", "ours", "cublas", "invariant")
 _SCALAR_OUTPUTS = 4  # of a block of gemv_scalar, a warp each
 
 
