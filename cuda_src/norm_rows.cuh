@@ -133,10 +133,12 @@ __device__ inline void row_in_registers(const NormRows<X, R>& rows, float (*shar
   const int first = (threadIdx.x / WARP * S * WARP + threadIdx.x % WARP) * VEC;
   int row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows.N) return;  // a whole warp, or none of the block
-  Vec<elem_t, VEC> weight[AT_ONCE], bias[AT_ONCE];
+  // As words: taken apart when it arrives, each would be waited for before the next is asked for.
+  using Parameters = Packed<elem_t, VEC>;
+  Parameters weight[AT_ONCE], bias[AT_ONCE];
   auto load_parameters = [&](int s, int c) {
-    if (rows.weight) weight[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.weight + c);
-    if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Vec<elem_t, VEC>*>(rows.bias + c);
+    if (rows.weight) weight[s] = *reinterpret_cast<const Parameters*>(rows.weight + c);
+    if (CENTRED && rows.bias) bias[s] = *reinterpret_cast<const Parameters*>(rows.bias + c);
   };
   if (blockIdx.x == 0)  // for all
     each_piece<VEC, S>(first, C, [&](int, int c) {
@@ -205,8 +207,8 @@ __device__ inline void row_in_registers(const NormRows<X, R>& rows, float (*shar
       unpack(some + s);
 #pragma unroll
       for (int i = 0; i < VEC; i++) {
-        float w = weighted ? to_float(weight[s].value[i]) : 1.0f;
-        float b = biased ? to_float(bias[s].value[i]) : 0.0f;
+        float w = weighted ? weight[s][i] : 1.0f;
+        float b = biased ? bias[s][i] : 0.0f;
         float n = (values[i] - mean) * scale;
         values[i] = CENTRED ? fmaf(n, w, b) : n * w;
       }
