@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..lm import LanguageModel
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path) -> Generator[tuple[int, str], None, None]:
     """(number, text) of each line of a file ("-" is stdin), from 1, read as they are asked for."""
     if str(path) == "-":
         if sys.stdin is None:
@@ -70,9 +71,9 @@ def run(
     given: deque[tuple[int, str]] = deque()  # lines whose completions are not yet written
     empty = 0
 
-    def prompts() -> Iterator[Any]:
+    def prompts(read: Iterator[tuple[int, str]]) -> Iterator[Any]:
         nonlocal empty
-        for number, text in lines(path):
+        for number, text in read:
             if not text:
                 empty += 1
                 continue
@@ -86,22 +87,23 @@ def run(
     slots = lm.most_slots if max_batch is None else max_batch
     each: Completion
     try:
-        for found in lm.generate(prompts(), max_batch=slots, progress=bar, **settings):
-            number, prompt = given.popleft()
-            written += 1
-            for index, each in enumerate(found if isinstance(found, list) else [found]):
-                if as_json:
-                    row = {"line": number, "prompt": prompt, **dataclasses.asdict(each)}
-                    row["index"] = index
-                    if "logprobs" not in settings:
-                        del row["logprobs"], row["top"]
-                    shell.write_json(row)
-                else:
-                    which = f", {index + 1} of {len(found)}" if isinstance(found, list) else ""
-                    heading = f"[line {number}{which}: {shell.extent(each)}]"
-                    shell.say(shell.paint(heading, shell.DIM), quiet=quiet or bar)
-                    shell.write(f"{prompt if echo else ''}{each.text}\n")
-                texts, tokens = texts + 1, tokens + len(each.tokens)
+        with contextlib.closing(lines(path)) as read:
+            for found in lm.generate(prompts(read), max_batch=slots, progress=bar, **settings):
+                number, prompt = given.popleft()
+                written += 1
+                for index, each in enumerate(found if isinstance(found, list) else [found]):
+                    if as_json:
+                        row = {"line": number, "prompt": prompt, **dataclasses.asdict(each)}
+                        row["index"] = index
+                        if "logprobs" not in settings:
+                            del row["logprobs"], row["top"]
+                        shell.write_json(row)
+                    else:
+                        which = f", {index + 1} of {len(found)}" if isinstance(found, list) else ""
+                        heading = f"[line {number}{which}: {shell.extent(each)}]"
+                        shell.say(shell.paint(heading, shell.DIM), quiet=quiet or bar)
+                        shell.write(f"{prompt if echo else ''}{each.text}\n")
+                    texts, tokens = texts + 1, tokens + len(each.tokens)
     except Gpt2CupyError as error:
         raise _by_line(error, path, given, written) from error
     seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import Gpt2CupyError, InputError, TokenizerError, kind_of, shown
 from . import scoring
-from .batch_file import BatchInput, BatchOutput, custom_id_of, parsed
+from .batch_file import BatchInput, BatchOutput, InputLine, custom_id_of, parsed
 from .collect import Collector
 from .completion_request import CompletionParser, CompletionRequest, error_object, status_of
 from .completion_response import TokenNames, completion_response
@@ -157,8 +157,13 @@ class Batch:
         if self.summary.before == self.summary.requests:
             self.summary.failed = self._answers.failed
             return self.summary
-        blocks = self._session.blocks(self._requests(done), self._slots)
-        with _frozen(), contextlib.closing(blocks):
+        with (
+            _frozen(),
+            contextlib.closing(self._answers.unanswered()) as unanswered,
+            contextlib.closing(
+                self._session.blocks(self._requests(unanswered, done), self._slots)
+            ) as blocks,
+        ):
             for block in blocks:
                 for key in self._collector.push(block):
                     self._session.cancel(key)
@@ -173,9 +178,10 @@ class Batch:
         self.summary.seconds = time.perf_counter() - start
         return self.summary
 
-    def _requests(self, done: Callable[[int], object]) -> Iterator[Request | None]:
+    def _requests(
+        self, unanswered: Iterator[InputLine], done: Callable[[int], object]
+    ) -> Iterator[Request | None]:
         """What the engine is to run, read as slots become free."""
-        unanswered = self._answers.unanswered()
         while some := list(islice(unanswered, _AT_ONCE)):
             lines = []
             for each in some:

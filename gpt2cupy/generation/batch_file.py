@@ -13,7 +13,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -117,7 +117,7 @@ class BatchInput:
     def __len__(self) -> int:
         return len(self.digests)
 
-    def lines(self) -> Iterator[InputLine]:
+    def lines(self) -> Generator[InputLine, None, None]:
         """Each request; empty lines are none."""
         number = 0
         with _read_errors(self.path), open_plain(self.path) as file:
@@ -271,17 +271,18 @@ class BatchOutput:
         self.done[number] = 1
         self.failed += found["error"] is not None
 
-    def unanswered(self) -> Iterator[InputLine]:
-        """Each request without an answer."""
-        for line in self.requests.lines():
-            if line.number >= len(self.done):
-                raise InputError(
-                    "the file of requests has grown",
-                    where=str(self.requests.path),
-                    remedy="Start again: what is answered is kept.",
-                )
-            if not self.done[line.number]:
-                yield line
+    def unanswered(self) -> Generator[InputLine, None, None]:
+        """Each request without an answer; the file of requests is open until it is closed."""
+        with contextlib.closing(self.requests.lines()) as lines:
+            for line in lines:
+                if line.number >= len(self.done):
+                    raise InputError(
+                        "the file of requests has grown",
+                        where=str(self.requests.path),
+                        remedy="Start again: what is answered is kept.",
+                    )
+                if not self.done[line.number]:
+                    yield line
 
     def write(
         self,

@@ -108,7 +108,7 @@ class Growing:
 
 def pieces(
     session: Session, tokenizer: Tokenizer, groups: Groups, slots: int
-) -> Iterator[tuple[int, Piece]]:
+) -> Generator[tuple[int, Piece], None, None]:
     """A piece per token, each with the number of its prompt.
 
     Parameters
@@ -169,7 +169,7 @@ def completions(
     groups: Groups,
     slots: int,
     done: Callable[[int], object] = lambda count: None,
-) -> Iterator[list[Completion]]:
+) -> Generator[list[Completion], None, None]:
     """The completions of each prompt, in the order of the prompts.
 
     Prompts of an iterator are read as slots become free, and not too far ahead of the
@@ -299,8 +299,11 @@ def one_by_one(
     NonFiniteError
         In place of the completion whose logits are not finite.
     """
-    with bar(progress, None, long=False) as done:
-        for number, texts in enumerate(completions(session, tokenizer, groups, slots, done)):
+    with (
+        bar(progress, None, long=False) as done,
+        contextlib.closing(completions(session, tokenizer, groups, slots, done)) as found,
+    ):
+        for number, texts in enumerate(found):
             if any(each.finish_reason == "error" for each in texts):
                 raise scoring.non_finite(session.model, f"prompt {number}", failed=((number, 0),))
             yield texts if len(texts) > 1 else texts[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def _scores(
     window: int,
     stride: int,
     done: Callable[[int], object],
-) -> Iterator[Score | None]:
+) -> Generator[Score | None, None, None]:
     """The scores of tokens, None where logits are not finite."""
 
     def scored(model: GPT2) -> Iterator[Score | None]:
@@ -118,8 +119,11 @@ def _one_by_one(
     progress: bool | None,
 ) -> Iterator[Score]:
     """The scores of an iterator of texts."""
-    with bar(progress, None, long=False) as done:
-        for number, found in enumerate(_scores(session, tokens, window, stride, done)):
+    with (
+        bar(progress, None, long=False) as done,
+        contextlib.closing(_scores(session, tokens, window, stride, done)) as scores,
+    ):
+        for number, found in enumerate(scores):
             if found is None:
                 raise scoring.non_finite(session.model, f"text {number}", failed=((number, 0),))
             yield found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, Literal, overload
 
 from ..generation import continuations, lists
@@ -80,7 +80,7 @@ class TextGenerator(LoadedModel):
             max_batch=max_batch, generation_config=generation_config, one=True,
         )  # fmt: skip
         found = continuations.pieces(self._session, self.tokenizer, asked.groups, asked.slots)
-        return (piece for _, piece in found) if asked.single else found
+        return _of_one(found) if asked.single else found
 
     @overload
     def generate(
@@ -258,11 +258,20 @@ class TextGenerator(LoadedModel):
             max_batch=max_batch, generation_config=generation_config, one=True, at_once=True,
         )  # fmt: skip
         found = self._owner.pieces(asked.known or [], asked.slots)
-        return _alone(found) if asked.single else found
+        return _aof_one(found) if asked.single else found
 
 
-async def _alone(found: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[Piece]:
+def _of_one(found: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
     """The pieces of one prompt."""
+    # Closed by name: Python 3.12.3 clears no frame of a generator that is closed at a yield outside
+    # every with and try, and what the frame reads would keep the model.
+    with contextlib.closing(found):
+        for _, piece in found:
+            yield piece
+
+
+async def _aof_one(found: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[Piece]:
+    """The pieces of one prompt, for asyncio."""
     async with contextlib.aclosing(found):  # type: ignore[type-var]
         async for _, piece in found:
             yield piece

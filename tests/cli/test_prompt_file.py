@@ -6,11 +6,13 @@ import contextlib
 import io
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 from command import CPU, SHORT, call, done
 
 import gpt2cupy
+from gpt2cupy.cli import prompt_file
 from gpt2cupy.cli.app import app
 
 PROMPTS = ["ROMEO:", "To be", "JULIET: o"]
@@ -98,3 +100,19 @@ def test_a_stdin_that_is_closed(monkeypatch):
 def test_a_file_that_is_not_there(tmp_path):
     code, _, err = call("generate", "--prompts", str(tmp_path / "missing"), *CPU)
     assert code == 1 and "cannot be read" in err
+
+
+def test_a_write_that_fails_closes_the_file(lm, file, monkeypatch):
+    opened, lines = [], prompt_file.lines
+
+    def noted(path):
+        opened.append(lines(path))
+        return opened[-1]
+
+    monkeypatch.setattr(prompt_file, "lines", noted)
+    monkeypatch.setattr(prompt_file.shell, "write", Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError) as caught:  # its traceback keeps the frames
+        prompt_file.run(
+            lm, file, {"max_new_tokens": 1}, 1, special=False, echo=True, as_json=False, quiet=True
+        )
+    assert caught.tb and len(opened) == 1 and opened[0].gi_frame is None

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 import tracemalloc
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -173,6 +174,22 @@ def test_a_file_that_shrinks_is_not_taken_as_answered(lm, tmp_path):
         with pytest.raises(InputError, match="has lost lines"):
             batch.run()
     assert len(by_id(tmp_path / "out")) == 3
+
+
+def test_a_batch_that_ends_early_closes_the_file_of_requests(lm, tmp_path, monkeypatch):
+    opened, own = [], BatchInput.lines
+
+    def lines(self):
+        opened.append(own(self))
+        return opened[-1]
+
+    requests = BatchInput(written(tmp_path, several(40)))
+    monkeypatch.setattr(BatchInput, "lines", lines)
+    with BatchOutput(tmp_path / "out", requests, lm.name) as answers:
+        batch = Batch(lm._session, lm._encoder, lm.name, requests, answers, 2)
+        with pytest.raises(KeyboardInterrupt) as caught:  # its traceback keeps the frames
+            batch.run(Mock(side_effect=KeyboardInterrupt))
+    assert caught.tb and len(opened) == 1 and opened[0].gi_frame is None
 
 
 def test_another_model_is_named_as_what_means_nothing(lm, tmp_path):
