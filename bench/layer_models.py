@@ -73,7 +73,7 @@ def drawn(sizes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> Iterat
 class Ffn:
     """The feed-forward network alone: two products, tanh GELU."""
 
-    backend = "auto"
+    backend = "products"
 
     def __init__(
         self, xp: Any, shape: Shape, w: dict[str, Array], batch: int, tokens: int, dtype: Any
@@ -88,10 +88,10 @@ class Ffn:
         return ops.ffn(x, w["w1"], w["b1"], w["w2"], w["b2"], **how)
 
 
-class FfnProducts(Ffn):
-    """The same by two products, whatever the number of tokens."""
+class FfnFused(Ffn):
+    """The same by one kernel for both, which stores no hidden values; of a few tokens."""
 
-    backend = "products"
+    backend = "fused"
 
 
 class Plain:

@@ -94,7 +94,8 @@ __device__ inline SoftmaxState row_state(SoftmaxState own, Meeting<PARTS>& share
 }
 
 // A row in pieces that lie at multiples of their size in memory, also where the row begins between
-// two: piece p holds the channels from p VEC - `before` on, and -inf in place of those outside.
+// two: piece p holds the channels from p VEC - `before` on, and -inf in place of those outside, as
+// does one from `last` on.
 template <int VEC>
 struct Pieces {
   const elem_t* x;
@@ -103,15 +104,18 @@ struct Pieces {
 
   __device__ bool inside(int c) const { return c >= 0 && c + VEC <= C; }
 
-  __device__ void load(int piece, float (&values)[VEC]) const {
-    int c = piece * VEC - before;
-    if (inside(c)) {
-      load_floats(x + c, values);
-    } else {
+  // As words: taken apart when it arrives, each piece would be waited for before the next is asked
+  // for.
+  __device__ Packed<elem_t, VEC> load(int piece, int last) const {
+    int c = piece < last ? piece * VEC - before : C;
+    if (inside(c)) return *reinterpret_cast<const Packed<elem_t, VEC>*>(x + c);
+    Packed<elem_t, VEC> edge;
+    elem_t values[VEC];
 #pragma unroll
-      for (int i = 0; i < VEC; i++)
-        values[i] = c + i >= 0 && c + i < C ? to_float(x[c + i]) : MINUS_INFINITY;
-    }
+    for (int i = 0; i < VEC; i++)
+      values[i] = c + i >= 0 && c + i < C ? x[c + i] : from_float<elem_t>(MINUS_INFINITY);
+    memcpy(&edge, values, sizeof edge);
+    return edge;
   }
 
   __device__ void store(int piece, const float (&values)[VEC]) const {
@@ -126,24 +130,25 @@ struct Pieces {
   }
 };
 
+template <int VEC>
+__device__ inline void unpack(const Packed<elem_t, VEC>& piece, float (&values)[VEC]) {
+#pragma unroll
+  for (int i = 0; i < VEC; i++) values[i] = piece[i];
+}
+
 // Pieces from `first` to `last` of a row, up to S a thread.
 template <int VEC, int S, int PARTS>
 __device__ inline void softmax_in_registers(const Pieces<VEC>& row,
                                             int first,
                                             int last,
                                             Meeting<PARTS>& shared) {
+  Packed<elem_t, VEC> held[S];
   float values[S][VEC];
   const int start = first + threadIdx.x;
 #pragma unroll
-  for (int s = 0; s < S; s++) {
-    int piece = start + s * blockDim.x;
-    if (piece < last) {
-      row.load(piece, values[s]);
-    } else {
+  for (int s = 0; s < S; s++) held[s] = row.load(start + s * blockDim.x, last);
 #pragma unroll
-      for (int i = 0; i < VEC; i++) values[s][i] = MINUS_INFINITY;
-    }
-  }
+  for (int s = 0; s < S; s++) unpack(held[s], values[s]);
   float m = MINUS_INFINITY;
 #pragma unroll
   for (int s = 0; s < S; s++)
@@ -178,7 +183,7 @@ __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
   SoftmaxState own[1] = {{MINUS_INFINITY, 0.0f}};
   float values[VEC];
   for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
-    row.load(piece, values);
+    unpack(row.load(piece, last), values);
     float m = own[0].m;
 #pragma unroll
     for (int i = 0; i < VEC; i++) m = fmaxf(m, values[i]);
@@ -191,7 +196,7 @@ __device__ inline void softmax_in_passes(const Pieces<VEC>& row,
   SoftmaxState all = row_state(warp_merge(own), shared);
   float m = base(all.m), scale = 1.0f / all.l;
   for (int piece = first + threadIdx.x; piece < last; piece += blockDim.x) {
-    row.load(piece, values);
+    unpack(row.load(piece, last), values);
 #pragma unroll
     for (int i = 0; i < VEC; i++) values[i] = exponential(values[i] - m) * scale;
     row.store(piece, values);

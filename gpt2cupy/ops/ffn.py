@@ -16,9 +16,6 @@ from .linear import as_rows, linear
 
 Array = Any
 
-# "auto" takes the fused kernel for up to so many rows, and weights of so many bytes.
-_FUSED_ROWS, _FUSED_BYTES = 8, 32 << 20
-
 
 def _cost(
     x: Array,
@@ -41,7 +38,7 @@ def _cost(
     cost=_cost,
     takes="x: real[*N,C], w1: @x[F,C], b1: @x[F]?, w2: @x[M,F], b2: @out,residual,x[M]?, "
     "activation: gelu_tanh|gelu_erf|relu|silu|tanh, residual: @x|float32[*N,M]?, "
-    "out: @residual;@x|float32[*N,M]!residual, scratch: any, backend: auto|products|fused",
+    "out: @residual;@x|float32[*N,M]!residual, scratch: any, backend: products|fused",
     only_launches=True,
 )
 def ffn(
@@ -55,12 +52,12 @@ def ffn(
     residual: Array | None = None,
     out: Array | None = None,
     scratch: Array | None = None,
-    backend: str = "auto",
+    backend: str = "products",
 ) -> Array:
     """``activation(x @ w1.T + b1) @ w2.T + b2 + residual``.
 
     Two products: the activation is in the epilogue of the first, and what comes before it is not
-    stored. Of few rows the hidden values are not stored either.
+    stored.
 
     Parameters
     ----------
@@ -82,11 +79,11 @@ def ffn(
         checked against what the second product reads, and not against x, w1 and b1.
     scratch : array, optional
         Of the shape and dtype that :func:`ffn_scratch` says; without it memory is allocated.
-    backend : {"auto", "products", "fused"}
+    backend : {"products", "fused"}
         On the GPU "products" is two calls of :func:`linear`. With "fused" one kernel makes both
         products of up to 16 rows of fp16 or bf16 and keeps the hidden values in shared memory; a
-        second adds the partial sums of its clusters (ffn_few.cu, sm_80 and newer). "auto" takes
-        that for up to 8 rows with weights of 32 MiB and more, where it can.
+        second adds the partial sums of its clusters (ffn_few.cu, sm_80 and newer). It stores no
+        hidden values, and was the slower of the two wherever it was measured.
 
     Returns
     -------
@@ -134,14 +131,11 @@ def _takes_fused(rows: int, sizes: Sizes, dtype: Any, backend: str) -> bool:
             where="ffn: backend",
             remedy="Leave backend='fused' out.",
         )
-    inner, hidden, outputs = sizes
-    large = hidden * (inner + outputs) * np.dtype(dtype).itemsize >= _FUSED_BYTES
-    few = large and rows <= _FUSED_ROWS and backend == "auto"
-    return backend == "fused" or (few and fits(rows, sizes, dtype))
+    return backend == "fused"
 
 
 def ffn_scratch(
-    x: Array, w1: Array, w2: Array, backend: str = "auto"
+    x: Array, w1: Array, w2: Array, backend: str = "products"
 ) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of the memory that :func:`ffn` needs beside its output.
 
@@ -152,7 +146,7 @@ def ffn_scratch(
 
 
 def scratch_of(
-    rows: int, sizes: Sizes, dtype: Any, backend: str = "auto", on_device: bool = True
+    rows: int, sizes: Sizes, dtype: Any, backend: str = "products", on_device: bool = True
 ) -> tuple[tuple[int, ...], Any]:
     """:func:`ffn_scratch` by numbers, on the current device; sizes are C, F and M."""
     fused = on_device and _takes_fused(rows, sizes, dtype, backend)

@@ -112,8 +112,6 @@ def _text(schema: Any, scratch: bool) -> str:
         pointers.append("*[each.data_ptr() for each in working]")
         given.append("*working")
     body = "".join(f"        {line}\n" for line in lines)
-    plain = " and ".join(f"({name} is None or direct({name}))" for name in optional)
-    required = ", ".join(each.name for each in tensors if each.name not in optional)
     return f"""
 from gpt2cupy.torch.launches import _CURRENT_DEVICE, _CURRENT_STREAM, _on_its_device, _plans
 from gpt2cupy.torch.operators import direct, traced
@@ -136,7 +134,7 @@ def make_run(name, outputs, scratch, first):
 
 def make_call(run, dispatched):
     def call({taken}):
-        if traced() or not direct({required}){plain and f" or not ({plain})"}:
+        if traced() or not direct({", ".join(each.name for each in tensors)}):
             return dispatched({taken})
         return run({taken})
     return call

@@ -16,6 +16,11 @@ from ..errors import InputError, shown
 F = TypeVar("F", bound=Callable[..., Any])
 
 PLAIN = (Tensor, torch.nn.Parameter)
+# What every call asks, by names that are found at once.
+_COMPILING = torch.compiler.is_dynamo_compiling
+_MODES = torch._C._len_torch_dispatch_stack
+_INTERPRETER = torch._C._functorch.peek_interpreter_stack
+_GRADED = torch.is_grad_enabled
 LIBRARY: Any = torch.library.Library("gpt2cupy", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -52,17 +57,16 @@ def traced() -> bool:
     would see it there.
     """
     return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        _COMPILING() or _MODES() > 0 or _INTERPRETER() is not None or forward_ad._current_level >= 0
     )
 
 
-def direct(*tensors: Tensor) -> bool:
-    """Whether tensors are plain ones on a GPU, of which no gradient is asked."""
-    graded = torch.is_grad_enabled()
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether tensors are plain ones on a GPU, of which no gradient is asked, or left out."""
+    graded = _GRADED()
     for tensor in tensors:
+        if tensor is None:
+            continue
         if type(tensor) not in PLAIN or not tensor.is_cuda or (graded and tensor.requires_grad):
             return False
     return True

@@ -92,7 +92,7 @@ def test_ffn_of_real_widths(rows, c, f, kind):
         hidden = torch.nn.functional.gelu(linear(x_, w1_, b1_), approximate="tanh")
         added = torch.as_tensor(residual.astype(np.float32), device="cuda").to(hidden.dtype)
         baseline = (added + linear(hidden, w2_, b2_)).float().cpu().numpy()
-    for backend in ("auto", "products", "fused"):
+    for backend in ("products", "fused"):
         if backend == "fused" and not ffn_few.fits(rows, (c, f, c), dtype):
             continue
         ours = host(ops.ffn(x, *weights, residual=residual, backend=backend))
