@@ -27,6 +27,7 @@ from gpt2cupy.generation.engine import Engine
 from gpt2cupy.generation.request import Request
 from gpt2cupy.generation.results import Finished
 from gpt2cupy.timing import Timing
+from gpt2cupy.validate.rule import one_ulp
 
 SEEDS = 20  # in which a text without an accepted draft is looked for
 TEXTS = 5  # of which the one that repeats itself most is taken
@@ -71,7 +72,8 @@ def difference(model: GPT2, ids: np.ndarray, *texts: np.ndarray) -> dict[str, An
     """Where two texts begin to differ, and the logits of both tokens there.
 
     They are those of a third way, the whole text at once: ``gap`` is what one token is ahead of the
-    other, and ``ahead`` by how much both are ahead of the best of the rest.
+    other, ``ulp`` the distance of two numbers of the dtype at their size, and ``ahead`` by how
+    much both are ahead of the best of the rest.
     """
     place = next(i for i, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1])
     both = [int(each[place]) for each in texts]
@@ -81,6 +83,7 @@ def difference(model: GPT2, ids: np.ndarray, *texts: np.ndarray) -> dict[str, An
     return {
         "place": place,
         "gap": float(logits[both[0]] - logits[both[1]]),
+        "ulp": one_ulp(float(np.abs(logits[both]).max()), model.dtype),
         "ahead": float(logits[both].min() - rest),
     }
 

@@ -68,7 +68,8 @@ def _differences(results: Row) -> str:
     """Where texts began to differ, in words."""
     found = [
         f"{row['model']}: at token {one['place'] + 1}, where the logits of the two are "
-        f"{abs(one['gap']):.4f} apart"
+        f"{abs(one['gap']):.4f} apart, and {results['dtype']} "
+        f"numbers of their size {one['ulp']:.4f}"
         for row in results["rows"]
         if (one := row.get("difference"))
     ]
