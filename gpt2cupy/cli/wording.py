@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 from typer.models import OptionInfo
 
@@ -17,7 +18,8 @@ _VALUE = r"=('[^']*'|\([^)]*\)|[^\s,;]*[^\s,;.])?"
 def options_of(command: Callable[..., Any]) -> dict[str, str]:
     """The options of a command by the names of its parameters."""
     found = {}
-    for name, hint in get_type_hints(command, include_extras=True).items():
+    # Not typing.get_type_hints: in Python 3.10 it hides what has the default None in an Optional.
+    for name, hint in inspect.get_annotations(command, eval_str=True).items():
         for info in getattr(hint, "__metadata__", ()):
             if isinstance(info, OptionInfo):
                 # typer keeps the first flag of an Annotated option as its default.
