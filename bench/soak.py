@@ -31,6 +31,7 @@ from gpt2cupy import LanguageModel, SamplingParams, load, record
 from gpt2cupy.decode.prompt import BUCKETS
 from gpt2cupy.errors import BusyError, InputError
 from gpt2cupy.generation.engine import Engine
+from gpt2cupy.generation.prefixes import BLOCK
 from gpt2cupy.generation.request import Request
 
 # What may grow between the first count and the last, and why it may grow at all.
@@ -123,14 +124,21 @@ class Load:
         once = SamplingParams(max_new_tokens=1)
         self.lm.generate([[0]] * SLOTS, once, max_batch=SLOTS)  # the largest engine there will be
         for lengths in shapes(self.context - 1, SLOTS):
-            prompts = [[0] * length for length in lengths]
+            # Of a beginning that they shared only one would run.
+            prompts = [[first] + [0] * (length - 1) for first, length in enumerate(lengths)]
             # The first token of a single prompt is chosen in its graph, by its style's kernels.
             for style in STYLES if len(lengths) == 1 else ({},):
                 wanted: dict[str, Any] = {"max_new_tokens": 1} | style
                 wanted.pop("min_new_tokens", None)
                 self.lm.generate(prompts, SamplingParams(**wanted), max_batch=SLOTS)
+            if len(lengths) == 1:  # alone in the engine of several: behind tokens that it shares
+                twice = SamplingParams(max_new_tokens=1, temperature=1.0, n=2)
+                self.lm.generate(prompts, twice, max_batch=SLOTS)
+                both = [[0] * BLOCK, [0] * BLOCK + [1] * lengths[0]]
+                if len(both[1]) < self.context:
+                    self.lm.generate(both, once, max_batch=SLOTS)
             if len(lengths) <= self.engine.slots:
-                ids = (np.zeros(length, np.int32) for length in lengths)
+                ids = (np.array(prompt, np.int32) for prompt in prompts)
                 list(self.engine.run([Request(key, each, once) for key, each in enumerate(ids)]))
         for length in range(1, self.context + 1):
             self.lm.score([0] * length)

@@ -221,6 +221,7 @@ __device__ inline void consume(float (&total)[FRAGMENTS][4],
     for (int k = 0; k < CHUNK / 8; k++) wgmma_tf32(sums, high[k], weight + k * 2, true);
     wgmma_commit();
     wgmma_wait(sums);
+    __syncwarp();  // all lanes have read their part of x
     if (lane == 0) mbarrier_arrive(empty + at.stage * 8);
 #pragma unroll
     for (int j = 0; j < FRAGMENTS; j++)
