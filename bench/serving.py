@@ -96,7 +96,8 @@ class Server:
         start = time.perf_counter()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
         if self.cache is not None:
-            environment |= {"GPT2CUPY_CACHE_DIR": str(self.cache)}
+            kept = {"GPT2CUPY_CACHE_DIR": self.cache, "CUDA_CACHE_PATH": self.cache / "cuda"}
+            environment |= {name: str(folder) for name, folder in kept.items()}
         self.log = tempfile.NamedTemporaryFile("w", suffix=".log")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gpt2cupy", "serve", "--port", "0", "--quiet", *self.options],

@@ -31,8 +31,8 @@ COMMAND = [sys.executable, "-m", "gpt2cupy"]
 
 
 def with_cache(folder: Path) -> dict[str, str]:
-    """The environment of a process that keeps its kernels in ``folder``."""
-    return os.environ | {"GPT2CUPY_CACHE_DIR": str(folder)}
+    """The environment of a process that keeps its kernels in ``folder``, and CUDA what it keeps."""
+    return os.environ | {"GPT2CUPY_CACHE_DIR": str(folder), "CUDA_CACHE_PATH": f"{folder}/cuda"}
 
 
 def arguments(model: Path, device: str) -> list[str]:
