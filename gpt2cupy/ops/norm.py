@@ -18,6 +18,7 @@ Pair = tuple[Array | None, Array | None]
 
 _PAIR = "out.0: @weight,x[*N,C]~, out.1: @residual[*N,C]~"
 _WARP, _ROWS = 32, 4  # threads of a warp; rows of a block where a row has a warp
+_ROWS_OF_A_STEP = 64  # up to so many rows of float get more warps each
 
 
 def _kernels(
@@ -73,7 +74,7 @@ def _blocks(
         pieces, held = channels, c["MOST_SINGLE"]
     # Pieces of a lane, as measured: few rows leave the chip idle, and more warps make each short;
     # of many, few pieces a lane leave room for its weights.
-    if itemsize > of_weight:
+    if itemsize > of_weight and rows > _ROWS_OF_A_STEP:
         each = 8
     elif rows <= c["FEW_ROWS"] or (itemsize == 2 and not centred):
         each = 2
