@@ -61,7 +61,7 @@ def loaded() -> dict[str, dict[str, str]]:
     # Only a process that imported it can have launched a kernel.
     if launch := sys.modules.get("gpt2cupy.ops.core.launch"):
         for (source, *about), path in launch.loaded.items():
-            digests = launch.compiler.source_digests(source)
+            digests = launch.cuda_source.source_digests(source)
             files |= {f"cuda_src/{name}": digest for name, digest in digests.items()}
             cubins[" ".join([source, *about])] = hashlib.sha256(path.read_bytes()).hexdigest()
     for each in _elsewhere:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from gpt2cupy import record
-from gpt2cupy.ops.core import compiler, launch
+from gpt2cupy.ops.core import cuda_source, launch
 
 sys.path.insert(0, str(record.ROOT / "bench"))
 import traced
@@ -29,7 +29,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(PYTHON)
     (tmp_path / "tile.cubin").write_bytes(b"machine code")
     monkeypatch.setattr(record, "ROOT", tmp_path)
-    monkeypatch.setattr(compiler, "source_dir", lambda: folder)
+    monkeypatch.setattr(cuda_source, "source_dir", lambda: folder)
     loaded = {("tile.cu", "sm_90", "ELEM=__half"): tmp_path / "tile.cubin"}
     monkeypatch.setattr(launch, "loaded", loaded)
     modules = {"gpt2cupy.model": tmp_path / "model.py", "gpt2cupy.cli": tmp_path / "cli.py"}
@@ -39,11 +39,11 @@ def checkout(tmp_path, monkeypatch):
     for name, path in modules.items():
         monkeypatch.setitem(sys.modules, name, Module(path))
     monkeypatch.setitem(sys.modules, "gpt2cupy.ops.core.launch", launch_at(tmp_path))
-    for cached in (compiler.source_closure, compiler.source_digests):
+    for cached in (cuda_source.source_closure, cuda_source.source_digests):
         cached.cache_clear()
     (tmp_path / "launch.py").write_text("")
     yield tmp_path
-    for cached in (compiler.source_closure, compiler.source_digests):
+    for cached in (cuda_source.source_closure, cuda_source.source_digests):
         cached.cache_clear()
 
 
@@ -54,7 +54,7 @@ class Module:
 
 def launch_at(folder):
     module = Module(folder / "launch.py")
-    module.loaded, module.compiler = launch.loaded, compiler
+    module.loaded, module.cuda_source = launch.loaded, cuda_source
     return module
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._version import __version__
 from ..model import GPT2
-from ..ops.core import compiler, launch
+from ..ops.core import compiler, cuda_source, launch
 from ..sampling import SamplingParams
 from .decoder import Decoder
 from .state import DecodeState
@@ -75,8 +75,8 @@ def _kept(file: Path, key: str, decoders: dict[str, Decoder]) -> dict[str, float
 
 def _digests(sources: Iterable[str]) -> dict[str, dict[str, str]]:
     """The digests of those sources that there are, and of what they include."""
-    known = {source for source in sources if source in compiler.sources()}
-    return {source: compiler.source_digests(source) for source in sorted(known)}
+    known = {source for source in sources if source in cuda_source.sources()}
+    return {source: cuda_source.source_digests(source) for source in sorted(known)}
 
 
 def _key(model: GPT2, rows: int, decoders: dict[str, Decoder]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.device import current_device, has_mma, has_wgmma, sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.launch import Kernel, launch
 from .core.registry import op
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.launch import Kernel, device_empty, launch
 
 _STORED = ("float32", "float16", "bfloat16")

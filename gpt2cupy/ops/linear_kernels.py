@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.device import has_clusters, has_mma, shared_limit, sm_count
 from .core.launch import Kernel, launch
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.device import current_device, device_arch, sm_count
 from .core.launch import Kernel, launch
 

@@ -9,7 +9,7 @@ import functools
 import math
 from typing import Any
 
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, moved, op, written
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import quantize as host
 from ..quantize import SCALE_DTYPE, QuantizedMatrix
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.device import has_mma, sm_count
 from .core.launch import Kernel, device_empty, is_device_array, launch
 from .core.registry import op

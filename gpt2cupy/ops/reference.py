@@ -163,7 +163,7 @@ def ffn(
     residual: Array | None = None,
     out: Array | None = None,
     scratch: Array | None = None,
-    backend: str = "auto",
+    backend: str = "products",
 ) -> Array:
     hidden = linear(x, w1, b1, activation=activation)
     return linear(hidden, w2, b2, residual=residual, out=out)

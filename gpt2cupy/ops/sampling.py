@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .core.compiler import constants
+from .core.cuda_source import constants
 from .core.device import has_clusters, sm_count
 from .core.launch import Kernel, device_empty, launch
 from .core.registry import Cost, op

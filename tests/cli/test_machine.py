@@ -85,14 +85,14 @@ def test_what_needs_cupy_says_so(arguments):
 
 def test_info_kernels_without_a_gpu():
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
-    from gpt2cupy.ops.core import compiler, variants
+    from gpt2cupy.ops.core import cuda_source, variants
 
     arguments = ("info", "--kernels", "--arch", "sm_90", "--dtype", "float16")
     rows = [json.loads(line) for line in done(*arguments, "--json").splitlines()]
     assert {"embedding", "layer_norm", "sample"} <= {row["entry"] for row in rows}
     # What this chip does not launch stands in the list of another.
     half = {"ELEM": "__half", "HS": "64", "K": "256", "BATCH": "1"}
-    launched = {each for each in compiler.sources() if variants.launched(each, half, "sm_90")}
+    launched = {each for each in cuda_source.sources() if variants.launched(each, half, "sm_90")}
     assert {row["source"] for row in rows} == launched
     assert "attention_wgmma.cu" in launched and "attention_mma.cu" not in launched
     assert {row["macros"].get("HS", "64") for row in rows} == {"64"}

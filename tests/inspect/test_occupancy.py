@@ -13,7 +13,7 @@ from gpt2cupy.errors import CompileError
 from gpt2cupy.inspect import kernel_report
 from gpt2cupy.inspect.occupancy import LIMITS, REGISTERS, WARP, blocks_per_sm, read_cubin
 from gpt2cupy.ops import linear_kernels
-from gpt2cupy.ops.core import compiler, registry
+from gpt2cupy.ops.core import compiler, cuda_source, registry
 from gpt2cupy.quantize import QuantizedMatrix
 
 # Needs more registers than it may have, and an array that cannot stay in registers.
@@ -40,7 +40,7 @@ extern "C" __global__ void calls(float* x, int n) { x[threadIdx.x] = apart(x[0],
 def compiled(code: str, name: str, arch: str, *options: str) -> tuple[bytes, str]:
     """The cubin of a source, and what the compiler says about it."""
     binding = compiler.nvrtc()
-    texts = dict(compiler.source_closure(name)) if name in compiler.sources() else {}
+    texts = dict(cuda_source.source_closure(name)) if name in cuda_source.sources() else {}
     texts.pop(name, None)
     program = binding.createProgram(
         code, name, compiler._encoded(texts.values()), compiler._encoded(texts)
@@ -73,13 +73,13 @@ def read(tmp_path, cubin: bytes) -> dict[str, tuple[int, int, int]]:
     }
 
 
-@pytest.mark.parametrize("source", compiler.sources())
+@pytest.mark.parametrize("source", cuda_source.sources())
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_120"])
 def test_cubins_are_read_as_the_compiler_says(source, arch, tmp_path):
     pytest.importorskip("cupy", reason="compiling needs CuPy's binding of NVRTC")
-    code = dict(compiler.source_closure(source))[source]
+    code = dict(cuda_source.source_closure(source))[source]
     values = {"ELEM": "__half", "HS": "64", "K": "256", "BATCH": "1"}
-    macros = [f"-D{macro}={values[macro]}" for macro in compiler.macros(source)]
+    macros = [f"-D{macro}={values[macro]}" for macro in cuda_source.macros(source)]
     cubin, log = compiled(code, source, compiler.OWN_FEATURES.get(arch, arch), *macros)
     assert read(tmp_path, cubin) == told(log)
     # What sm_75 has not, and what sm_90 alone has, is left out of a source.
@@ -205,7 +205,7 @@ def test_no_block_is_larger_than_the_cubin_says(monkeypatch):
     matrix = quantize(x)
     dequantize(matrix, half)
     embedding(ids, ids, matrix, ones((5, 768), half), out=x)
-    c = compiler.constants("layout.cu")
+    c = cuda_source.constants("layout.cu")
     for kernel in (*layout.TRANSPOSE.values(), *layout.CONVERT.values()):
         seen[kernel.source, kernel.entry] = c["TILE"] * c["TILE_ROWS"]
     assert len(seen) == 9 + 2 * 3
@@ -226,9 +226,9 @@ def test_skinny_has_the_warps_it_is_launched_with(k):
     found = read_cubin(compiler.cubin("skinny.cu", {"ELEM": "__half", "K": str(k)}, "sm_90"))
     for name, entry in found.items():
         tiles = 2 if name.startswith(("skinny_add_t2", "skinny_norm")) else 1
-        c = compiler.constants("skinny.cu", K=k, TILES=tiles)
+        c = cuda_source.constants("skinny.cu", K=k, TILES=tiles)
         assert entry.max_threads == WARP * c["WARPS"], name
-    c = compiler.constants("skinny.cu", K=k, TILES=2)
+    c = cuda_source.constants("skinny.cu", K=k, TILES=2)
     evenly = k % (c["SPAN"] * c["WARPS"]) == 0
     most = linear_kernels.longest_norm()
     one = c["ONE_ROW_ABOVE"] < k <= most or k > c["ONE_ROW_AGAIN_ABOVE"]

@@ -293,9 +293,9 @@ def test_invariant_rows_have_the_same_bits_in_any_number(xp, dtype, m, k):
 
 @pytest.mark.parametrize("source", ["gemv_int8.cu", "skinny_int8.cu"])
 def test_a_group_is_the_kernels_group(source):
-    from gpt2cupy.ops.core import compiler
+    from gpt2cupy.ops.core import cuda_source
 
-    assert f"constexpr int GROUP = {GROUP};" in dict(compiler.source_closure(source))["int8.cuh"]
+    assert f"constexpr int GROUP = {GROUP};" in dict(cuda_source.source_closure(source))["int8.cuh"]
 
 
 def test_a_product_is_counted_with_a_byte_per_weight():

@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 from ...errors import InputError
-from .compiler import source_text
+from .cuda_source import source_text
 from .signature import Parameter
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)

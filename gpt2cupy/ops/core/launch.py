@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CompileError, InputError
-from . import compiler
+from . import compiler, cuda_source
 from .device import cupy_module as cupy_module
 from .device import current_device as current_device
 from .device import device_arch as device_arch
@@ -92,7 +92,7 @@ class Kernel:
         self, elem: np.dtype | None, head_size: int | None, inner: int | None
     ) -> dict[str, str]:
         """The macros that its source is compiled with for an element type and sizes."""
-        macros = compiler.macros(self.source)
+        macros = cuda_source.macros(self.source)
         defines = dict(self.macros)
         if "ELEM" in macros:
             name = np.dtype(elem).name

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .compiler import ELEMENT_TYPES, constants, macros, source_closure, sources
+from .compiler import ELEMENT_TYPES
+from .cuda_source import constants, macros, source_closure, sources
 
 # Of GPT-2, and those that ops are tuned for; others compile on demand.
 GPT2_HEAD_SIZES = (64,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.compiler import constants
+from ..core.cuda_source import constants
 from ..core.device import has_clusters, shared_limit, sm_count
 from ..core.launch import Kernel, launch
 from ..core.registry import Cost, moved, op

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gpt2cupy.errors import CompileError, DeviceError, NoDeviceError
-from gpt2cupy.ops.core import compiler, jobs, launch, variants
+from gpt2cupy.ops.core import compiler, cuda_source, jobs, launch, variants
 from gpt2cupy.ops.core.signature import ALIGNMENT
 from gpt2cupy.record import ROOT
 
@@ -32,7 +32,7 @@ WANTED = [
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
 _SECOND = """
-from gpt2cupy.ops.core import compiler, variants
+from gpt2cupy.ops.core import compiler, cuda_source, variants
 import gpt2cupy.ops.core.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
@@ -68,8 +68,8 @@ def fake(monkeypatch):
 def sources(tmp_path, monkeypatch):
     """A copy of the kernels that a test may change."""
     copy = tmp_path / "cuda_src"
-    shutil.copytree(compiler.source_dir(), copy)
-    monkeypatch.setattr(compiler, "source_dir", lambda: copy)
+    shutil.copytree(cuda_source.source_dir(), copy)
+    monkeypatch.setattr(cuda_source, "source_dir", lambda: copy)
     forget()
     yield copy
     forget()
@@ -77,7 +77,7 @@ def sources(tmp_path, monkeypatch):
 
 def forget():
     """Read the sources again."""
-    for cached in (compiler.source_closure, compiler.source_digests, compiler.macros):
+    for cached in (cuda_source.source_closure, cuda_source.source_digests, cuda_source.macros):
         cached.cache_clear()
 
 
@@ -93,7 +93,7 @@ def forget():
     ],
 )
 def test_a_source_says_its_macros(source, macros):
-    assert compiler.macros(source) == macros
+    assert cuda_source.macros(source) == macros
 
 
 def test_a_new_source_is_compiled_without_a_table(sources):
@@ -108,7 +108,7 @@ def test_tensor_cores_take_no_float():
     assert "skinny.cu" not in with_float and {"norm.cu", "linear_fixed.cu"} <= with_float
 
 
-@pytest.mark.parametrize("source", compiler.sources())
+@pytest.mark.parametrize("source", cuda_source.sources())
 def test_every_kernel_compiles_and_has_its_entries(source):
     half = np.dtype(np.float16)
     kernels = [kernel for kernel in every_kernel() if kernel.source == source]
@@ -137,7 +137,7 @@ def every_kernel() -> list[launch.Kernel]:
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
     found = [value for value in values if isinstance(value, launch.Kernel)]
-    assert {kernel.source for kernel in found} == set(compiler.sources())
+    assert {kernel.source for kernel in found} == set(cuda_source.sources())
     return found
 
 
@@ -352,7 +352,7 @@ def test_threads_that_cannot_keep_kernels_share_one_folder_and_warn_once(
     compiler._process_dir.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        asked = [compiler.request(source, HALF, ARCH) for source in compiler.sources()]
+        asked = [compiler.request(source, HALF, ARCH) for source in cuda_source.sources()]
         paths = [cubin.result(60) for cubin in asked]
     assert len(said) == 1 and "GPT2CUPY_CACHE_DIR" in str(said[0].message)
     assert len({path.parent for path in paths}) == 1 and all(path.is_file() for path in paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpt2cupy.errors import CompileError
-from gpt2cupy.ops.core import compiler, variants
+from gpt2cupy.ops.core import cuda_source, variants
 from gpt2cupy.ops.core.constexpr import Constants
 from gpt2cupy.ops.linear import ACTIVATION_CODES
 
@@ -59,8 +59,8 @@ def test_what_is_refused(name, says):
 def test_a_changed_constant_is_seen(tmp_path, monkeypatch):
     (tmp_path / "tile.cuh").write_text("constexpr int ROWS = 32;\n")
     (tmp_path / "some.cu").write_text('#include "tile.cuh"\nconstexpr int ALL = 2 * ROWS;\n')
-    monkeypatch.setattr(compiler, "source_dir", lambda: tmp_path)
-    assert compiler.constants("some.cu")["ALL"] == 64
+    monkeypatch.setattr(cuda_source, "source_dir", lambda: tmp_path)
+    assert cuda_source.constants("some.cu")["ALL"] == 64
 
 
 def test_a_name_with_two_values_is_refused():
@@ -70,7 +70,7 @@ def test_a_name_with_two_values_is_refused():
 
 
 def test_activations_have_the_codes_of_the_kernels():
-    codes = compiler.constants("linear.cu")
+    codes = cuda_source.constants("linear.cu")
     found = {name: codes[(name or "identity").upper()] for name in ACTIVATION_CODES}
     assert found == ACTIVATION_CODES
 

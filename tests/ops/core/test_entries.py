@@ -12,7 +12,7 @@ from kernel_entries import kernel_entries
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops.core import compiler, launch
+from gpt2cupy.ops.core import cuda_source, launch
 from gpt2cupy.ops.core.entries import check_entry, entries
 from gpt2cupy.ops.core.launch import Kernel
 
@@ -42,8 +42,8 @@ def test_every_kernel_declares_what_its_source_takes():
 
 
 def test_every_entry_is_read():
-    for source in compiler.sources():
-        text = compiler.source_text(source)
+    for source in cuda_source.sources():
+        text = cuda_source.source_text(source)
         made = sum(
             len(re.findall(rf"^{define[1]}\(", text, re.MULTILINE)) * define[2].count('extern "C"')
             for define in re.finditer(r"#define (\w+)\([^)]*\)((?:.*\\\n)*.*)", text)

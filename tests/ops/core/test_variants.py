@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from gpt2cupy.ops.core import compiler, variants
+from gpt2cupy.ops.core import compiler, cuda_source, variants
 from gpt2cupy.record import ROOT
 
 
@@ -31,7 +31,7 @@ def chosen(arch: str, *names: str) -> list[tuple[str, dict[str, str], str]]:
 def left_out_for_float(source: str) -> set[str]:
     """Entries between ``#if !ELEM_IS_FLOAT`` and its ``#endif``."""
     found, depth, inside = "", 0, None
-    for line in compiler.source_text(source).splitlines():
+    for line in cuda_source.source_text(source).splitlines():
         if line.startswith("#if"):
             depth += 1
             if "!ELEM_IS_FLOAT" in line:
@@ -86,7 +86,7 @@ def test_what_another_chip_launches_is_not_compiled():
     assert variants.launched("norm_gemv.cu", long | {"ELEM": "float"}, "sm_80")
     assert variants.launched("norm_gemv.cu", long | {"K": "4096"}, "sm_80")
     every = {source for arch in compiler.ARCHITECTURES for source in files(arch)}
-    assert every == set(compiler.sources()) and every > variants.OPS_ALONE
+    assert every == set(cuda_source.sources()) and every > variants.OPS_ALONE
 
 
 def test_twins_of_float_are_left_out():
@@ -98,7 +98,7 @@ def test_twins_of_float_are_left_out():
 
 
 def test_the_slowest_go_first():
-    jobs = [(source, {}, "sm_90") for source in compiler.sources()]
+    jobs = [(source, {}, "sm_90") for source in cuda_source.sources()]
     ordered = [source for source, _, _ in variants.in_order(jobs)]
     assert set(ordered[: len(variants.SLOWEST)]) == variants.SLOWEST
-    assert ordered[-1] not in variants.SLOWEST and sorted(ordered) == list(compiler.sources())
+    assert ordered[-1] not in variants.SLOWEST and sorted(ordered) == list(cuda_source.sources())
