@@ -32,7 +32,7 @@ WANTED = [
 ]
 # Asks for every kernel in a fresh process; whoever compiles there stops with an error.
 _SECOND = """
-from gpt2cupy.ops.core import compiler, cuda_source, variants
+from gpt2cupy.ops.core import compiler, variants
 import gpt2cupy.ops.core.compiler as module
 def refuse(*arguments): raise AssertionError("compiled again")
 module.compile_source = refuse
