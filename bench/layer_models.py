@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from shared import np  # which lets a checkout be imported
 
 from gpt2cupy import ops
-from gpt2cupy.ops.ffn import ffn_scratch
 
 Array = Any
 
@@ -73,25 +72,17 @@ def drawn(sizes: dict[str, tuple[int, ...]], rng: np.random.Generator) -> Iterat
 class Ffn:
     """The feed-forward network alone: two products, tanh GELU."""
 
-    backend = "products"
-
     def __init__(
         self, xp: Any, shape: Shape, w: dict[str, Array], batch: int, tokens: int, dtype: Any
     ) -> None:
         self.w = w
         self.y = xp.empty((batch, tokens, shape.width), dtype)
-        self.scratch = xp.empty(*ffn_scratch(self.y, w["w1"], w["w2"], self.backend))
+        self.scratch = xp.empty((batch * tokens, shape.inner), dtype)
 
     def __call__(self, x: Array) -> Array:
         """The network of x [B, T, C]."""
-        w, how = self.w, {"out": self.y, "scratch": self.scratch, "backend": self.backend}
-        return ops.ffn(x, w["w1"], w["b1"], w["w2"], w["b2"], **how)
-
-
-class FfnFused(Ffn):
-    """The same by one kernel for both, which stores no hidden values; of a few tokens."""
-
-    backend = "fused"
+        w, to = self.w, {"out": self.y, "scratch": self.scratch}
+        return ops.ffn(x, w["w1"], w["b1"], w["w2"], w["b2"], **to)
 
 
 class Plain:
@@ -107,7 +98,7 @@ class Plain:
         self.qkv = xp.empty((*lead, 3 * heads, size), dtype)
         self.attended = xp.empty((*lead, heads, size), dtype)
         self.heads = heads
-        self.scratch = xp.empty(*ffn_scratch(self.x, w["w1"], w["w2"]))
+        self.scratch = xp.empty((batch * tokens, shape.inner), dtype)
 
     def __call__(self, x: Array) -> Array:
         """The layer of x [B, T, C]."""

@@ -47,7 +47,7 @@ def shown_in_rows() -> list[tuple[str, str, int, str]]:
 def line(row: dict[str, Any]) -> str:
     title = f"{row['layer']} {row['size']} {row['tokens']} {row['dtype']}"
     parts = []
-    for name in ("ours", "fused", "eager", "compiled"):
+    for name in ("ours", "eager", "compiled"):
         if (side := row.get(name)) is None:
             continue
         if side["gpu_warm"] is None:

@@ -8,7 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 import torch
-from layer_models import LAYERS, SHAPES, FfnFused, Shape, drawn, operations
+from layer_models import LAYERS, SHAPES, Shape, drawn, operations
 from layer_peers import PEERS
 from op_timing import CHECKED, COLD_BYTES, captured, from_python, gpu_alone, spread
 from shared import Reader
@@ -17,7 +17,6 @@ from gpt2cupy.loading import resolve_dtype
 from gpt2cupy.ops import rope_tables
 from gpt2cupy.ops.core.blas import Queued
 from gpt2cupy.ops.core.tape import load, recorded
-from gpt2cupy.ops.ffn_few import fits
 from gpt2cupy.torch.launches import view
 from gpt2cupy.validate.rule import Limit, errors
 
@@ -141,9 +140,6 @@ def measure(layer: str, size: str, tokens: int, dtype: str, runs: int) -> dict[s
         "eager": [lambda e=e: peer(e, shape, x) for e in everything],
         "compiled": [lambda e=e: compiled(e, shape, x) for e in everything],
     }
-    sizes = shape.width, shape.inner, shape.width
-    if layer == "ffn" and fits(tokens, sizes, np.dtype(dtype)):
-        sides["fused"] = [ours_of(FfnFused, shape, each, x) for each in everything]
     places = np.unique(np.linspace(0, tokens - 1, CHECKED).astype(int))
     double = {n: t.double() for n, t in w.items()}
     exact = peer(double, shape, x.double())[0, places].cpu().numpy()

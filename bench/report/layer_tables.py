@@ -85,7 +85,7 @@ def few(entry: Record) -> str:
     """A few tokens: the weights are read once from memory."""
     header = [
         "widths", "dtype", "tokens", "PyTorch eager, µs", "compiled, µs", "ours, µs",
-        "by one kernel, µs", "speed-up over the faster", "the same, warm L2",
+        "speed-up over the faster", "the same, warm L2",
         "read of the weights, µs", "share of the read", "max error", "PyTorch's max error",
         "kernels",
     ]  # fmt: skip
@@ -96,8 +96,7 @@ def few(entry: Record) -> str:
         warm, *others = (_us(side) for side in sides)
         assert eager is not None and compiled is not None
         read, error = row["read"]["p50_us"], [*_errors(row)]
-        fused = _us(row["fused"], "gpu_cold") if "fused" in row else None
-        shown = ["-" if us is None else f"{us:.1f}" for us in (eager, compiled, ours, fused)]
+        shown = ["-" if us is None else f"{us:.1f}" for us in (eager, compiled, ours)]
         lines.append(
             [
                 row["size"], row["dtype"], row["tokens"], *shown,

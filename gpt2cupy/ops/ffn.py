@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from ..errors import InputError
-from .core.launch import device_empty, is_device_array
+from .core.launch import device_empty
 from .core.registry import Cost, moved, op, written
-from .epilogue import ACTIVATION_CODES
-from .ffn_few import Sizes, fits, launch_few, parts
 from .linear import as_rows, linear
 
 Array = Any
@@ -38,7 +33,7 @@ def _cost(
     cost=_cost,
     takes="x: real[*N,C], w1: @x[F,C], b1: @x[F]?, w2: @x[M,F], b2: @out,residual,x[M]?, "
     "activation: gelu_tanh|gelu_erf|relu|silu|tanh, residual: @x|float32[*N,M]?, "
-    "out: @residual;@x|float32[*N,M]!residual, scratch: any, backend: products|fused",
+    "out: @residual;@x|float32[*N,M]!residual, scratch: any",
     only_launches=True,
 )
 def ffn(
@@ -52,7 +47,6 @@ def ffn(
     residual: Array | None = None,
     out: Array | None = None,
     scratch: Array | None = None,
-    backend: str = "products",
 ) -> Array:
     """``activation(x @ w1.T + b1) @ w2.T + b2 + residual``.
 
@@ -77,13 +71,8 @@ def ffn(
     out : array [..., M], optional
         Of x's dtype, or float32; shares no memory with an input but the residual. On a GPU that is
         checked against what the second product reads, and not against x, w1 and b1.
-    scratch : array, optional
-        Of the shape and dtype that :func:`ffn_scratch` says; without it memory is allocated.
-    backend : {"products", "fused"}
-        On the GPU "products" is two calls of :func:`linear`. With "fused" one kernel makes both
-        products of up to 16 rows of fp16 or bf16 and keeps the hidden values in shared memory; a
-        second adds the partial sums of its clusters (ffn_few.cu, sm_80 and newer). It stores no
-        hidden values, and was the slower of the two wherever it was measured.
+    scratch : array [N, F], optional
+        Of x's dtype: where the hidden values go; without it memory is allocated.
 
     Returns
     -------
@@ -94,9 +83,7 @@ def ffn(
     Raises
     ------
     InputError
-        As :func:`linear`; with "fused" on the GPU also where that kernel is not there: for more
-        rows, for sizes that are no multiples of 8, rows of w1 below 1 KiB, and where rows do not
-        fit into shared memory.
+        As :func:`linear`.
 
     Notes
     -----
@@ -109,51 +96,8 @@ def ffn(
     if x.ndim != 2:
         rows, target = as_rows(x, "x", x.shape, "ffn"), as_rows(out, "out", shape, "ffn")
         added = None if residual is None else as_rows(residual, "residual", shape, "ffn")
-    sizes = w1.shape[1], len(w1), len(w2)
-    fused = _takes_fused(len(rows), sizes, x.dtype, backend)
     if scratch is None:
-        scratch = device_empty(*_scratch(len(rows), sizes, x.dtype, fused))
-    if fused:
-        code = ACTIVATION_CODES[activation]
-        launch_few((rows, w1, b1), w2, b2, added, target, scratch, code)
-    else:
-        linear(rows, w1, b1, activation=activation, out=scratch)
-        linear(scratch, w2, b2, residual=added, out=target)
+        scratch = device_empty((len(rows), len(w1)), x.dtype)
+    linear(rows, w1, b1, activation=activation, out=scratch)
+    linear(scratch, w2, b2, residual=added, out=target)
     return out
-
-
-def _takes_fused(rows: int, sizes: Sizes, dtype: Any, backend: str) -> bool:
-    """Whether one kernel makes both products."""
-    if backend == "fused" and not fits(rows, sizes, dtype):
-        raise InputError(
-            f"no fused kernel takes {rows} rows of {np.dtype(dtype).name}, {sizes[0]} -> "
-            f"{sizes[1]} -> {sizes[2]}",
-            where="ffn: backend",
-            remedy="Leave backend='fused' out.",
-        )
-    return backend == "fused"
-
-
-def ffn_scratch(
-    x: Array, w1: Array, w2: Array, backend: str = "products"
-) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of the memory that :func:`ffn` needs beside its output.
-
-    The hidden values [N, F]; of the fused kernel partial sums of the output.
-    """
-    sizes = w1.shape[1], len(w1), len(w2)
-    return scratch_of(math.prod(x.shape[:-1]), sizes, x.dtype, backend, is_device_array(x))
-
-
-def scratch_of(
-    rows: int, sizes: Sizes, dtype: Any, backend: str = "products", on_device: bool = True
-) -> tuple[tuple[int, ...], Any]:
-    """:func:`ffn_scratch` by numbers, on the current device; sizes are C, F and M."""
-    fused = on_device and _takes_fused(rows, sizes, dtype, backend)
-    return _scratch(rows, sizes, dtype, fused)
-
-
-def _scratch(rows: int, sizes: Sizes, dtype: Any, fused: bool) -> tuple[tuple[int, ...], Any]:
-    if fused:
-        return (parts(sizes[1]), rows, sizes[2]), np.dtype(np.float32)
-    return (rows, sizes[1]), dtype

@@ -163,7 +163,6 @@ def ffn(
     residual: Array | None = None,
     out: Array | None = None,
     scratch: Array | None = None,
-    backend: str = "products",
 ) -> Array:
     hidden = linear(x, w1, b1, activation=activation)
     return linear(hidden, w2, b2, residual=residual, out=out)

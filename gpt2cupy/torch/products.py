@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops.core import blas
-from ..ops.core.device import cupy_module
-from ..ops.ffn import scratch_of
-from .launches import DTYPES, launches
+from .launches import launches
 from .operators import refuse_gradient, refuses_types
-
-_KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
 
 
 def _rows(x: Tensor) -> int:
@@ -47,21 +41,10 @@ def _linear(
         ops.linear(x, w, b, activation=activation, residual=residual, out=out)
 
 
-@functools.cache
-def _scratch(device: int, rows: int, sizes: tuple[int, int, int], kind: Any) -> tuple[Any, Any]:
-    """Shape and dtype of what ffn needs beside its output."""
-    cupy_module()  # which is asked about the GPU
-    with torch.cuda.device(device):
-        shape, dtype = scratch_of(rows, sizes, DTYPES[kind])
-    return shape, _KINDS[np.dtype(dtype)]
-
-
-def _ffn_scratch(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    if x.dtype not in DTYPES or w1.dim() != 2:  # the op says what is wrong
-        return torch.empty(0, device=x.device), _memory(x)
-    sizes = w1.shape[1], len(w1), len(w2)
-    shape, kind = _scratch(x.get_device(), _rows(x), sizes, x.dtype)
-    return torch.empty(shape, dtype=kind, device=x.device), _memory(x)
+def _ffn_scratch(x: Tensor, w1: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The hidden values, and what cuBLASLt works in."""
+    hidden = len(w1) if w1.dim() else 0  # of which the op says what is wrong
+    return torch.empty((_rows(x), hidden), dtype=x.dtype, device=x.device), _memory(x)
 
 
 @launches(

@@ -16,9 +16,8 @@ from op_checks import SEEDS, check_together, draw, on, torch_with_gpu, wide
 
 from gpt2cupy import ops
 from gpt2cupy.errors import InputError
-from gpt2cupy.ops import ffn_few, linear_split, reference, reference_product
+from gpt2cupy.ops import linear_split, reference, reference_product
 from gpt2cupy.ops.core.device import current_device, device_arch
-from gpt2cupy.ops.ffn import ffn_scratch
 
 F32 = np.dtype(np.float32)
 
@@ -52,9 +51,8 @@ def test_ffn(xp, dtype, lead, c, f, m, activation):
 def test_ffn_without_biases_into_what_is_given(xp, dtype, rows):
     (x, w1, _, w2, _), _ = ffn_arrays(np.random.default_rng(0), (rows,), 64, 128, 32, dtype)
     args = [*on(xp, x, w1), None, *on(xp, w2), None]
-    shape, kind = ffn_scratch(args[0], args[1], args[3])
-    out = xp.empty((rows, 32), np.float32)
-    assert ops.ffn(*args, activation="silu", out=out, scratch=xp.empty(shape, kind)) is out
+    out, scratch = xp.empty((rows, 32), np.float32), xp.empty((rows, 128), dtype)
+    assert ops.ffn(*args, activation="silu", out=out, scratch=scratch) is out
     exact = reference.ffn(*wide(x, w1, None, w2, None), activation="silu")
     hidden = reference.linear(x, w1, activation="silu")
     baseline = reference.linear(hidden, w2)
@@ -92,11 +90,8 @@ def test_ffn_of_real_widths(rows, c, f, kind):
         hidden = torch.nn.functional.gelu(linear(x_, w1_, b1_), approximate="tanh")
         added = torch.as_tensor(residual.astype(np.float32), device="cuda").to(hidden.dtype)
         baseline = (added + linear(hidden, w2_, b2_)).float().cpu().numpy()
-    for backend in ("products", "fused"):
-        if backend == "fused" and not ffn_few.fits(rows, (c, f, c), dtype):
-            continue
-        ours = host(ops.ffn(x, *weights, residual=residual, backend=backend))
-        check(ours, baseline, exact, dtype, f"ffn {backend} {rows} x {c} x {f}")
+    ours = host(ops.ffn(x, *weights, residual=residual))
+    check(ours, baseline, exact, dtype, f"ffn {rows} x {c} x {f}")
 
 
 def float32_on_gpu(function, *arrays):
@@ -169,60 +164,6 @@ def test_split_products_of_large_and_small_numbers(wgmma):
     linear_split.launch_split(arrays[1], 130, (*arrays, None, None, out, 0), wgmma)
     baseline = float32_on_gpu(lambda F, x, w: F.linear(x, w), x, w)
     check(host(out), baseline, reference.linear(*wide(x, w)), F32, "split with outliers")
-
-
-def test_ffn_by_one_kernel(xp, dtype):
-    """Where there is none for these rows or sizes it says so."""
-    rng = np.random.default_rng(0)
-    (x, w1, b1, w2, b2), _ = ffn_arrays(rng, (2, 3), 512, 128, 64, dtype)
-    args = on(xp, x, w1, b1, w2, b2)
-    if dtype == F32 and xp is not np:
-        with pytest.raises(InputError, match="no fused kernel takes"):
-            ops.ffn(*args, backend="fused")
-        return
-    shape, kind = ffn_scratch(args[0], args[1], args[3], "fused")
-    ours = ops.ffn(*args, backend="fused", scratch=xp.empty(shape, kind))
-    exact = reference.ffn(*wide(x, w1, b1, w2, b2))
-    baseline = reference.ffn(x, w1, b1, w2, b2)
-    check(host(ours), baseline, exact, dtype, "fused ffn")
-    with pytest.raises(InputError, match="backend='one' is impossible"):
-        ops.ffn(*args, backend="one")
-    if xp is np:
-        return
-    for rows, c in ((17, 512), (1, 500), (1, 64)):
-        given_, _ = ffn_arrays(rng, (rows,), c, 128, 64, dtype)
-        with pytest.raises(InputError, match=f"no fused kernel takes {rows} rows"):
-            ops.ffn(*on(xp, *given_), backend="fused")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [2, 8, 15])
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_ffn_of_few_rows_by_clusters(kind, blocks, rows, monkeypatch):
-    """Many tiles of hidden values for a block, more than it keeps sums of, and none."""
-    import cupy
-
-    dtype = DTYPES[kind]
-    monkeypatch.setattr(ffn_few, "_blocks", lambda: blocks)
-    shapes = ((1, 520, 1040, 72), (2, 1032, 24, 8), (3, 512, 1800, 520), (1, 600, 8, 24))
-    for parts, c, f, m in shapes:
-        monkeypatch.setattr(ffn_few, "parts", lambda hidden, parts=parts: parts)
-        if not ffn_few.fits(rows, (c, f, m), dtype):  # fewer blocks have more hidden values each
-            continue
-        found = []
-        for seed in SEEDS[:2]:
-            arrays, residual = ffn_arrays(np.random.default_rng(seed), (rows,), c, f, m, dtype)
-            x, w1, b1, w2, b2, added = on(cupy, *arrays, residual)
-            exact = reference.ffn(*wide(*arrays), residual=wide(residual)[0])
-            baseline = reference.ffn(*arrays, residual=residual)
-            for of in (dtype, F32):
-                out = cupy.empty((rows, m), of)
-                partial = cupy.full((parts, rows, m), np.nan, np.float32)
-                rest = (b2.astype(of), added.astype(of), out, partial, 1)
-                ffn_few.launch_few((x, w1, b1), w2, *rest)
-                found.append((host(out).astype(dtype), baseline, exact))
-        check_together(found, dtype, f"ffn {parts} x {blocks}")
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (4, 1, 1), (1, 0), (0,)])
@@ -301,29 +242,6 @@ def test_what_only_a_gpu_refuses(rows, kind):
         ops.linear(cupy.ones((2, 64, rows + 1), kind).transpose(0, 2, 1), w)
     with pytest.raises(InputError, match="weight"):
         ops.linear(x, w.get())
-
-
-@given(
-    st.integers(1, 16),
-    *(st.integers(1, 4000) for _ in range(3)),
-    st.sampled_from([(99 << 10, 40), (163 << 10, 108), (227 << 10, 132)]),
-)
-def test_a_plan_of_the_fused_kernel_fits_the_chip(rows, inner, hidden, outputs, chip):
-    sizes, dtype = (inner * 8, hidden * 8, outputs * 8), np.dtype(np.float16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ffn_few, "shared_limit", lambda: chip[0])
-        patch.setattr(ffn_few, "sm_count", lambda: chip[1])
-        patch.setattr(ffn_few, "has_mma", lambda: True)
-        patch.setattr(ffn_few, "has_clusters", lambda: chip[1] == 132)
-        ahead, shared = ffn_few._plan(rows, sizes)
-        parts = ffn_few.parts(sizes[1])
-        fits = ffn_few.fits(rows, sizes, dtype)
-    assert 1 <= parts <= hidden and parts <= chip[1]
-    assert fits == (sizes[0] * 2 >= 1024 and shared + 256 <= chip[0])
-    # 8 KiB for each load ahead, the rows, and 48 KiB of sums.
-    longest = -(-hidden // parts) * 8
-    assert shared >= ahead * 8192 + rows * (sizes[0] + longest) * 2 + 49152
-    assert ahead in (4, 8, 12)
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,8 +23,8 @@ STEP_ROWS = (1, 2, 4)
 OPS_ALONE = {
     "add_norm.cu", "attention.cu", "attention_mma.cu", "attention_split.cu", "attention_wgmma.cu",
     "decode_attention.cu", "decode_attention_merge.cu", "decode_attention_mma.cu", "elementwise.cu",
-    "ffn_few.cu", "linear_split.cu", "norm_backward.cu", "rms_norm.cu", "rope.cu",
-    "sample_logits.cu", "softmax_rows.cu",
+    "linear_split.cu", "norm_backward.cu", "rms_norm.cu", "rope.cu", "sample_logits.cu",
+    "softmax_rows.cu",
 }  # fmt: skip
 
 

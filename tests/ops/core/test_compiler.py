@@ -132,7 +132,7 @@ def every_kernel() -> list[launch.Kernel]:
     names += ("quantized", "sampling", "gpt2.step")
     names += ("activation", "attention", "lookup", "norm_backward", "rope", "softmax")
     names += ("decode_attention", "drafts", "slots")
-    names += ("linear_split", "ffn_few")
+    names += ("linear_split",)
     modules = [importlib.import_module(f"gpt2cupy.ops.{name}") for name in names]
     values = [value for module in modules for value in vars(module).values()]
     values += [kernel for value in values if isinstance(value, dict) for kernel in value.values()]
