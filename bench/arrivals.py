@@ -121,6 +121,7 @@ def run() -> None:
             gc.collect()
             gc.freeze()
             row = measure(engine, args, rate)
+            gc.unfreeze()
             kept.rows.append(row)
             shares = ", ".join(f"p{share} {row[f'p{share}_us'] / 1e3:.2f} ms" for share in SHARES)
             print(

@@ -4,7 +4,8 @@
                            [--row-seconds 60] [--model 124M] [--dtype float16] [--out FILE]
 
 Prompts of 128 tokens and 128 new ones of random weights, sampled at temperature 1, streamed; what
-is "random" are log-normal lengths with a deviation of half the mean. Parts:
+is "random" are log-normal lengths with a deviation of half the mean. No beginning of a prompt is
+kept for another: they come again, and the baseline would not profit. Parts:
 
 ready     a server is started twice, first with an empty cache of kernels
 closed    closed loop: each client sends again when it is answered; at most 2 tokens an event
@@ -36,7 +37,7 @@ from gpt2cupy.tokenizer import Tokenizer
 
 PARTS = ("ready", "closed", "many", "open", "one", "baseline", "norms")
 KINDS = ("equal", "random")
-PROMPTS = 2048  # different ones, so many that none is still held when it comes again
+PROMPTS = 2048  # different ones
 WARM = 1.0  # seconds of a load before what is counted
 # Scripts with engines that go behind our fronts.
 PEERS, STEPS = (HERE / "peers" / f"{name}.py" for name in ("served", "served_step"))
@@ -71,7 +72,7 @@ class Bench:
         args = self.args
         return Server(
             "--model", str(self.folder), "--dtype", args.dtype, "--device", args.device,
-            "--slots", str(args.slots), *options, cache=cache,
+            "--slots", str(args.slots), "--no-prefix-cache", *options, cache=cache,
         )  # fmt: skip
 
     def loaded(

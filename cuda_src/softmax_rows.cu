@@ -94,8 +94,8 @@ __device__ inline SoftmaxState row_state(SoftmaxState own, Meeting<PARTS>& share
 }
 
 // A row in pieces that lie at multiples of their size in memory, also where the row begins between
-// two: piece p holds the channels from p VEC - `before` on, and -inf in place of those outside, as
-// does one from `last` on.
+// two. Piece p holds the channels from p VEC - `before` on; those outside the row are -inf, and so
+// are all of a piece from `last` on.
 template <int VEC>
 struct Pieces {
   const elem_t* x;

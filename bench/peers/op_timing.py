@@ -33,10 +33,10 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def from_python(call: Callable[[], Any], runs: int, inner: int = 50) -> dict[str, float]:
     """Wall-clock time of a call, one after the other until the GPU is done."""
-    return in_turn({"": call}, runs, inner)[""]
+    return called_in_turn({"": call}, runs, inner)[""]
 
 
-def in_turn(
+def called_in_turn(
     calls: dict[str, Callable[[], Any]], runs: int, inner: int = 50
 ) -> dict[str, dict[str, float]]:
     """Wall-clock time of each call, the runs of all in turn.
@@ -159,7 +159,7 @@ def host_ways(sides: list[Side], one: list[Any], size: int, runs: int) -> dict[s
     inner = max(4, min(50, (1 << 31) // size))
     calls = {side.name: side.bound(one) for side in sides}
     graphs = {name: captured([call]).replay for name, call in calls.items()}
-    python, graph = (in_turn(each, runs, inner) for each in (calls, graphs))
+    python, graph = (called_in_turn(each, runs, inner) for each in (calls, graphs))
     return {name: {"python": python[name], "graph": graph[name]} for name in calls}
 
 

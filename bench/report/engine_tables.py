@@ -67,13 +67,13 @@ def speculation(entry: Record) -> str:
 def _differences(results: Row) -> str:
     """Where texts began to differ, in words."""
     found = [
-        f"{row['model']}: at token {one['place'] + 1}, where the logits of the two are "
-        f"{abs(one['gap']):.4f} apart, and {results['dtype']} "
-        f"numbers of their size {one['ulp']:.4f}"
+        f"{row['model']}: the texts part at token {one['place'] + 1}, where the two logits are "
+        f"{abs(one['gap']):.4f} apart; neighbouring {results['dtype']} numbers of that size are "
+        f"{one['ulp']:.4f} apart"
         for row in results["rows"]
         if (one := row.get("difference"))
     ]
-    return ". Texts that differ do so first " + "; ".join(found) if found else ""
+    return ". " + ". ".join(found) if found else ""
 
 
 def arrivals(entry: Record) -> str:

@@ -25,12 +25,25 @@ def load(entry: Record) -> str:
         f"{_model(results)}: prompts of {results['prompt']} tokens and {results['tokens']} new "
         "ones, sampled at temperature 1, streamed; random lengths are log-normal with a deviation "
         "of half the mean. Each client sends again when it is answered, for "
-        f"{results['seconds']} s, from processes of their own on the same machine. Events have at "
-        f"most 2 tokens, from {results['workers']} front processes; with 5 ms tokens of so long "
-        "share one, from 4. transformers: generate() behind the same fronts, waiting requests in "
-        f"batches of up to 32. Percentiles p50 / p95 / p99{left_out(results)}"
+        f"{results['seconds']} s, from processes of their own on the same machine. An event has at "
+        f'most 2 tokens, from {results["workers"]} front processes; with "5 ms" the tokens of 5 ms '
+        "share an event, from 4. transformers: generate() behind the same fronts, waiting requests "
+        f"in batches of up to 32. Percentiles p50 / p95 / p99{_kept(rows, results)}"
+        f"{left_out(results)}"
     )
     return table(header, lines, 3) + caption(entry, note)
+
+
+def _kept(rows: list[Row], results: Row) -> str:
+    """How many prompt tokens were not run, as an earlier request had left them; in words."""
+    worst = max(rows, key=lambda row: row["prefix_hits"] / row["requests"])
+    share = worst["prefix_hits"] / (worst["requests"] * results["prompt"])
+    if share < 0.005:
+        return ""
+    return (
+        f". Prompts came again: at {worst['clients']} clients up to {share:.0%} of their tokens "
+        "were still in a slot and were not run; transformers runs all"
+    )
 
 
 def arrivals(entry: Record) -> str:
@@ -47,8 +60,9 @@ def arrivals(entry: Record) -> str:
     limit = results["limit_ms"]
     note = (
         "The same requests with random lengths, arriving at random (Poisson) whether others are "
-        f"answered or not. Within the limit: first token after at most {limit['first_token']} ms, "
-        f"and {limit['between_events']} ms between events on average"
+        f"answered or not; answered in the {results['seconds']} s. Within the limit: first token "
+        f"after at most {limit['first_token']} ms, and {limit['between_events']} ms between events "
+        "on average"
     )
     return table(header, lines, 0) + caption(entry, note)
 
@@ -62,7 +76,8 @@ def processes(entry: Record) -> str:
     for row in rows:
         fronts = [share for name, share in row["cpu"].items() if name.startswith("front")]
         shares = [number(100 * row["cpu"].get("engine", 0)), number(100 * sum(fronts))]
-        lines.append([row["clients"], row["lengths"], *shares, len(fronts)])
+        clients = f"{row['clients']}, 5 ms" if row["part"] == "many" else row["clients"]
+        lines.append([clients, row["lengths"], *shares, len(fronts)])
     note = "CPU time of the server's processes over the time of the load; 100 is one core"
     return table(header, lines, 2) + caption(entry, note)
 

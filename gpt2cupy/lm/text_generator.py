@@ -258,7 +258,7 @@ class TextGenerator(LoadedModel):
             max_batch=max_batch, generation_config=generation_config, one=True, at_once=True,
         )  # fmt: skip
         found = self._owner.pieces(asked.known or [], asked.slots)
-        return _aof_one(found) if asked.single else found
+        return _aone(found) if asked.single else found
 
 
 def _of_one(found: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
@@ -270,7 +270,7 @@ def _of_one(found: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
             yield piece
 
 
-async def _aof_one(found: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[Piece]:
+async def _aone(found: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[Piece]:
     """The pieces of one prompt, for asyncio."""
     async with contextlib.aclosing(found):  # type: ignore[type-var]
         async for _, piece in found:

@@ -72,8 +72,8 @@ def _blocks(
         pieces, held = channels // elements, c["MOST_IN_PIECES"] // elements
     else:
         pieces, held = channels, c["MOST_SINGLE"]
-    # Pieces of a lane, as measured: few rows leave the chip idle, and more warps make each short;
-    # of many, few pieces a lane leave room for its weights.
+    # Pieces of a lane: few rows leave the chip idle, and more warps make each short; of many, few
+    # pieces a lane leave room for its weights. tools/sweep_rows.py measures it.
     if itemsize > of_weight and rows > _ROWS_OF_A_STEP:
         each = 8
     elif rows <= c["FEW_ROWS"] or (itemsize == 2 and not centred):

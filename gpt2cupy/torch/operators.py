@@ -16,7 +16,7 @@ from ..errors import InputError, shown
 F = TypeVar("F", bound=Callable[..., Any])
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# What every call asks, by names that are found at once.
+# Functions that every call asks: a name of this module is one look-up, torch.x.y is three.
 _COMPILING = torch.compiler.is_dynamo_compiling
 _MODES = torch._C._len_torch_dispatch_stack
 _INTERPRETER = torch._C._functorch.peek_interpreter_stack
