@@ -105,7 +105,7 @@ def decode(entry: Record) -> str:
     """One token over a cache, beside a read of it."""
     header = [
         "batch", "tokens", "heads", "key heads", "channels", "dtype", "cache, MB", "PyTorch, µs",
-        "ours, µs", "a read, µs", "ours of a read", "GB/s", "max error", "PyTorch's max error",
+        "ours, µs", "a read, µs", "a read / ours", "GB/s", "max error", "PyTorch's max error",
     ]  # fmt: skip
     lines = []
     for row in _rows(entry, "token"):

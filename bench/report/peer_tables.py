@@ -70,7 +70,7 @@ def summary(found: Found) -> str:
     if OURS in results["rows"][0]["engines"]:
         note += ". Ours is `LanguageModel.generate`, by the clock on the wall"
     if without := [size for size in SIZES if size not in sizes]:
-        note += f". There is no record of {' and '.join(without)} yet"
+        note += f". The others have not been timed at {' and '.join(without)} yet"
     return table(header, lines) + caption(found["peers"], note)
 
 

@@ -37,7 +37,8 @@ def peer_points(found: Found, model: str) -> list[dict[str, Any]]:
 
 
 def peers_note(points: Points) -> str:
-    return ". Peers in float16: a step of a whole text, read by the host" * bool(points["peers"])
+    said = ". Other engines: the mean time of a token over a whole text, in float16"
+    return said * bool(points["peers"])
 
 
 def draw_peers(axes: Any, peers: list[dict[str, Any]], place: Callable[[Any], tuple]) -> None:

@@ -26,10 +26,10 @@ def load(entry: Record) -> str:
         "ones, sampled at temperature 1, streamed; random lengths are log-normal with a deviation "
         "of half the mean. Each client sends again when it is answered, for "
         f"{results['seconds']} s, from processes of their own on the same machine. An event has at "
-        f'most 2 tokens, from {results["workers"]} front processes; with "5 ms" the tokens of 5 ms '
-        "share an event, from 4. transformers: generate() behind the same fronts, waiting requests "
-        f"in batches of up to 32. Percentiles p50 / p95 / p99{_kept(rows, results)}"
-        f"{left_out(results)}"
+        f"most 2 tokens (`--event-tokens 2 --workers {results['workers']}`), or all of 5 ms "
+        "(`--coalesce 5 --workers 4`). transformers: generate() behind the same fronts, "
+        "waiting requests in batches of up to 32. Percentiles p50 / p95 / p99"
+        f"{_kept(rows, results)}{left_out(results)}"
     )
     return table(header, lines, 3) + caption(entry, note)
 

@@ -77,13 +77,15 @@ def generate(
         int | None, typer.Option(help="The text does not end before that many.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0, the default, is greedy: no chance.")
+        float | None, typer.Option(help="0, the default, is greedy: no sampling.")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Draw from that many tokens. 0, the default, is off.")
+        int | None,
+        typer.Option(help="Sample from the k most probable. 0, the default, is off."),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from this much probability. 1, the default, is off.")
+        float | None,
+        typer.Option(help="Sample from this much probability. 1, the default, is off."),
     ] = None,
     min_p: Annotated[
         float | None,
@@ -127,7 +129,7 @@ def generate(
     ] = None,
     speculate: Annotated[
         Speculation | None,
-        typer.Option(help="Guess tokens from what the text said before; the same text, faster."),
+        typer.Option(help="Guess tokens from the text so far: faster where it repeats itself."),
     ] = None,
     echo: Annotated[
         bool, typer.Option("--echo/--no-echo", help="Write the prompt before the text.")

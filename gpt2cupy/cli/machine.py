@@ -79,8 +79,8 @@ def compile(
         bool,
         typer.Option(
             "--ops",
-            help="Also what no model launches but gpt2cupy.ops does; without a model with heads "
-            "of 32, 64, 80, 96 and 128 channels.",
+            help="Also what gpt2cupy.ops alone launches. Without --model for heads of 32, 64, 80, "
+            "96 and 128 channels.",
         ),
     ] = False,
 ) -> None:

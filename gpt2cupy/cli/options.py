@@ -38,7 +38,8 @@ File = Annotated[
     Path | None, typer.Option("--file", "-f", help="Read the text from a file, as it is.")
 ]
 Special = Annotated[
-    bool, typer.Option("--special", help="Special tokens in the text stand for themselves.")
+    bool,
+    typer.Option("--special", help="Encode special tokens in the text as their ids."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON, one object per line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
