@@ -4,10 +4,10 @@
                              [--longest 1000] [--seconds 20] [--warm 2] [--out FILE]
 
 --texts texts run in an engine that has as many slots again. Requests of 1 to --longest prompt
-tokens, each with 8 new ones, are submitted at random moments, --rate a second. A gap is the time by
-the clock on the wall between two tokens of a running text as :meth:`Engine.step` returns them; each
-text has its own. Graphs are captured before, as a server does; gaps of the first --warm seconds are
-left out.
+tokens, each with 8 new ones, are submitted at random moments, --rate a second. A gap is the
+wall-clock time between two tokens of a running text as :meth:`Engine.step` returns them; each
+text has its own. As in a server, graphs are captured before, and the garbage collector no more
+looks at what lives then; gaps of the first --warm seconds are left out.
 """
 
 from __future__ import annotations

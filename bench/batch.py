@@ -1,4 +1,4 @@
-"""A file of requests through `LanguageModel.batch`: tokens per second by the clock on the wall.
+"""A file of requests through `LanguageModel.batch`: tokens per second in wall-clock time.
 
     python bench/batch.py [--model 124M] [--dtype float16] [--requests 4096] [--prompt 128]
                           [--tokens 128] [--max-batch 256] [--out FILE]

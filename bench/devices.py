@@ -4,7 +4,7 @@
 
 The same weights are loaded on cuda:0 and cuda:1. Texts and log-probabilities of both are compared
 bit by bit. Then one text at a time is generated on each device alone, on both at once in two
-threads of a process, and on both at once in two processes; speeds are by the clock on the wall.
+threads of a process, and on both at once in two processes; speeds are in wall-clock time.
 """
 
 from __future__ import annotations

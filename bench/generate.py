@@ -1,4 +1,4 @@
-"""Many texts through the public API: tokens per second by the clock on the wall.
+"""Many texts through the public API: tokens per second in wall-clock time.
 
     python bench/generate.py [--model 124M] [--dtype float16] [--texts 1,16,64,256]
                              [--prompt 57] [--tokens 200] [--out FILE]

@@ -5,7 +5,7 @@
 
 An engine with a slot for each prompt runs --texts prompts at once, the first --shared tokens of
 which are the same, each followed by --own others; beside it as many prompts of the same length that
-share nothing. The clock on the wall runs from handing them over until each has its first token;
+share nothing. Wall-clock time runs from handing them over until each has its first token;
 texts that have it go on meanwhile. "kept" is the same with prefix_cache=True and the beginning
 left by an earlier run.
 """

@@ -6,10 +6,10 @@
 Each text is run by an engine of one slot with and without speculate="ngram", in turn, by the clock
 on the wall from the request to its last token. Greedy texts of random weights soon repeat
 themselves: a prompt is what one of them has said so far, and of some texts the one is taken of
-which most drafts stand. A logit bias makes a text of one token: every draft stands, and it is the
-most that speculation gives. Sampled at a temperature of 1 texts do not repeat themselves; of some
-seeds one is taken without a single draft that stands. Where a text differs with speculation, the
-record has the first place, and how far apart the logits of the two tokens are there.
+which most drafts are accepted. A logit bias makes a text of one token: every draft is accepted, and
+it is the most that speculation gives. Sampled at a temperature of 1 texts do not repeat themselves;
+of some seeds one is taken without a single accepted draft. Where a text differs with speculation,
+the record has the first place, and how far apart the logits of the two tokens are there.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def repeating(engine: Engine, args: Any) -> np.ndarray:
 
 
 def new_options(engine: Engine, ids: np.ndarray, tokens: int) -> dict[str, Any]:
-    """Options of a text without a draft that stands."""
+    """Options of a text without an accepted draft."""
     for seed in range(SEEDS):
         options = {"temperature": 1.0, "seed": seed, "max_new_tokens": tokens}
         if not text(engine, ids, speculate="ngram", **options)[1].accepted:
@@ -142,7 +142,7 @@ def run() -> None:
                 rates = [1e6 * row["tokens"] / row[how]["median_us"] for how in ("without", "with")]
                 print(
                     f"{name} {kind}: {rates[0]:.0f} tokens/s without, {rates[1]:.0f} with "
-                    f"({row['speed_up']:.3f}), {row['accepted']} of {row['drafted']} drafts stood, "
+                    f"({row['speed_up']:.3f}), {row['accepted']} of {row['drafted']} accepted, "
                     f"same tokens: {row['same_tokens']}",
                     flush=True,
                 )

@@ -22,7 +22,7 @@ def prefixes(entry: Record) -> str:
     note = (
         f"{results['texts']} prompts at once, {results['shared']} tokens shared or not and "
         f"{results['own']} of their own; {results['model']} {results['dtype']}, "
-        f"{results['weights']} weights. By the clock on the wall, medians of "
+        f"{results['weights']} weights. Wall-clock time, medians of "
         f"{row['apart']['runs']}; texts with a first token go on meanwhile"
     )
     return table(header, lines) + caption(entry, note)
@@ -34,7 +34,7 @@ def speculation(entry: Record) -> str:
     kinds = {
         "repeats": "repeats itself",
         "one token": "one token",
-        "new": "no draft stands",
+        "new": "no draft is accepted",
     }
     lines = []
     for row in results["rows"]:
@@ -49,7 +49,7 @@ def speculation(entry: Record) -> str:
         "without, tokens/s",
         "with, tokens/s",
         "speed-up",
-        "drafts that stood",
+        "accepted drafts",
         "same text",
     ]
     first = results["rows"][0]
@@ -57,9 +57,10 @@ def speculation(entry: Record) -> str:
     note = (
         f"One text of {first['tokens']} tokens after {results['prompt']}, {results['dtype']}, "
         f"{results['weights']} weights; the one that repeats itself is greedy, and of five the "
-        f"one of which most drafts stand; {'that of one token has a logit bias; ' * biased}the "
-        "last is sampled by a seed of which none stands. By the clock on the wall, with and "
-        f"without in turn, medians{_differences(results)}"
+        "one of which most drafts are accepted; "
+        f"{'that of one token has a logit bias; ' * biased}the last is sampled by a "
+        "seed of which none is accepted. Wall-clock time, with and without in turn, "
+        f"medians{_differences(results)}"
     )
     return table(header, lines, 2) + caption(entry, note)
 
@@ -94,6 +95,6 @@ def arrivals(entry: Record) -> str:
         f"and 8 new ones arrive at random; {results['model']} {results['dtype']}, "
         f"{results['weights']} weights, {number(results['seconds'])} s each. A gap is the time "
         "between two tokens of a running text as `Engine.step` returns them, a first token that "
-        "of a request that arrives, by the clock on the wall"
+        "of a request that arrives, in wall-clock time"
     )
     return table(header, lines) + caption(entry, note)

@@ -6,7 +6,7 @@ from .layout import Record, caption, number, table
 
 
 def batch(entry: Record) -> str:
-    """A file of requests, by the clock on the wall."""
+    """A file of requests, in wall-clock time."""
     results = entry["results"]
     header = [
         "requests",
@@ -26,7 +26,7 @@ def batch(entry: Record) -> str:
         f"weights: {first['requests']:,} requests of "
         f"{first['prompt_tokens'] / first['requests']:.0f} tokens on average, "
         f"{first['tokens'] / first['requests']:.0f} new ones each, {first['max_batch']} at once; "
-        "from the call to its return, files read and written, by the clock on the wall, medians. "
+        "from the call to its return, files read and written, in wall-clock time, medians. "
         "Stop and logprobs: a stop string is looked for in every text, and the 5 most probable "
         "tokens are written with each. The host alone: the same call with an engine whose steps "
         "cost nothing"
@@ -35,7 +35,7 @@ def batch(entry: Record) -> str:
 
 
 def scoring(entry: Record) -> str:
-    """Pairs of context and continuation, by the clock on the wall."""
+    """Pairs of context and continuation, in wall-clock time."""
     results = entry["results"]
     header = ["pairs in a call", "pairs/s", "tokens/s", "encoding alone, µs a pair"]
     (row,) = results["rows"]
@@ -46,6 +46,6 @@ def scoring(entry: Record) -> str:
     note = (
         f"`LanguageModel.score`, {results['model']} {results['dtype']}, {results['weights']} "
         f"weights: pairs of texts of {results['context']} and {results['continuation']} tokens, "
-        "from the call to the list of scores, by the clock on the wall, medians"
+        "from the call to the list of scores, in wall-clock time, medians"
     )
     return table(header, lines) + caption(entry, note)

@@ -68,7 +68,7 @@ def summary(found: Found) -> str:
         f"{results['prompt']}; medians of {results['rounds']} runs"
     )
     if OURS in results["rows"][0]["engines"]:
-        note += ". Ours is `LanguageModel.generate`, by the clock on the wall"
+        note += ". Ours is `LanguageModel.generate`, in wall-clock time"
     if without := [size for size in SIZES if size not in sizes]:
         note += f". The others have not been timed at {' and '.join(without)} yet"
     return table(header, lines) + caption(found["peers"], note)

@@ -6,7 +6,7 @@ from .layout import Record, caption, number, table
 
 
 def generate(entry: Record) -> str:
-    """Lists through `generate`, by the clock on the wall."""
+    """Lists through `generate`, in wall-clock time."""
     results = entry["results"]
     header = ["texts at once", "tokens/s", "time of the call, ms", "GPU busy, ms", "wall / busy"]
     lines = []
@@ -24,7 +24,7 @@ def generate(entry: Record) -> str:
         f"`LanguageModel.generate`, {results['model']} {results['dtype']}, {results['weights']} "
         f"weights: prompts of {first['prompt']} tokens, {first['tokens'] // first['texts']} new "
         "ones each, as many texts at once as prompts; from the call to the completions, text "
-        "included, by the clock on the wall, medians. GPU busy: between events around what the "
+        "included, in wall-clock time, medians. GPU busy: between events around what the "
         "same requests queue, in a run of their own"
     )
     return table(header, lines) + caption(entry, note)

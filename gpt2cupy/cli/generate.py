@@ -281,7 +281,7 @@ def _stream(
             f"{piece.prefill_seconds * 1e3:.1f} ms, then {piece.tokens_per_second:.0f} tokens/s"
         )
         if settings.get("speculate"):
-            summary += f", {piece.accepted} of {piece.drafted} drafts stood"
+            summary += f", {piece.accepted} of {piece.drafted} drafts accepted"
         shell.say(shell.paint(summary, shell.DIM), quiet=quiet)
 
 

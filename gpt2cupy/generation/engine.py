@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def accepted(self) -> int:
-        """Those of them that stood."""
+        """Those of them that were accepted."""
         return self.running.accepted
 
     @property

@@ -125,7 +125,7 @@ class Token:
         The most probable tokens, where ``logprobs`` asks for them.
     drafted, accepted : int
         With the last token of a text that speculates: its drafts that steps verified, and those
-        that stood.
+        that were accepted.
     """
 
     key: Any

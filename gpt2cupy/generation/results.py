@@ -29,7 +29,7 @@ class Finished:
         "eos", "stop" (the last id is of ``stop_token_ids``), "length", or "error": the logits
         were not finite, and the last id means nothing.
     drafted, accepted : int
-        Draft tokens that steps verified, and those of them that stood.
+        Draft tokens that steps verified, and those of them that were accepted.
     """
 
     request: Request
@@ -84,7 +84,7 @@ class Results:
         self.limits = np.zeros(0, np.int64)
         self.tops = np.zeros(0, np.int64)  # most probable tokens to give with each
         self.drafted = np.zeros(0, np.int64)  # draft tokens that were verified
-        self.accepted = np.zeros(0, np.int64)  # and of them those that stood
+        self.accepted = np.zeros(0, np.int64)  # and of them those that were accepted
         self.alive = np.zeros(0, bool)
         # Tokens that end a text, -1 where there are fewer: ends, and those of stop_token_ids.
         self.ends = np.full((0, 1), -1, np.int32)

@@ -47,7 +47,7 @@ class Running:
     discarded : int
         Tokens that were computed past the end of their text.
     drafted, accepted : int
-        Draft tokens that were verified, of all texts, and of them those that stood.
+        Draft tokens that were verified, of all texts, and of them those that were accepted.
     """
 
     def __init__(self, model: GPT2, slots: int, capacity: int | None, path: str) -> None:

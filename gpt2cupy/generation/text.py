@@ -69,8 +69,8 @@ class Completion:
     seed : int or None
         What its random numbers came from, given or drawn; None in greedy decoding.
     drafted, accepted : int
-        With ``speculate``: draft tokens that were verified, and those that stood. Both are 0 for
-        a text that a stop string ended. Equality leaves them out.
+        With ``speculate``: draft tokens that were verified, and those that were accepted. Both are
+        0 for a text that a stop string ended. Equality leaves them out.
     """
 
     text: str

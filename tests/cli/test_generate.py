@@ -312,7 +312,7 @@ def test_speculation_gives_the_same_text_and_says_what_stood():
     arguments += ("--max-new-tokens", "40")
     plain, guessed = cli(*arguments), cli(*arguments, "--speculate", "ngram")
     assert guessed.returncode == 0 and guessed.stdout == plain.stdout
-    assert "drafts stood" in guessed.stderr and "drafts stood" not in plain.stderr
+    assert "drafts accepted" in guessed.stderr and "drafts accepted" not in plain.stderr
     row = json.loads(done(*arguments, "--speculate", "ngram", "--json"))
     assert 0 < row["accepted"] <= row["drafted"]
     penalty = cli(*arguments, "--speculate", "ngram", "--repetition-penalty", "1.2")
