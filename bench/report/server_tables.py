@@ -9,11 +9,12 @@ from .layout import Record, Row, caption, left_out, number, table
 _SPREADS = ("first_token_ms", "between_events_ms", "end_to_end_ms")
 
 
-def load(entry: Record) -> str:
+def load(entry: Record, lengths: tuple[str, ...] = ("equal", "random")) -> str:
     """Closed loop, and the baseline beside it."""
     results = entry["results"]
     names = {"closed": "ours", "many": "ours, 5 ms", "baseline": "transformers"}
-    rows = [row for row in results["rows"] if row["part"] in names]
+    parts = (row for row in results["rows"] if row["part"] in names)
+    rows = [row for row in parts if row["lengths"] in lengths]
     header = ["engine", "clients", "lengths", "tokens/s", "tokens an event"]
     header += _spread_header("first token", "between events")
     lines = []
@@ -23,8 +24,8 @@ def load(entry: Record) -> str:
         lines.append([*words, *figures, *_spreads(row, *_SPREADS[:2])])
     note = (
         f"{_model(results)}: prompts of {results['prompt']} tokens and {results['tokens']} new "
-        "ones, sampled at temperature 1, streamed; random lengths are log-normal with a deviation "
-        "of half the mean. Each client sends again when it is answered, for "
+        f"ones, sampled at temperature 1, streamed{_of_random(lengths)}. Each client sends again "
+        "when it is answered, for "
         f"{results['seconds']} s, from processes of their own on the same machine. An event has at "
         f"most 2 tokens (`--event-tokens 2 --workers {results['workers']}`), or all of 5 ms "
         "(`--coalesce 5 --workers 4`). transformers: generate() behind the same fronts, "
@@ -32,6 +33,17 @@ def load(entry: Record) -> str:
         f"{_kept(rows, results)}{left_out(results)}"
     )
     return table(header, lines, 3) + caption(entry, note)
+
+
+def summary(entry: Record) -> str:
+    """The rows of equal lengths."""
+    return load(entry, ("equal",))
+
+
+def _of_random(lengths: tuple[str, ...]) -> str:
+    """What random lengths are, where there are some."""
+    said = "; random lengths are log-normal with a deviation of half the mean"
+    return said * ("random" in lengths)
 
 
 def _kept(rows: list[Row], results: Row) -> str:

@@ -314,6 +314,7 @@ TABLES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "attention-decode": ("attention", attention_tables.decode),
     "batch": ("batch", list_tables.batch),
     "scoring": ("scoring", list_tables.scoring),
+    "server-summary": ("server", server_tables.summary),
     "server-load": ("server", server_tables.load),
     "server-arrivals": ("server", server_tables.arrivals),
     "server-processes": ("server", server_tables.processes),
